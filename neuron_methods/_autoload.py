@@ -1,0 +1,170 @@
+"""The start-up hook: lets mergekit's own commands know our methods, with nothing to type.
+
+mergekit has no plug-in discovery. `mergekit_neuron_autoload.pth`, which installation puts into the root
+of site-packages, calls `arm()` whenever an interpreter starts (`MERGEKIT_NEURON_AUTOLOAD=0` prevents it).
+`arm()` puts a finder in front of the import system that watches a handful of mergekit's modules; once
+mergekit's registry of merge methods has been executed, the functions of
+`neuron_methods.plugin.registration` named in `CALLBACKS` are called. A process that never imports
+mergekit pays for importing this file and no more.
+
+Because this runs in every interpreter of the environment, this module imports nothing but `sys` and the
+built-in `_thread`, leaves no trace on the modules it watched, and swallows every exception of the
+callbacks: mergekit goes on as if we were not there. `MERGEKIT_NEURON_DEBUG=1` prints those exceptions to
+stderr.
+"""
+
+import sys
+from _thread import _local  # threading.local without importing threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+REGISTRY = "mergekit.merge_methods"
+
+# Module of mergekit -> what to call once it has been executed, as "module:function", in the order of calling.
+# A function that does not exist (yet) is passed over.
+CALLBACKS = {
+    REGISTRY: "neuron_methods.plugin.registration:register",
+    "mergekit.io.tasks": "neuron_methods.plugin.registration:patch_loaders",
+    "mergekit.plan": "neuron_methods.plugin.registration:patch_planner",
+    "mergekit.scripts.merge_raw_pytorch": "neuron_methods.plugin.registration:patch_raw_merge",
+}
+
+
+class _Thread(_local):
+    """Per thread: how many watched modules are being executed right now, one inside the other."""
+
+    depth = 0
+
+
+class Hook:
+    """A finder for `sys.meta_path` that calls functions after certain modules have been executed.
+
+    Callbacks wait until no watched module and no module of our own (`own` prefix) is half executed in the
+    thread, so that they never meet a partly initialised module, and until the module `gate` has been
+    executed.
+    """
+
+    def __init__(self, callbacks: "Mapping[str, str]", gate: str, own: str) -> None:
+        self.callbacks = callbacks
+        self.gate = gate
+        self.own = own
+        self._executed: set[str] = set()
+        self._pending: set[str] = set()
+        self._thread = _Thread()
+
+    def arm(self) -> None:
+        """Put the hook in front of the import system and serve the modules that are already imported."""
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        for name in self.callbacks:
+            if name not in self._executed and _is_imported(name):
+                self._executed.add(name)
+                self._pending.add(name)
+        if self._thread.depth == 0:
+            self._run_pending()
+
+    def find_spec(
+        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        """Find a watched module with the finders after this one; None for every other module."""
+        if fullname not in self.callbacks and not fullname.startswith(self.own):
+            return None
+        if self not in sys.meta_path:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Loader):
+                    spec.loader = _Loader(spec.loader, self, fullname)
+                return spec
+        return None
+
+    def execute(self, loader: object, module: "ModuleType", name: str) -> None:
+        """Let `loader` execute `module`, then run the callbacks that became due."""
+        self._thread.depth += 1
+        try:
+            loader.exec_module(module)  # type: ignore[attr-defined]
+            self._executed.add(name)
+            if name in self.callbacks:
+                self._pending.add(name)
+        finally:
+            self._thread.depth -= 1
+        if self._thread.depth == 0:
+            self._run_pending()
+
+    def _run_pending(self) -> None:
+        if self.gate not in self._executed:
+            return
+        self._thread.depth += 1  # what callbacks import adds to this loop instead of starting another
+        try:
+            while due := [name for name in self.callbacks if name in self._pending]:
+                self._pending.discard(due[0])
+                _call(self.callbacks[due[0]])
+        finally:
+            self._thread.depth -= 1
+
+
+class _Loader:
+    """Stands in for a module's loader until the module is executed, and then gives way to it.
+
+    From then on `__loader__` and `__spec__.loader` are the ones the module would have had without us.
+    """
+
+    def __init__(self, loader: object, hook: Hook, name: str) -> None:
+        self._loader = loader
+        self._hook = hook
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(self._loader, attribute)
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        return self._loader.__reduce_ex__(protocol)  # pickled, copied: the loader we stand in for
+
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
+        create = getattr(self._loader, "create_module", None)
+        return None if create is None else create(spec)
+
+    def exec_module(self, module: "ModuleType") -> None:
+        spec = getattr(module, "__spec__", None)
+        if getattr(spec, "loader", None) is self:
+            spec.loader = self._loader  # type: ignore[union-attr]
+        if getattr(module, "__loader__", None) is self:
+            module.__loader__ = self._loader  # type: ignore[assignment]
+        self._hook.execute(self._loader, module, self._name)
+
+
+def _is_imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    return module is not None and not getattr(spec, "_initializing", False)
+
+
+def _call(target: str) -> None:
+    try:
+        from importlib import import_module
+
+        module_name, _, function_name = target.partition(":")
+        function = getattr(import_module(module_name), function_name, None)
+        if function is not None:
+            function()
+    except Exception:
+        import os
+
+        if os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+
+
+_hook = Hook(CALLBACKS, gate=REGISTRY, own="neuron_methods.")
+
+
+def arm() -> None:
+    """Watch mergekit's imports from now on, and catch up with those that have happened. Idempotent."""
+    _hook.arm()

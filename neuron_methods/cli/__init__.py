@@ -1,0 +1,100 @@
+"""The command `mergekit-neuron`: a table of subcommands, each imported when it is called.
+
+To add a subcommand, write `neuron_methods/cli/NAME.py` with a click command that is a function called NAME
+(`-` becomes `_`), decorated with `neuron_methods.cli.common.debug_option`, and add one line to
+`SUBCOMMANDS`. This module imports click alone, so that `mergekit-neuron --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import click
+
+from neuron_methods import __version__
+from neuron_methods.cli.common import debug_option, exiting_on_signals, reporting_errors
+
+
+class Subcommand(NamedTuple):
+    """Where a subcommand lives (a module with a click command named like it) and its line in `--help`."""
+
+    module: str
+    help: str
+
+
+SUBCOMMANDS: dict[str, Subcommand] = {
+    "merge": Subcommand("neuron_methods.cli.merge", "Merge models as a mergekit YAML says, and verify."),
+    "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose subcommands come from a table and whose errors end in one line on stderr."""
+
+    def __init__(self, *args: Any, subcommands: dict[str, Subcommand], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.subcommands = subcommands
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order of the table."""
+        return list(self.subcommands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of the subcommand `cmd_name` and return its click command."""
+        entry = self.subcommands.get(cmd_name)
+        if entry is None:
+            return None
+        return getattr(import_module(entry.module), cmd_name.replace("-", "_"))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the subcommands in the message about an unknown one."""
+        if args and args[0] not in self.subcommands and not args[0].startswith("-"):
+            known = ", ".join(self.subcommands)
+            ctx.fail(f"no such subcommand: {args[0]!r} (there are: {known})")
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from the table alone, without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in self.subcommands.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; see `neuron_methods.cli.common` for what its errors become."""
+        with exiting_on_signals(), reporting_errors(ctx):
+            return super().invoke(ctx)
+
+
+EPILOG = """\b
+Example:
+  mergekit-neuron merge merge.yaml ./merged --dry-run    show the plan, write nothing
+  mergekit-neuron merge merge.yaml ./merged              merge, verify, move into place
+
+\b
+where merge.yaml is an ordinary mergekit configuration:
+  merge_method: neuro_merging
+  base_model: ./base
+  models:
+    - model: ./expert-a
+    - model: ./expert-b
+      parameters: {weight: 0.8}
+  dtype: bfloat16
+
+`mergekit-neuron COMMAND --help` explains a command and its options. mergekit's own mergekit-yaml understands
+the same files.
+"""
+
+
+@click.group(
+    cls=LazyGroup,
+    subcommands=SUBCOMMANDS,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="mergekit-neuron")
+@debug_option
+def main() -> None:
+    """Merge fine-tuned models neuron by neuron, with mergekit."""

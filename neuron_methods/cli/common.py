@@ -1,0 +1,118 @@
+"""What every subcommand shares: options, and how the outcome of a run becomes an exit code.
+
+Exit codes: 0 success, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 128 + n ended by
+signal n.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+
+from neuron_methods.errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEBUG = "neuron_methods.debug"  # key in click's Context.meta, which nested contexts share
+
+# Faults of the machine, not of the program: reported like a user's mistake, with the file they happened to.
+_MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def _switch_debug_on(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[_DEBUG] = True
+
+
+def debug_option(command: F) -> F:
+    """Give a command the flag `--debug`: show the traceback when the command fails."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_switch_debug_on,
+        help="Show the traceback of an error.",
+    )(command)
+
+
+def is_debug(context: click.Context) -> bool:
+    """Whether tracebacks are wanted: by `--debug`, or by MERGEKIT_NEURON_DEBUG=1 in the environment."""
+    return bool(context.meta.get(_DEBUG)) or os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on a single line, whatever it holds."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def describe_error(error: Exception) -> str:
+    """The line that tells the user what went wrong, without the leading `error: `."""
+    if isinstance(error, UserError):
+        return one_line(error)
+    if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
+        place = f"{os.fspath(error.filename)}: " if isinstance(error.filename, (str, os.PathLike)) else ""
+        return f"{place}{error.strerror or os.strerror(error.errno)}"
+    if "No space left on device" in str(error):  # safetensors and torch wrap it in types of their own
+        return f"no space left on device ({one_line(error)})"
+    what = type(error).__name__
+    message = one_line(error)
+    return f"unexpected {what}{': ' + message if message else ''}; run again with --debug for the traceback"
+
+
+@contextmanager
+def reporting_errors(context: click.Context) -> Iterator[None]:
+    """Turn whatever ends the block into one line on stderr and an exit code.
+
+    click's own exceptions (wrong usage, `--help`, an explicit exit) pass through to click.
+    """
+    try:
+        yield
+    except (click.exceptions.Exit, click.Abort, click.ClickException):
+        raise
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        context.exit(130)
+    except BrokenPipeError:
+        raise  # the reader of our output went away: click leaves quietly
+    except Exception as error:
+        if is_debug(context):
+            import traceback
+
+            traceback.print_exc(file=sys.stderr)
+        click.echo(f"error: {describe_error(error)}", err=True)
+        context.exit(1)
+
+
+def _leave(signal_number: int, _frame: FrameType | None) -> None:
+    # A second signal must not interrupt the clean-up that the first one started.
+    signal.signal(signal_number, signal.SIG_IGN)
+    sys.exit(128 + signal_number)
+
+
+@contextmanager
+def exiting_on_signals() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise SystemExit, so that `finally` blocks and exit handlers run.
+
+    A signal that somebody already handles or ignores (`nohup`) is left alone.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
