@@ -89,13 +89,15 @@ class Hook:
         self._thread.depth += 1
         try:
             loader.exec_module(module)  # type: ignore[attr-defined]
-            self._executed.add(name)
-            if name in self.callbacks:
-                self._pending.add(name)
+            if sys.modules.get(name) is module:  # otherwise it was executed aside, not imported
+                _bind_to_package(module, name)
+                if name in self.callbacks:
+                    self._executed.add(name)
+                    self._pending.add(name)
         finally:
             self._thread.depth -= 1
-        if self._thread.depth == 0:
-            self._run_pending()
+            if self._thread.depth == 0:
+                self._run_pending()
 
     def _run_pending(self) -> None:
         if self.gate not in self._executed:
@@ -123,8 +125,10 @@ class _Loader:
     def __getattr__(self, attribute: str) -> object:
         return getattr(self._loader, attribute)
 
-    def __reduce_ex__(self, protocol: int) -> object:
-        return self._loader.__reduce_ex__(protocol)  # pickled, copied: the loader we stand in for
+    def __reduce__(self) -> object:
+        from copy import copy
+
+        return copy, (self._loader,)  # pickled or copied, it is the loader it stands in for
 
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         create = getattr(self._loader, "create_module", None)
@@ -137,6 +141,15 @@ class _Loader:
         if getattr(module, "__loader__", None) is self:
             module.__loader__ = self._loader  # type: ignore[assignment]
         self._hook.execute(self._loader, module, self._name)
+
+
+def _bind_to_package(module: "ModuleType", name: str) -> None:
+    """Make `package.module` work: the import system does so only after the module's loader has returned."""
+    package, _, child = name.rpartition(".")
+    try:  # noqa: SIM105 - contextlib would have to be imported
+        setattr(sys.modules[package], child, module)
+    except Exception:
+        pass  # the import system will meet the same obstacle, and say so
 
 
 def _is_imported(name: str) -> bool:
