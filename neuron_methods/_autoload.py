@@ -1,16 +1,16 @@
 """The start-up hook: lets mergekit's own commands know our methods, with nothing to type.
 
-mergekit has no plug-in discovery. `mergekit_neuron_autoload.pth`, which installation puts into the root
-of site-packages, calls `arm()` whenever an interpreter starts (`MERGEKIT_NEURON_AUTOLOAD=0` prevents it).
-`arm()` puts a finder in front of the import system that watches a handful of mergekit's modules; once
-mergekit's registry of merge methods has been executed, the functions of
-`neuron_methods.plugin.registration` named in `CALLBACKS` are called. A process that never imports
-mergekit pays for importing this file and no more.
+mergekit has no plug-in discovery, so it takes two steps, each as small as can be:
 
-Because this runs in every interpreter of the environment, this module imports nothing but `sys` and the
-built-in `_thread`, leaves no trace on the modules it watched, and swallows every exception of the
-callbacks: mergekit goes on as if we were not there. `MERGEKIT_NEURON_DEBUG=1` prints those exceptions to
-stderr.
+1. Installation puts `mergekit_neuron_autoload.pth` into the root of site-packages. Its one line, which is
+   `PTH_CODE` below, runs whenever an interpreter starts and imports nothing: it leaves a finder in front of
+   the import system that waits for the first import of `mergekit`, and then calls `arm()`.
+   `MERGEKIT_NEURON_AUTOLOAD=0` prevents it.
+2. `arm()` puts a `Hook` in front of the import system. Once mergekit's registry of merge methods has been
+   executed, it calls the functions of `neuron_methods.plugin.registration` that `CALLBACKS` names.
+
+As this happens in other people's processes, nothing here ever raises or prints: mergekit goes on as if we
+were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr.
 """
 
 import sys
@@ -32,6 +32,20 @@ CALLBACKS = {
     "mergekit.plan": "neuron_methods.plugin.registration:patch_planner",
     "mergekit.scripts.merge_raw_pytorch": "neuron_methods.plugin.registration:patch_raw_merge",
 }
+
+# What the .pth file executes, there on a single line; a test keeps the two alike.
+PTH_CODE = """\
+class MergekitNeuronAutoload:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mergekit':
+            try:
+                from neuron_methods._autoload import arm
+                arm(instead_of=self)
+            except Exception:
+                pass
+if os.environ.get('MERGEKIT_NEURON_AUTOLOAD') != '0':
+    sys.meta_path.insert(0, MergekitNeuronAutoload())
+"""
 
 
 class _Thread(_local):
@@ -56,10 +70,16 @@ class Hook:
         self._pending: set[str] = set()
         self._thread = _Thread()
 
-    def arm(self) -> None:
-        """Put the hook in front of the import system and serve the modules that are already imported."""
-        if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)
+    def arm(self, instead_of: object = None) -> None:
+        """Put the hook in front of the import system and serve the modules that are already imported.
+
+        Args:
+            instead_of: a finder that gives up its place on `sys.meta_path` to the hook.
+        """
+        finders = [finder for finder in sys.meta_path if finder is not instead_of]
+        if self not in finders:
+            finders.insert(0, self)
+        sys.meta_path[:] = finders
         for name in self.callbacks:
             if name not in self._executed and _is_imported(name):
                 self._executed.add(name)
@@ -178,6 +198,10 @@ def _call(target: str) -> None:
 _hook = Hook(CALLBACKS, gate=REGISTRY, own="neuron_methods.")
 
 
-def arm() -> None:
-    """Watch mergekit's imports from now on, and catch up with those that have happened. Idempotent."""
-    _hook.arm()
+def arm(instead_of: object = None) -> None:
+    """Watch mergekit's imports from now on, and catch up with those that have happened. Idempotent.
+
+    Args:
+        instead_of: the finder of `PTH_CODE`, which has done its duty.
+    """
+    _hook.arm(instead_of)

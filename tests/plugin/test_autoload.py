@@ -20,7 +20,7 @@ from textwrap import dedent
 import pytest
 
 import neuron_methods
-from neuron_methods._autoload import CALLBACKS, Hook
+from neuron_methods._autoload import CALLBACKS, PTH_CODE, Hook
 
 PACKAGE = Path(neuron_methods.__file__).parent
 PTH = PACKAGE / "mergekit_neuron_autoload.pth"
@@ -329,6 +329,10 @@ def test_pth_is_one_import_line():
     assert line.startswith("import ")  # anything else in a .pth file is taken for a path
 
 
+def test_pth_is_the_documented_code():
+    assert PTH.read_text(encoding="utf-8") == f"import os, sys; exec({PTH_CODE!r})\n"
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -343,17 +347,38 @@ def test_start_up_hook_acts_on_import(site, module, expected):
     assert run_python(site, f"import {module}\nreport = getattr(sys, 'our_calls', [])") == expected
 
 
-def test_start_up_imports_nothing_but_the_hook(site):
-    code = "report = sorted(sys.modules)"
+def test_start_up_imports_nothing(site):
+    with_hook = run_python(site, "report = sorted(sys.modules)")
+    (site / PTH.name).write_text("import os, sys\n", encoding="utf-8")
+    assert with_hook == run_python(site, "report = sorted(sys.modules)")
+
+
+def test_the_registry_costs_no_more_than_the_hook_and_the_registration(site):
+    code = "import importlib, mergekit.merge_methods\nreport = sorted(sys.modules)"
     with_hook = set(run_python(site, code))
     without_hook = set(run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0"))
-    assert with_hook - without_hook == {"neuron_methods", "neuron_methods._autoload"}
-    assert not any(name.startswith("neuron_methods") for name in without_hook)
+    assert with_hook - without_hook == {
+        "neuron_methods",
+        "neuron_methods._autoload",
+        "neuron_methods.plugin",
+        "neuron_methods.plugin.registration",
+    }
+
+
+def test_one_finder_stands_in_front_before_and_after_mergekit_is_imported(site):
+    code = "report = [type(f).__name__ for f in sys.meta_path if not isinstance(f, type)]"
+    assert run_python(site, code) == ["MergekitNeuronAutoload"]
+    assert run_python(site, "import mergekit\n" + code) == ["Hook"]
 
 
 def test_switched_off(site):
-    code = "import mergekit.plan\nreport = [hasattr(sys, 'our_calls'), len(sys.meta_path)]"
-    assert run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0") == [False, 3]
+    code = """
+        import mergekit.plan
+        report = [hasattr(sys, 'our_calls'), [f for f in sys.meta_path if not isinstance(f, type)]]
+    """
+    assert run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0") == [False, []]
+    code = "report = [name for name in sys.modules if name.startswith('neuron_methods')]"
+    assert run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0") == []
 
 
 def test_arm_by_hand_when_switched_off(site):
