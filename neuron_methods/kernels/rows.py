@@ -1,0 +1,47 @@
+"""Weight tensors as neurons: one row each, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+# Blocks of this size stay near the processor's cache; larger ones only cost memory. Measured on 4096 × 4096.
+CACHE_BYTES = 16 * 1024 * 1024
+
+
+def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
+    """View a weight tensor as (neurons, incoming weights).
+
+    A matrix is its rows. A convolution (out, in, k…) is flattened to out × (in·k…). Leading dimensions of size 1
+    (position tables, class tokens) are dropped first, so that each position is a row. `packed` tensors hold one matrix
+    per expert of a mixture-of-experts layer, (experts, out, in): the rows of all of them.
+
+    Args:
+        tensor: at least 2-D.
+        packed: whether leading dimensions stack matrices.
+
+    Returns:
+        A 2-D view where the strides allow one, else a copy.
+    """
+    if packed:
+        return tensor.reshape(-1, tensor.shape[-1])
+    while tensor.ndim > 2 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def row_blocks(neurons: int, bytes_per_neuron: int, scratch_bytes: int) -> Iterator[slice]:
+    """Slices of rows whose scratch memory stays within bounds.
+
+    Args:
+        neurons: number of rows.
+        bytes_per_neuron: scratch one row takes.
+        scratch_bytes: upper bound on a block's scratch; a single row may exceed it.
+
+    Yields:
+        Consecutive slices that cover all rows.
+    """
+    size = max(1, min(scratch_bytes, CACHE_BYTES) // max(1, bytes_per_neuron))
+    for start in range(0, neurons, size):
+        yield slice(start, min(start + size, neurons))

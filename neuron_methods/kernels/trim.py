@@ -1,0 +1,228 @@
+"""Trim: keep the largest entries of a task vector by magnitude, with one exact threshold over a stream of tensors.
+
+Fang et al., EMNLP 2025, arXiv:2503.05320, section 3: with n entries, the threshold is the ⌊n·(1 − density)⌋-th
+smallest magnitude and every entry at or above it is kept.
+
+The threshold of a whole model must not need the whole model in memory. Non-negative float32 numbers have the order of
+their bit patterns, so an order statistic is a search among integers: a sample brackets the threshold, one pass over
+the stream counts what lies below the bracket and makes a histogram of the bit patterns inside it, and where the
+bracket was too wide for one bin per pattern, or missed, it is narrowed by what was counted and the stream passes
+again. The result is the exact order statistic whatever the sample was; a good sample makes it one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Elements worked on at a time: float32 scratch of 4 MB, which stays in cache.
+CHUNK = 1 << 20
+# Histogram bins. A bracket of at most this many bit patterns gives the exact threshold in the pass that counts it.
+BINS = 1 << 20
+# Bit pattern above every finite magnitude's.
+_TOP = 0x7F800000
+# Half-width of the sample's bracket, in standard errors of the sampled share below the threshold.
+_STANDARD_ERRORS = 5.0
+
+
+def kept_rank(entries: int, density: float) -> int:
+    """Rank of the threshold: ⌊n·(1 − density)⌋, in floating point as the published code computes it.
+
+    Args:
+        entries: n, the number of entries.
+        density: share of entries to keep, in (0, 1].
+
+    Returns:
+        The 1-based rank among the magnitudes in ascending order; 0 where everything is kept.
+    """
+    return int(entries * (1 - density))
+
+
+def task_vector_chunks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield θ_t − θ₀ of every expert in flat float32 chunks of at most `CHUNK` entries.
+
+    Args:
+        base: any shape, any float dtype.
+        experts: tensors of the base's shape, each of any float dtype.
+
+    Yields:
+        (expert index, 1-D float32 tensor). The tensors share one buffer: use each before asking for the next.
+    """
+    base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
+    size = max(1, min(CHUNK, base.numel()))
+    origin = torch.empty(size, dtype=torch.float32, device=base.device)
+    delta = torch.empty_like(origin)
+    for start in range(0, base.numel(), size):
+        length = min(size, base.numel() - start)
+        origin[:length].copy_(base[start : start + length])
+        for index, expert in enumerate(flat):
+            yield index, delta[:length].copy_(expert[start : start + length]).sub_(origin[:length])
+
+
+@dataclass
+class Bracket:
+    """Half-open range [low, high) of float32 bit patterns that should hold the threshold."""
+
+    low: int = 0
+    high: int = _TOP
+
+    @property
+    def shift(self) -> int:
+        """Bits dropped so that the range fits into `BINS` bins; 0 means one bin per bit pattern."""
+        return max(0, (self.high - self.low - 1).bit_length() - (BINS.bit_length() - 1))
+
+    @property
+    def bins(self) -> int:
+        """Number of bins the range takes at `shift`."""
+        return ((self.high - self.low - 1) >> self.shift) + 1
+
+
+def _bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+
+
+def _value(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+@dataclass
+class ThresholdSearch:
+    """Exact threshold and trimmed share of a stream of task-vector entries, in bounded memory.
+
+    Offer the sample (`bracket_from_sample`), then the whole stream (`count` for each chunk, then `finish`); while
+    `finish` returns False the stream has to be counted once more.
+
+    Attributes:
+        density: share of entries to keep, in (0, 1].
+        threshold: smallest kept magnitude; set when `finish` returns True. 0.0 keeps everything.
+        entries: number of entries in the stream.
+        total_l1: Σ|τ| of the stream.
+        removed_l1: Σ|τ| of the entries below the threshold.
+        passes: how often the stream was counted.
+    """
+
+    density: float
+    threshold: float | None = None
+    entries: int = 0
+    total_l1: float = 0.0
+    removed_l1: float = 0.0
+    passes: int = 0
+    _bracket: Bracket = field(default_factory=Bracket)
+    _below: int = 0
+    _at_or_above: int = 0
+    _l1_kept: float = 0.0
+    _histogram: Tensor | None = None
+
+    @property
+    def sigma(self) -> float:
+        """σ_t = L1 norm of what trimming removed / L1 norm of the task vector (section 3); 0 for an empty update."""
+        return self.removed_l1 / self.total_l1 if self.total_l1 > 0 else 0.0
+
+    def bracket_from_sample(self, runs: list[Tensor]) -> None:
+        """Narrow the search to where a sample says the threshold lies.
+
+        Args:
+            runs: samples of |τ|, 1-D float32 each, drawn as runs of neighbouring entries. Neighbours resemble each
+                other, so the spread between runs, not the number of entries, tells how far off the sample may be.
+        """
+        if not runs:
+            return
+        magnitudes = torch.cat(runs).sort().values
+        share = 1 - self.density
+        estimate = magnitudes[min(int(share * len(magnitudes)), len(magnitudes) - 1)]
+        shares = torch.stack([(run < estimate).double().mean() for run in runs])
+        sizes = torch.tensor([len(run) for run in runs], dtype=torch.float64)
+        weights = sizes / sizes.sum()
+        error = float(((weights * (shares - (weights * shares).sum())).square().sum()).sqrt())
+        margin = _STANDARD_ERRORS * error + 1e-4
+        lower = math.floor((share - margin) * len(magnitudes))
+        upper = math.ceil((share + margin) * len(magnitudes))
+        self._bracket = Bracket(
+            low=_bits(float(magnitudes[lower])) if lower > 0 else 0,
+            high=_bits(float(magnitudes[upper])) + 1 if upper < len(magnitudes) else _TOP,
+        )
+
+    def count(self, chunk: Tensor) -> None:
+        """Count one chunk of the stream.
+
+        Args:
+            chunk: task-vector entries, 1-D float32; overwritten with their magnitudes.
+        """
+        bracket = self._bracket
+        if self._histogram is None:
+            self._histogram = torch.zeros(bracket.bins, dtype=torch.int64, device=chunk.device)
+        magnitudes = chunk.abs_()
+        self.entries += len(magnitudes)
+        self.total_l1 += float(magnitudes.sum())
+        if bracket.low > 0:
+            magnitudes = magnitudes[magnitudes >= _value(bracket.low)]
+        self._below = self.entries - self._at_or_above - len(magnitudes)
+        self._at_or_above += len(magnitudes)
+        self._l1_kept += float(magnitudes.sum())
+        inside = magnitudes.view(torch.int32)
+        if bracket.high < _TOP:
+            inside = inside[inside < bracket.high]
+        if len(inside):
+            bins = inside.sub(bracket.low).bitwise_right_shift(bracket.shift)
+            if len(bins) < bracket.bins:
+                self._histogram.index_add_(0, bins, self._histogram.new_ones(1).expand(len(bins)))
+            else:
+                self._histogram += torch.bincount(bins, minlength=bracket.bins)
+
+    def finish(self) -> bool:
+        """End a pass over the stream.
+
+        Returns:
+            True where threshold and σ are now exact; False where the stream must be counted again, in the narrower
+            bracket that this pass has found.
+        """
+        self.passes += 1
+        rank = kept_rank(self.entries, self.density)
+        if rank == 0 or self._histogram is None:
+            self.threshold, self.removed_l1 = 0.0, 0.0
+            return True
+        bracket, histogram = self._bracket, self._histogram.cpu()
+        inside = int(histogram.sum())
+        if rank <= self._below:
+            return self._again(Bracket(0, bracket.low))
+        if rank > self._below + inside:
+            return self._again(Bracket(bracket.high, _TOP))
+        cumulative = histogram.cumsum(0)
+        found = int(torch.searchsorted(cumulative, rank - self._below))
+        bits = bracket.low + (found << bracket.shift)
+        if bracket.shift:
+            return self._again(Bracket(bits, min(bits + (1 << bracket.shift), bracket.high)))
+        self.threshold = _value(bits)
+        patterns = torch.arange(bracket.low, bits, dtype=torch.int32).view(torch.float32).double()
+        below_in_bracket = float((patterns * histogram[:found]).sum())
+        self.removed_l1 = max(0.0, self.total_l1 - self._l1_kept + below_in_bracket)
+        self._histogram = None
+        return True
+
+    def _again(self, bracket: Bracket) -> bool:
+        self._bracket = bracket
+        self.entries = self._below = self._at_or_above = 0
+        self.total_l1 = self._l1_kept = 0.0
+        self._histogram = None
+        return False
+
+
+def trim_(task_vector: Tensor, threshold: float) -> Tensor:
+    """Zero every entry whose magnitude is below the threshold, in place.
+
+    Args:
+        task_vector: float32, any shape.
+        threshold: smallest magnitude to keep.
+
+    Returns:
+        `task_vector`.
+    """
+    if threshold <= 0:
+        return task_vector
+    # hardshrink keeps |x| > λ in one pass; λ just below the threshold makes that |x| ≥ threshold.
+    below = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(0.0))
+    return torch.ops.aten.hardshrink.out(task_vector, float(below), out=task_vector)

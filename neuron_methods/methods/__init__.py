@@ -1,0 +1,1 @@
+"""The merge methods, one file per name in the YAML."""

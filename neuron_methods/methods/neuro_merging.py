@@ -1,0 +1,356 @@
+"""NeuroMerging: split every neuron's update at its base weights, merge the two parts apart.
+
+Fang et al., "To See a World in a Spark of Neuron: Disentangling Multi-Task Interference for Training-Free Model
+Merging", EMNLP 2025, arXiv:2503.05320. The six steps, each in the kernel that computes it:
+
+1. Trim     τ_t keeps its top `density` entries by magnitude, one threshold per expert    kernels/trim.py
+2. Split    τ_∥ = (τ·w / w·w) w,  τ_⊥ = τ − τ_∥, per neuron with base row w               kernels/subspace.py
+3. ψ_∥      the coefficients τ_t·w / w·w, elected and averaged, times w                   kernels/elect.py
+4. ψ_⊥      scores on the right singular vectors, elected and averaged, recombined        kernels/subspace.py
+5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
+6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
+
+The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
+asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.kernels.elect import elect_and_reduce
+from neuron_methods.kernels.rows import neuron_rows, row_blocks
+from neuron_methods.kernels.subspace import (
+    combination_coefficients,
+    gram_matrices,
+    parallel_coefficients,
+    subtract_parallel_,
+)
+from neuron_methods.kernels.trim import trim_
+from neuron_methods.methods.contract import (
+    MergeContext,
+    PlannedMethod,
+    PlannedTensor,
+    choice,
+    current_context,
+    number,
+    number_or,
+)
+from neuron_methods.methods.trim_profile import TrimProfile, measure_model, measure_tensor, measure_tensors
+
+PARAMETERS = (
+    ParameterSpec(
+        "weight",
+        number("weight"),
+        ParameterScope.NON_BASE,
+        default=1.0,
+        description="multiplies the expert's task vector after trimming",
+    ),
+    ParameterSpec(
+        "density",
+        number("density", 0.0, 1.0, low_open=True),
+        ParameterScope.NON_BASE,
+        default=0.15,
+        description="share of the task vector's entries kept",
+    ),
+    ParameterSpec(
+        "trim",
+        choice("trim", "model", "tensor"),
+        default="model",
+        description="one threshold per expert over all its tensors (model), or one per tensor",
+        scope=ParameterScope.SHARED,
+    ),
+    ParameterSpec(
+        "lambda_parallel",
+        number("lambda_parallel"),
+        default=0.0,
+        description="scale of the merged parallel part",
+        scope=ParameterScope.SHARED,
+    ),
+    ParameterSpec(
+        "lambda_orthogonal",
+        number_or("lambda_orthogonal", "auto"),
+        default="auto",
+        description="scale of the merged orthogonal part; auto is 1 / (1 - sigma)",
+        scope=ParameterScope.SHARED,
+    ),
+    ParameterSpec(
+        "rank_energy",
+        number("rank_energy", 0.0, 1.0, low_open=True),
+        default=1.0,
+        description="cumulative energy of the singular vectors kept",
+        scope=ParameterScope.SHARED,
+    ),
+    ParameterSpec(
+        "consensus",
+        choice("consensus", "mean", "sum"),
+        default="mean",
+        description="mean of the values with the elected sign (the paper), or their sum (auto lambda is then 1)",
+        scope=ParameterScope.SHARED,
+    ),
+    ParameterSpec(
+        "profile",
+        str,
+        default="",
+        description="file written by --profile-out: thresholds and sigma are read instead of measured",
+        scope=ParameterScope.SHARED,
+    ),
+)
+
+
+def is_packed(name: str) -> bool:
+    """Whether a tensor stacks the matrices of a mixture-of-experts layer, by its name."""
+    return ".experts." in name
+
+
+class NeuroMerging(PlannedMethod):
+    """The method `neuro_merging` as mergekit sees it."""
+
+    spec = MergeMethodSpec(
+        name="neuro_merging",
+        pretty_name="NeuroMerging",
+        reference_url="https://arxiv.org/abs/2503.05320",
+        parameters=PARAMETERS,
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    )
+
+    def check(self, tensors: Sequence[PlannedTensor]) -> None:
+        """Refuse parameters that contradict each other over the merge.
+
+        Raises:
+            UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`.
+        """
+        for shared in ("trim", "profile"):
+            _only(
+                shared,
+                {t.parameters[shared] for t in tensors},
+                "it holds for the whole merge; remove the filter",
+            )
+        if not tensors or tensors[0].parameters["trim"] != "model":
+            return
+        for expert in _experts(tensors):
+            densities = {t.expert_parameters["density"][expert] for t in _with(tensors, expert)}
+            _only(
+                f"density of {expert}",
+                densities,
+                "one threshold per expert has one density; give one number, or set trim: tensor",
+            )
+
+    def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> TrimProfile:
+        """Step 1 over the whole model, and σ of step 6: one streaming pass over all tensors.
+
+        Returns:
+            Thresholds and σ per expert. Nothing is read where no parameter asks for what a pass would tell.
+        """
+        counted = [t for t in tensors if not t.repeats]
+        if not counted:
+            return TrimProfile(trim="model")
+        shared = counted[0].parameters
+        experts = _experts(counted)
+        # An expert of weight 0 everywhere takes no part, and its σ must not scale the others.
+        voting = [e for e in experts if any(t.expert_parameters["weight"][e] != 0 for t in _with(counted, e))]
+        if shared["profile"]:
+            return TrimProfile.read(shared["profile"], counted, experts)
+        if shared["trim"] == "model":
+            return measure_model(counted, experts, voting, context)
+        if any(
+            t.parameters["lambda_orthogonal"] == "auto" and t.parameters["consensus"] == "mean"
+            for t in counted
+        ):
+            return measure_tensors(counted, experts, voting, context)
+        return TrimProfile(trim="tensor")
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Steps 1 to 6 for one tensor.
+
+        Args:
+            group: base and experts, all of one shape, dtype and device.
+            **parameters: as the table of `PARAMETERS` declares them.
+
+        Returns:
+            The merged tensor in the dtype mergekit asked for, else the inputs'.
+        """
+        context = current_context() or MergeContext()
+        profile: TrimProfile = context.state
+        base = group.base.tensor
+        experts = {entry.id: entry.tensor for entry in group.non_base}
+        name = group.metadata.name or "tensor"
+        thresholds = profile.thresholds_for(name, experts)
+        if thresholds is None:
+            densities = {e: parameters["density"][e] for e in experts}
+            thresholds = [s.threshold for s in measure_tensor(name, base, experts, densities, context)]
+        scale = parameters["lambda_orthogonal"]
+        if scale == "auto":
+            scale = profile.automatic_lambda(parameters["consensus"])
+        merged = torch.empty_like(base, dtype=context.out_dtype or base.dtype)
+        arguments: dict[str, Any] = {
+            "thresholds": thresholds,
+            "weights": [parameters["weight"][e] for e in experts],
+            "lambda_orthogonal": scale,
+            "consensus": parameters["consensus"],
+            "allow_nonfinite": context.allow_nonfinite,
+        }
+        tensors = list(experts.values())
+        if base.ndim < 2:
+            merge_points(base, tensors, merged, **arguments)
+            return merged
+        packed = is_packed(name)
+        rows = [neuron_rows(t, packed=packed) for t in (base, *tensors)]
+        out_rows = neuron_rows(merged, packed=packed)
+        energies = merge_neurons(
+            rows[0],
+            rows[1:],
+            out_rows,
+            lambda_parallel=parameters["lambda_parallel"],
+            rank_energy=parameters["rank_energy"],
+            scratch_bytes=context.scratch_bytes,
+            **arguments,
+        )
+        profile.add_energies(*energies)
+        return merged
+
+
+def merge_points(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    merged: Tensor,
+    *,
+    thresholds: Sequence[float],
+    weights: Sequence[float],
+    lambda_orthogonal: float,
+    consensus: str,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Steps 1, 5 and 6 for point weights: tensors without neurons.
+
+    Args:
+        base: 0-D or 1-D weights, any float dtype.
+        experts: the experts' weights, shape of the base.
+        merged: receives θ₀ + λ₂ ψ; shape of the base, any float dtype.
+        thresholds: smallest kept magnitude per expert.
+        weights: factor per expert after trimming.
+        lambda_orthogonal: λ₂.
+        consensus: see `neuron_methods.kernels.elect.reduce_elected`.
+        allow_nonfinite: treat a NaN or infinite update as no update.
+    """
+    origin = base.reshape(-1).float()
+    task_vectors = origin.new_empty(len(experts), len(origin))
+    for row, expert, threshold, weight in zip(task_vectors, experts, thresholds, weights, strict=True):
+        _trimmed_task_vector(row, expert.reshape(-1), origin, threshold, weight, allow_nonfinite)
+    psi = elect_and_reduce(task_vectors, consensus)
+    merged.view(-1).copy_(origin.add(psi, alpha=lambda_orthogonal))
+
+
+def merge_neurons(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    merged: Tensor,
+    *,
+    thresholds: Sequence[float],
+    weights: Sequence[float],
+    lambda_orthogonal: float,
+    lambda_parallel: float = 0.0,
+    rank_energy: float = 1.0,
+    consensus: str = "mean",
+    allow_nonfinite: bool = False,
+    scratch_bytes: int = 1 << 28,
+) -> tuple[float, float]:
+    """Steps 1 to 4 and 6 for a matrix whose rows are neurons, in blocks of rows.
+
+    Args:
+        base: weights, shape (neurons, d), any float dtype.
+        experts: the experts' weights, shape of the base.
+        merged: receives θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; shape of the base, any float dtype.
+        thresholds: smallest kept magnitude per expert.
+        weights: factor per expert after trimming.
+        lambda_orthogonal: λ₂.
+        lambda_parallel: λ₁; 0 spares step 3.
+        rank_energy: see `neuron_methods.kernels.subspace.combination_coefficients`.
+        consensus: see `neuron_methods.kernels.elect.reduce_elected`.
+        allow_nonfinite: treat a NaN or infinite update as no update.
+        scratch_bytes: bound on scratch memory.
+
+    Returns:
+        (Σ_t ‖τ_∥,t‖², Σ_t ‖τ_⊥,t‖²): energy of the trimmed updates in each subspace.
+    """
+    neurons, width = base.shape
+    count = len(experts)
+    blocks = list(row_blocks(neurons, 4 * width * (count + 2), scratch_bytes))
+    if not width or not blocks:
+        return 0.0, 0.0
+    largest = blocks[0].stop
+    origin = torch.empty(largest, width, dtype=torch.float32, device=base.device)
+    scratch = torch.empty(largest, count, width, dtype=torch.float32, device=base.device)
+
+    def trimmed(block: slice) -> tuple[Tensor, Tensor]:
+        rows = block.stop - block.start
+        w, tau = origin[:rows].copy_(base[block]), scratch[:rows]
+        for t, expert in enumerate(experts):
+            _trimmed_task_vector(tau[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite)
+        return w, tau
+
+    reduced_parallel = None
+    if lambda_parallel != 0:
+        # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
+        coefficients = torch.cat([parallel_coefficients(tau, w) for w, tau in map(trimmed, blocks)])
+        reduced_parallel = elect_and_reduce(coefficients.T, consensus)
+    parallel_energy = orthogonal_energy = 0.0
+    for block in blocks:
+        w, tau = trimmed(block)
+        energies = tau.square().sum(dim=2)
+        coefficients = parallel_coefficients(tau, w)
+        orthogonal = subtract_parallel_(tau, coefficients, w)
+        gram = gram_matrices(orthogonal)
+        combination = combination_coefficients(gram, energies, rank_energy=rank_energy, consensus=consensus)
+        psi = torch.bmm(combination.to(tau).unsqueeze(1), orthogonal).squeeze(1)
+        squared_norms = w.square().sum(dim=1, keepdim=True)
+        parallel_energy += float((coefficients.square() * squared_norms).sum())
+        orthogonal_energy += float(gram.diagonal(dim1=1, dim2=2).sum())
+        psi.mul_(lambda_orthogonal)
+        if reduced_parallel is not None:
+            psi.addcmul_(w, reduced_parallel[block].unsqueeze(1), value=lambda_parallel)
+        merged[block].copy_(psi.add_(w))
+    return parallel_energy, orthogonal_energy
+
+
+def _trimmed_task_vector(
+    out: Tensor, expert: Tensor, base: Tensor, threshold: float, weight: float, allow_nonfinite: bool
+) -> None:
+    out.copy_(expert).sub_(base)
+    if allow_nonfinite:
+        out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    trim_(out, threshold)
+    if weight != 1.0:
+        out.mul_(weight)
+
+
+def _with(tensors: Sequence[PlannedTensor], expert: Hashable) -> list[PlannedTensor]:
+    return [t for t in tensors if expert in t.expert_parameters["density"]]
+
+
+def _experts(tensors: Sequence[PlannedTensor]) -> list[Hashable]:
+    seen: dict[Hashable, None] = {}
+    for tensor in tensors:
+        seen.update(dict.fromkeys(tensor.expert_parameters["density"]))
+    return list(seen)
+
+
+def _only(what: str, values: set[Any], advice: str) -> None:
+    if len(values) > 1:
+        shown = ", ".join(sorted(map(str, values))[:4])
+        raise UserError(f"neuro_merging: {what} varies over the tensors ({shown}): {advice}")

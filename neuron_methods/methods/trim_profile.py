@@ -1,0 +1,335 @@
+"""Trim thresholds and σ of a whole merge: measured once by streaming, kept as a small JSON file.
+
+Step 1 and the automatic scale of step 6 of NeuroMerging (arXiv:2503.05320, section 3) look at every entry of every
+expert's task vector. Here the stream over the plan meets the search in `neuron_methods.kernels.trim`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
+from neuron_methods.methods.contract import MergeContext, PlannedTensor
+
+FORMAT = "mergekit-neuron/trim-profile"
+VERSION = 1
+# The sample that brackets a threshold: runs of neighbouring entries, spread evenly over the model.
+_RUN = 1024
+_RUNS = 1024
+
+
+@dataclass(frozen=True)
+class ExpertTrim:
+    """What trimming does to one expert.
+
+    Attributes:
+        model: the expert as the YAML names it.
+        density: share of entries kept; None where it differs between tensors (`trim: tensor`).
+        entries: number of entries of its task vector.
+        threshold: smallest magnitude kept, None under `trim: tensor`.
+        sigma: L1 norm of what trimming removes / L1 norm of the task vector.
+    """
+
+    model: str
+    density: float | None
+    entries: int
+    threshold: float | None
+    sigma: float
+
+
+@dataclass
+class TrimProfile:
+    """Thresholds and σ of all experts, and what the merge adds to them.
+
+    Attributes:
+        trim: `model` or `tensor`.
+        experts: per expert id, empty where nothing had to be measured.
+        voting: experts with a weight other than 0: σ is the largest of theirs.
+        tensor_thresholds: under `trim: tensor`, {tensor name: {expert id: threshold}} as far as measured.
+        fingerprint: of the names of the tensors measured.
+        parallel_energy: Σ ‖τ_∥‖² over all merged neurons so far.
+        orthogonal_energy: Σ ‖τ_⊥‖² likewise.
+    """
+
+    trim: str
+    experts: dict[Hashable, ExpertTrim] = field(default_factory=dict)
+    voting: list[Hashable] = field(default_factory=list)
+    tensor_thresholds: dict[str, dict[Hashable, float]] = field(default_factory=dict)
+    fingerprint: str = ""
+    parallel_energy: float = 0.0
+    orthogonal_energy: float = 0.0
+
+    @property
+    def sigma(self) -> float | None:
+        """σ = max_t σ_t over the voting experts; None where it was not measured."""
+        return max((self.experts[e].sigma for e in self.voting), default=0.0) if self.experts else None
+
+    def automatic_lambda(self, consensus: str) -> float:
+        """λ₂ without validation data: 1 / (1 − σ), or 1 where the experts' values are summed."""
+        return 1.0 if consensus == "sum" else 1.0 / (1.0 - (self.sigma or 0.0))
+
+    def thresholds_for(self, name: str, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
+        """Thresholds of a tensor's experts in their order, or None where they are still to be measured."""
+        if self.trim == "model":
+            return [self.experts[e].threshold or 0.0 for e in experts]
+        known = self.tensor_thresholds.get(name)
+        return [known[e] for e in experts] if known else None
+
+    def add_energies(self, parallel: float, orthogonal: float) -> None:
+        """Add one tensor's update energies."""
+        self.parallel_energy += parallel
+        self.orthogonal_energy += orthogonal
+
+    def to_json(self) -> str:
+        """The file's text; see `write`."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": "neuro_merging",
+            "trim": self.trim,
+            "fingerprint": self.fingerprint,
+            "sigma": self.sigma,
+            "lambda_orthogonal": self.automatic_lambda("mean"),
+            "experts": [{**asdict(e), "voting": key in self.voting} for key, e in self.experts.items()],
+        }
+        if self.tensor_thresholds:
+            names = {key: e.model for key, e in self.experts.items()}
+            content["tensor_thresholds"] = {
+                tensor: {names[key]: value for key, value in row.items()}
+                for tensor, row in self.tensor_thresholds.items()
+            }
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: str, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
+        """Read a profile and make sure that it is one of this merge.
+
+        Args:
+            path: JSON file written by `--profile-out`.
+            tensors: the plan's tensors that count.
+            experts: the plan's experts.
+
+        Raises:
+            UserError: the file is missing, not a trim profile, of another version, or of another merge.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"profile {path}: cannot be read ({error.strerror}); check the path") from None
+        except ValueError:
+            raise UserError(f"profile {path}: not valid JSON; write it again with --profile-out") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"profile {path}: not a trim profile; write one with --profile-out")
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"profile {path}: version {content.get('version')!r}, but this release reads version {VERSION}; "
+                "write it again with --profile-out"
+            )
+        try:
+            return cls._checked(path, content, tensors, experts)
+        except (KeyError, TypeError):
+            raise UserError(f"profile {path}: incomplete; write it again with --profile-out") from None
+
+    @classmethod
+    def _checked(
+        cls, path: str, content: dict, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]
+    ) -> TrimProfile:
+        again = "leave profile out, or write it again with --profile-out"
+        trim = tensors[0].parameters["trim"]
+        if content["trim"] != trim:
+            raise UserError(
+                f"profile {path}: measured with trim: {content['trim']}, the merge asks for {trim}; {again}"
+            )
+        if content["fingerprint"] != fingerprint(tensors):
+            raise UserError(f"profile {path}: measured on other tensors than this merge writes; {again}")
+        found = {entry["model"]: entry for entry in content["experts"]}
+        profile = cls(trim=trim, fingerprint=content["fingerprint"])
+        for expert in experts:
+            entry = found.get(str(expert))
+            if entry is None:
+                known = ", ".join(found) or "none"
+                raise UserError(f"profile {path}: no expert {expert} in it (found: {known}); {again}")
+            density = one_density(tensors, expert)
+            if entry["density"] != density:
+                raise UserError(
+                    f"profile {path}: {expert} was measured with density {entry['density']}, "
+                    f"the merge asks for {density}; {again}"
+                )
+            if entry.pop("voting"):
+                profile.voting.append(expert)
+            profile.experts[expert] = ExpertTrim(**entry)
+        by_name = {str(expert): expert for expert in experts}
+        profile.tensor_thresholds = {
+            tensor: {by_name[name]: value for name, value in row.items() if name in by_name}
+            for tensor, row in content.get("tensor_thresholds", {}).items()
+        }
+        return profile
+
+
+def fingerprint(tensors: Sequence[PlannedTensor]) -> str:
+    """Short hash of the tensors' names, in any order."""
+    return hashlib.sha256("\n".join(sorted(t.name for t in tensors)).encode()).hexdigest()[:16]
+
+
+def one_density(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | None:
+    """The expert's density where it is the same for all tensors, else None."""
+    values = {
+        t.expert_parameters["density"][expert] for t in tensors if expert in t.expert_parameters["density"]
+    }
+    return values.pop() if len(values) == 1 else None
+
+
+def measure_model(
+    tensors: Sequence[PlannedTensor],
+    experts: Sequence[Hashable],
+    voting: Sequence[Hashable],
+    context: MergeContext,
+) -> TrimProfile:
+    """One exact threshold and σ per expert over all tensors, in memory bounded by one tensor.
+
+    Args:
+        tensors: the plan's tensors, each counted once.
+        experts: ids in a fixed order.
+        voting: experts whose σ counts.
+        context: progress and the policy on non-finite values.
+
+    Raises:
+        UserError: an input holds NaN or Inf.
+    """
+    searches = {}
+    for expert in experts:
+        searches[expert] = ThresholdSearch(one_density(tensors, expert) or 1.0)
+    for expert, runs in _sample(tensors, experts, context).items():
+        searches[expert].bracket_from_sample(runs)
+    open_searches = dict(searches)
+    while open_searches:
+        label = "Measuring trim thresholds" + (" again" if len(open_searches) < len(searches) else "")
+        for tensor in context.progress(label, tensors):
+            base, found = tensor.load()
+            if base is not None and base.is_floating_point():
+                _count(
+                    tensor.name,
+                    base,
+                    {e: found[e] for e in open_searches if e in found},
+                    open_searches,
+                    context,
+                )
+        open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
+    return TrimProfile(
+        trim="model",
+        experts={
+            e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()
+        },
+        voting=list(voting),
+        fingerprint=fingerprint(tensors),
+    )
+
+
+def measure_tensors(
+    tensors: Sequence[PlannedTensor],
+    experts: Sequence[Hashable],
+    voting: Sequence[Hashable],
+    context: MergeContext,
+) -> TrimProfile:
+    """Thresholds per tensor and expert, and each expert's σ over the whole model under them."""
+    entries, total, removed = (
+        dict.fromkeys(experts, 0),
+        dict.fromkeys(experts, 0.0),
+        dict.fromkeys(experts, 0.0),
+    )
+    thresholds: dict[str, dict[Hashable, float]] = {}
+    for tensor in context.progress("Measuring trim thresholds", tensors):
+        base, found = tensor.load()
+        if base is None or not base.is_floating_point() or not found:
+            continue
+        searches = measure_tensor(tensor.name, base, found, tensor.expert_parameters["density"], context)
+        thresholds[tensor.name] = {e: s.threshold or 0.0 for e, s in zip(found, searches, strict=True)}
+        for expert, search in zip(found, searches, strict=True):
+            entries[expert] += search.entries
+            total[expert] += search.total_l1
+            removed[expert] += search.removed_l1
+    sigma = {e: removed[e] / total[e] if total[e] > 0 else 0.0 for e in experts}
+    return TrimProfile(
+        trim="tensor",
+        experts={e: ExpertTrim(str(e), one_density(tensors, e), entries[e], None, sigma[e]) for e in experts},
+        voting=list(voting),
+        tensor_thresholds=thresholds,
+        fingerprint=fingerprint(tensors),
+    )
+
+
+def measure_tensor(
+    name: str,
+    base: Tensor,
+    experts: Mapping[Hashable, Tensor],
+    densities: Mapping[Hashable, float],
+    context: MergeContext,
+) -> list[ThresholdSearch]:
+    """Finished searches of one tensor's experts, in their order (`trim: tensor`)."""
+    searches = {e: ThresholdSearch(densities[e]) for e in experts}
+    spacing = max(_RUN, base.numel() // _RUNS)
+    for expert, tensor in experts.items():
+        searches[expert].bracket_from_sample(_runs(base, tensor, range(0, base.numel(), spacing), context))
+    open_searches = dict(searches)
+    while open_searches:
+        _count(name, base, {e: experts[e] for e in open_searches}, open_searches, context)
+        open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
+    return list(searches.values())
+
+
+def _count(
+    name: str,
+    base: Tensor,
+    experts: Mapping[Hashable, Tensor],
+    searches: Mapping[Hashable, ThresholdSearch],
+    context: MergeContext,
+) -> None:
+    ids = list(experts)
+    for index, chunk in task_vector_chunks(base, list(experts.values())):
+        if context.allow_nonfinite:
+            chunk.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        searches[ids[index]].count(chunk)
+    for expert in ids:
+        if not math.isfinite(searches[expert].total_l1):
+            where = "the base model" if not bool(torch.isfinite(base).all()) else str(expert)
+            raise UserError(
+                f"{name}: {where} holds NaN or Inf; use a sound checkpoint, or --allow-nonfinite to go on without "
+                "these entries"
+            )
+
+
+def _sample(
+    tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], context: MergeContext
+) -> dict[Hashable, list[Tensor]]:
+    loaded = ((t, *t.load()) for t in tensors)
+    sizes = [base.numel() if base is not None and base.is_floating_point() else 0 for _, base, _ in loaded]
+    spacing = max(_RUN, sum(sizes) // _RUNS)
+    runs: dict[Hashable, list[Tensor]] = {e: [] for e in experts}
+    position = 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        starts = range(-position % spacing, size, spacing)
+        position += size
+        if not starts:
+            continue
+        base, found = tensor.load()
+        for expert, values in found.items():
+            runs[expert] += _runs(base, values, starts, context)
+    return runs
+
+
+def _runs(base: Tensor, expert: Tensor, starts: range, context: MergeContext) -> list[Tensor]:
+    base, expert = base.reshape(-1), expert.reshape(-1)
+    runs = []
+    for start in starts:
+        run = (expert[start : start + _RUN].float() - base[start : start + _RUN].float()).abs_().cpu()
+        runs.append(run.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if context.allow_nonfinite else run)
+    return runs

@@ -1,0 +1,284 @@
+"""Between mergekit's planner and our methods: the plan of a merge, as a method of ours sees it.
+
+mergekit's planner has made one `ExecuteMergeMethodTask` per output tensor. Here each becomes a `PlannedMergeTask` that
+also waits for one `MeasureTask`, which streams over all tensors first. Both are ordinary tasks of mergekit's graph, so
+its executors schedule them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import dtype_from_name
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from torch import Tensor
+from tqdm import tqdm
+
+from neuron_methods.errors import UserError
+from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.plugin.session import MergeSession, current_session
+
+
+@dataclass(eq=False)
+class MethodPlan:
+    """The plan of one merge by a method of ours.
+
+    Attributes:
+        method: the method.
+        tensors: every tensor it will merge.
+        context: goes with the merge; its state is set by `measure`.
+        device: where tensors are measured.
+    """
+
+    method: PlannedMethod
+    tensors: list[PlannedTensor]
+    context: MergeContext
+    device: str = "cpu"
+    known_values: dict[Task, Any] = field(default_factory=dict)
+
+    def measure(self) -> MergeContext:
+        """Run the method's measuring pass once."""
+        if self.context.state is None:
+            self.context.state = self.method.measure(self.tensors, self.context)
+        return self.context
+
+
+class MeasureTask(Task[MergeContext], arbitrary_types_allowed=True):
+    """Stream over all tensors of a merge before the first is merged."""
+
+    plan: MethodPlan
+    tokenizer_task: Task | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        """The tokenizer, where embeddings have to be aligned before they can be measured."""
+        return {"tokenizer_info": self.tokenizer_task} if self.tokenizer_task is not None else {}
+
+    def execute(self, **kwargs: Any) -> MergeContext:
+        """Measure; the context carries the result to every tensor."""
+        if self.tokenizer_task is not None:
+            self.plan.known_values[self.tokenizer_task] = kwargs["tokenizer_info"]
+        return self.plan.measure()
+
+    def priority(self) -> int:
+        """Before anything else that is ready."""
+        return 100000
+
+    def main_thread_only(self) -> bool:
+        """Leading task of the multi-GPU executor."""
+        return True
+
+
+class PlannedMergeTask(ExecuteMergeMethodTask, arbitrary_types_allowed=True):
+    """Merge one tensor within the context of the whole merge."""
+
+    measure: MeasureTask | None = None
+    session: MergeSession | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        """The tensors, and the measured context where the method is ours."""
+        arguments = super().arguments()
+        if self.measure is not None:
+            arguments["context"] = self.measure
+        return arguments
+
+    def execute(
+        self, tensors: dict[Hashable, Tensor], context: MergeContext | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """Merge, and let the session look at what came out."""
+        if self.session is None:
+            with merge_context(context):
+                return super().execute(tensors=tensors)
+        with self.session.merging(self.output_weight.name, tensors) as inspect, merge_context(context):
+            return inspect(super().execute(tensors=tensors))
+
+
+def attach_to_planner(planner: Any) -> None:
+    """Follow `MergePlanner._plan`: give a method of ours the plan, and the session of our command a look at it.
+
+    Raises:
+        UserError: what the method or the session refuses, before any tensor is read.
+    """
+    session = current_session()
+    method = planner._method
+    if isinstance(method, PlannedMethod):
+        # `dtype` would round inputs before their difference is taken. Our methods compute in float32 from the stored
+        # dtype whatever is written, so `dtype` can only mean the dtype of the output.
+        config = planner.config
+        planner.config = config.model_copy(
+            update={"dtype": None, "out_dtype": config.out_dtype or config.dtype}
+        )
+        tasks = [(weight, _without_input_dtype(task)) for weight, task in planner._tensors]
+        planner._tensors = attach(
+            method,
+            tasks,
+            out_dtype=planner.config.out_dtype,
+            device=planner.options.device or "cpu",
+            quiet=planner.options.quiet,
+            tokenizer_task=planner._tokenizer_task,
+        )
+    if session is not None:
+        planner._tensors = [
+            (weight, PlannedMergeTask(**{**dict(task), "session": session}))
+            for weight, task in planner._tensors
+        ]
+        session.planned(planner)
+
+
+def attach_to_flat_merge(config: Any, tasks: Sequence[Task]) -> list[Task]:
+    """Follow `plan_flat_merge` of mergekit-pytorch, likewise.
+
+    Args:
+        config: its `RawPyTorchMergeConfig`.
+        tasks: one `SaveTensor` per tensor, then a `FinalizeModel`.
+    """
+    method = registry.get(config.merge_method)
+    if not isinstance(method, PlannedMethod):
+        return list(tasks)
+    saves = [task for task in tasks if isinstance(task, SaveTensor)]
+    out_dtype = config.out_dtype or config.dtype
+    attached = attach(
+        method,
+        [(save.tensor_task.output_weight, _without_input_dtype(save.tensor_task)) for save in saves],
+        out_dtype=out_dtype,
+        device="cpu",
+        quiet=False,
+        tokenizer_task=None,
+    )
+    new_saves = [
+        s.model_copy(update={"tensor_task": task}) for s, (_, task) in zip(saves, attached, strict=True)
+    ]
+    (finalize,) = [task for task in tasks if task not in saves]
+    return [*new_saves, finalize.model_copy(update={"tensor_save_tasks": tuple(new_saves)})]
+
+
+def attach(
+    method: PlannedMethod,
+    tasks: Sequence[tuple[WeightInfo, ExecuteMergeMethodTask]],
+    *,
+    out_dtype: str | None,
+    device: str,
+    quiet: bool,
+    tokenizer_task: Task | None,
+) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+    """Turn mergekit's merge tasks into planned ones.
+
+    Args:
+        method: ours.
+        tasks: (weight, task) per output tensor.
+        out_dtype: dtype to write, as mergekit spells it.
+        device: where to measure.
+        quiet: no progress bars.
+        tokenizer_task: builds the tokenizer, where the YAML asks for one.
+
+    Returns:
+        The same list with `PlannedMergeTask`s.
+    """
+    session = current_session()
+    context = MergeContext(out_dtype=dtype_from_name(out_dtype))
+    if session is not None:
+        context.allow_nonfinite = session.allow_nonfinite
+        session.context = context
+    if not quiet:
+        context.progress = _progress
+    plan = MethodPlan(method, [], context, device)
+    counted: set[str] = set()
+    for weight, task in tasks:
+        repeats = _repeats_tied(weight, task, counted)
+        plan.tensors.append(_planned_tensor(plan, weight, task, repeats))
+        if not repeats:
+            counted.add(weight.name)
+    method.check(plan.tensors)
+    measure = MeasureTask(plan=plan, tokenizer_task=tokenizer_task)
+    return [
+        (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype}))
+        for weight, task in tasks
+    ]
+
+
+def _planned_tensor(
+    plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask, repeats: bool
+) -> PlannedTensor:
+    expert_parameters: dict[str, dict[Hashable, Any]] = {}
+    for model, values in task.input_parameters.items():
+        for name, value in values.items():
+            expert_parameters.setdefault(name, {})[model] = value
+
+    def load() -> tuple[Tensor | None, dict[Hashable, Tensor]]:
+        tensors = dict(_evaluate(task.gather_tensors, plan.known_values))
+        if plan.device != "cpu":
+            tensors = {model: tensor.to(plan.device) for model, tensor in tensors.items()}
+        return tensors.pop(task.base_model, None), tensors
+
+    return PlannedTensor(
+        name=weight.name,
+        load=load,
+        parameters=dict(task.parameters.items()),
+        expert_parameters=expert_parameters,
+        repeats=repeats,
+    )
+
+
+def _repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set[str]) -> bool:
+    """Whether every input stores this weight as a copy of one that is already counted, or not at all.
+
+    Older checkpoints store tied weights under each of their names; they are one set of entries all the same.
+    """
+    gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+    tied_names = counted.intersection(weight.tied_names or ())
+    if not weight.optional or not tied_names or not isinstance(gather, GatherTensors):
+        return False
+    for load in gather.arguments().values():
+        loader = LoaderCache().get(load.model)
+        stored = loader.index.tensor_paths
+        own = next((n for n in (load.tensor, *(load.aliases or ())) if n in stored), None)
+        tied = next((n for n in tied_names if n in stored), None)
+        if own is not None and (
+            tied is None or not torch.equal(loader.get_tensor(own), loader.get_tensor(tied))
+        ):
+            return False
+    return True
+
+
+def _evaluate(task: Task, known: Mapping[Task, Any]) -> Any:
+    """Run a task and what it depends on, outside of an executor."""
+    if task in known:
+        return known[task]
+    return task.execute(**{name: _evaluate(needed, known) for name, needed in task.arguments().items()})
+
+
+def _without_input_dtype(task: ExecuteMergeMethodTask) -> ExecuteMergeMethodTask:
+    return task.model_copy(update={"gather_tensors": _undyed(task.gather_tensors), "dtype": None})
+
+
+def _undyed(task: Task) -> Task:
+    update: dict[str, Any] = {}
+    if "dtype" in type(task).model_fields:
+        update["dtype"] = None
+    if "gather_tensors" in type(task).model_fields:
+        update["gather_tensors"] = _undyed(task.gather_tensors)
+    if "tensors" in type(task).model_fields:  # mergekit-pytorch: {model: task that loads}
+        update["tensors"] = type(task.tensors)({model: _undyed(load) for model, load in task.tensors.items()})
+    return task.model_copy(update=update)
+
+
+def _progress(description: str, tensors: Sequence[PlannedTensor]) -> Iterator[PlannedTensor]:
+    return iter(tqdm(tensors, desc=description, unit="tensor"))
+
+
+def stored_name(load: LoadTensor) -> str | None:
+    """Name under which a model stores what `load` asks for; None where it has to be converted or is missing.
+
+    Raises:
+        UserError: the model's files cannot be indexed.
+    """
+    try:
+        return load._resolve_name(LoaderCache().get(load.model))
+    except RuntimeError as error:
+        raise UserError(f"{load.model}: {error}") from None

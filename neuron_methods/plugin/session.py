@@ -1,0 +1,133 @@
+"""What our command adds to one run of mergekit: checks before, progress and checks during, facts for the summary.
+
+A session is announced by `merge_session`; `planning.attach_to_planner` shows it the plan and wraps each tensor's task
+with `MergeSession.merging`. mergekit's own methods pass through it as well as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from neuron_methods.errors import UserError
+from neuron_methods.methods.contract import MergeContext
+
+
+@dataclass(eq=False)
+class MergeSession:
+    """One run of `mergekit-neuron merge`.
+
+    Attributes:
+        on_plan: called with mergekit's planner once the plan stands, before any tensor is merged; it may refuse by
+            raising `UserError`.
+        allow_nonfinite: go on where a tensor holds NaN or Inf.
+        quiet: no progress bars.
+        context: the context of our method's merge, None for mergekit's own methods.
+    """
+
+    on_plan: Callable[[Any], None] = lambda _planner: None
+    allow_nonfinite: bool = False
+    quiet: bool = False
+    context: MergeContext | None = None
+    _bar: tqdm | None = field(default=None, repr=False)
+    _tensors: int = 0
+
+    def planned(self, planner: Any) -> None:
+        """Take note of the plan."""
+        self._tensors = len(planner._tensors)
+        self.on_plan(planner)
+
+    @contextmanager
+    def merging(
+        self, name: str, tensors: Mapping[Hashable, Tensor]
+    ) -> Iterator[Callable[[Tensor | None], Tensor | None]]:
+        """Surround the merge of one tensor.
+
+        Args:
+            name: the output tensor's.
+            tensors: {model: tensor}, the inputs.
+
+        Yields:
+            A function that passes the merged tensor through, if it is sound.
+
+        Raises:
+            UserError: the result holds NaN or Inf, or the method failed, because an input does.
+        """
+        if self._bar is None:
+            self._bar = tqdm(total=self._tensors, desc="Merging tensors", unit="tensor", disable=self.quiet)
+
+        def inspect(merged: Tensor | None) -> Tensor | None:
+            if merged is not None and not self.allow_nonfinite and not is_finite(merged):
+                raise _nonfinite_result(name, tensors)
+            return merged
+
+        try:
+            yield inspect
+        except UserError:
+            raise
+        except (RuntimeError, ValueError):
+            if not self.allow_nonfinite and (culprits := nonfinite_inputs(tensors)):
+                raise _nonfinite_input(name, culprits) from None
+            raise
+        self._bar.update()
+
+    def close(self) -> None:
+        """End the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+_SESSION: ContextVar[MergeSession | None] = ContextVar("neuron_methods_session", default=None)
+
+
+@contextmanager
+def merge_session(session: MergeSession) -> Iterator[MergeSession]:
+    """Make `session` the one that plans and tensors of this run are shown to."""
+    token = _SESSION.set(session)
+    try:
+        yield session
+    finally:
+        _SESSION.reset(token)
+        session.close()
+
+
+def current_session() -> MergeSession | None:
+    """The session of the command that is running; None under mergekit's own commands."""
+    return _SESSION.get()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf.
+
+    A finite sum proves it in one read; only where the sum is not finite is every entry looked at.
+    """
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def nonfinite_inputs(tensors: Mapping[Hashable, Tensor]) -> list[Hashable]:
+    """Models whose tensor holds NaN or Inf."""
+    return [model for model, tensor in tensors.items() if not is_finite(tensor)]
+
+
+def _nonfinite_input(name: str, culprits: list[Hashable]) -> UserError:
+    return UserError(
+        f"{name}: NaN or Inf in {', '.join(map(str, culprits))}; use a sound checkpoint, or --allow-nonfinite to go on"
+    )
+
+
+def _nonfinite_result(name: str, tensors: Mapping[Hashable, Tensor]) -> UserError:
+    if culprits := nonfinite_inputs(tensors):
+        return _nonfinite_input(name, culprits)
+    return UserError(
+        f"{name}: the merge came out as NaN or Inf though all inputs are finite; the output dtype may be too narrow "
+        "for the parameters given: try out_dtype: float32 or smaller weights"
+    )
