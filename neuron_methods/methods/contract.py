@@ -94,6 +94,10 @@ class PlannedMethod(GroupMergeMethod):
             UserError: naming the parameter and what to do.
         """
 
+    def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
+        """Whether `measure` will read tensors for this plan."""
+        return True
+
     @abstractmethod
     def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> Any:
         """Stream over all tensors of the merge; the result becomes `context.state`."""
@@ -116,9 +120,7 @@ class PlannedMethod(GroupMergeMethod):
         # The method writes each block of rows in the final dtype itself; mergekit would round twice.
         context = replace(context, out_dtype=out_dtype or context.out_dtype)
         with merge_context(context):
-            return super()._execute(
-                groups, parameters, options, input_dtypes=input_dtypes, out_dtype=context.out_dtype
-            )
+            return super()._execute(groups, parameters, options, input_dtypes=input_dtypes, out_dtype=context.out_dtype)
 
 
 def _planned_in_memory(group: TensorGroup, parameters: Mapping[str, Any]) -> PlannedTensor:
@@ -146,16 +148,12 @@ def _number(name: str, value: Any, low: float, high: float, low_open: bool) -> f
     except (TypeError, ValueError):
         number = float("nan")
     if not (low < number <= high if low_open else low <= number <= high) or abs(number) == float("inf"):
-        expected = (
-            "a finite number" if (low, high) == (-float("inf"), float("inf")) else f"a number in {bounds}"
-        )
+        expected = "a finite number" if (low, high) == (-float("inf"), float("inf")) else f"a number in {bounds}"
         raise UserError(f"{name} must be {expected}; got {value!r}")
     return number
 
 
-def number(
-    name: str, low: float = -float("inf"), high: float = float("inf"), *, low_open: bool = False
-) -> Any:
+def number(name: str, low: float = -float("inf"), high: float = float("inf"), *, low_open: bool = False) -> Any:
     """Type of a numeric parameter; out of range it is refused with the parameter's name and range.
 
     Args:

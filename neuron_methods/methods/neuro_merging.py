@@ -151,6 +151,14 @@ class NeuroMerging(PlannedMethod):
                 "one threshold per expert has one density; give one number, or set trim: tensor",
             )
 
+    def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
+        """Whether thresholds or σ must be measured: not with a profile, nor where no parameter asks for them."""
+        if not tensors or tensors[0].parameters["profile"]:
+            return False
+        return tensors[0].parameters["trim"] == "model" or any(
+            t.parameters["lambda_orthogonal"] == "auto" and t.parameters["consensus"] == "mean" for t in tensors
+        )
+
     def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> TrimProfile:
         """Step 1 over the whole model, and σ of step 6: one streaming pass over all tensors.
 
@@ -166,14 +174,10 @@ class NeuroMerging(PlannedMethod):
         voting = [e for e in experts if any(t.expert_parameters["weight"][e] != 0 for t in _with(counted, e))]
         if shared["profile"]:
             return TrimProfile.read(shared["profile"], counted, experts)
-        if shared["trim"] == "model":
-            return measure_model(counted, experts, voting, context)
-        if any(
-            t.parameters["lambda_orthogonal"] == "auto" and t.parameters["consensus"] == "mean"
-            for t in counted
-        ):
-            return measure_tensors(counted, experts, voting, context)
-        return TrimProfile(trim="tensor")
+        if not self.measures(counted):
+            return TrimProfile(trim=shared["trim"])
+        measure = measure_model if shared["trim"] == "model" else measure_tensors
+        return measure(counted, experts, voting, context)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Steps 1 to 6 for one tensor.

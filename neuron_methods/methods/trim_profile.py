@@ -182,9 +182,7 @@ def fingerprint(tensors: Sequence[PlannedTensor]) -> str:
 
 def one_density(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | None:
     """The expert's density where it is the same for all tensors, else None."""
-    values = {
-        t.expert_parameters["density"][expert] for t in tensors if expert in t.expert_parameters["density"]
-    }
+    values = {t.expert_parameters["density"][expert] for t in tensors if expert in t.expert_parameters["density"]}
     return values.pop() if len(values) == 1 else None
 
 
@@ -226,9 +224,7 @@ def measure_model(
         open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
     return TrimProfile(
         trim="model",
-        experts={
-            e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()
-        },
+        experts={e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()},
         voting=list(voting),
         fingerprint=fingerprint(tensors),
     )

@@ -111,9 +111,7 @@ def attach_to_planner(planner: Any) -> None:
         # `dtype` would round inputs before their difference is taken. Our methods compute in float32 from the stored
         # dtype whatever is written, so `dtype` can only mean the dtype of the output.
         config = planner.config
-        planner.config = config.model_copy(
-            update={"dtype": None, "out_dtype": config.out_dtype or config.dtype}
-        )
+        planner.config = config.model_copy(update={"dtype": None, "out_dtype": config.out_dtype or config.dtype})
         tasks = [(weight, _without_input_dtype(task)) for weight, task in planner._tensors]
         planner._tensors = attach(
             method,
@@ -125,8 +123,7 @@ def attach_to_planner(planner: Any) -> None:
         )
     if session is not None:
         planner._tensors = [
-            (weight, PlannedMergeTask(**{**dict(task), "session": session}))
-            for weight, task in planner._tensors
+            (weight, PlannedMergeTask(**{**dict(task), "session": session})) for weight, task in planner._tensors
         ]
         session.planned(planner)
 
@@ -151,9 +148,7 @@ def attach_to_flat_merge(config: Any, tasks: Sequence[Task]) -> list[Task]:
         quiet=False,
         tokenizer_task=None,
     )
-    new_saves = [
-        s.model_copy(update={"tensor_task": task}) for s, (_, task) in zip(saves, attached, strict=True)
-    ]
+    new_saves = [s.model_copy(update={"tensor_task": task}) for s, (_, task) in zip(saves, attached, strict=True)]
     (finalize,) = [task for task in tasks if task not in saves]
     return [*new_saves, finalize.model_copy(update={"tensor_save_tasks": tuple(new_saves)})]
 
@@ -185,6 +180,7 @@ def attach(
     if session is not None:
         context.allow_nonfinite = session.allow_nonfinite
         session.context = context
+        quiet = session.quiet
     if not quiet:
         context.progress = _progress
     plan = MethodPlan(method, [], context, device)
@@ -202,12 +198,10 @@ def attach(
     ]
 
 
-def _planned_tensor(
-    plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask, repeats: bool
-) -> PlannedTensor:
+def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask, repeats: bool) -> PlannedTensor:
     expert_parameters: dict[str, dict[Hashable, Any]] = {}
-    for model, values in task.input_parameters.items():
-        for name, value in values.items():
+    for model in task.model_order:
+        for name, value in task.input_parameters[model].items():
             expert_parameters.setdefault(name, {})[model] = value
 
     def load() -> tuple[Tensor | None, dict[Hashable, Tensor]]:
@@ -239,9 +233,7 @@ def _repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set
         stored = loader.index.tensor_paths
         own = next((n for n in (load.tensor, *(load.aliases or ())) if n in stored), None)
         tied = next((n for n in tied_names if n in stored), None)
-        if own is not None and (
-            tied is None or not torch.equal(loader.get_tensor(own), loader.get_tensor(tied))
-        ):
+        if own is not None and (tied is None or not torch.equal(loader.get_tensor(own), loader.get_tensor(tied))):
             return False
     return True
 

@@ -1,0 +1,86 @@
+"""The plan of a merge in words: what `--dry-run` prints."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+from neuron_methods.plugin.preflight import MergePlan, format_bytes
+
+# First match decides; names are those of the checkpoints of the Llama, T5, ViT and CLIP families and their like.
+_KINDS = (
+    ("norms", r"norm|layrnorm|ln_|\.ln\d?\."),
+    ("biases", r"bias$"),
+    ("heads", r"lm_head|classifier|^score|text_projection|visual_projection|logit_scale"),
+    ("embeddings", r"embed|shared\.weight|wte|wpe|cls_token|distillation_token|relative_attention_bias"),
+    ("attention", r"attn|attention"),
+    ("MLP", r"mlp|dense|fc\d|feed_forward|intermediate|output|experts|ffn"),
+)
+
+
+def kind_of(name: str) -> str:
+    """Kind of a tensor by its name: norms, biases, heads, embeddings, attention, MLP or other."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def describe_plan(plan: MergePlan) -> str:
+    """Tell what a merge would do.
+
+    Args:
+        plan: from `neuron_methods.plugin.merging.plan_merge`.
+
+    Returns:
+        Lines of text: tensors by kind, what the parameters resolve to for each, bytes and memory.
+    """
+    kinds: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for weight, inputs, size in plan.tensors:
+        entries = next(iter(inputs.values())).entries if inputs else 0
+        kinds[kind_of(weight.name)].append((weight.name, entries, size))
+    models = list(dict.fromkeys(model for _, inputs, _ in plan.tensors for model in inputs))
+    lines = [f"{plan.method} of {len(models)} models, base {plan.base or 'none'}"]
+    for kind, tensors in kinds.items():
+        entries, size = sum(t[1] for t in tensors), sum(t[2] for t in tensors)
+        plural = "" if len(tensors) == 1 else "s"
+        lines.append(f"  {kind}: {len(tensors)} tensor{plural}, {entries:,} parameters, {format_bytes(size)} to write")
+        lines += [f"    {line}" for line in _resolved(plan, [t[0] for t in tensors])]
+    passes = "two passes: thresholds, merge" if plan.measures else "one pass"
+    total = sum(t[1] for tensors in kinds.values() for t in tensors)
+    lines += [
+        f"  in all: {len(plan.tensors)} tensors, {total:,} parameters",
+        f"  to read: {format_bytes(plan.bytes_to_read)} ({passes})",
+        f"  to write: {format_bytes(plan.bytes_to_write)}",
+        f"  peak memory: about {format_bytes(plan.peak_memory)}, and pages of the input files as far as they fit",
+    ]
+    lines += [f"  {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _resolved(plan: MergePlan, names: list[str]) -> list[str]:
+    shared: dict[str, list[Any]] = defaultdict(list)
+    per_model: dict[Any, dict[str, list[Any]]] = {}
+    for name in names:
+        if name not in plan.parameters:
+            continue
+        own, models = plan.parameters[name]
+        for key, value in own.items():
+            shared[key].append(value)
+        for model, values in models.items():
+            target = per_model.setdefault(model, defaultdict(list))
+            for key, value in values.items():
+                target[key].append(value)
+    lines = [_assignments(shared)] if shared else []
+    return lines + [f"{model}: {_assignments(values)}" for model, values in per_model.items() if values]
+
+
+def _assignments(parameters: dict[str, list[Any]]) -> str:
+    return ", ".join(f"{key}={_span(values)}" for key, values in parameters.items() if _span(values) != "")
+
+
+def _span(values: list[Any]) -> str:
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) == 1:
+        return f"{distinct[0]:g}" if isinstance(distinct[0], float) else str(distinct[0])
+    if all(isinstance(v, (int, float)) for v in distinct):
+        return f"{min(distinct):g} to {max(distinct):g}"
+    return " or ".join(map(str, distinct))

@@ -1,0 +1,279 @@
+"""Look at a plan before any tensor is merged: are all tensors there, do they fit, what will it cost.
+
+Only headers are read. Everything that can be refused is refused here, so that a long merge does not end in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.methods.contract import SCRATCH_BYTES, PlannedMethod, PlannedTensor
+
+# Process with mergekit, torch and transformers loaded, before any tensor.
+_PROCESS_BYTES = 450 * 1024 * 1024
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shape and dtype of a stored tensor, without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return self.entries * self.dtype.itemsize
+
+
+@dataclass
+class MergePlan:
+    """What a merge will do, as far as headers tell.
+
+    Attributes:
+        method: name in the YAML.
+        tensors: (weight, {model: header of its input}, bytes it will take on disk) in the planner's order.
+        parameters: {tensor name: (shared parameters, {model: its parameters})}.
+        base: the base model, if any.
+        carried: tensors of the base outside mergekit's definition, copied unchanged.
+        measures: whether a pass over all tensors comes before the merge.
+        out_shard_size: bytes a shard may take.
+        notes: what the user should know and no error is.
+    """
+
+    method: str
+    base: ModelReference | None
+    measures: bool
+    out_shard_size: int
+    tensors: list[tuple[WeightInfo, dict[ModelReference, Header], int]] = field(default_factory=list)
+    parameters: dict[str, tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes read over all passes."""
+        once = sum(header.bytes for _, inputs, _ in self.tensors for header in inputs.values())
+        return once * (2 if self.measures else 1)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(size for _, _, size in self.tensors)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimate of the process's peak in bytes, file pages the system may drop again not counted."""
+        largest = max((h.entries for _, inputs, _ in self.tensors for h in inputs.values()), default=0)
+        experts = max((len(inputs) for _, inputs, _ in self.tensors), default=1)
+        scratch = min(SCRATCH_BYTES, largest * 4 * (experts + 1))
+        return _PROCESS_BYTES + min(self.bytes_to_write, self.out_shard_size) + largest * 4 + scratch
+
+
+def inspect_plan(planner: Any) -> MergePlan:
+    """Check a plan against the headers of its inputs.
+
+    Args:
+        planner: mergekit's `MergePlanner` after planning, its tasks those of `planning.attach_to_planner`.
+
+    Raises:
+        UserError: a tensor is missing, or shapes do not fit.
+    """
+    method = planner._method
+    plan = MergePlan(
+        method=method.spec.name,
+        base=planner.config.base_model,
+        measures=isinstance(method, PlannedMethod) and method.measures(_planned_tensors(planner)),
+        out_shard_size=planner.options.out_shard_size,
+    )
+    headers = HeaderCache()
+    aligned = planner._tokenizer_task is not None or planner.options.unsafe_truncate_embeddings
+    for weight, task in planner._tensors:
+        gather = _gather(task.gather_tensors)
+        inputs = {}
+        for load in gather.arguments().values():
+            header = headers.of(load, planner.options.trust_remote_code)
+            if header is not None:
+                inputs[load.model] = header
+        _check_shapes(weight, inputs, task.base_model, aligned)
+        stored = next(iter(inputs.values()), None)
+        written = weight.force_dtype or planner.config.out_dtype or planner.config.dtype
+        dtype = dtype_from_name(written) or _promoted(inputs.values())
+        size = stored.entries * dtype.itemsize if stored else 0
+        plan.tensors.append((weight, inputs, size))
+        per_model = {model: dict(values.items()) for model, values in task.input_parameters.items()}
+        plan.parameters[weight.name] = (dict(task.parameters.items()), per_model)
+    return plan
+
+
+def check_space(plan: MergePlan, directory: str) -> None:
+    """Refuse where the output will not fit on the disk.
+
+    Raises:
+        UserError: naming the directory, what is free and what is needed.
+    """
+    free = shutil.disk_usage(directory).free
+    if plan.bytes_to_write > free:
+        raise UserError(
+            f"{directory}: {format_bytes(plan.bytes_to_write)} to write, {format_bytes(free)} free; "
+            "make room or choose another disk"
+        )
+
+
+class HeaderCache:
+    """Headers of the models' tensors, each file opened once."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Any] = {}
+
+    def of(self, load: LoadTensor, trust_remote_code: bool = False) -> Header | None:
+        """Header of what `load` will read; None for an optional tensor the model does not have.
+
+        Raises:
+            UserError: the tensor is required and missing, or a file is unreadable.
+        """
+        loader = LoaderCache().get(load.model)
+        name = load._resolve_name(loader)
+        if name is None:
+            if load.optional:
+                return None
+            keys = set(loader.index.tensor_paths)
+            model_type = load.model.config(trust_remote_code=trust_remote_code).model_type
+            if not can_convert_checkpoint_keys(model_type, keys, load.tensor):
+                raise UserError(
+                    f"{load.model}: tensor {load.tensor} is missing from its checkpoint ({len(keys)} tensors found); "
+                    "the architecture in its config.json promises it: is the checkpoint complete?"
+                )
+            return header_of(load.execute())
+        return self.stored(loader, name)
+
+    def stored(self, loader: Any, name: str) -> Header:
+        """Header of a tensor by the name it is stored under."""
+        if hasattr(loader, "header"):  # loaders of ours know without reading
+            return Header(*loader.header(name))
+        path = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
+        if not path.endswith(".safetensors"):
+            return header_of(loader.get_tensor(name))
+        if path not in self._files:
+            self._files[path] = open_safetensors(path)
+        try:
+            slice_ = self._files[path].get_slice(name)
+        except safetensors.SafetensorError:
+            raise UserError(f"{path}: the index promises tensor {name}, but the file does not hold it") from None
+        dtype = _DTYPES.get(slice_.get_dtype())
+        if dtype is None:
+            raise UserError(f"{path}: tensor {name} has dtype {slice_.get_dtype()}, which no merge method takes")
+        return Header(tuple(slice_.get_shape()), dtype)
+
+
+def open_safetensors(path: str) -> Any:
+    """Open a safetensors file for lazy reading.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, but the checkpoint's index names it") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); download or save it again") from None
+
+
+def header_of(tensor: Tensor) -> Header:
+    """Header of a tensor in memory."""
+    return Header(tuple(tensor.shape), tensor.dtype)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def read_index(path: str) -> dict[str, str]:
+    """{tensor: file} of a saved model's safetensors, by its index or its one file."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index, encoding="utf-8") as file:
+            return json.load(file)["weight_map"]
+    return dict.fromkeys(open_safetensors(os.path.join(path, "model.safetensors")).keys(), "model.safetensors")
+
+
+def _planned_tensors(planner: Any) -> list[PlannedTensor]:
+    return next((task.measure.plan.tensors for _, task in planner._tensors if task.measure is not None), [])
+
+
+def _gather(task: Any) -> GatherTensors:
+    return getattr(task, "gather_tensors", task)
+
+
+def _check_shapes(
+    weight: WeightInfo, inputs: dict[ModelReference, Header], base: ModelReference | None, aligned: bool
+) -> None:
+    if not inputs:
+        return
+    reference = base if base in inputs else next(iter(inputs))
+    expected = inputs[reference].shape
+    axis = weight.vocabulary_axis
+    for model, header in inputs.items():
+        if header.shape == expected:
+            continue
+        differs_in_vocabulary = (
+            axis is not None
+            and len(header.shape) == len(expected)
+            and header.shape[:axis] + header.shape[axis + 1 :] == expected[:axis] + expected[axis + 1 :]
+        )
+        if differs_in_vocabulary:
+            if aligned:
+                continue
+            raise UserError(
+                f"{weight.name}: vocabularies differ: {model} has {header.shape[axis]} tokens, {reference} has "
+                f"{expected[axis]}; align them in the YAML with tokenizer: {{source: base}} (or source: union)"
+            )
+        raise UserError(
+            f"{weight.name}: shapes differ: {model} has {list(header.shape)}, {reference} has {list(expected)}; "
+            "models of different sizes cannot be merged"
+        )
+
+
+def _promoted(headers: Iterable[Header]) -> torch.dtype:
+    dtype: torch.dtype | None = None
+    for header in headers:
+        dtype = header.dtype if dtype is None else torch.promote_types(dtype, header.dtype)
+    return dtype or torch.float32
