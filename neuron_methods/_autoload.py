@@ -6,8 +6,8 @@ mergekit has no plug-in discovery, so it takes two steps, each as small as can b
    `PTH_CODE` below, runs whenever an interpreter starts and imports nothing: it leaves a finder in front of
    the import system that waits for the first import of `mergekit`, and then calls `arm()`.
    `MERGEKIT_NEURON_AUTOLOAD=0` prevents it.
-2. `arm()` puts a `Hook` in front of the import system. Once mergekit's registry of merge methods has been
-   executed, it calls the functions of `neuron_methods.plugin.registration` that `CALLBACKS` names.
+2. `arm()` puts a `Hook` in front of the import system. Once one of the modules of mergekit in `CALLBACKS`,
+   its registry of merge methods first among them, has been executed, it calls the function named there.
 
 As this happens in other people's processes, nothing here ever raises or prints: mergekit goes on as if we
 were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr.
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-REGISTRY = "mergekit.merge_methods"
-
 # Module of mergekit -> what to call once it has been executed, as "module:function", in the order of calling.
 # A function that does not exist (yet) is passed over.
 CALLBACKS = {
-    REGISTRY: "neuron_methods.plugin.registration:register",
+    "mergekit.merge_methods": "neuron_methods.plugin.registration:register",
+    "mergekit.architecture": "neuron_methods.plugin.architectures:register_architectures",
     "mergekit.io.tasks": "neuron_methods.plugin.registration:patch_loaders",
     "mergekit.plan": "neuron_methods.plugin.registration:patch_planner",
     "mergekit.scripts.merge_raw_pytorch": "neuron_methods.plugin.registration:patch_raw_merge",
@@ -58,13 +57,11 @@ class Hook:
     """A finder for `sys.meta_path` that calls functions after certain modules have been executed.
 
     Callbacks wait until no watched module and no module of our own (`own` prefix) is half executed in the
-    thread, so that they never meet a partly initialised module, and until the module `gate` has been
-    executed.
+    thread, so that they never meet a partly initialised module.
     """
 
-    def __init__(self, callbacks: "Mapping[str, str]", gate: str, own: str) -> None:
+    def __init__(self, callbacks: "Mapping[str, str]", own: str) -> None:
         self.callbacks = callbacks
-        self.gate = gate
         self.own = own
         self._executed: set[str] = set()
         self._pending: set[str] = set()
@@ -120,8 +117,6 @@ class Hook:
                 self._run_pending()
 
     def _run_pending(self) -> None:
-        if self.gate not in self._executed:
-            return
         self._thread.depth += 1  # what callbacks import adds to this loop instead of starting another
         try:
             while due := [name for name in self.callbacks if name in self._pending]:
@@ -195,7 +190,7 @@ def _call(target: str) -> None:
             traceback.print_exc()
 
 
-_hook = Hook(CALLBACKS, gate=REGISTRY, own="neuron_methods.")
+_hook = Hook(CALLBACKS, own="neuron_methods.")
 
 
 def arm(instead_of: object = None) -> None:

@@ -81,7 +81,7 @@ def fakekit(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hook(fakekit):
-    hook = Hook(FAKE_TABLE, gate="fakekit.registry", own="fakeours.")
+    hook = Hook(FAKE_TABLE, own="fakeours.")
     hook.arm()
     return hook
 
@@ -99,12 +99,6 @@ def test_callback_runs_once_after_the_registry_is_executed(hook):
 
 def test_other_imports_touch_nothing(hook):
     import fakekit.other  # noqa: F401
-
-    assert "fakeours" not in sys.modules
-
-
-def test_nothing_runs_before_the_registry_is_imported(hook):
-    import fakekit.tasks  # noqa: F401
 
     assert "fakeours" not in sys.modules
 
@@ -128,7 +122,7 @@ def test_a_missing_function_is_passed_over(hook, capfd, monkeypatch):
 def test_arming_serves_modules_imported_before(fakekit):
     import fakekit.plan
 
-    hook = Hook(FAKE_TABLE, gate="fakekit.registry", own="fakeours.")
+    hook = Hook(FAKE_TABLE, own="fakeours.")
     hook.arm()
     assert calls() == ["register", "patch_plan"]
     assert fakekit.plan.registry.METHODS == ["linear", "ours"]
@@ -158,7 +152,7 @@ def test_a_callback_may_arm_again(fakekit):
     )
     import fakeours
 
-    fakeours.hook = Hook(FAKE_TABLE, gate="fakekit.registry", own="fakeours.")
+    fakeours.hook = Hook(FAKE_TABLE, own="fakeours.")
     fakeours.hook.arm()
     import fakekit.registry
 
@@ -180,7 +174,7 @@ def test_callbacks_wait_for_our_own_modules(fakekit):
             """,
         },
     )
-    Hook(FAKE_TABLE, gate="fakekit.registry", own="fakeours.").arm()
+    Hook(FAKE_TABLE, own="fakeours.").arm()
     import fakeours.method  # noqa: F401
 
     assert calls() == ["ours"]
@@ -202,7 +196,7 @@ def test_the_callbacks_module_may_import_the_registry_itself(fakekit):
             """
         },
     )
-    Hook(FAKE_TABLE, gate="fakekit.registry", own="fakeours.").arm()
+    Hook(FAKE_TABLE, own="fakeours.").arm()
     import fakeours.callbacks  # noqa: F401
 
     assert calls() == ["register", "patch_plan"]
@@ -249,7 +243,7 @@ def test_reload_executes_again_and_calls_again(hook):
 
 def test_an_import_that_fails_fails_as_without_us(fakekit):
     table = {**FAKE_TABLE, "fakekit.broken": "fakeours.callbacks:patch_plan"}
-    Hook(table, gate="fakekit.registry", own="fakeours.").arm()
+    Hook(table, own="fakeours.").arm()
     with pytest.raises(RuntimeError, match="no good"):
         importlib.import_module("fakekit.broken")
     assert "fakekit.broken" not in sys.modules
@@ -266,7 +260,7 @@ def test_a_module_that_does_not_exist(hook, fakekit):
 def test_a_failing_callback_is_silent_unless_debugged(fakekit, capfd, monkeypatch, debug, expected):
     write_modules(fakekit, {"fakeours/callbacks.py": "def register():\n    1 / 0\n"})
     monkeypatch.setenv("MERGEKIT_NEURON_DEBUG", debug)
-    Hook(FAKE_TABLE, gate="fakekit.registry", own="fakeours.").arm()
+    Hook(FAKE_TABLE, own="fakeours.").arm()
     import fakekit.registry
 
     assert fakekit.registry.METHODS == ["linear"]
@@ -281,10 +275,13 @@ def test_a_failing_callback_is_silent_unless_debugged(fakekit, capfd, monkeypatc
 @pytest.fixture
 def site(tmp_path):
     """A site directory with the real hook, a registration that records calls, and a made-up mergekit."""
-    registration = "import sys\nsys.our_calls = getattr(sys, 'our_calls', [])\n" + "".join(
-        f"def {target.partition(':')[2]}(): sys.our_calls.append({target.partition(':')[2]!r})\n"
-        for target in CALLBACKS.values()
-    )
+    targets = [target.partition(":") for target in CALLBACKS.values()]
+    recorders = {}
+    for module, _, function in targets:
+        file = f"{module.replace('.', '/')}.py"
+        head = "import sys\nsys.our_calls = getattr(sys, 'our_calls', [])\n"
+        body = f"def {function}(): sys.our_calls.append({function!r})\n"
+        recorders[file] = recorders.get(file, head) + body
     write_modules(
         tmp_path,
         {
@@ -292,11 +289,12 @@ def site(tmp_path):
             "neuron_methods/__init__.py": (PACKAGE / "__init__.py").read_text(encoding="utf-8"),
             "neuron_methods/_autoload.py": (PACKAGE / "_autoload.py").read_text(encoding="utf-8"),
             "neuron_methods/plugin/__init__.py": "",
-            "neuron_methods/plugin/registration.py": registration,
+            **recorders,
             "mergekit/__init__.py": "",
+            "mergekit/architecture/__init__.py": "",
             "mergekit/common.py": "",
             "mergekit/io/__init__.py": "",
-            "mergekit/io/tasks.py": "",
+            "mergekit/io/tasks.py": "import mergekit.architecture",
             "mergekit/merge_methods/__init__.py": "",
             "mergekit/plan.py": "import mergekit.io.tasks, mergekit.merge_methods",
             "mergekit/scripts/__init__.py": "",
@@ -337,10 +335,14 @@ def test_pth_is_the_documented_code():
     ("module", "expected"),
     [
         ("mergekit.common", []),
-        ("mergekit.io.tasks", []),
         ("mergekit.merge_methods", ["register"]),
-        ("mergekit.plan", ["register", "patch_loaders", "patch_planner"]),
-        ("mergekit.scripts.merge_raw_pytorch", ["register", "patch_loaders", "patch_raw_merge"]),
+        ("mergekit.architecture", ["register_architectures"]),
+        ("mergekit.io.tasks", ["register_architectures", "patch_loaders"]),
+        ("mergekit.plan", ["register", "register_architectures", "patch_loaders", "patch_planner"]),
+        (
+            "mergekit.scripts.merge_raw_pytorch",
+            ["register", "register_architectures", "patch_loaders", "patch_raw_merge"],
+        ),
     ],
 )
 def test_start_up_hook_acts_on_import(site, module, expected):
@@ -382,10 +384,8 @@ def test_switched_off(site):
 
 
 def test_arm_by_hand_when_switched_off(site):
-    code = (
-        "import mergekit.plan\nfrom neuron_methods._autoload import arm\narm(); arm()\nreport = sys.our_calls"
-    )
-    expected = ["register", "patch_loaders", "patch_planner"]
+    code = "import mergekit.plan\nfrom neuron_methods._autoload import arm\narm(); arm()\nreport = sys.our_calls"
+    expected = ["register", "register_architectures", "patch_loaders", "patch_planner"]
     assert run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0") == expected
 
 
