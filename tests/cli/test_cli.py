@@ -186,9 +186,7 @@ def test_wrong_usage_exits_with_2(args):
 
 def test_the_installed_command_is_this_group():
     (script,) = (
-        point
-        for point in importlib.metadata.entry_points(group="console_scripts")
-        if point.name == "mergekit-neuron"
+        point for point in importlib.metadata.entry_points(group="console_scripts") if point.name == "mergekit-neuron"
     )
     assert script.load() is main
 
@@ -247,9 +245,7 @@ def test_a_usage_error_of_a_subcommand(run):
 def test_a_subcommand_that_cannot_be_imported_is_an_error_and_does_not_disturb_help(run):
     result = run("broken")
     assert result.exit_code == 1
-    assert result.stderr.startswith(
-        "error: unexpected ModuleNotFoundError: No module named 'no_such_module_at_all'"
-    )
+    assert result.stderr.startswith("error: unexpected ModuleNotFoundError: No module named 'no_such_module_at_all'")
     assert "Cannot be imported." in run("--help").stdout
 
 
@@ -282,9 +278,7 @@ from neuron_methods.cli import LazyGroup, Subcommand
 group = LazyGroup(subcommands={{"fake-run": Subcommand("fake_subcommands", "")}})
 group(["fake-run", "--wait", {str(cleaned)!r}])
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     yield process, cleaned
     process.kill()
