@@ -1,0 +1,279 @@
+"""What a neuron is: the MLP neurons of every layer of a model, and the slices of tensors that each of them owns.
+
+An MLP neuron is one unit between the up and the down projection. It owns its row of the gate and of the up
+projection, its entries of their biases and its column of the down projection. The bias of the down projection belongs
+to no neuron. Everything here follows from the model's config and the table in `families`; no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from neuron_methods.errors import UserError
+from neuron_methods.neurons.families import FAMILIES, Family, Mlp, Stack
+
+Role = Literal["gate", "up", "bias", "down"]
+
+# Fields by which configs announce that a token passes through some of many MLPs.
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class OwnedSlice:
+    """The slices of one tensor that belong to a layer's neurons, one each.
+
+    Neuron n owns index ``offset + n`` along `axis` of `tensor`. The offset is 0 but for the `up` part of a fused
+    gate and up projection, where the gate's rows come first.
+    """
+
+    tensor: str
+    axis: int
+    role: Role
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class MlpLayer:
+    """One MLP of a model.
+
+    Attributes:
+        key: its name in profiles and messages, the same for every head on the same body: "layers.3" (Llama),
+            "encoder.block.2" (T5), "encoder.layer.0" (ViT), "vision_model.encoder.layers.0" (CLIP).
+        index: the layer's index in its stack.
+        neurons: how many it has.
+        parts: what they own, as transformers stores it for the config's architecture.
+        gated: whether an activated gate is multiplied onto the up projection.
+        down: possible paths of the down projection's module in memory; its input is the neurons' activation.
+        gate: possible paths of the gate's module in memory; empty if there is none. Of a fused module the first
+            `neurons` output features are the gate.
+    """
+
+    key: str
+    index: int
+    neurons: int
+    parts: tuple[OwnedSlice, ...]
+    gated: bool
+    down: tuple[str, ...]
+    gate: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Which neurons the slices of one tensor belong to: ``offset + n`` along `axis` to neuron n of `layer`.
+
+    There is one (role, offset) in `roles`, or two where gate and up projection are fused.
+    """
+
+    layer: MlpLayer
+    axis: int
+    roles: tuple[tuple[Role, int], ...]
+
+    @property
+    def role(self) -> Role:
+        """What the tensor is to its neurons; "up" for a fused gate and up projection."""
+        return self.roles[-1][0]
+
+    def broadcast(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """Lay one value per neuron along the owned axis of `tensor`, so that the two can be multiplied.
+
+        Args:
+            values: shape (neurons,).
+            tensor: the tensor this ownership is of, or its task vector.
+
+        Returns:
+            A view or copy of `values` of `tensor`'s dimensionality, of size 1 on every axis but the owned one.
+
+        Raises:
+            UserError: `tensor` has not one slice per neuron and role.
+        """
+        expected = len(self.roles) * self.layer.neurons
+        if tensor.ndim <= self.axis or tensor.shape[self.axis] != expected:
+            raise UserError(
+                f"{self.layer.key}: the config says {self.layer.neurons} neurons, so axis {self.axis} of their "
+                f"{self.role} tensor should be {expected} long, but its shape is {tuple(tensor.shape)}; "
+                "do config and weights belong together?"
+            )
+        shape = [1] * tensor.ndim
+        shape[self.axis] = expected
+        return values.repeat(len(self.roles)).view(shape) if len(self.roles) > 1 else values.view(shape)
+
+
+class LayerModules(NamedTuple):
+    """The modules of one MLP in memory; `gate` is None where there is none."""
+
+    down: nn.Module
+    gate: nn.Module | None
+
+
+class NeuronMap:
+    """All MLP layers of a model, by key and by the names of their tensors.
+
+    Attributes:
+        model_type: the config's.
+        layers: every MLP, stack by stack, in the order of the layers.
+    """
+
+    def __init__(self, config: PretrainedConfig, architecture: str | None = None) -> None:
+        """See `neuron_map`."""
+        self.model_type: str = config.model_type
+        family = _family(config)
+        if architecture is None:
+            architecture = (getattr(config, "architectures", None) or [""])[0]
+        self._owners: dict[str, Ownership] = {}
+        self.layers: tuple[MlpLayer, ...] = tuple(
+            layer
+            for stack in family.stacks
+            if not architecture.endswith(stack.absent_in)
+            for layer in self._stack_layers(family, stack, architecture, config)
+        )
+        self._by_key = {layer.key: layer for layer in self.layers}
+
+    def __getitem__(self, key: str) -> MlpLayer:
+        """The layer called `key`; KeyError if there is none."""
+        return self._by_key[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    @property
+    def neurons(self) -> dict[str, int]:
+        """The number of neurons of each layer, by key."""
+        return {layer.key: layer.neurons for layer in self.layers}
+
+    def owner_of(self, tensor_name: str) -> Ownership | None:
+        """The neurons that the slices of a tensor belong to, None if it is no neuron's.
+
+        One dictionary look-up. Understands every spelling of the table, whatever the config's architecture.
+        """
+        return self._owners.get(tensor_name)
+
+    def _stack_layers(
+        self, family: Family, stack: Stack, architecture: str, config: PretrainedConfig
+    ) -> Iterator[MlpLayer]:
+        """The layers of one stack; enters their tensors, in every spelling, into the reverse look-up."""
+        config = getattr(config, stack.config) if stack.config else config
+        depth = int(_field(config, stack.depth))
+        width = stack.width(config) if callable(stack.width) else int(_field(config, stack.width))
+        main = next(prefix for end, prefix in family.prefixes if architecture.endswith(end))
+        prefixes = list(dict.fromkeys((main, *(prefix for _, prefix in family.prefixes))))
+        spellings = [
+            (prefix, spelling.layer, _mlp(spelling.mlps, config)) for spelling in stack.spellings for prefix in prefixes
+        ]
+        key = stack.spellings[0].layer
+        for i in range(depth):
+            places = [(prefix + path.replace("{i}", str(i)) + ".", mlp) for prefix, path, mlp in spellings]
+            (place, mlp), *_ = places
+            layer = MlpLayer(
+                key=key.replace("{i}", str(i)),
+                index=i,
+                neurons=width,
+                parts=_parts(place, mlp, width, config),
+                gated=mlp.gated,
+                down=tuple(place + mlp.down for place, mlp in places),
+                gate=tuple(place + (mlp.gate or mlp.up) for place, mlp in places if mlp.gated),
+            )
+            for place, mlp in places:
+                self._enter(layer, _parts(place, mlp, width, config))
+            yield layer
+
+    def _enter(self, layer: MlpLayer, parts: tuple[OwnedSlice, ...]) -> None:
+        by_tensor: dict[str, list[OwnedSlice]] = {}
+        for part in parts:
+            by_tensor.setdefault(part.tensor, []).append(part)
+        for name, slices in by_tensor.items():
+            roles = tuple((part.role, part.offset) for part in slices)
+            self._owners[name] = Ownership(layer, slices[0].axis, roles)
+
+
+def neuron_map(config: PretrainedConfig, architecture: str | None = None) -> NeuronMap:
+    """The MLP neurons of the model that `config` describes, and what they own.
+
+    `architecture` is the name of the model's class, if it is not the first of the config's `architectures` (which a
+    model built from a config in memory does not have).
+
+    Raises:
+        UserError: its family is not in the table, or its layers are mixtures of experts.
+    """
+    return NeuronMap(config, architecture)
+
+
+def mlp_layers(config: PretrainedConfig) -> list[MlpLayer]:
+    """Every MLP of the model that `config` describes, stack by stack; errors as in `neuron_map`."""
+    return list(neuron_map(config).layers)
+
+
+def find_modules(model: PreTrainedModel, layer: MlpLayer) -> LayerModules:
+    """The modules of `layer` in a model built from the config that `layer` was made from.
+
+    Adapters of peft that were injected into the model keep the paths; pass ``peft_model.get_base_model()``.
+
+    Raises:
+        UserError: the model has no module at any of the paths.
+    """
+    down = _first_module(model, layer.down)
+    gate = _first_module(model, layer.gate)
+    if down is None or (layer.gated and gate is None):
+        raise UserError(
+            f"{type(model).__name__} has no module {layer.down[0]!r} or {layer.down[-1]!r}: the entry "
+            f"{model.config.model_type!r} in neuron_methods/neurons/families.py does not fit this transformers"
+        )
+    return LayerModules(down, gate)
+
+
+def _first_module(model: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
+    for path in paths:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+def _parts(place: str, mlp: Mlp, width: int, config: PretrainedConfig) -> tuple[OwnedSlice, ...]:
+    """What the neurons of an MLP own, its modules being found at `place`."""
+    rows, columns = (1, 0) if mlp.transposed else (0, 1)
+    if mlp.fused:
+        readers: list[tuple[Role, str, int]] = [("gate", mlp.up, 0), ("up", mlp.up, width)]
+    else:
+        readers = [("gate", mlp.gate, 0)] if mlp.gate else []
+        readers.append(("up", mlp.up, 0))
+    biased = getattr(config, mlp.bias, False) if isinstance(mlp.bias, str) else mlp.bias
+    parts = [OwnedSlice(f"{place}{module}.weight", rows, role, offset) for role, module, offset in readers]
+    if biased:
+        parts += [OwnedSlice(f"{place}{module}.bias", 0, "bias", offset) for _, module, offset in readers]
+    return (*parts, OwnedSlice(f"{place}{mlp.down}.weight", columns, "down"))
+
+
+def _mlp(mlps: tuple[Mlp, ...], config: PretrainedConfig) -> Mlp:
+    return next(mlp for mlp in mlps if mlp.when is None or getattr(config, mlp.when, False))
+
+
+def _field(config: PretrainedConfig, key: str) -> int:
+    value = getattr(config, key, None)
+    if value is None:
+        raise UserError(f"the config of this {config.model_type!r} lacks {key!r}, which gives its layers or neurons")
+    return value
+
+
+def _family(config: PretrainedConfig) -> Family:
+    """The entry for the config's model type."""
+    model_type = config.model_type
+    expert_count = next((key for key in _EXPERT_COUNTS if (getattr(config, key, None) or 0) > 1), None)
+    if expert_count is not None:
+        raise UserError(
+            f"model_type {model_type!r}: its layers are mixtures of experts ({expert_count}: "
+            f"{getattr(config, expert_count)}), whose neurons see only the tokens routed to them; "
+            "neurons are defined here for dense MLPs alone"
+        )
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UserError(
+            f"model_type {model_type!r} has no entry in neuron_methods/neurons/families.py, so it is not known where "
+            f"its MLP neurons are; add one to FAMILIES there (known: {', '.join(sorted(FAMILIES))})"
+        )
+    return family
