@@ -1,0 +1,147 @@
+"""Adapters that cannot be formed tensor by tensor: peft merges the one expert into a temporary directory."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from torch import Tensor
+
+from neuron_methods.adapters.config import AdapterConfig
+from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
+from neuron_methods.adapters.updates import Replacement, TensorUpdate
+from neuron_methods.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+
+class MergedTensors:
+    """The tensors of a model that peft has merged, as a source for `Replacement`."""
+
+    def __init__(self, directory: str) -> None:
+        self._loader = LazyTensorLoader.from_disk(directory, lazy_unpickle=False)
+        self.names = self._loader.index.tensor_paths
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one tensor."""
+        return self._loader.get_tensor(key)
+
+
+def merge_with_peft(
+    config: AdapterConfig,
+    directory: str,
+    base: BaseCheckpoint,
+    base_path: str,
+    base_revision: str | None,
+    reason: str,
+    trust_remote_code: bool = False,
+) -> AdapterLoader:
+    """Merge one expert with peft, in float32, and read the tensors it has changed from there.
+
+    Args:
+        config: the adapter's.
+        directory: the adapter's local directory.
+        base: the base's checkpoint.
+        base_path: directory or repository to load the base from.
+        base_revision: of the repository.
+        reason: why it has to be, for the log.
+        trust_remote_code: passed to transformers.
+
+    Raises:
+        UserError: peft cannot merge adapters of this type, or not this one.
+    """
+    refuse_unmergeable(config)
+    LOG.warning("%s: %s; peft merges it into a temporary directory first", config.where, reason)
+    merged = tempfile.mkdtemp(prefix="mergekit-neuron-adapter-")
+    atexit.register(shutil.rmtree, merged, ignore_errors=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _merge(directory, base, base_path, base_revision, merged, trust_remote_code)
+    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        shutil.rmtree(merged, ignore_errors=True)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where}: {first}"
+        ) from None
+    return _changed_tensors(config, base, MergedTensors(merged))
+
+
+def refuse_unmergeable(config: AdapterConfig) -> None:
+    """Refuse the types of adapters that change no weights, by name.
+
+    Raises:
+        UserError: peft has no way to merge adapters of this type.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if config.peft_type not in PeftType.__members__:
+        raise UserError(f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft")
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[config.peft_type])
+    if not hasattr(tuner, "merge_and_unload"):
+        raise UserError(
+            f"{config.where}: adapters of type {config.peft_type} change no weights, so there is nothing to merge; "
+            "use LoRA or another type that peft can merge"
+        )
+    if config.raw.get("layer_replication"):
+        raise UserError(f"{config.where}: layer_replication gives the base more layers; it cannot be merged")
+
+
+def _merge(
+    directory: str, base: BaseCheckpoint, base_path: str, revision: str | None, out: str, trust_remote_code: bool
+) -> None:
+    import transformers
+    from mergekit.common import get_auto_cls
+    from peft import PeftModel
+
+    architecture = (base.names.config.architectures or [""])[0]
+    model_class: Any = getattr(transformers, architecture, None) or get_auto_cls(architecture)
+    model = model_class.from_pretrained(
+        base_path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(out)
+
+
+def _changed_tensors(config: AdapterConfig, base: BaseCheckpoint, merged: MergedTensors) -> AdapterLoader:
+    updates: dict[str, TensorUpdate] = {}
+    untied: dict[str, str] = {}
+    missing = sorted(set(base.loader.index.tensor_paths) - set(merged.names))
+    for name in merged.names:
+        origin = name
+        if name not in base.loader.index.tensor_paths:
+            origin = _tied(base, name)
+            untied[name] = origin
+        if not _same(base.tensor(origin), merged.tensor(name)):
+            updates[name] = TensorUpdate((Replacement(merged, name),), origin)
+    # A checkpoint may hold copies of tied tensors, which transformers does not store again.
+    for name in missing:
+        updates.update(_copied(base, name, updates))
+    return AdapterLoader(base, updates, untied, config.where)
+
+
+def _tied(base: BaseCheckpoint, name: str) -> str:
+    stored = (base.names.find(member) for member in base.names.tied_to(name))
+    origin = next((found for found in stored if found is not None), None)
+    if origin is None:
+        raise UserError(f"{base.where}: merged with its adapter it has a tensor {name} that the base does not have")
+    return origin
+
+
+def _copied(base: BaseCheckpoint, name: str, updates: Mapping[str, TensorUpdate]) -> dict[str, TensorUpdate]:
+    for member in base.names.tied_to(name):
+        source = base.names.find(member)
+        if source in updates and _same(base.tensor(name), base.tensor(source)):
+            return {name: updates[source]}
+    return {}
+
+
+def _same(base: Tensor, merged: Tensor) -> bool:
+    return base.shape == merged.shape and torch.equal(base.to(merged.dtype), merged)

@@ -1,0 +1,155 @@
+"""Where an adapter's files are, and reading their tensors one by one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from neuron_methods.adapters.config import CONFIG_NAME
+from neuron_methods.errors import UserError
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+_MODEL_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def local_directory(path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+    """The local directory of a model or an adapter, as far as one can tell without downloading weights.
+
+    Args:
+        path: directory, or repository of the hub.
+        revision: of the repository.
+        cache_dir: the hub's cache, None for the default.
+
+    Returns:
+        The directory with the small files; None where there is no such directory or repository, or no network to ask.
+    """
+    if os.path.isdir(path):
+        return path
+    for name in (CONFIG_NAME, "config.json"):
+        found = _hub_file(path, name, revision, cache_dir)
+        if found:
+            return os.path.dirname(found)
+    return None
+
+
+def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
+    """Whether a path or repository holds an adapter and not a whole model.
+
+    A training directory may hold the model's config beside the adapter; what counts is whether it holds a model's
+    weights.
+    """
+    if os.path.isdir(path):
+        weights = (os.path.join(path, name + suffix) for name in _MODEL_NAMES for suffix in ("", ".index.json"))
+        return os.path.exists(os.path.join(path, CONFIG_NAME)) and not any(map(os.path.exists, weights))
+    # The request for config.json is the one that mergekit would make next; only a repository without it is an adapter.
+    if os.path.exists(path) or _hub_file(path, "config.json", revision, cache_dir):
+        return False
+    return _hub_file(path, CONFIG_NAME, revision, cache_dir) is not None
+
+
+def adapter_directory(path: str, revision: str | None = None, cache_dir: str | None = None) -> str:
+    """The local directory of an adapter, weights included; downloaded if it is a repository of the hub.
+
+    Raises:
+        UserError: there is no adapter at `path`.
+    """
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, CONFIG_NAME)):
+            raise UserError(f"{path}: no {CONFIG_NAME} in it, so this is no adapter; check the path after the +")
+        return path
+    found = _hub_file(path, CONFIG_NAME, revision, cache_dir)
+    if not found:
+        raise UserError(
+            f"{path}: neither a directory nor a repository of the hub with an {CONFIG_NAME}; check the adapter's path"
+        )
+    if not _hub_file(path, SAFETENSORS_NAME, revision, cache_dir):
+        _hub_file(path, PICKLE_NAME, revision, cache_dir)
+    return os.path.dirname(found)
+
+
+def _hub_file(repository: str, name: str, revision: str | None, cache_dir: str | None) -> str | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir)
+    except (HfHubHTTPError, OSError, ValueError):
+        # No such file or repository, no network, or not a repository's name at all. Where a model is asked for,
+        # mergekit meets the same obstacle next and names it.
+        return None
+
+
+class AdapterWeights:
+    """The tensors of one adapter: names and shapes from the header, values when asked for. Safe between threads."""
+
+    def __init__(self, directory: str, where: str | None = None, allow_pickle: bool = False) -> None:
+        """Open the file.
+
+        Args:
+            directory: local directory of the adapter.
+            where: how to call the adapter in messages.
+            allow_pickle: read adapter_model.bin where there is no safetensors file; restricted to plain tensors.
+
+        Raises:
+            UserError: no weights, weights that cannot be read, or only a pickle file that was not allowed.
+        """
+        self.where = where or directory
+        self._lock = threading.Lock()
+        self._tensors: Mapping[str, Tensor] | None = None
+        self._file: Any = None
+        path = Path(directory) / SAFETENSORS_NAME
+        if path.exists():
+            self.path = path
+            self._open()
+            self.shapes = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}  # noqa: SIM118
+            return
+        self.path = Path(directory) / PICKLE_NAME
+        if not self.path.exists():
+            raise UserError(
+                f"{self.where}: {CONFIG_NAME} is there, but no {SAFETENSORS_NAME}; complete the download or save the "
+                "adapter again"
+            )
+        if not allow_pickle:
+            raise UserError(
+                f"{self.path}: a pickle file, which is not read unasked; save the adapter as safetensors, or allow it "
+                "with --lazy-unpickle"
+            )
+        self._tensors = _unpickle(self.path)
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one tensor in its stored dtype, on the CPU. Not to be changed in place."""
+        if self._tensors is not None:
+            return self._tensors[key]
+        with self._lock:
+            return self._file.get_tensor(key)
+
+    def _open(self) -> None:
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            size = self.path.stat().st_size if self.path.is_file() else 0
+            raise UserError(
+                f"{self.path}: truncated or not a safetensors file ({size} bytes, {error}); download or save it again"
+            ) from None
+
+
+def _unpickle(path: Path) -> Mapping[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as plain tensors ({reason}); save the adapter as safetensors"
+        ) from None
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path}: holds something else than tensors by name; save the adapter again")
+    return content

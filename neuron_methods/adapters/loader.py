@@ -1,0 +1,153 @@
+"""A loader of mergekit's kind that forms an expert from a base and an adapter, tensor by tensor, when asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from neuron_methods.adapters.names import StoredNames
+from neuron_methods.adapters.updates import TensorUpdate
+from neuron_methods.errors import UserError
+
+# As safetensors spells the dtypes that weights come in.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class BaseCheckpoint:
+    """The base's tensors behind a loader of mergekit's, with shapes and dtypes from the files' headers.
+
+    Attributes:
+        where: the base as the user named it.
+        loader: shared with whoever else reads the base.
+        names: of its tensors.
+    """
+
+    def __init__(self, loader: LazyTensorLoader, where: str, config: Callable[[], PretrainedConfig]) -> None:
+        self.loader = loader
+        self.where = where
+        self.names = StoredNames(loader.index.tensor_paths, config)
+        self._headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._files: dict[str, Any] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.header(name)[0]
+
+    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of a tensor, read from the file's header where it is safetensors.
+
+        Raises:
+            UserError: the file cannot be read, or the tensor is not kept as floating-point numbers of 16 bits or more.
+        """
+        if name not in self._headers:
+            self._headers[name] = self._read_header(name)
+        return self._headers[name]
+
+    def tensor(self, name: str, device: str = "cpu") -> Tensor:
+        """Read one tensor in its stored dtype."""
+        return self.loader.get_tensor(name, device=device)
+
+    def _read_header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        file_name = self.loader.index.tensor_paths[name]
+        if not file_name.endswith(".safetensors"):
+            tensor = self.loader.get_tensor(name)
+            return tuple(tensor.shape), tensor.dtype
+        path = os.path.join(self.loader.index.base_path, file_name)
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            stored = self._files[path].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: tensor {name} cannot be read ({error}); download or save it again") from None
+        spelled = stored.get_dtype()
+        # Buffers that an adapter has no business with may be of any dtype; they are never updated.
+        return tuple(stored.get_shape()), _DTYPES.get(spelled) or self.loader.get_tensor(name).dtype
+
+
+class AdapterLoader:
+    """Hands out the tensors of `base + adapter`, as mergekit's `LazyTensorLoader` hands out a checkpoint's.
+
+    Tensors that the adapter leaves alone are the base's own, in its dtype. The others are formed on demand in float32,
+    whatever the base is stored in: rounded to bfloat16, much of an update would be lost. Nothing is kept.
+
+    Attributes:
+        index: the base's, with the tensors that the adapter unties.
+        updates: {tensor: what the adapter does to it}.
+        untied: {tensor the base does not store: tensor it is tied to there}.
+        base: the base's checkpoint, shared.
+    """
+
+    def __init__(
+        self, base: BaseCheckpoint, updates: Mapping[str, TensorUpdate], untied: Mapping[str, str], where: str
+    ) -> None:
+        self.base = base
+        self.updates = updates
+        self.untied = untied
+        self.where = where
+        self.lock = threading.Lock()
+        stored = base.loader.index
+        paths = {**stored.tensor_paths, **{new: stored.tensor_paths[old] for new, old in untied.items()}}
+        self.index = ShardedTensorIndex(stored.base_path, stored.is_safetensors, paths, stored.shards)
+        for name in updates:
+            self._check_dtype(self.origin(name))
+
+    def touches(self, name: str) -> bool:
+        """Whether the adapter changes this tensor, or stores it where the base does not."""
+        return name in self.updates or name in self.untied
+
+    def origin(self, name: str) -> str:
+        """Name under which the base stores what this tensor starts from."""
+        if name in self.updates:
+            return self.updates[name].origin
+        return self.untied.get(name, name)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of what `get_tensor` returns, without reading it."""
+        shape, dtype = self.base.header(self.origin(name))
+        return shape, torch.float32 if name in self.updates else dtype
+
+    def task_vector(self, name: str, device: str = "cpu") -> Tensor | None:
+        """What the adapter adds to the base's tensor: τ = θ − θ₀, from the factors themselves.
+
+        Returns:
+            float32, shape of the tensor; None where the adapter leaves it alone.
+        """
+        update = self.updates.get(name)
+        if update is None:
+            return None
+        return update.task_vector(lambda: self.base.tensor(update.origin, device), device)
+
+    def get_tensor(
+        self,
+        key: str,
+        device: str = "cpu",
+        aliases: list[str] | None = None,
+        raise_on_missing: bool = True,
+    ) -> Tensor | None:
+        """Read or form one tensor; see mergekit's `LazyTensorLoader.get_tensor`."""
+        if key not in self.index.tensor_paths:
+            key = next((alias for alias in aliases or () if alias in self.index.tensor_paths), key)
+        update = self.updates.get(key)
+        if update is not None:
+            return update.weights(lambda: self.base.tensor(update.origin, device), device)
+        return self.base.loader.get_tensor(self.untied.get(key, key), device, raise_on_missing=raise_on_missing)
+
+    def flush(self) -> None:
+        """Close the base's open shard; mergekit's `LoaderCache.flush_all` calls it."""
+        self.base.loader.flush()
+
+    def _check_dtype(self, name: str) -> None:
+        dtype = self.base.header(name)[1]
+        if dtype not in _DTYPES.values():
+            raise UserError(
+                f"{self.base.where}: {name} is stored as {str(dtype).removeprefix('torch.')}; {self.where} cannot be "
+                "applied to quantised weights: name the base in bfloat16, float16 or float32"
+            )
