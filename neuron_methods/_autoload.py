@@ -28,7 +28,9 @@ CALLBACKS = {
     "mergekit.merge_methods": "neuron_methods.plugin.registration:register",
     "mergekit.architecture": "neuron_methods.plugin.architectures:register_architectures",
     "mergekit.io.tasks": "neuron_methods.plugin.registration:patch_loaders",
+    "mergekit.config": "neuron_methods.plugin.registration:patch_configuration",
     "mergekit.plan": "neuron_methods.plugin.registration:patch_planner",
+    "mergekit.merge": "neuron_methods.plugin.registration:patch_merge",
     "mergekit.scripts.merge_raw_pytorch": "neuron_methods.plugin.registration:patch_raw_merge",
 }
 

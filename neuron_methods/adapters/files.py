@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Mapping
@@ -75,6 +76,7 @@ def adapter_directory(path: str, revision: str | None = None, cache_dir: str | N
     return os.path.dirname(found)
 
 
+@functools.cache
 def _hub_file(repository: str, name: str, revision: str | None, cache_dir: str | None) -> str | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -6,7 +6,12 @@ has to be put into mergekit for that is put there here and nowhere else:
 - names into the registry of methods, definitions into the table of architectures (`register`);
 - `MergePlanner._plan` is followed by `planning.attach_to_planner` (`patch_planner`): mergekit-yaml, mergekit-multi,
   mergekit-evolve and the in-memory planner all pass there;
-- `plan_flat_merge` of mergekit-pytorch is followed by `planning.attach_to_flat_merge` (`patch_raw_merge`).
+- `plan_flat_merge` of mergekit-pytorch is followed by `planning.attach_to_flat_merge` (`patch_raw_merge`);
+- adapters are read lazily, where mergekit would merge each into a cache directory first: `LoaderCache.get` and
+  `ModelReference.lazy_loader` open an `AdapterLoader` for references with an adapter (`patch_loaders`),
+  `MergeConfiguration.referenced_models`, which every command calls before anything else, writes adapters that stand by
+  themselves as base+adapter (`patch_configuration`), and the donor of tokenizer and config is the base itself
+  (`patch_merge`).
 
 All are idempotent and called by the start-up hook as soon as the module they concern is imported.
 """
@@ -69,3 +74,73 @@ def patch_raw_merge() -> None:
 
     setattr(plan_flat_merge, _MARK, True)
     module.plan_flat_merge = plan_flat_merge
+
+
+def patch_loaders() -> None:
+    """Let mergekit's loaders hand out adapters' tensors lazily, without a cache directory."""
+    from mergekit.common import ModelReference
+
+    from neuron_methods.adapters.opening import open_adapter
+
+    cache_class = sys.modules["mergekit.io.tasks"].LoaderCache
+    original_get, original_loader = cache_class.get, ModelReference.lazy_loader
+    if getattr(original_get, _MARK, False):
+        return
+
+    @functools.wraps(original_get)
+    def get(self: Any, model: Any) -> Any:
+        if model.lora is not None and model not in self.loaders:
+            self.loaders[model] = open_adapter(
+                model,
+                self.get(model.model_copy(update={"lora": None})),
+                cache_dir=self.hf_cache_dir,
+                allow_pickle=self.lazy_unpickle,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return original_get(self, model)
+
+    @functools.wraps(original_loader)
+    def lazy_loader(self: Any, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
+        if self.lora is None:
+            return original_loader(self, cache_dir, lazy_unpickle)
+        base = original_loader(self.model_copy(update={"lora": None}), cache_dir, lazy_unpickle)
+        return open_adapter(self, base, cache_dir=cache_dir, allow_pickle=lazy_unpickle)
+
+    setattr(get, _MARK, True)
+    cache_class.get = get
+    ModelReference.lazy_loader = lazy_loader
+
+
+def patch_configuration() -> None:
+    """Let an adapter stand by itself in a configuration."""
+    from neuron_methods.adapters.resolve import resolve_adapters
+
+    configuration_class = sys.modules["mergekit.config"].MergeConfiguration
+    original = configuration_class.referenced_models
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def referenced_models(self: Any) -> list[Any]:
+        return original(resolve_adapters(self))
+
+    setattr(referenced_models, _MARK, True)
+    configuration_class.referenced_models = referenced_models
+
+
+def patch_merge() -> None:
+    """Take config, tokenizer and other files of base+adapter from the base."""
+    module = sys.modules["mergekit.merge"]
+    original = module._get_donor_model
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def get_donor_model(merge_config: Any, options: Any) -> tuple[Any, str]:
+        donor = merge_config.base_model or merge_config.referenced_models()[0]
+        if donor.lora is None:
+            return original(merge_config, options)
+        return donor, donor.local_path(cache_dir=options.transformers_cache, ignore_lora=True)
+
+    setattr(get_donor_model, _MARK, True)
+    module._get_donor_model = get_donor_model

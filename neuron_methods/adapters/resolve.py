@@ -1,0 +1,178 @@
+"""Adapters by themselves in a merge's configuration: a directory or repository whose config names the base.
+
+They become `base+adapter`, which is what mergekit's configuration has a form for, before anything asks them for a
+model's config.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+from pydantic import BaseModel
+
+from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
+from neuron_methods.adapters.files import is_adapter, local_directory
+from neuron_methods.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+
+def resolve_adapters(configuration: MergeConfiguration, cache_dir: str | None = None) -> MergeConfiguration:
+    """Write every adapter that stands by itself as base+adapter; in place, once or again.
+
+    Args:
+        configuration: mergekit's; changed where it names adapters.
+        cache_dir: the hub's cache, None for the default.
+
+    Returns:
+        `configuration`.
+
+    Raises:
+        UserError: an adapter's config names another base than the configuration's base_model, or none that is to be
+            had.
+    """
+    known: dict[ModelReference, ModelReference] = {}
+    base_model = configuration.base_model
+    if base_model is not None:
+        configuration.base_model = base_model = resolve_reference(base_model, None, cache_dir)
+
+    def resolve(reference: ModelReference) -> ModelReference:
+        if reference not in known:
+            known[reference] = resolve_reference(reference, base_model, cache_dir)
+        return known[reference]
+
+    _walk(configuration, resolve)
+    return configuration
+
+
+def resolve_reference(
+    reference: ModelReference, base_model: ModelReference | None, cache_dir: str | None = None
+) -> ModelReference:
+    """The reference itself if it names a model, base+adapter if it names an adapter alone; see `resolve_adapters`."""
+    path, revision = reference.model.path, reference.model.revision
+    if reference.lora is not None or reference == base_model or not is_adapter(path, revision, cache_dir):
+        return reference
+    directory = local_directory(path, revision, cache_dir)
+    assert directory is not None
+    config = AdapterConfig.read(directory, str(reference.model))
+    found = config.base_model
+    if base_model is not None:
+        _check_same(config, base_model.model, directory)
+        base = base_model.model
+    elif found is None:
+        raise UserError(
+            f"{reference.model}: its {CONFIG_NAME} names no base; write the model as base+adapter, or give base_model"
+        )
+    else:
+        base = ModelPath(path=_existing(found, directory) or found, revision=config.base_revision)
+        if _can_only_be_local(base.path) and not os.path.isdir(base.path):
+            raise UserError(
+                f"{reference.model}: its {CONFIG_NAME} names the base {found}, and there is no such directory here; "
+                "write the model as base+adapter with the path of the base"
+            )
+    return ModelReference(model=base, lora=reference.model, override_architecture=reference.override_architecture)
+
+
+def _check_same(config: AdapterConfig, base_model: ModelPath, directory: str) -> None:
+    found = config.base_model
+    if found is None:
+        LOG.info("%s: its %s names no base; taking base_model %s", config.where, CONFIG_NAME, base_model)
+        return
+    verdict = same_model(found, base_model.path, directory)
+    if verdict is None:
+        LOG.warning(
+            "%s: its base is called %s; taking base_model %s for it, as the last parts of the names agree",
+            config.where,
+            found,
+            base_model,
+        )
+    elif not verdict:
+        raise UserError(
+            f"{config.where}: its {CONFIG_NAME} names the base {found}, but base_model is {base_model}; give the base "
+            f"the adapter was trained on, or write {base_model}+{config.where} if the two are the same model"
+        )
+    elif config.base_revision and base_model.revision and config.base_revision != base_model.revision:
+        raise UserError(
+            f"{config.where}: its {CONFIG_NAME} names revision {config.base_revision} of the base, but base_model is "
+            f"{base_model}; use one revision, or write {base_model}+{config.where} if the two are the same model"
+        )
+
+
+def same_model(found: str, wanted: str, adapter_directory: str) -> bool | None:
+    """Whether an adapter's base and a merge's base_model are one model.
+
+    Args:
+        found: the base in the adapter's config: a repository, or a path on the machine that trained it.
+        wanted: base_model of the merge: a repository or a path here.
+        adapter_directory: where relative paths may start from, besides the current directory.
+
+    Returns:
+        True or False where it can be told: paths that exist are compared as files, names of repositories as names, and
+        a download in the hub's cache counts as its repository. None where one of the two is a path that does not
+        exist here, or only one is a repository, and their last parts agree.
+    """
+    if _plain(found) == _plain(wanted):
+        return True
+    here, there = _existing(wanted), _existing(found, adapter_directory)
+    if here and there:
+        return os.path.realpath(here) == os.path.realpath(there)
+    repositories = [_repository(here or wanted), _repository(there or found)]
+    if all(repositories):
+        return repositories[0] == repositories[1]
+    names = {PurePath(r or _plain(p)).name.lower() for r, p in zip(repositories, (wanted, found), strict=True)}
+    return None if len(names) == 1 else False
+
+
+def _existing(path: str, adapter_directory: str | None = None) -> str | None:
+    """The directory a path means here, None if there is none."""
+    candidates = [path]
+    if adapter_directory is not None and not os.path.isabs(path):
+        candidates += [os.path.join(adapter_directory, path), os.path.join(os.path.dirname(adapter_directory), path)]
+    return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
+
+
+def _repository(path: str) -> str | None:
+    """The hub's name of a model: as it stands, or from its place in the hub's cache; None for other paths."""
+    for part in reversed(PurePath(os.path.realpath(path)).parts if os.path.isdir(path) else ()):
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/").lower()
+    return None if os.path.isdir(path) or _can_only_be_local(path) else _plain(path).lower()
+
+
+def _can_only_be_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isabs(path)
+
+
+def _plain(path: str) -> str:
+    return os.path.normpath(path) if path else path
+
+
+def _walk(value: Any, resolve: Callable[[ModelReference], ModelReference]) -> Any:
+    """Replace all references within a configuration, in place; returns what takes the value's own place."""
+    if isinstance(value, ModelReference):
+        return resolve(value)
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            old = getattr(value, name)
+            new = _walk(old, resolve)
+            if new is not old:
+                _set(value, name, new)
+    elif isinstance(value, list):
+        value[:] = [_walk(item, resolve) for item in value]
+    elif isinstance(value, dict):
+        value.update({key: _walk(item, resolve) for key, item in value.items()})
+    return value
+
+
+def _set(model: BaseModel, name: str, value: Any) -> None:
+    if model.model_config.get("frozen"):
+        # mergekit's parts of a configuration are frozen, but nothing has hashed them before a plan is made.
+        model.__dict__[name] = value
+    else:
+        setattr(model, name, value)
