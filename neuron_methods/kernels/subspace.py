@@ -12,7 +12,12 @@ right singular vector (T × r matrix U S); every column is elected and averaged 
 
     ψ_⊥ = Σ_t a_t τ_⊥,t,   a_t = Σ_r (s_r / S_r) U_tr,
 
-and U and S come from the T × T Gram matrix. No d-dimensional decomposition is needed.
+and U and S come from the T × T Gram matrix of the τ_⊥,t. That in turn comes from inner products of the undivided rows:
+
+    τ_⊥,s · τ_⊥,t = τ_s·τ_t − (τ_s·w)(τ_t·w) / w·w.
+
+So one Gram matrix of the T + 1 rows τ_1 … τ_T, w per neuron holds all that steps 2 to 4 need, and the merged neuron is
+one combination of these rows. No d-dimensional decomposition is made, and no row is split in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from neuron_methods.kernels.elect import elect_and_reduce
 # The Gram matrix is accumulated in float32; below these bounds a number is rounding, not signal.
 # Share of an expert's energy in a neuron under which it has no orthogonal part, and share of the strongest singular
 # direction's energy under which a direction is empty:
-ENERGY_TOLERANCE = 1e-6
+ENERGY_TOLERANCE = 1e-5
 # Share of a singular vector an expert must hold to have a score on it: one unit in the last place of float32. Experts
 # that read disjoint inputs (zero inner product) would otherwise score ±1e-17 on each other's direction and be counted
 # in the average, which changes it by a factor. Larger bounds lose true scores: experts that overlap only through their
@@ -33,48 +38,34 @@ ENERGY_TOLERANCE = 1e-6
 SCORE_TOLERANCE = 2.0**-23
 
 
-def parallel_coefficients(task_vectors: Tensor, base_rows: Tensor) -> Tensor:
-    """Coefficients c_t = τ_t·w / w·w of the parallel parts.
-
-    Args:
-        task_vectors: shape (neurons, experts, d), float32.
-        base_rows: shape (neurons, d), float32.
-
-    Returns:
-        Shape (neurons, experts), float32; 0 for a neuron whose base row is zero: it has no direction, and everything
-        is orthogonal there.
-    """
-    dots = torch.bmm(task_vectors, base_rows.unsqueeze(2)).squeeze(2)
-    squared_norms = base_rows.square().sum(dim=1, keepdim=True)
-    return torch.where(squared_norms > 0, dots / squared_norms, 0.0)
-
-
-def subtract_parallel_(task_vectors: Tensor, coefficients: Tensor, base_rows: Tensor) -> Tensor:
-    """Turn task vectors into their orthogonal parts, in place: τ_⊥ = τ − c w.
-
-    Args:
-        task_vectors: shape (neurons, experts, d), float32; overwritten.
-        coefficients: shape (neurons, experts), from `parallel_coefficients`.
-        base_rows: shape (neurons, d), float32.
-
-    Returns:
-        `task_vectors`.
-    """
-    return task_vectors.baddbmm_(coefficients.unsqueeze(2), base_rows.unsqueeze(1), alpha=-1)
-
-
 def gram_matrices(rows: Tensor) -> Tensor:
-    """Inner products of the experts' rows, per neuron.
+    """Inner products of the rows that belong to one neuron.
 
     Args:
-        rows: shape (neurons, experts, d), float32.
+        rows: shape (neurons, rows, d), float32: the task vectors of the experts, then the base weights.
 
     Returns:
-        Shape (neurons, experts, experts), float64.
+        Shape (neurons, rows, rows), float64.
     """
     gram = torch.bmm(rows, rows.transpose(1, 2))
     # float64 is what keeps the small eigenproblems exact; Metal has none, so they are solved on the CPU there.
     return gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64)
+
+
+def split_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the task vectors of each neuron at its base weights, in terms of inner products.
+
+    Args:
+        gram: from `gram_matrices`, shape (neurons, experts + 1, experts + 1), the base weights last.
+
+    Returns:
+        Coefficients c_t = τ_t·w / w·w of the parallel parts, shape (neurons, experts), and the Gram matrices of the
+        orthogonal parts, shape (neurons, experts, experts), both float64. A zero base row has no direction: there
+        c_t = 0, and everything is orthogonal.
+    """
+    dots, squared_norm = gram[:, :-1, -1], gram[:, -1:, -1]
+    coefficients = torch.where(squared_norm > 0, dots / squared_norm, 0.0)
+    return coefficients, gram[:, :-1, :-1] - coefficients.unsqueeze(2) * dots.unsqueeze(1)
 
 
 def combination_coefficients(

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,22 +151,21 @@ class ThresholdSearch:
         """Count one chunk of the stream.
 
         Args:
-            chunk: task-vector entries, 1-D float32; overwritten with their magnitudes.
+            chunk: task-vector entries, 1-D float32; overwritten.
         """
         bracket = self._bracket
         if self._histogram is None:
             self._histogram = torch.zeros(bracket.bins, dtype=torch.int64, device=chunk.device)
         magnitudes = chunk.abs_()
+        low = _value(bracket.low)
         self.entries += len(magnitudes)
-        self.total_l1 += float(magnitudes.sum())
-        if bracket.low > 0:
-            magnitudes = magnitudes[magnitudes >= _value(bracket.low)]
-        self._below = self.entries - self._at_or_above - len(magnitudes)
-        self._at_or_above += len(magnitudes)
-        self._l1_kept += float(magnitudes.sum())
-        inside = magnitudes.view(torch.int32)
-        if bracket.high < _TOP:
-            inside = inside[inside < bracket.high]
+        total = float(magnitudes.sum())
+        self.total_l1 += total
+        at_or_above, inside = _split_at(magnitudes, low, bracket)
+        self._at_or_above += at_or_above
+        self._below = self.entries - self._at_or_above
+        # Σ_{a ≥ low} a from Σ min(a, low), which spares picking the entries out.
+        self._l1_kept += total - float(magnitudes.clamp_(max=low).sum()) + at_or_above * low
         if len(inside):
             bins = inside.sub(bracket.low).bitwise_right_shift(bracket.shift)
             if len(bins) < bracket.bins:
@@ -209,6 +209,23 @@ class ThresholdSearch:
         self.total_l1 = self._l1_kept = 0.0
         self._histogram = None
         return False
+
+
+def _split_at(magnitudes: Tensor, low: float, bracket: Bracket) -> tuple[int, Tensor]:
+    """Number of magnitudes at or above `low`, and the bit patterns of those inside the bracket."""
+    if magnitudes.device.type == "cpu":
+        # numpy picks out few entries of many several times faster than torch 2.13 does on a CPU.
+        values = magnitudes.numpy()
+        selected = values >= low
+        count = int(np.count_nonzero(selected))
+        if bracket.high < _TOP:
+            selected &= values < np.float32(_value(bracket.high))
+        return count, torch.from_numpy(values[selected].view(np.int32))
+    selected = magnitudes >= low
+    count = int(selected.sum())
+    if bracket.high < _TOP:
+        selected &= magnitudes < _value(bracket.high)
+    return count, magnitudes[selected].view(torch.int32)
 
 
 def trim_(task_vector: Tensor, threshold: float) -> Tensor:

@@ -34,12 +34,7 @@ from torch import Tensor
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
-from neuron_methods.kernels.subspace import (
-    combination_coefficients,
-    gram_matrices,
-    parallel_coefficients,
-    subtract_parallel_,
-)
+from neuron_methods.kernels.subspace import combination_coefficients, gram_matrices, split_gram
 from neuron_methods.kernels.trim import trim_
 from neuron_methods.methods.contract import (
     MergeContext,
@@ -297,38 +292,37 @@ def merge_neurons(
     blocks = list(row_blocks(neurons, 4 * width * (count + 2), scratch_bytes))
     if not width or not blocks:
         return 0.0, 0.0
-    largest = blocks[0].stop
-    origin = torch.empty(largest, width, dtype=torch.float32, device=base.device)
-    scratch = torch.empty(largest, count, width, dtype=torch.float32, device=base.device)
+    scratch = torch.empty(blocks[0].stop, count + 1, width, dtype=torch.float32, device=base.device)
 
-    def trimmed(block: slice) -> tuple[Tensor, Tensor]:
-        rows = block.stop - block.start
-        w, tau = origin[:rows].copy_(base[block]), scratch[:rows]
+    def trimmed(block: slice) -> Tensor:
+        rows = scratch[: block.stop - block.start]
+        w = rows[:, -1].copy_(base[block])
         for t, expert in enumerate(experts):
-            _trimmed_task_vector(tau[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite)
-        return w, tau
+            _trimmed_task_vector(rows[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite)
+        return rows
 
     reduced_parallel = None
     if lambda_parallel != 0:
         # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
-        coefficients = torch.cat([parallel_coefficients(tau, w) for w, tau in map(trimmed, blocks)])
+        coefficients = torch.cat([split_gram(gram_matrices(trimmed(block)))[0] for block in blocks])
         reduced_parallel = elect_and_reduce(coefficients.T, consensus)
     parallel_energy = orthogonal_energy = 0.0
     for block in blocks:
-        w, tau = trimmed(block)
-        energies = tau.square().sum(dim=2)
-        coefficients = parallel_coefficients(tau, w)
-        orthogonal = subtract_parallel_(tau, coefficients, w)
-        gram = gram_matrices(orthogonal)
-        combination = combination_coefficients(gram, energies, rank_energy=rank_energy, consensus=consensus)
-        psi = torch.bmm(combination.to(tau).unsqueeze(1), orthogonal).squeeze(1)
-        squared_norms = w.square().sum(dim=1, keepdim=True)
-        parallel_energy += float((coefficients.square() * squared_norms).sum())
-        orthogonal_energy += float(gram.diagonal(dim1=1, dim2=2).sum())
-        psi.mul_(lambda_orthogonal)
+        rows = trimmed(block)
+        gram = gram_matrices(rows)
+        coefficients, orthogonal = split_gram(gram)
+        energies = gram.diagonal(dim1=1, dim2=2)
+        combination = combination_coefficients(
+            orthogonal, energies[:, :-1], rank_energy=rank_energy, consensus=consensus
+        )
+        # θ₀ + λ₂ Σ_t a_t (τ_t − c_t w) + λ₁ c w, as one combination of the rows τ_1 … τ_T, w.
+        of_base = 1.0 - lambda_orthogonal * (combination * coefficients).sum(dim=1)
         if reduced_parallel is not None:
-            psi.addcmul_(w, reduced_parallel[block].unsqueeze(1), value=lambda_parallel)
-        merged[block].copy_(psi.add_(w))
+            of_base += lambda_parallel * reduced_parallel[block]
+        factors = torch.cat([lambda_orthogonal * combination, of_base.unsqueeze(1)], dim=1)
+        merged[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
+        parallel_energy += float((coefficients.square() * energies[:, -1:]).sum())
+        orthogonal_energy += float(orthogonal.diagonal(dim1=1, dim2=2).sum())
     return parallel_energy, orthogonal_energy
 
 

@@ -24,7 +24,7 @@ FORMAT = "mergekit-neuron/trim-profile"
 VERSION = 1
 # The sample that brackets a threshold: runs of neighbouring entries, spread evenly over the model.
 _RUN = 1024
-_RUNS = 1024
+_RUNS = 512
 
 
 @dataclass(frozen=True)

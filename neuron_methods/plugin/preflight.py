@@ -133,8 +133,12 @@ def inspect_plan(planner: Any) -> MergePlan:
         dtype = dtype_from_name(written) or _promoted(inputs.values())
         size = stored.entries * dtype.itemsize if stored else 0
         plan.tensors.append((weight, inputs, size))
-        per_model = {model: dict(values.items()) for model, values in task.input_parameters.items()}
-        plan.parameters[weight.name] = (dict(task.parameters.items()), per_model)
+        spec = method.spec
+        per_model = {
+            model: {p.name: values[p.name] for p in spec.input_parameters if p.name in values}
+            for model, values in ((model, dict(task.input_parameters[model].items())) for model in task.model_order)
+        }
+        plan.parameters[weight.name] = ({p.name: task.parameters[p.name] for p in spec.shared_parameters}, per_model)
     return plan
 
 
