@@ -21,17 +21,17 @@ def elect_signs(values: Tensor, tie_tolerance: float = 0.0) -> Tensor:
     return torch.where(total.abs() > tie_tolerance, total, 0.0).sign()
 
 
-def majority_sign(signs: Tensor) -> Tensor:
-    """Majority of the elected signs along the last dimension (the row); -1 where they balance.
+def resolve_ties(signs: Tensor) -> Tensor:
+    """Give tied positions the majority of the elected signs along the last dimension (the row).
 
     Args:
-        signs: shape (..., row), values in {-1, 0, 1}.
+        signs: elected signs, shape (..., row), values in {-1, 0, 1}; 0 is a tie.
 
     Returns:
-        Shape (..., 1), values in {-1, 1}.
+        Same shape, values in {-1, 1}: ties take the majority sign of their row, -1 where that balances too.
     """
-    majority = signs.sum(dim=-1, keepdim=True).sign()
-    return torch.where(majority == 0, -1.0, majority)
+    majority = torch.where(signs.sum(dim=-1, keepdim=True) > 0, 1.0, -1.0).to(signs.dtype)
+    return torch.where(signs == 0, majority, signs)
 
 
 def reduce_elected(values: Tensor, signs: Tensor, consensus: str = "mean") -> Tensor:
@@ -65,6 +65,5 @@ def elect_and_reduce(values: Tensor, consensus: str = "mean", tie_tolerance: flo
     Returns:
         Shape (..., row), dtype of `values`.
     """
-    signs = elect_signs(values, tie_tolerance)
-    signs = torch.where(signs == 0, majority_sign(signs), signs)
+    signs = resolve_ties(elect_signs(values, tie_tolerance))
     return reduce_elected(values, signs.to(values.dtype), consensus)

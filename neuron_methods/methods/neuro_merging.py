@@ -34,7 +34,7 @@ from torch import Tensor
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
-from neuron_methods.kernels.subspace import combination_coefficients, gram_matrices, split_gram
+from neuron_methods.kernels.subspace import gram_matrices, merge_coefficients, split_gram
 from neuron_methods.kernels.trim import trim_
 from neuron_methods.methods.contract import (
     MergeContext,
@@ -305,24 +305,20 @@ def merge_neurons(
     if lambda_parallel != 0:
         # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
         coefficients = torch.cat([split_gram(gram_matrices(trimmed(block)))[0] for block in blocks])
-        reduced_parallel = elect_and_reduce(coefficients.T, consensus)
+        # float32 makes equal what differs by float64 rounding alone: ties stay ties in any order of the experts.
+        reduced_parallel = elect_and_reduce(coefficients.T.float(), consensus)
     parallel_energy = orthogonal_energy = 0.0
     for block in blocks:
         rows = trimmed(block)
-        gram = gram_matrices(rows)
-        coefficients, orthogonal = split_gram(gram)
-        energies = gram.diagonal(dim1=1, dim2=2)
-        combination = combination_coefficients(
-            orthogonal, energies[:, :-1], rank_energy=rank_energy, consensus=consensus
-        )
+        solved = merge_coefficients(rows, rank_energy=rank_energy, consensus=consensus)
         # θ₀ + λ₂ Σ_t a_t (τ_t − c_t w) + λ₁ c w, as one combination of the rows τ_1 … τ_T, w.
-        of_base = 1.0 - lambda_orthogonal * (combination * coefficients).sum(dim=1)
+        of_base = 1.0 - lambda_orthogonal * (solved.orthogonal * solved.parallel).sum(dim=1)
         if reduced_parallel is not None:
             of_base += lambda_parallel * reduced_parallel[block]
-        factors = torch.cat([lambda_orthogonal * combination, of_base.unsqueeze(1)], dim=1)
+        factors = torch.cat([lambda_orthogonal * solved.orthogonal, of_base.unsqueeze(1)], dim=1)
         merged[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
-        parallel_energy += float((coefficients.square() * energies[:, -1:]).sum())
-        orthogonal_energy += float(orthogonal.diagonal(dim1=1, dim2=2).sum())
+        parallel_energy += solved.parallel_energy
+        orthogonal_energy += solved.orthogonal_energy
     return parallel_energy, orthogonal_energy
 
 
