@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.task_vectors import fill_task_vector
+
 # Elements worked on at a time: float32 scratch of 4 MB, which stays in cache.
 CHUNK = 1 << 20
 # Histogram bins. A bracket of at most this many bit patterns gives the exact threshold in the pass that counts it.
@@ -48,7 +50,7 @@ def task_vector_chunks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tupl
 
     Args:
         base: any shape, any float dtype.
-        experts: tensors of the base's shape, each of any float dtype.
+        experts: tensors of the base's shape, each of any float dtype, or `TaskVector`s.
 
     Yields:
         (expert index, 1-D float32 tensor). The tensors share one buffer: use each before asking for the next.
@@ -61,7 +63,7 @@ def task_vector_chunks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tupl
         length = min(size, base.numel() - start)
         origin[:length].copy_(base[start : start + length])
         for index, expert in enumerate(flat):
-            yield index, delta[:length].copy_(expert[start : start + length]).sub_(origin[:length])
+            yield index, fill_task_vector(delta[:length], expert[start : start + length], origin[:length])
 
 
 @dataclass
@@ -172,6 +174,17 @@ class ThresholdSearch:
                 self._histogram.index_add_(0, bins, self._histogram.new_ones(1).expand(len(bins)))
             else:
                 self._histogram += torch.bincount(bins, minlength=bracket.bins)
+
+    def count_zeros(self, entries: int) -> None:
+        """Count entries known to be 0 without a chunk that holds them."""
+        self.entries += entries
+        if self._bracket.low > 0:
+            self._below += entries
+            return
+        if self._histogram is None:
+            self._histogram = torch.zeros(self._bracket.bins, dtype=torch.int64)
+        self._at_or_above += entries
+        self._histogram[0] += entries
 
     def finish(self) -> bool:
         """End a pass over the stream.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, GroupMergeMethod, TensorGroup
@@ -36,6 +36,8 @@ class PlannedTensor:
         parameters: the method's shared parameters as they resolve for this tensor.
         expert_parameters: {parameter: {expert id: value}}.
         repeats: the tensor is stored a second time under a tied name; what is counted over the model counts it once.
+        entries: number of floating-point entries, where that is known without reading.
+        untouched: every expert is known to equal the base here, and the tensor will be copied; `entries` is known.
     """
 
     name: str
@@ -43,6 +45,8 @@ class PlannedTensor:
     parameters: Mapping[str, Any]
     expert_parameters: Mapping[str, Mapping[Hashable, Any]]
     repeats: bool = False
+    entries: int | None = None
+    untouched: bool = False
 
 
 @dataclass
@@ -85,7 +89,14 @@ def current_context() -> MergeContext | None:
 
 
 class PlannedMethod(GroupMergeMethod):
-    """A mergekit method that sees the plan of the whole merge before the first tensor."""
+    """A mergekit method that sees the plan of the whole merge before the first tensor.
+
+    Attributes:
+        takes_task_vectors: experts may come as `neuron_methods.kernels.task_vectors.TaskVector`, in planned tensors and
+            in groups; the method then uses `fill_task_vector` wherever it would subtract the base.
+    """
+
+    takes_task_vectors: ClassVar[bool] = False
 
     def check(self, tensors: Sequence[PlannedTensor]) -> None:
         """Refuse what cannot work before any tensor is read.

@@ -35,6 +35,7 @@ from neuron_methods.errors import UserError
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
 from neuron_methods.kernels.subspace import gram_matrices, merge_coefficients, split_gram
+from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import trim_
 from neuron_methods.methods.contract import (
     MergeContext,
@@ -114,6 +115,8 @@ def is_packed(name: str) -> bool:
 
 class NeuroMerging(PlannedMethod):
     """The method `neuro_merging` as mergekit sees it."""
+
+    takes_task_vectors = True
 
     spec = MergeMethodSpec(
         name="neuro_merging",
@@ -325,7 +328,7 @@ def merge_neurons(
 def _trimmed_task_vector(
     out: Tensor, expert: Tensor, base: Tensor, threshold: float, weight: float, allow_nonfinite: bool
 ) -> None:
-    out.copy_(expert).sub_(base)
+    fill_task_vector(out, expert, base)
     if allow_nonfinite:
         out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     trim_(out, threshold)

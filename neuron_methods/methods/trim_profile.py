@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.errors import UserError
+from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
 from neuron_methods.methods.contract import MergeContext, PlannedTensor
 
@@ -212,6 +213,10 @@ def measure_model(
     while open_searches:
         label = "Measuring trim thresholds" + (" again" if len(open_searches) < len(searches) else "")
         for tensor in context.progress(label, tensors):
+            if tensor.untouched:
+                for expert in tensor.expert_parameters["density"].keys() & open_searches.keys():
+                    open_searches[expert].count_zeros(tensor.entries or 0)
+                continue
             base, found = tensor.load()
             if base is not None and base.is_floating_point():
                 _count(
@@ -244,6 +249,10 @@ def measure_tensors(
     )
     thresholds: dict[str, dict[Hashable, float]] = {}
     for tensor in context.progress("Measuring trim thresholds", tensors):
+        if tensor.untouched:
+            for expert in tensor.expert_parameters["density"]:
+                entries[expert] += tensor.entries or 0
+            continue
         base, found = tensor.load()
         if base is None or not base.is_floating_point() or not found:
             continue
@@ -306,8 +315,7 @@ def _count(
 def _sample(
     tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], context: MergeContext
 ) -> dict[Hashable, list[Tensor]]:
-    loaded = ((t, *t.load()) for t in tensors)
-    sizes = [base.numel() if base is not None and base.is_floating_point() else 0 for _, base, _ in loaded]
+    sizes = [_size(tensor) for tensor in tensors]
     spacing = max(_RUN, sum(sizes) // _RUNS)
     runs: dict[Hashable, list[Tensor]] = {e: [] for e in experts}
     position = 0
@@ -316,16 +324,28 @@ def _sample(
         position += size
         if not starts:
             continue
+        if tensor.untouched:
+            for expert in tensor.expert_parameters["density"]:
+                runs[expert] += [torch.zeros(min(_RUN, size - start)) for start in starts]
+            continue
         base, found = tensor.load()
         for expert, values in found.items():
             runs[expert] += _runs(base, values, starts, context)
     return runs
 
 
+def _size(tensor: PlannedTensor) -> int:
+    if tensor.entries is not None:
+        return tensor.entries
+    base, _ = tensor.load()
+    return base.numel() if base is not None and base.is_floating_point() else 0
+
+
 def _runs(base: Tensor, expert: Tensor, starts: range, context: MergeContext) -> list[Tensor]:
     base, expert = base.reshape(-1), expert.reshape(-1)
     runs = []
     for start in starts:
-        run = (expert[start : start + _RUN].float() - base[start : start + _RUN].float()).abs_().cpu()
+        origin = base[start : start + _RUN].float()
+        run = fill_task_vector(torch.empty_like(origin), expert[start : start + _RUN], origin).abs_().cpu()
         runs.append(run.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if context.allow_nonfinite else run)
     return runs

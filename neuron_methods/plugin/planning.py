@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.session import MergeSession, current_session
 
 
@@ -80,18 +81,34 @@ class PlannedMergeTask(ExecuteMergeMethodTask, arbitrary_types_allowed=True):
 
     measure: MeasureTask | None = None
     session: MergeSession | None = None
+    copy_of: LoadTensor | None = None
+    entries: int | None = None
 
     def arguments(self) -> dict[str, Task]:
-        """The tensors, and the measured context where the method is ours."""
-        arguments = super().arguments()
+        """The tensors, and the measured context where the method is ours; only the base where it is to be copied."""
+        arguments = super().arguments() if self.copy_of is None else {"base": self.copy_of}
         if self.measure is not None:
             arguments["context"] = self.measure
         return arguments
 
+    def group_label(self) -> str | None:
+        """The base's tensor, where only that is read."""
+        return super().group_label() if self.copy_of is None else self.copy_of.group_label()
+
     def execute(
-        self, tensors: dict[Hashable, Tensor], context: MergeContext | None = None, **kwargs: Any
+        self,
+        tensors: dict[Hashable, Tensor] | None = None,
+        context: MergeContext | None = None,
+        base: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor | None:
-        """Merge, and let the session look at what came out."""
+        """Merge, or copy, and let the session look at what came out."""
+        if self.copy_of is not None:
+            if self.session is None:
+                return base
+            with self.session.merging(self.output_weight.name, {self.copy_of.model: base}) as inspect:
+                return inspect(base)
+        assert tensors is not None
         if self.session is None:
             with merge_context(context):
                 return super().execute(tensors=tensors)
@@ -107,6 +124,10 @@ def attach_to_planner(planner: Any) -> None:
     """
     session = current_session()
     method = planner._method
+    adapters = AdapterPlan(planner)
+    planner._tensors = [(w, _with_adapters(adapters, method, w, task)) for w, task in planner._tensors]
+    if adapters.unties([weight for weight, _ in planner._tensors]):
+        planner.out_model_config.tie_word_embeddings = False
     if isinstance(method, PlannedMethod):
         # `dtype` would round inputs before their difference is taken. Our methods compute in float32 from the stored
         # dtype whatever is written, so `dtype` can only mean the dtype of the output.
@@ -193,9 +214,19 @@ def attach(
     method.check(plan.tensors)
     measure = MeasureTask(plan=plan, tokenizer_task=tokenizer_task)
     return [
-        (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype}))
+        (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype or task.out_dtype}))
         for weight, task in tasks
     ]
+
+
+def _with_adapters(
+    adapters: AdapterPlan, method: Any, weight: WeightInfo, task: ExecuteMergeMethodTask
+) -> ExecuteMergeMethodTask:
+    direct = isinstance(method, PlannedMethod) and method.takes_task_vectors
+    prepared, copy_of, entries = adapters.prepare(weight, task, direct=direct)
+    if entries is None:
+        return prepared
+    return PlannedMergeTask(**{**dict(prepared), "copy_of": copy_of, "entries": entries})
 
 
 def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask, repeats: bool) -> PlannedTensor:
@@ -216,6 +247,8 @@ def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMeth
         parameters=dict(task.parameters.items()),
         expert_parameters=expert_parameters,
         repeats=repeats,
+        entries=getattr(task, "entries", None),
+        untouched=getattr(task, "copy_of", None) is not None,
     )
 
 
@@ -246,7 +279,10 @@ def _evaluate(task: Task, known: Mapping[Task, Any]) -> Any:
 
 
 def _without_input_dtype(task: ExecuteMergeMethodTask) -> ExecuteMergeMethodTask:
-    return task.model_copy(update={"gather_tensors": _undyed(task.gather_tensors), "dtype": None})
+    update: dict[str, Any] = {"gather_tensors": _undyed(task.gather_tensors), "dtype": None}
+    if getattr(task, "copy_of", None) is not None:
+        update["copy_of"] = task.copy_of.model_copy(update={"dtype": task.output_weight.force_dtype})
+    return task.model_copy(update=update)
 
 
 def _undyed(task: Task) -> Task:
