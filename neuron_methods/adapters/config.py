@@ -15,12 +15,41 @@ from neuron_methods.errors import UserError
 CONFIG_NAME = "adapter_config.json"
 
 # Written by peft 0.4 to 0.21, and either handled here or without influence on the merged weights.
-_KNOWN = frozenset(  # noqa: SIM905
-    """alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
-    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
-    lora_alpha lora_bias lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r
-    rank_pattern revision runtime_config target_modules target_parameters task_type trainable_token_indices use_dora
-    use_rslora""".split()
+_KNOWN = frozenset(
+    (
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+    )
 )
 # Initialisations that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) take something out
 # of them when peft loads the adapter, and only peft knows how much.

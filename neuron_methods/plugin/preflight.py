@@ -123,13 +123,15 @@ def inspect_plan(planner: Any) -> MergePlan:
     for weight, task in planner._tensors:
         gather = _gather(task.gather_tensors)
         inputs = {}
-        for load in gather.arguments().values():
+        # A tensor that no adapter touches is copied: only the base is read.
+        loads = gather.arguments().values() if task.copy_of is None else (task.copy_of,)
+        for load in loads:
             header = headers.of(load, planner.options.trust_remote_code)
             if header is not None:
                 inputs[load.model] = header
         _check_shapes(weight, inputs, task.base_model, aligned)
         stored = next(iter(inputs.values()), None)
-        written = weight.force_dtype or planner.config.out_dtype or planner.config.dtype
+        written = weight.force_dtype or planner.config.out_dtype or planner.config.dtype or task.out_dtype
         dtype = dtype_from_name(written) or _promoted(inputs.values())
         size = stored.entries * dtype.itemsize if stored else 0
         plan.tensors.append((weight, inputs, size))
