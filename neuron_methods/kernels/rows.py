@@ -13,8 +13,8 @@ CACHE_BYTES = 16 * 1024 * 1024
 def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
     """View a weight tensor as (neurons, incoming weights).
 
-    A matrix is its rows. A convolution (out, in, k…) is flattened to out × (in·k…). Leading dimensions of size 1
-    (position tables, class tokens) are dropped first, so that each position is a row. `packed` tensors hold one matrix
+    A matrix is its rows. A convolution (out, in, k…) is flattened to out × (in·k…). A table (1, positions, d), as
+    vision models keep their position embeddings and class tokens, is its positions. `packed` tensors hold one matrix
     per expert of a mixture-of-experts layer, (experts, out, in): the rows of all of them.
 
     Args:
@@ -25,10 +25,10 @@ def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
         A 2-D view where the strides allow one, else a copy.
     """
     if packed:
-        return tensor.reshape(-1, tensor.shape[-1])
-    while tensor.ndim > 2 and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    return tensor.reshape(tensor.shape[0], -1)
+        return tensor.flatten(0, -2)
+    if tensor.ndim == 3 and tensor.shape[0] == 1:
+        return tensor[0]
+    return tensor.flatten(1)
 
 
 def row_blocks(neurons: int, bytes_per_neuron: int, scratch_bytes: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, GroupMergeMethod, TensorGroup
+from mergekit.merge_methods.dtype import promoted_dtype
 from pydantic import BeforeValidator
 from torch import Tensor
 
@@ -124,17 +125,34 @@ class PlannedMethod(GroupMergeMethod):
     ) -> tuple[Tensor, ...]:
         context = current_context()
         if context is None or context.state is None:
-            tensors = [_planned_in_memory(g, p) for g, p in zip(groups, parameters, strict=True)]
+            tensors = _planned_in_memory(groups, parameters)
             self.check(tensors)
             context = replace(context) if context else MergeContext()
-            context.state = self.measure(tensors, context)
-        # The method writes each block of rows in the final dtype itself; mergekit would round twice.
-        context = replace(context, out_dtype=out_dtype or context.out_dtype)
-        with merge_context(context):
-            return super()._execute(groups, parameters, options, input_dtypes=input_dtypes, out_dtype=context.out_dtype)
+            with torch.no_grad():
+                context.state = self.measure(tensors, context)
+        merged: list[Tensor] = []
+        for group, bound, input_dtype in zip(groups, parameters, input_dtypes, strict=True):
+            # Task vectors are formed from the stored dtype: an input dtype asked for is that of the result. The method
+            # writes each block of rows in the final dtype itself; mergekit would round twice.
+            written = out_dtype or context.out_dtype or input_dtype
+            stored = promoted_dtype(group) if group.entries else input_dtype
+            # Nothing here is differentiated: modules merged in memory bring parameters that ask for it.
+            with merge_context(replace(context, out_dtype=written)), torch.no_grad():
+                merged += super()._execute((group,), [bound], options, input_dtypes=[stored], out_dtype=written)
+        return tuple(merged)
 
 
-def _planned_in_memory(group: TensorGroup, parameters: Mapping[str, Any]) -> PlannedTensor:
+def _planned_in_memory(groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]) -> list[PlannedTensor]:
+    planned, seen = [], set()
+    for group, bound in zip(groups, parameters, strict=True):
+        # A module lists tied weights under each of their names: one set of entries all the same.
+        storage = tuple((e.tensor.data_ptr(), e.tensor.shape, e.tensor.stride()) for e in group.entries)
+        planned.append(_planned_group(group, bound, storage in seen))
+        seen.add(storage)
+    return planned
+
+
+def _planned_group(group: TensorGroup, parameters: Mapping[str, Any], repeats: bool) -> PlannedTensor:
     from mergekit.common import ModelReference
 
     if any(isinstance(entry.id, ModelReference) for entry in group.entries):
@@ -149,6 +167,7 @@ def _planned_in_memory(group: TensorGroup, parameters: Mapping[str, Any]) -> Pla
         load=lambda: (base, experts),
         parameters={k: v for k, v in parameters.items() if not isinstance(v, Mapping)},
         expert_parameters={k: v for k, v in parameters.items() if isinstance(v, Mapping)},
+        repeats=repeats,
     )
 
 

@@ -192,14 +192,15 @@ class NeuroMerging(PlannedMethod):
         base = group.base.tensor
         experts = {entry.id: entry.tensor for entry in group.non_base}
         name = group.metadata.name or "tensor"
-        thresholds = profile.thresholds_for(name, experts)
+        thresholds = profile.thresholds_for(group.metadata.name, experts)
         if thresholds is None:
             densities = {e: parameters["density"][e] for e in experts}
             thresholds = [s.threshold for s in measure_tensor(name, base, experts, densities, context)]
         scale = parameters["lambda_orthogonal"]
         if scale == "auto":
             scale = profile.automatic_lambda(parameters["consensus"])
-        merged = torch.empty_like(base, dtype=context.out_dtype or base.dtype)
+        # Contiguous whatever the base's strides are, so that rows of it are views to write to.
+        merged = torch.empty(base.shape, dtype=context.out_dtype or base.dtype, device=base.device)
         arguments: dict[str, Any] = {
             "thresholds": thresholds,
             "weights": [parameters["weight"][e] for e in experts],
@@ -292,7 +293,9 @@ def merge_neurons(
     """
     neurons, width = base.shape
     count = len(experts)
-    blocks = list(row_blocks(neurons, 4 * width * (count + 2), scratch_bytes))
+    # Stacked rows and merged row in float32, and some eight matrices of inner products in float64.
+    bytes_per_neuron = 4 * width * (count + 2) + 64 * (count + 1) ** 2
+    blocks = list(row_blocks(neurons, bytes_per_neuron, scratch_bytes))
     if not width or not blocks:
         return 0.0, 0.0
     scratch = torch.empty(blocks[0].stop, count + 1, width, dtype=torch.float32, device=base.device)

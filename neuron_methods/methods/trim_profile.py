@@ -78,7 +78,7 @@ class TrimProfile:
         """λ₂ without validation data: 1 / (1 − σ), or 1 where the experts' values are summed."""
         return 1.0 if consensus == "sum" else 1.0 / (1.0 - (self.sigma or 0.0))
 
-    def thresholds_for(self, name: str, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
+    def thresholds_for(self, name: str | None, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
         """Thresholds of a tensor's experts in their order, or None where they are still to be measured."""
         if self.trim == "model":
             return [self.experts[e].threshold or 0.0 for e in experts]
