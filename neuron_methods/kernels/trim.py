@@ -161,13 +161,15 @@ class ThresholdSearch:
         magnitudes = chunk.abs_()
         low = _value(bracket.low)
         self.entries += len(magnitudes)
-        total = float(magnitudes.sum())
+        total = _sum(magnitudes)
         self.total_l1 += total
+        if not math.isfinite(total):
+            return  # NaN or Inf: there is nothing to search, and whoever offers the stream sees it by `total_l1`
         at_or_above, inside = _split_at(magnitudes, low, bracket)
         self._at_or_above += at_or_above
         self._below = self.entries - self._at_or_above
         # Σ_{a ≥ low} a from Σ min(a, low), which spares picking the entries out.
-        self._l1_kept += total - float(magnitudes.clamp_(max=low).sum()) + at_or_above * low
+        self._l1_kept += total - _sum(magnitudes.clamp_(max=low)) + at_or_above * low
         if len(inside):
             bins = inside.sub(bracket.low).bitwise_right_shift(bracket.shift)
             if len(bins) < bracket.bins:
@@ -222,6 +224,12 @@ class ThresholdSearch:
         self.total_l1 = self._l1_kept = 0.0
         self._histogram = None
         return False
+
+
+def _sum(magnitudes: Tensor) -> float:
+    """Sum in float32, or in float64 where that overflows; NaN or Inf only where an entry is."""
+    total = float(magnitudes.sum())
+    return total if math.isfinite(total) else float(magnitudes.sum(dtype=torch.float64))
 
 
 def _split_at(magnitudes: Tensor, low: float, bracket: Bracket) -> tuple[int, Tensor]:

@@ -134,11 +134,7 @@ class NeuroMerging(PlannedMethod):
             UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`.
         """
         for shared in ("trim", "profile"):
-            _only(
-                shared,
-                {t.parameters[shared] for t in tensors},
-                "it holds for the whole merge; remove the filter",
-            )
+            _only(shared, {t.parameters[shared] for t in tensors}, "it holds for the whole merge; remove the filter")
         if not tensors or tensors[0].parameters["trim"] != "model":
             return
         for expert in _experts(tensors):
@@ -171,7 +167,7 @@ class NeuroMerging(PlannedMethod):
         # An expert of weight 0 everywhere takes no part, and its σ must not scale the others.
         voting = [e for e in experts if any(t.expert_parameters["weight"][e] != 0 for t in _with(counted, e))]
         if shared["profile"]:
-            return TrimProfile.read(shared["profile"], counted, experts)
+            return TrimProfile.read(shared["profile"], counted, experts, voting)
         if not self.measures(counted):
             return TrimProfile(trim=shared["trim"])
         measure = measure_model if shared["trim"] == "model" else measure_tensors

@@ -34,14 +34,14 @@ class ExpertTrim:
 
     Attributes:
         model: the expert as the YAML names it.
-        density: share of entries kept; None where it differs between tensors (`trim: tensor`).
+        density: share of entries kept; where it differs between tensors (`trim: tensor`), `varies-` and a hash of them.
         entries: number of entries of its task vector.
         threshold: smallest magnitude kept, None under `trim: tensor`.
         sigma: L1 norm of what trimming removes / L1 norm of the task vector.
     """
 
     model: str
-    density: float | None
+    density: float | str
     entries: int
     threshold: float | None
     sigma: float
@@ -76,14 +76,15 @@ class TrimProfile:
 
     def automatic_lambda(self, consensus: str) -> float:
         """λ₂ without validation data: 1 / (1 − σ), or 1 where the experts' values are summed."""
-        return 1.0 if consensus == "sum" else 1.0 / (1.0 - (self.sigma or 0.0))
+        # σ rounds to 1 where trimming leaves less than float32 resolves.
+        return 1.0 if consensus == "sum" else 1.0 / max(1.0 - (self.sigma or 0.0), 2.0**-24)
 
     def thresholds_for(self, name: str | None, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
         """Thresholds of a tensor's experts in their order, or None where they are still to be measured."""
         if self.trim == "model":
             return [self.experts[e].threshold or 0.0 for e in experts]
         known = self.tensor_thresholds.get(name)
-        return [known[e] for e in experts] if known else None
+        return [known[e] for e in experts] if known and known.keys() >= experts.keys() else None
 
     def add_energies(self, parallel: float, orthogonal: float) -> None:
         """Add one tensor's update energies."""
@@ -111,13 +112,20 @@ class TrimProfile:
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
-    def read(cls, path: str, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
+    def read(
+        cls,
+        path: str,
+        tensors: Sequence[PlannedTensor],
+        experts: Sequence[Hashable],
+        voting: Sequence[Hashable],
+    ) -> TrimProfile:
         """Read a profile and make sure that it is one of this merge.
 
         Args:
             path: JSON file written by `--profile-out`.
             tensors: the plan's tensors that count.
             experts: the plan's experts.
+            voting: experts whose σ counts in this merge, whatever their weights were in the one that was measured.
 
         Raises:
             UserError: the file is missing, not a trim profile, of another version, or of another merge.
@@ -136,9 +144,11 @@ class TrimProfile:
                 "write it again with --profile-out"
             )
         try:
-            return cls._checked(path, content, tensors, experts)
-        except (KeyError, TypeError):
-            raise UserError(f"profile {path}: incomplete; write it again with --profile-out") from None
+            profile = cls._checked(path, content, tensors, experts)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"profile {path}: damaged or incomplete; write it again with --profile-out") from None
+        profile.voting = list(voting)
+        return profile
 
     @classmethod
     def _checked(
@@ -159,18 +169,18 @@ class TrimProfile:
             if entry is None:
                 known = ", ".join(found) or "none"
                 raise UserError(f"profile {path}: no expert {expert} in it (found: {known}); {again}")
-            density = one_density(tensors, expert)
+            density = density_of(tensors, expert)
             if entry["density"] != density:
                 raise UserError(
                     f"profile {path}: {expert} was measured with density {entry['density']}, "
                     f"the merge asks for {density}; {again}"
                 )
-            if entry.pop("voting"):
-                profile.voting.append(expert)
-            profile.experts[expert] = ExpertTrim(**entry)
+            threshold = None if trim == "tensor" else _magnitude(entry["threshold"])
+            sigma = _magnitude(entry["sigma"], below=1.0)
+            profile.experts[expert] = ExpertTrim(str(expert), density, int(entry["entries"]), threshold, sigma)
         by_name = {str(expert): expert for expert in experts}
         profile.tensor_thresholds = {
-            tensor: {by_name[name]: value for name, value in row.items() if name in by_name}
+            tensor: {by_name[name]: _magnitude(value) for name, value in row.items() if name in by_name}
             for tensor, row in content.get("tensor_thresholds", {}).items()
         }
         return profile
@@ -181,10 +191,20 @@ def fingerprint(tensors: Sequence[PlannedTensor]) -> str:
     return hashlib.sha256("\n".join(sorted(t.name for t in tensors)).encode()).hexdigest()[:16]
 
 
-def one_density(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | None:
-    """The expert's density where it is the same for all tensors, else None."""
-    values = {t.expert_parameters["density"][expert] for t in tensors if expert in t.expert_parameters["density"]}
-    return values.pop() if len(values) == 1 else None
+def density_of(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | str:
+    """The expert's density where it is the same for all tensors, else `varies-` and a hash that tells which."""
+    values = {t.name: t.expert_parameters["density"] for t in tensors}
+    densities = {name: value[expert] for name, value in values.items() if expert in value}
+    if len(set(densities.values())) == 1:
+        return next(iter(densities.values()))
+    return "varies-" + hashlib.sha256(json.dumps(densities, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _magnitude(value: object, below: float = math.inf) -> float:
+    """A number in [0, below); anything else is a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+        raise ValueError(f"{value!r} is no number in [0, {below})")
+    return float(value)
 
 
 def measure_model(
@@ -206,7 +226,9 @@ def measure_model(
     """
     searches = {}
     for expert in experts:
-        searches[expert] = ThresholdSearch(one_density(tensors, expert) or 1.0)
+        density = density_of(tensors, expert)
+        assert not isinstance(density, str)  # NeuroMerging.check has refused that
+        searches[expert] = ThresholdSearch(density)
     for expert, runs in _sample(tensors, experts, context).items():
         searches[expert].bracket_from_sample(runs)
     open_searches = dict(searches)
@@ -265,7 +287,7 @@ def measure_tensors(
     sigma = {e: removed[e] / total[e] if total[e] > 0 else 0.0 for e in experts}
     return TrimProfile(
         trim="tensor",
-        experts={e: ExpertTrim(str(e), one_density(tensors, e), entries[e], None, sigma[e]) for e in experts},
+        experts={e: ExpertTrim(str(e), density_of(tensors, e), entries[e], None, sigma[e]) for e in experts},
         voting=list(voting),
         tensor_thresholds=thresholds,
         fingerprint=fingerprint(tensors),
