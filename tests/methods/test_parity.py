@@ -1,0 +1,129 @@
+"""The published code's outputs, from its inputs: tests/data/parity/README.md says what the files hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import load_file
+from torch import Tensor
+
+import neuron_methods
+from neuron_methods.methods.contract import MergeContext, PlannedTensor, merge_context
+from neuron_methods.methods.neuro_merging import NeuroMerging
+from neuron_methods.methods.trim_profile import TrimProfile
+from tests import oracle
+
+DATA = Path(__file__).parent.parent / "data" / "parity"
+EXPECTED = json.loads((DATA / "expected.json").read_text())
+
+neuron_methods.register()
+
+
+@dataclass
+class Case:
+    name: str
+    base: dict[str, Tensor]
+    experts: list[dict[str, Tensor]]
+    delta: dict[str, Tensor]
+
+    @property
+    def expected(self) -> dict:
+        return EXPECTED[self.name]
+
+
+@pytest.fixture(params=sorted(EXPECTED), scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    tensors = load_file(DATA / f"{request.param}.safetensors")
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    count = EXPECTED[request.param]["experts"]
+    return Case(request.param, under("base."), [under(f"expert{t}.") for t in range(count)], under("delta."))
+
+
+def merge(case: Case, **parameters: object) -> dict[str, Tensor]:
+    return merge_state_dicts(
+        {"base": case.base, **dict(enumerate(case.experts))},
+        "neuro_merging",
+        base="base",
+        parameters={"density": case.expected["density"], **parameters},
+    )
+
+
+def measure(case: Case) -> TrimProfile:
+    count = len(case.experts)
+    shared = {"trim": "model", "profile": "", "lambda_orthogonal": "auto", "consensus": "mean"}
+    of_experts = {
+        "density": dict.fromkeys(range(count), case.expected["density"]),
+        "weight": dict.fromkeys(range(count), 1.0),
+    }
+    tensors = [
+        PlannedTensor(
+            name,
+            lambda name=name: (case.base[name], {t: expert[name] for t, expert in enumerate(case.experts)}),
+            shared,
+            of_experts,
+        )
+        for name in case.base
+    ]
+    return NeuroMerging().measure(tensors, MergeContext())
+
+
+def differences(merged: dict[str, Tensor], base: dict[str, Tensor], delta: dict[str, Tensor]) -> Tensor:
+    assert merged.keys() == base.keys() == delta.keys()
+    return torch.cat([(merged[name] - base[name] - delta[name]).abs().flatten() for name in base])
+
+
+def test_end_result_is_the_published_one(case: Case) -> None:
+    difference = differences(merge(case, lambda_orthogonal=1.0), case.base, case.delta)
+    assert (difference <= 1e-5).double().mean() >= 0.999
+    assert difference.max() <= 2e-3
+
+
+def test_thresholds_are_the_published_ones(case: Case) -> None:
+    profile = measure(case)
+    assert [profile.experts[t].threshold for t in range(len(case.experts))] == case.expected["thresholds"]
+
+
+def test_sigma_and_lambda_are_the_published_ones(case: Case) -> None:
+    profile = measure(case)
+    sigmas = [profile.experts[t].sigma for t in range(len(case.experts))]
+    assert sigmas == pytest.approx(case.expected["sigma"], rel=2e-6)
+    assert profile.automatic_lambda("mean") == pytest.approx(case.expected["lambda_auto"], rel=2e-6)
+
+
+def test_automatic_lambda_scales_the_published_update(case: Case) -> None:
+    scaled = {name: delta * case.expected["lambda_auto"] for name, delta in case.delta.items()}
+    difference = differences(merge(case), case.base, scaled)
+    assert (difference <= 1e-5).double().mean() >= 0.999
+    assert difference.max() <= 2e-3
+
+
+def test_the_update_is_orthogonal_to_every_base_row(case: Case) -> None:
+    for name, base in case.base.items():
+        if base.ndim == 2:
+            cosine = torch.nn.functional.cosine_similarity(case.delta[name], base, dim=1)
+            assert cosine.abs().max() < 1e-4, name
+
+
+def test_the_oracle_agrees_with_the_published_code(case: Case) -> None:
+    merged = oracle.merge_model(case.base, case.experts, density=case.expected["density"], lambda_orthogonal=1.0)
+    difference = differences(merged, case.base, case.delta)
+    assert (difference <= 1e-5).double().mean() >= 0.999
+    assert difference.max() <= 2e-3
+
+
+def test_merge_group_follows_a_context_that_was_measured_elsewhere(case: Case) -> None:
+    profile = measure(case)
+    with merge_context(MergeContext(state=profile)):
+        merged = merge(case, lambda_orthogonal=1.0)
+    difference = differences(merged, case.base, case.delta)
+    assert (difference <= 1e-5).double().mean() >= 0.999
+    assert profile.parallel_energy > 0
+    assert profile.orthogonal_energy > profile.parallel_energy
