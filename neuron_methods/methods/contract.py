@@ -28,6 +28,19 @@ SCRATCH_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What is known of the model a merge writes, beside its tensors.
+
+    Attributes:
+        config: its `PretrainedConfig`.
+        read_profile: reads the neuron profile at a path; see `neuron_methods.profiling.profile_file.NeuronProfile`.
+    """
+
+    config: Any
+    read_profile: Callable[[str], Any]
+
+
+@dataclass(frozen=True, eq=False)
 class PlannedTensor:
     """One tensor the merge will write, before it is read.
 
@@ -39,6 +52,7 @@ class PlannedTensor:
         repeats: the tensor is stored a second time under a tied name; what is counted over the model counts it once.
         entries: number of floating-point entries, where that is known without reading.
         untouched: every expert is known to equal the base here, and the tensor will be copied; `entries` is known.
+        model: the model that the merge writes; None where only tensors are merged.
     """
 
     name: str
@@ -48,6 +62,7 @@ class PlannedTensor:
     repeats: bool = False
     entries: int | None = None
     untouched: bool = False
+    model: ModelFacts | None = None
 
 
 @dataclass

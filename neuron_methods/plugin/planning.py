@@ -8,7 +8,7 @@ its executors schedule them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neuron_methods.errors import UserError
-from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedMethod, PlannedTensor, merge_context
 from neuron_methods.plugin.adapter_planning import AdapterPlan
+from neuron_methods.plugin.composite import configured
 from neuron_methods.plugin.session import MergeSession, current_session
 
 
@@ -116,6 +117,15 @@ class PlannedMergeTask(ExecuteMergeMethodTask, arbitrary_types_allowed=True):
             return inspect(super().execute(tensors=tensors))
 
 
+def configure_planner(planner: Any) -> None:
+    """Precede `MergePlanner._plan`: a method that divides its tensors among others also takes their parameters.
+
+    Raises:
+        UserError: the YAML names a method that there is not.
+    """
+    planner._method = configured(planner._method, planner.config)
+
+
 def attach_to_planner(planner: Any) -> None:
     """Follow `MergePlanner._plan`: give a method of ours the plan, and the session of our command a look at it.
 
@@ -141,6 +151,7 @@ def attach_to_planner(planner: Any) -> None:
             device=planner.options.device or "cpu",
             quiet=planner.options.quiet,
             tokenizer_task=planner._tokenizer_task,
+            model=ModelFacts(planner.out_model_config, _read_profile),
         )
     if session is not None:
         planner._tensors = [
@@ -182,6 +193,7 @@ def attach(
     device: str,
     quiet: bool,
     tokenizer_task: Task | None,
+    model: ModelFacts | None = None,
 ) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
     """Turn mergekit's merge tasks into planned ones.
 
@@ -192,6 +204,7 @@ def attach(
         device: where to measure.
         quiet: no progress bars.
         tokenizer_task: builds the tokenizer, where the YAML asks for one.
+        model: the model that the merge writes, where it is known to be one.
 
     Returns:
         The same list with `PlannedMergeTask`s.
@@ -208,7 +221,7 @@ def attach(
     counted: set[str] = set()
     for weight, task in tasks:
         repeats = _repeats_tied(weight, task, counted)
-        plan.tensors.append(_planned_tensor(plan, weight, task, repeats))
+        plan.tensors.append(replace(_planned_tensor(plan, weight, task, repeats), model=model))
         if not repeats:
             counted.add(weight.name)
     method.check(plan.tensors)
@@ -217,6 +230,12 @@ def attach(
         (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype or task.out_dtype}))
         for weight, task in tasks
     ]
+
+
+def _read_profile(path: str) -> Any:
+    from neuron_methods.profiling.profile_file import NeuronProfile
+
+    return NeuronProfile.load(path)
 
 
 def _with_adapters(

@@ -1,0 +1,149 @@
+"""How important every neuron is to every expert: norms streamed from the weights, statistics from profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.kernels.select import keep_threshold, relative_norms, slice_squares
+from neuron_methods.methods.contract import MergeContext, PlannedTensor
+from neuron_methods.methods.inner import is_floating
+from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
+
+# (statistic, {layer: its values, shape (neurons,)}), as an expert's profile has them
+ProfileStatistic = tuple[str, dict[str, Tensor]]
+
+
+@dataclass
+class NeuronNorms:
+    """Squared norms per block: of base weights, and per expert of updates and of outgoing weights."""
+
+    base: dict[str, Tensor] = field(default_factory=dict)
+    update: dict[tuple[str, Hashable], Tensor] = field(default_factory=dict)
+    outgoing: dict[tuple[str, Hashable], Tensor] = field(default_factory=dict)
+
+    def importance(self, block: str, expert: Hashable, source: ProfileStatistic | None) -> Tensor:
+        """Step 1, shape (neurons,), float64."""
+        if source is None:
+            zero = torch.zeros_like(self.base[block])
+            return relative_norms(self.update.get((block, expert), zero), self.base[block])
+        statistic, values = source
+        if statistic == "taylor":
+            return values[block]
+        return values[block] * self.outgoing[block, expert].sqrt()
+
+
+def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], context: MergeContext) -> NeuronNorms:
+    """One streaming pass over tensors that belong to neurons.
+
+    Args:
+        layout: whose slices they are.
+        tensors: each counted once.
+        context: progress, and the policy on non-finite values.
+
+    Raises:
+        UserError: an input holds NaN or Inf, or a tensor has not one slice per neuron.
+    """
+    norms = NeuronNorms()
+    clean = context.allow_nonfinite
+    for tensor in context.progress("Measuring neurons", tensors):
+        base, found = tensor.load()
+        if not is_floating(base):
+            continue
+        slices = layout.slices[tensor.name]
+        slices.check_shape(tensor.name, base)
+        where = {"axis": slices.axis, "copies": slices.copies}
+        _add(norms.base, slices.block, slice_squares(base, None, **where))
+        for expert, weights in found.items():
+            squares = slice_squares(base, weights, clean=clean, **where)
+            if not bool(torch.isfinite(squares).all()):
+                culprit = "the base model" if not bool(torch.isfinite(base).all()) else expert
+                raise UserError(
+                    f"{tensor.name}: NaN or Inf in {culprit}; use a sound checkpoint, or --allow-nonfinite to go on "
+                    "without these entries"
+                )
+            _add(norms.update, (slices.block, expert), squares)
+            if slices.outgoing:
+                squares = slice_squares(base, weights, update=False, clean=clean, **where)
+                _add(norms.outgoing, (slices.block, expert), squares)
+    return norms
+
+
+def _add(sums: dict[Any, Tensor], key: Any, values: Tensor) -> None:
+    sums[key] = sums[key] + values if key in sums else values
+
+
+def read_importance(
+    method: str,
+    layout: NeuronLayout,
+    tensors: Sequence[PlannedTensor],
+    parameters: Mapping[str, Mapping[Hashable, Any]],
+    expert: Hashable,
+) -> ProfileStatistic | None:
+    """What an expert's profile says of its neurons; None for `magnitude`, which needs none.
+
+    Args:
+        method: name for messages.
+        layout: the model's neurons.
+        tensors: the plan.
+        parameters: `importance`, `profile` and `data`, per expert.
+        expert: its id.
+
+    Raises:
+        UserError: parameters contradict each other, or the profile cannot be read, is of another model, or lacks what
+            is asked of it.
+    """
+    importance, path, data = (parameters[key][expert] for key in ("importance", "profile", "data"))
+    if importance == "magnitude":
+        if path or data:
+            raise UserError(
+                f"{method}: {expert} has {'profile' if path else 'data'}, which importance: magnitude does not read; "
+                "set importance: activation or taylor, or leave it out"
+            )
+        return None
+    if not path:
+        raise UserError(
+            f"{method}: importance: {importance} of {expert} needs profile: FILE; `mergekit-neuron profile {expert} "
+            "--data ... -o FILE` makes one"
+        )
+    model = next(t.model for t in tensors if t.model is not None)
+    profile = model.read_profile(path)
+    profile.check_model(layout.neurons)
+    statistic = "mean_abs" if importance == "activation" else "taylor"
+    sources = [data] if data else profile.sources
+    values = {}
+    for layer in layout.neurons.neurons:
+        tokens = torch.tensor([profile.tokens(s, layer) for s in sources], dtype=torch.float64)
+        stacked = torch.stack([profile.statistic(statistic, s, layer).double() for s in sources])
+        values[layer] = (stacked * tokens.unsqueeze(1)).sum(dim=0) / tokens.sum().clamp(min=1)
+    return statistic, values
+
+
+def select(
+    importances: dict[str, Tensor], blocks: Sequence[Slices], densities: dict[str, float], scope: str, expert: Hashable
+) -> dict[str, Tensor]:
+    """Step 2: which neurons an expert keeps.
+
+    Args:
+        importances: block -> importance, shape (neurons,).
+        blocks: the blocks, of one kind.
+        densities: block -> share of neurons kept; the same wherever blocks are ranked together.
+        scope: `model` ranks all blocks together, `layer` those of a layer.
+        expert: for messages.
+
+    Returns:
+        Block -> bool, shape (neurons,).
+    """
+    ranked: dict[str, list[str]] = {}
+    for slices in blocks:
+        ranked.setdefault("" if scope == "model" else slices.layer, []).append(slices.block)
+    kept = {}
+    for together in ranked.values():
+        threshold = keep_threshold(torch.cat([importances[b] for b in together]), densities[together[0]])
+        kept.update({b: importances[b] >= threshold for b in together})
+    return kept

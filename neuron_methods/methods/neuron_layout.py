@@ -1,0 +1,182 @@
+"""Whose slices the tensors of a merge are: an MLP neuron's, an attention row's, or nobody's.
+
+MLP neurons come from `neuron_methods.neurons`. A row of an attention projection, with its entry of the bias, is a unit
+of its own. Everything else, embeddings, norms, heads and the bias of the down projection, belongs to no neuron.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.methods.contract import PlannedTensor
+from neuron_methods.neurons import NeuronMap, Ownership, neuron_map
+
+_ATTENTION = re.compile(r"(^|[._])(self_?|cross_?|enc_?dec_?)?(attn|attention)[._]", re.IGNORECASE)
+_NO_PROJECTION = re.compile(r"norm|(^|[._])ln_|relative_attention_bias|rotary|inv_freq|sinks", re.IGNORECASE)
+_LAYER = re.compile(r"^.*?\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which neurons a tensor's slices belong to.
+
+    Attributes:
+        block: the neurons, by one name: the MLP layer's key, or the name of the attention weight whose rows they are.
+        layer: what `scope: layer` ranks together.
+        kind: MLP neurons or attention rows.
+        axis: the owned axis.
+        copies: slices each neuron has along it.
+        outgoing: whether the slices are the neurons' outgoing weights.
+        neurons: how many neurons, where the config tells; None: as many as slices.
+    """
+
+    block: str
+    layer: str
+    kind: Literal["mlp", "attention"]
+    axis: int
+    copies: int = 1
+    outgoing: bool = False
+    neurons: int | None = None
+
+    def check_shape(self, name: str, tensor: Tensor) -> None:
+        """Raise UserError unless the tensor has one slice per neuron and copy."""
+        found = tensor.shape[self.axis] if self.axis < tensor.ndim else 0
+        if self.neurons is not None and found != self.copies * self.neurons:
+            raise UserError(
+                f"{name}: the config says {self.neurons} neurons, so axis {self.axis} should be "
+                f"{self.copies * self.neurons} long, but the shape is {list(tensor.shape)}; do config and weights "
+                "belong together?"
+            )
+
+
+class NeuronLayout:
+    """Every tensor of a plan that belongs to neurons.
+
+    Attributes:
+        neurons: the model's MLP neurons.
+        slices: tensor name -> whose its slices are; tensors of nobody are missing.
+    """
+
+    def __init__(self, tensors: Sequence[PlannedTensor], method: str) -> None:
+        """Sort the tensors of a plan; `method` is the name for messages.
+
+        Raises:
+            UserError: the plan is not of a model, the model's family is unknown, or none of its MLP tensors is there.
+        """
+        self.neurons = plan_neurons(tensors, method)
+        names = {tensor.name for tensor in tensors}
+        self.slices: dict[str, Slices] = {}
+        rows = 0
+        for name in names:
+            owner = self.neurons.owner_of(name)
+            if owner is not None:
+                self.slices[name] = _of_mlp(owner)
+                rows = owner.axis if owner.role == "up" else rows
+        if not self.slices:
+            raise UserError(
+                f"{method}: none of the {len(names)} tensors of this merge belongs to an MLP neuron of the model that "
+                f"its config describes ({self.neurons.model_type}); do config and weights belong together?"
+            )
+        for name in names - set(self.slices):
+            if _ATTENTION.search(name) and not _NO_PROJECTION.search(name):
+                weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+                if weight in names and name.endswith((".weight", ".bias")):
+                    # Families that store their MLP in_features × out_features (GPT-2) store attention likewise.
+                    axis = rows if name == weight else 0
+                    self.slices[name] = Slices(weight, _layer_of(name), "attention", axis)
+
+    def of_kind(self, tensors: Iterable[PlannedTensor], *kinds: str) -> list[PlannedTensor]:
+        """The tensors that belong to neurons of these kinds; without kinds, those that belong to none."""
+        if not kinds:
+            return [t for t in tensors if t.name not in self.slices]
+        return [t for t in tensors if t.name in self.slices and self.slices[t.name].kind in kinds]
+
+
+def plan_neurons(tensors: Sequence[PlannedTensor], method: str) -> NeuronMap:
+    """The MLP neurons of the model that a plan writes.
+
+    Raises:
+        UserError: only tensors are merged, or the model's family is unknown.
+    """
+    model = next((tensor.model for tensor in tensors if tensor.model is not None), None)
+    if model is None:
+        raise UserError(
+            f"{method}: the model's config says which tensors make up a neuron, and this way of merging knows none; "
+            "use mergekit-neuron merge, mergekit-yaml or mergekit-multi on model directories"
+        )
+    return neuron_map(model.config)
+
+
+def agreed(
+    method: str, tensors: Sequence[PlannedTensor], names: Iterable[str], experts: Iterable[Hashable], where: str
+) -> tuple[dict[str, Any], dict[str, dict[Hashable, Any]]]:
+    """Parameters that have to be the same for all of some tensors, because one neuron owns slices of all of them.
+
+    Args:
+        method: name for messages.
+        tensors: at least one.
+        names: the parameters.
+        experts: ids.
+        where: what the tensors are, for messages: "layers.3", "the whole model".
+
+    Returns:
+        (shared parameters, {parameter: {expert id: value}}).
+
+    Raises:
+        UserError: one of them varies.
+    """
+    shared: dict[str, Any] = {}
+    per_expert: dict[str, dict[Hashable, Any]] = {}
+    for name in names:
+        if name in tensors[0].parameters:
+            shared[name] = _one(method, name, where, {t.parameters[name] for t in tensors})
+            continue
+        per_expert[name] = {}
+        for expert in experts:
+            values = {t.expert_parameters[name][expert] for t in tensors if expert in t.expert_parameters[name]}
+            if values:
+                per_expert[name][expert] = _one(method, f"{name} of {expert}", where, values)
+    return shared, per_expert
+
+
+def experts_of(tensors: Iterable[PlannedTensor]) -> list[Hashable]:
+    """Ids of all experts of a plan, in its order."""
+    seen: dict[Hashable, None] = {}
+    for tensor in tensors:
+        for values in tensor.expert_parameters.values():
+            seen.update(dict.fromkeys(values))
+    return list(seen)
+
+
+def present(values: Mapping[Hashable, Any], experts: Iterable[Hashable]) -> list[Any]:
+    """Values of these experts, in their order."""
+    return [values[expert] for expert in experts]
+
+
+def _one(method: str, what: str, where: str, values: set[Any]) -> Any:
+    if len(values) > 1:
+        shown = ", ".join(sorted(map(str, values))[:4])
+        raise UserError(
+            f"{method}: {what} varies over the tensors of {where} ({shown}), but a neuron is merged whole; "
+            "give one value, or a filter that covers all of them"
+        )
+    (value,) = values
+    return value
+
+
+def _of_mlp(owner: Ownership) -> Slices:
+    layer = owner.layer
+    return Slices(
+        layer.key, layer.key, "mlp", owner.axis, len(owner.roles), outgoing=owner.role == "down", neurons=layer.neurons
+    )
+
+
+def _layer_of(name: str) -> str:
+    found = _LAYER.match(name)
+    return found.group() if found else name

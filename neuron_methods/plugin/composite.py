@@ -1,0 +1,52 @@
+"""Methods that divide their tensors among other methods: which ones a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import MergeMethod
+from pydantic import BaseModel
+
+from neuron_methods.methods.inner import CompositeMethod, configured_values
+
+
+def configured(method: MergeMethod, configuration: MergeConfiguration) -> MergeMethod:
+    """The method as a configuration uses it: one that has inner methods also declares their parameters.
+
+    Args:
+        method: any registered method.
+        configuration: of a merge by it.
+
+    Returns:
+        `method` itself, or a copy whose spec is wider.
+
+    Raises:
+        UserError: the configuration names an inner method that there is not.
+    """
+    if not isinstance(method, CompositeMethod):
+        return method
+    words: dict[str, list[Any]] = {slot: [] for slot in method.slots}
+    for parameters in _parameters(configuration):
+        for slot in method.slots:
+            if slot in parameters:
+                words[slot] += configured_values(parameters[slot])
+    return method.configured(words)
+
+
+def _parameters(node: Any) -> Iterator[Mapping[str, Any]]:
+    """Every mapping of parameters in a configuration, of whatever part."""
+    if isinstance(node, BaseModel):
+        for name in type(node).model_fields:
+            value = getattr(node, name)
+            if name == "parameters":
+                yield value or {}
+            else:
+                yield from _parameters(value)
+    elif isinstance(node, dict):
+        for value in node.values():
+            yield from _parameters(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _parameters(value)
