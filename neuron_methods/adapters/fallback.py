@@ -69,7 +69,8 @@ def merge_with_peft(
         shutil.rmtree(merged, ignore_errors=True)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where}: {first}"
+            f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where} ({first}); leave it "
+            "out, or merge it with the base and the versions it was trained with"
         ) from None
     return _changed_tensors(config, base, MergedTensors(merged))
 
@@ -84,7 +85,9 @@ def refuse_unmergeable(config: AdapterConfig) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if config.peft_type not in PeftType.__members__:
-        raise UserError(f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft")
+        raise UserError(
+            f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft; update peft"
+        )
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[config.peft_type])
     if not hasattr(tuner, "merge_and_unload"):
         raise UserError(
