@@ -97,8 +97,8 @@ def method_name(slot: str, *words: str) -> Any:
     """Type of a parameter that names a registered method, or is one of a few other words."""
 
     def validate(value: Any) -> str:
-        if value not in words:
-            find_method(slot, value)
+        if value not in words and find_method(slot, value) is None:
+            raise UserError(f"{slot}: {value!r} is no merge method; name one that mergekit knows")
         return str(value)
 
     return Annotated[str, BeforeValidator(validate)]

@@ -4,8 +4,8 @@ mergekit 0.1.5 has no plug-in discovery, and hands a method one tensor at a time
 has to be put into mergekit for that is put there here and nowhere else:
 
 - names into the registry of methods, definitions into the table of architectures (`register`);
-- `MergePlanner._plan` is followed by `planning.attach_to_planner` (`patch_planner`): mergekit-yaml, mergekit-multi,
-  mergekit-evolve and the in-memory planner all pass there;
+- `MergePlanner._plan` is preceded by `planning.configure_planner` and followed by `planning.attach_to_planner`
+  (`patch_planner`): mergekit-yaml, mergekit-multi, mergekit-evolve and the in-memory planner all pass there;
 - `plan_flat_merge` of mergekit-pytorch is followed by `planning.attach_to_flat_merge` (`patch_raw_merge`);
 - adapters are read lazily, where mergekit would merge each into a cache directory first: `LoaderCache.get` and
   `ModelReference.lazy_loader` open an `AdapterLoader` for references with an adapter (`patch_loaders`),
@@ -30,11 +30,13 @@ def register() -> None:
     from mergekit.merge_methods import registry
 
     from neuron_methods import _autoload
+    from neuron_methods.methods.min_merging import MinMerging
     from neuron_methods.methods.neuro_merging import NeuroMerging
+    from neuron_methods.methods.neuron_merge import NeuronMerge
     from neuron_methods.plugin.architectures import register_architectures
 
     known = {method.spec.name for method in registry.registered_methods()}
-    for method_class in (NeuroMerging,):
+    for method_class in (NeuroMerging, MinMerging, NeuronMerge):
         if method_class.spec.name not in known:
             registry.register(method_class())
     register_architectures()
@@ -43,7 +45,7 @@ def register() -> None:
 
 def patch_planner() -> None:
     """Let our methods see the plans that `MergePlanner` makes."""
-    from neuron_methods.plugin.planning import attach_to_planner
+    from neuron_methods.plugin.planning import attach_to_planner, configure_planner
 
     planner_class = sys.modules["mergekit.plan"].MergePlanner
     original = planner_class._plan
@@ -52,6 +54,7 @@ def patch_planner() -> None:
 
     @functools.wraps(original)
     def plan(self: Any) -> None:
+        configure_planner(self)
         original(self)
         attach_to_planner(self)
 

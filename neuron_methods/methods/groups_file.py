@@ -1,0 +1,170 @@
+"""Functional groups as a file: which group every MLP neuron of a base model works for.
+
+JSON, made by `mergekit-neuron groups`. `labels` holds one number per neuron, an index into `groups`:
+
+    {"format": "mergekit-neuron groups", "version": 1, "model": "base", "model_type": "llama",
+     "groups": ["general", "math", "code"], "labels": {"layers.0": [0, 2, 0, …], …}, "made_from": {…}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.neurons import NeuronMap
+
+FORMAT = "mergekit-neuron groups"
+VERSION = 1
+GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class NeuronGroups:
+    """The functional group of every MLP neuron.
+
+    Attributes:
+        model: name of the base model, for messages.
+        model_type: its config's.
+        groups: names; the first is `general`.
+        labels: layer -> index into `groups`, int64 (neurons,).
+        made_from: how the groups were made.
+    """
+
+    model: str
+    model_type: str
+    groups: tuple[str, ...]
+    labels: dict[str, Tensor]
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+
+    def neurons_of(self, group: str, layer: str) -> Tensor:
+        """Indices of a layer's neurons of a group, ascending int64."""
+        return (self.labels[layer] == self.groups.index(group)).nonzero().squeeze(1)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{layer: {group: how many neurons}}."""
+        return {
+            layer: {group: int((labels == i).sum()) for i, group in enumerate(self.groups)}
+            for layer, labels in self.labels.items()
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, complete or not at all."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "model_type": self.model_type,
+            "groups": list(self.groups),
+            "made_from": dict(self.made_from),
+            "labels": {layer: labels.tolist() for layer, labels in self.labels.items()},
+        }
+        path = Path(path)
+        beside = path.with_name(path.name + ".writing")
+        try:
+            beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> NeuronGroups:
+        """Read a file.
+
+        Raises:
+            UserError: it is missing, no groups file, of another version, or truncated or damaged.
+        """
+        again = "make it again with `mergekit-neuron groups`"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"groups {path}: cannot be read ({error.strerror or error}); check the path") from None
+        except ValueError:
+            raise UserError(f"groups {path}: truncated, or no JSON; {again}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"groups {path}: no file of `mergekit-neuron groups`; make one with it")
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"groups {path}: version {content.get('version')!r}, this release reads version {VERSION}; {again}"
+            )
+        try:
+            groups = tuple(map(str, content["groups"]))
+            labels = {layer: torch.tensor(values, dtype=torch.int64) for layer, values in content["labels"].items()}
+            found = cls(str(content["model"]), str(content["model_type"]), groups, labels, content.get("made_from", {}))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"groups {path}: damaged ({type(error).__name__}: {error}); {again}") from None
+        if not groups or groups[0] != GENERAL or len(set(groups)) != len(groups):
+            raise UserError(f"groups {path}: damaged (groups must begin with {GENERAL!r}, each once); {again}")
+        for layer, values in labels.items():
+            if values.ndim != 1 or bool(((values < 0) | (values >= len(groups))).any()):
+                raise UserError(f"groups {path}: damaged (labels of {layer} name no group); {again}")
+        return found
+
+    def check_model(self, path: str, neurons: NeuronMap) -> None:
+        """Raise UserError unless the groups are of a model with these neurons."""
+        if self.model_type != neurons.model_type:
+            raise UserError(
+                f"groups {path}: these are of {self.model} (model_type {self.model_type!r}), the model at hand is a "
+                f"{neurons.model_type!r}"
+            )
+        for layer in (*neurons.neurons, *self.labels):
+            here = neurons.neurons.get(layer, 0)
+            there = len(self.labels[layer]) if layer in self.labels else 0
+            if here != there:
+                raise UserError(
+                    f"groups {path}: {there or 'no'} neurons in {layer}, the model at hand has {here or 'none'} there; "
+                    f"these are of {self.model}: of another model, or a layer is missing"
+                )
+
+    def check_experts(self, path: str, experts: Mapping[Any, str]) -> None:
+        """Raise UserError unless experts and groups match.
+
+        Args:
+            path: the file, for messages.
+            experts: {expert: the group it was trained for}.
+        """
+        known = ", ".join(self.groups)
+        for expert, group in experts.items():
+            if not group:
+                raise UserError(
+                    f"{expert} has no group; say which it was trained for with group: NAME (in {path}: {known})"
+                )
+            if group not in self.groups:
+                raise UserError(f"{expert}: group {group!r} is not in {path} (there are: {known})")
+        unnamed = [g for g in self.groups if g != GENERAL and g not in experts.values() and self._size(g)]
+        if unnamed:
+            raise UserError(
+                f"groups {path}: no expert names the group {unnamed[0]!r}, so its neurons would take part of every "
+                "expert and all of none; give an expert group: "
+                f"{unnamed[0]}, or make the groups again without it"
+            )
+
+    def _size(self, group: str) -> int:
+        return sum(int((values == self.groups.index(group)).sum()) for values in self.labels.values())
+
+
+def groups_from_labels(
+    model: str, model_type: str, labels: Mapping[str, Sequence[str]], made_from: Mapping[str, Any]
+) -> NeuronGroups:
+    """Groups from one name per neuron.
+
+    Args:
+        model: name of the base.
+        model_type: its config's.
+        labels: layer -> the group of every neuron.
+        made_from: how they were made.
+    """
+    names = sorted({name for values in labels.values() for name in values} - {GENERAL})
+    groups = (GENERAL, *names)
+    index = {name: i for i, name in enumerate(groups)}
+    tensors = {layer: torch.tensor([index[name] for name in values]) for layer, values in labels.items()}
+    return NeuronGroups(model, model_type, groups, tensors, made_from)
