@@ -1,0 +1,166 @@
+"""The tokens that drive each neuron furthest, kept while the data streams by, in memory that does not grow.
+
+An exemplar is one token in one sample. Per layer and neuron the `top` exemplars with the largest |activation| are
+kept, each with a *payload* of fixed width: the token ids around it, or the name of its image. Nothing else of the data
+is held back, so the memory is neurons × top × (payload + 32 bytes), whatever the number of samples.
+
+Where an activation depends on the tokens read so far alone, samples that begin alike (a prompt's template, the token
+that opens every sequence) repeat the same activations. Each token therefore carries an *identity*, a hash of all its
+activations depend on; of equal identities the first in reading order counts, so that repetitions do not crowd out the
+rest, and the outcome does not depend on how the data is split into batches and processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOBODY = torch.iinfo(torch.int64).max  # the order of an empty place: after everything
+
+_DTYPES = {
+    "activation": torch.float32,
+    "identity": torch.int64,
+    "order": torch.int64,
+    "row": torch.int64,
+    "position": torch.int32,
+    "payload": torch.int32,
+}
+
+Entries = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of one batch that one stack of layers reads, as the exemplars need them.
+
+    B samples, T positions; token b·T + t stands at position t of sample b. Images have no identities of their own
+    (None: every token is a new one) and leave T to the model.
+
+    Attributes:
+        order: int64 (B,), the samples' place in reading order.
+        row: int64 (B,), the samples' rows in their data set.
+        payload: int32 (B, T, width) or, the same for all tokens of a sample, (B, 1, width).
+        identity: int64 (B, T), or None.
+        valid: int64 (V,), the tokens that are not padding; None: all.
+        fresh: int64 (F,), those of `valid` whose identity was not seen lately; None: all of `valid`.
+    """
+
+    order: Tensor
+    row: Tensor
+    payload: Tensor
+    identity: Tensor | None = None
+    valid: Tensor | None = None
+    fresh: Tensor | None = None
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same on `device`."""
+        return TokenBatch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+
+    def entries(self, tokens: Tensor, length: int) -> Entries:
+        """Everything but the activation of the given tokens (any shape), samples being `length` tokens long."""
+        sample, position = tokens // length, tokens % length
+        order = self.order[sample]
+        identity = order * (1 << 20) + position if self.identity is None else self.identity[sample, position]
+        column = position if self.payload.shape[1] > 1 else torch.zeros_like(position)
+        return {
+            "identity": identity,
+            "order": order,
+            "row": self.row[sample],
+            "position": position.int(),
+            "payload": self.payload[sample, column],
+        }
+
+
+class TopActivations:
+    """The exemplars of one layer's neurons, by descending |activation|; places still empty have activation 0.
+
+    `entries` holds one tensor per field, (neurons, top), the payload (neurons, top, width).
+    """
+
+    def __init__(self, neurons: int, top: int, width: int, device: torch.device | str = "cpu") -> None:
+        self.top = top
+        self.entries: Entries = {
+            field: torch.zeros((neurons, top) + ((width,) if field == "payload" else ()), dtype=dtype, device=device)
+            for field, dtype in _DTYPES.items()
+        }
+        self.entries["order"].fill_(NOBODY)
+
+    def update(self, activations: Tensor, largest: Tensor, tokens: Tensor | None, batch: TokenBatch, length: int):
+        """Let the tokens of a batch compete for the places.
+
+        After the first batches few neurons see a token that beats what they have: only these are looked at.
+
+        Args:
+            activations: (tokens, neurons), any float dtype.
+            largest: (neurons,) float32, the largest |activation| of each neuron in `activations`.
+            tokens: int64 (tokens,), which tokens of the batch the rows are, no two of one identity; None: all of
+                them, in order.
+            batch: what is known of the tokens.
+            length: the number of tokens per sample, T.
+        """
+        contested = (largest > self.entries["activation"][:, -1].abs()).nonzero().squeeze(1)
+        if not len(contested) or not self.top:
+            return
+        everyone = len(contested) == activations.shape[1]
+        competing = (activations if everyone else activations[:, contested]).T.float().contiguous()
+        places = competing.abs().topk(min(self.top, competing.shape[1]), dim=1).indices
+        candidates = batch.entries(places if tokens is None else tokens[places], length)
+        candidates["activation"] = competing.gather(1, places)
+        self._compete(contested, candidates)
+
+    def merge(self, other: Entries) -> None:
+        """Let the entries of another process, of the same shape, compete for the places."""
+        if self.top:
+            self._compete(torch.arange(len(self.entries["order"]), device=other["order"].device), other)
+
+    def _compete(self, neurons: Tensor, candidates: Entries) -> None:
+        """Keep the best of what `neurons` have and of their candidates, the earlier one of equal identities."""
+        held = {field: values[neurons] for field, values in self.entries.items()}
+        same = candidates["identity"][:, :, None] == held["identity"][:, None, :]
+        earlier = candidates["order"][:, :, None] < held["order"][:, None, :]
+        held_size = held["activation"].abs().masked_fill((same & earlier).any(1), 0)
+        candidate_size = candidates["activation"].abs().masked_fill((same & ~earlier).any(2), 0)
+
+        size, places = torch.cat((held_size, candidate_size), dim=1).topk(self.top, dim=1)
+        for field, values in held.items():
+            pool = torch.cat((values, candidates[field]), dim=1)
+            index = places if pool.ndim == 2 else places[:, :, None].expand(-1, -1, pool.shape[2])
+            held[field] = pool.gather(1, index)
+        empty = size == 0
+        held["activation"] = held["activation"].masked_fill(empty, 0)
+        held["order"] = held["order"].masked_fill(empty, NOBODY)
+        held["identity"] = held["identity"].masked_fill(empty, 0)
+        for field, values in held.items():
+            self.entries[field][neurons] = values
+
+    def gather(self, collect: Callable[[Tensor], Tensor]) -> None:
+        """Merge with all other processes; `collect` stacks a tensor of every process along its first axis."""
+        neurons = len(self.entries["order"])
+        collected = {field: collect(values.contiguous()) for field, values in self.entries.items()}
+        processes = len(collected["order"]) // max(neurons, 1)
+        for field, values in collected.items():
+            self.entries[field] = values[:neurons].clone()
+        for process in range(1, processes):
+            span = slice(process * neurons, (process + 1) * neurons)
+            self.merge({field: values[span] for field, values in collected.items()})
+
+
+class SeenLately:
+    """Tells tokens whose identity came by before, in a table of fixed size; what it forgets costs time only."""
+
+    def __init__(self, size: int = 1 << 18) -> None:
+        self._table = torch.zeros(size, dtype=torch.int64)
+
+    def fresh(self, identity: Tensor, valid: Tensor) -> Tensor:
+        """Those of the `valid` tokens, int64 (V,), that are the first of their identity, int64 (B, T); in order."""
+        hashes = identity.flatten()[valid]
+        known = self._table[hashes % len(self._table)] == hashes
+        self._table[hashes % len(self._table)] = hashes
+        _, inverse = hashes.unique(return_inverse=True)
+        first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(hashes), dtype=torch.int64)
+        first.scatter_reduce_(0, inverse, torch.arange(len(hashes)), "amin")
+        is_first = first[inverse] == torch.arange(len(hashes))
+        return valid[is_first & ~known]

@@ -1,0 +1,159 @@
+"""Hooks that watch the MLP neurons of a model in memory while it computes.
+
+The activation of a neuron is its input to the down projection, seen by a hook before that module; the gate's
+pre-activation by a hook behind the gate's module. All work is done per layer on whole matrices (tokens × neurons).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from neuron_methods.neurons import MlpLayer, NeuronMap, find_modules
+from neuron_methods.profiling.exemplars import TokenBatch, TopActivations
+from neuron_methods.profiling.statistics import NeuronSums
+
+
+class LayerRecord:
+    """What is recorded of one MLP: its sums and its exemplars.
+
+    Attributes:
+        stream: which of a batch's token streams the layer reads ("encoder", "decoder", ... ; see `inputs`).
+    """
+
+    def __init__(self, layer: MlpLayer, stream: str, top: int, width: int, gradients: bool, device: Any) -> None:
+        self.layer = layer
+        self.stream = stream
+        self.device = device
+        self.sums = NeuronSums(layer.neurons, gradients, device)
+        self.top = TopActivations(layer.neurons, top, width, device)
+
+    def add(self, activations: Tensor, batch: TokenBatch) -> None:
+        """Record the activations (B, T, neurons) of a batch."""
+        length = activations.shape[-2]
+        rows = _pick(activations, batch.valid).float()
+        largest = self.sums.add(rows)
+        if not self.layer.gated:
+            self.sums.add_firing(rows)
+        if batch.fresh is not None:
+            rows = _pick(activations, batch.fresh)
+            largest = rows.abs().amax(0).float() if len(rows) else torch.zeros_like(largest)
+        tokens = batch.valid if batch.fresh is None else batch.fresh
+        self.top.update(rows, largest, tokens, batch, length)
+
+    def add_gate(self, output: Tensor, batch: TokenBatch) -> None:
+        """Record where the gate opens; of a fused module the first features are the gate."""
+        self.sums.add_firing(_pick(output[..., : self.layer.neurons], batch.valid))
+
+    def add_gradient(self, activations: Tensor, gradient: Tensor, batch: TokenBatch) -> None:
+        """Record activation × gradient of the loss, both (B, T, neurons)."""
+        self.sums.add_taylor(_pick(activations, batch.valid).float(), _pick(gradient, batch.valid).float())
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything recorded so far, to be stored."""
+        tokens = torch.tensor(self.sums.tokens)
+        return {"tokens": tokens, **self.sums.sums, **self.top.entries}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self.sums.tokens = int(state["tokens"])
+        for fields in (self.sums.sums, self.top.entries):
+            for name in fields:
+                fields[name] = state[name].to(fields[name].device)
+
+
+class Recorder:
+    """Watches all MLPs of `model`; what they compute inside `watching(...)` goes into `records`.
+
+    Args:
+        model: as transformers makes it; adapters may have been injected.
+        neurons: its neurons.
+        stream_of: key of a layer -> name of the token stream it reads.
+        top: exemplars to keep per neuron.
+        width_of: stream -> width of its payloads.
+        gradients: record activation × gradient, too.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        neurons: NeuronMap,
+        stream_of: Callable[[str], str],
+        top: int,
+        width_of: Callable[[str], int],
+        gradients: bool,
+    ) -> None:
+        self.gradients = gradients
+        self.records: dict[str, LayerRecord] = {}
+        self._modules: list[tuple[LayerRecord, nn.Module, nn.Module | None]] = []
+        self._batch: dict[str, TokenBatch] = {}
+        for layer in neurons.layers:
+            down, gate = find_modules(model, layer)
+            stream = stream_of(layer.key)
+            record = LayerRecord(layer, stream, top, width_of(stream), gradients, _device_of(down, model))
+            self.records[layer.key] = record
+            self._modules.append((record, down, gate))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the hooks are in place. Every batch has to be announced by `expect`."""
+        handles = []
+        try:
+            for record, down, gate in self._modules:
+                handles.append(down.register_forward_pre_hook(self._before_down(record), with_kwargs=True))
+                if gate is not None:
+                    handles.append(gate.register_forward_hook(self._behind_gate(record)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def expect(self, streams: dict[str, TokenBatch]) -> None:
+        """Say which tokens the model is about to read."""
+        devices = {(record.stream, record.device) for record in self.records.values()}
+        self._batch = {(stream, device): streams[stream].to(device) for stream, device in devices if stream in streams}
+
+    def _tokens(self, record: LayerRecord) -> TokenBatch:
+        return self._batch[record.stream, record.device]
+
+    def _before_down(self, record: LayerRecord) -> Callable[..., Any]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> Any:
+            activations, *others = arguments
+            batch = self._tokens(record)
+            seen = activations.detach().to(record.device)
+            record.add(seen, batch)
+            if not self.gradients:
+                return None
+            if not activations.requires_grad:  # the first MLP: all weights are frozen, so that the graph begins here
+                activations = activations.detach().requires_grad_(True)
+            activations.register_hook(lambda gradient: record.add_gradient(seen, gradient.to(record.device), batch))
+            return (activations, *others), keywords
+
+        return hook
+
+    def _behind_gate(self, record: LayerRecord) -> Callable[..., None]:
+        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            record.add_gate(output.detach().to(record.device), self._tokens(record))
+
+        return hook
+
+
+def _pick(values: Tensor, tokens: Tensor | None) -> Tensor:
+    """The rows of (B, T, features) that belong to the given tokens, or all: (tokens, features)."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if tokens is None else rows.index_select(0, tokens)
+
+
+def _device_of(module: nn.Module, model: PreTrainedModel) -> torch.device:
+    """Where a module computes: its weights may be parked elsewhere by accelerate."""
+    hook = getattr(module, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return torch.device(execution_device)
+    parameter = next(module.parameters(), None)
+    return model.device if parameter is None or parameter.device.type == "meta" else parameter.device
