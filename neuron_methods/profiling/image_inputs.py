@@ -1,0 +1,154 @@
+"""Feeders for models that read images; see `inputs`. Every patch counts as a token, and so does the class token."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from neuron_methods.errors import UserError
+from neuron_methods.profiling.exemplars import TokenBatch
+from neuron_methods.profiling.inputs import Batch, Feeder, orders_and_rows
+from neuron_methods.profiling.sources import Sample, SourceReader
+from neuron_methods.profiling.text_inputs import TextFeeder
+
+NAME_WIDTH = 64  # characters kept of an image's name, from its end
+
+
+class ImageFeeder(Feeder):
+    """Vision models; the loss is that of image classification, from the second column."""
+
+    columns = ("image", "label")
+    columns_for_loss = 2
+
+    def __init__(self, processor: Any, config: Any, has_loss: bool) -> None:
+        """`processor` makes pixels of images, `config` tells the model's classes apart."""
+        self.processor = processor
+        self.config = config
+        self.has_loss = has_loss
+
+    def payload_width(self, stream: str) -> int:
+        """The characters of an image's name."""
+        return NAME_WIDTH
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Pixels, and classes if there is a head to say them."""
+        order, row = orders_and_rows(samples)
+        names = torch.tensor([_encode_name(image_name(sample)) for sample in samples], dtype=torch.int32)
+        labelled = self.has_loss and len(self.reader.columns) == 2
+        targets = torch.tensor([self._class(sample) for sample in samples]) if labelled else None
+        return Batch({"pixel_values": self.pixels(samples)}, {"": TokenBatch(order, row, names[:, None])}, targets)
+
+    def pixels(self, samples: list[Sample]) -> Tensor:
+        """The images as float32 (B, channels, height, width)."""
+        images = [self._open(sample).convert("RGB") for sample in samples]
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Class of the image."""
+        return cross_entropy(output.logits.float(), batch.targets, reduction="sum")
+
+    def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
+        """The image's name."""
+        return [{"image": "".join(map(chr, filter(None, name)))} for name in payloads.tolist()]
+
+    def _open(self, sample: Sample) -> Any:
+        from PIL import Image, UnidentifiedImageError
+
+        value = sample.values[0]
+        if isinstance(value, Image.Image):
+            return value
+        path = value.get("path") if isinstance(value, dict) else value
+        content = value.get("bytes") if isinstance(value, dict) else None
+        if not content and not isinstance(path, str):
+            raise self.wrong_value(sample, 0, "an image")
+        try:
+            image = Image.open(io.BytesIO(content) if content else path)
+            image.load()
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(
+                f"{self.reader.label}: cannot read image {image_name(sample)} of row {sample.row}: {error}"
+            ) from error
+        return image
+
+    def _class(self, sample: Sample) -> int:
+        """The model's index of a label: by the label's name if both know names, else as it stands."""
+        label, names = sample.values[1], self.reader.labels
+        known = self.config.label2id or {}
+        model_knows_names = any(not name.startswith("LABEL_") for name in known)  # transformers' placeholders
+        if isinstance(label, int) and names and model_knows_names:
+            label = names[label]
+        if isinstance(label, str):
+            label = known.get(label, label)
+        if not isinstance(label, int) or not 0 <= label < self.config.num_labels:
+            raise self.wrong_value(sample, 1, f"one of the model's {self.config.num_labels} labels, not {label!r}")
+        return label
+
+
+class ImageTextFeeder(Feeder):
+    """CLIP with both towers; the loss is contrastive, so that it depends on how the samples fall into batches."""
+
+    columns = ("image", "text")
+    columns_needed = columns_for_loss = 2
+
+    def __init__(self, images: ImageFeeder, texts: TextFeeder) -> None:
+        """Feed each tower as its own kind is fed."""
+        self.images, self.texts = images, texts
+
+    def start(self, reader: SourceReader, gradients: bool) -> None:
+        """Get both ready."""
+        super().start(reader, gradients)
+        self.images.start(reader, False)
+        self.texts.start(reader, False)
+
+    def stream_of(self, layer_key: str) -> str:
+        """``text_model`` or ``vision_model``."""
+        return layer_key.split(".")[0]
+
+    def payload_width(self, stream: str) -> int:
+        """That of images or of texts."""
+        return self._of(stream).payload_width("")
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Images with their texts; a class that has a name becomes a sentence."""
+        images = self.images.batch(samples)
+        ids = self.texts.tokenize([self._caption(sample) for sample in samples])
+        texts = self.texts.sequences(ids, [1] * len(ids), samples)
+        streams = {"vision_model": images.streams[""], "text_model": texts.streams[""]}
+        return Batch({**images.inputs, **texts.inputs}, streams)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Which text belongs to which image, and the other way round."""
+        logits = output.logits_per_image.float()
+        which = torch.arange(len(logits), device=logits.device)
+        return (cross_entropy(logits, which, reduction="sum") + cross_entropy(logits.T, which, reduction="sum")) / 2
+
+    def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
+        """Of an image its name, of a text the token in its context."""
+        return self._of(stream).describe("", payloads)
+
+    def _of(self, stream: str) -> Feeder:
+        return self.images if stream == "vision_model" else self.texts
+
+    def _caption(self, sample: Sample) -> str:
+        text, names = sample.values[1], self.reader.labels
+        if isinstance(text, int) and names:
+            return f"a photo of a {names[text]}"
+        if not isinstance(text, str):
+            raise self.wrong_value(sample, 1, "text, or a class with a name")
+        return text
+
+
+def image_name(sample: Sample) -> str:
+    """What an image is called in a profile: folder and file as far as known, else its row."""
+    value = sample.values[0]
+    path = value.get("path") if isinstance(value, dict) else value
+    return "/".join(path.split("/")[-2:]) if isinstance(path, str) and path else f"row {sample.row}"
+
+
+def _encode_name(name: str) -> list[int]:
+    codes = [ord(character) for character in name[-NAME_WIDTH:]]
+    return codes + [0] * (NAME_WIDTH - len(codes))

@@ -1,0 +1,256 @@
+"""Where the data comes from: ``NAME=SOURCE`` on the command line, samples read as a stream by `datasets`.
+
+SOURCE is one of
+
+- ``LOCAL[:[SPLIT:]COLUMNS]``: a json, jsonl, parquet, csv, tsv or txt file (a line is a sample; may end in .gz), a
+  folder of images (with sub-folders as labels, or metadata beside them), or a folder with a data set's files;
+- ``HUB-ID[@CONFIG]:SPLIT[:COLUMNS]``: a data set of the hub, such as ``openai/gsm8k@main:train:question,answer``.
+
+COLUMNS is one column or two with a comma: ``text``, ``input,target`` for text-to-text and instruction data,
+``image,label`` or ``image,text`` for images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neuron_methods.errors import UserError
+
+_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".text": "text",
+}
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?")
+_SYNTAX = "NAME=LOCAL[:[SPLIT:]COLUMNS] or NAME=HUB-ID[@CONFIG]:SPLIT[:COLUMNS]"
+
+# Rows drawn ahead of, so that their order is random. Images are not decoded before they are needed.
+SHUFFLE_BUFFER = 1000
+_PATHS_BUFFER = 100_000
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One named source of samples, not opened yet.
+
+    Attributes:
+        name: what the profile calls it.
+        location: local path or hub id.
+        local: whether it is a path.
+        config: the hub data set's configuration.
+        split: None for the only one a local file has.
+        columns: none (then by default), one or two.
+    """
+
+    name: str
+    location: str
+    local: bool
+    config: str | None = None
+    split: str | None = None
+    columns: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """How it is named in files and messages: without the directories of a local path."""
+        place = Path(self.location).resolve().name if self.local else self.location
+        place += f"@{self.config}" if self.config else ""
+        return ":".join(part for part in (place, self.split, ",".join(self.columns)) if part)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart sources that are shown alike."""
+        place = str(Path(self.location).resolve()) if self.local else self.location
+        text = repr((place, self.config, self.split, self.columns))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: `order` counts the samples read, `row` is its row in the data set, `values` are its columns."""
+
+    order: int
+    row: int
+    values: tuple[Any, ...]
+
+
+def parse_source(text: str) -> DataSource:
+    """Read ``NAME=SOURCE``; nothing is opened yet.
+
+    Raises:
+        UserError: it has another form, or names a file that is not there.
+    """
+    name, equals, source = text.partition("=")
+    if not equals or not source or not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"--data {text}: expected {_SYNTAX}, where NAME is of letters, digits, '.', '_' and '-'")
+    if Path(source).exists():
+        return DataSource(name, source, local=True)
+    location, *fields = source.split(":")
+    if len(fields) > 2 or not all((location, *fields)):
+        raise UserError(f"--data {text}: expected {_SYNTAX}")
+    if Path(location).exists():
+        split = fields[0] if len(fields) == 2 else None
+        return DataSource(name, location, True, None, split, _columns(fields[-1] if fields else "", text))
+    hub = _HUB_ID.fullmatch(location)
+    if hub is None or _format_of(location) or Path(location).is_absolute():
+        raise UserError(f"--data {text}: there is no file or folder {location!r}")
+    if not fields:
+        raise UserError(
+            f"--data {text}: there is no file or folder {location!r}, and a data set of the hub needs a split: "
+            f"{name}={location}:train"
+        )
+    return DataSource(name, hub["id"], False, hub["config"], fields[0], _columns("".join(fields[1:]), text))
+
+
+def _columns(text: str, argument: str) -> tuple[str, ...]:
+    columns = tuple(column.strip() for column in text.split(",")) if text else ()
+    if len(columns) > 2 or not all(columns):
+        raise UserError(f"--data {argument}: expected one column or two with a comma between, found {text!r}")
+    return columns
+
+
+def _format_of(location: str) -> str | None:
+    return _FORMATS.get(Path(location.removesuffix(".gz")).suffix.lower())
+
+
+class SourceReader:
+    """An opened source: its columns are known, its rows are not read yet.
+
+    Attributes:
+        columns: the columns that a sample's values come from, one or two.
+        labels: the names behind integer labels of the second column, if the data set has them.
+    """
+
+    def __init__(self, source: DataSource, default_columns: tuple[str, ...]) -> None:
+        """Open `source`.
+
+        Args:
+            source: what to open.
+            default_columns: what a sample needs, by the names taken where the source names none: the first must be
+                there, the second is left out where there is no such column.
+
+        Raises:
+            UserError: it cannot be opened, is empty, or has no such split or column.
+        """
+        self.source = source
+        self._rows = _undecoded(self._open())
+        first = next(self._read(), None)
+        if first is None:
+            raise UserError(f"{self.label}: it is empty")
+        found = tuple(first[1])
+        self.columns = source.columns or tuple(column for column in default_columns if column in found)
+        missing = [column for column in (self.columns or default_columns[:1]) if column not in found]
+        if missing:
+            raise UserError(f"{self.label}: there is no column {missing[0]!r} (there are: {', '.join(found)})")
+        features = self._rows.features or {}
+        self.labels: list[str] | None = getattr(features.get(self.columns[-1]), "names", None)
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"data source {self.source.name!r} ({self.source.shown})"
+
+    def samples(self, limit: int, seed: int) -> Iterator[Sample]:
+        """Up to `limit` samples (0: all) in an order that depends on `seed` alone.
+
+        The order is random within a buffer that is refilled as rows come in. Rows with an empty value are left out.
+        """
+        buffer_size = _PATHS_BUFFER if self._is_image_folder else SHUFFLE_BUFFER
+        rows = ((row, tuple(values[c] for c in self.columns)) for row, values in self._read())
+        kept = ((row, values) for row, values in rows if not any(map(_is_empty, values)))
+        shuffled = _shuffled(kept, buffer_size, seed)
+        for order, (row, values) in enumerate(itertools.islice(shuffled, limit or None)):
+            yield Sample(order, row, values)
+
+    @property
+    def _is_image_folder(self) -> bool:
+        return self.source.local and Path(self.source.location).is_dir() and _holds_images(Path(self.source.location))
+
+    def _open(self) -> Any:
+        """The streaming data set."""
+        import datasets
+
+        source = self.source
+        arguments: dict[str, Any] = {"split": source.split or "train", "streaming": True}
+        if not source.local:
+            arguments |= {"path": source.location, "name": source.config}
+        elif Path(source.location).is_dir():
+            folder = {"path": "imagefolder", "data_dir": source.location}
+            arguments |= folder if self._is_image_folder else {"path": source.location}
+        else:
+            kind = _format_of(source.location)
+            if kind is None:
+                raise UserError(
+                    f"{self.label}: the kind of this file is unknown (known: {', '.join(_FORMATS)}, and folders)"
+                )
+            arguments |= {"path": kind, "data_files": source.location}
+            if ".tsv" in Path(source.location).suffixes:
+                arguments["sep"] = "\t"
+        try:
+            return datasets.load_dataset(**arguments)
+        except StopIteration:
+            raise UserError(f"{self.label}: it is empty") from None
+        except Exception as error:  # whatever datasets, fsspec, pyarrow and pandas raise
+            raise UserError(f"{self.label}: cannot open it: {type(error).__name__}: {error}") from error
+
+    def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows with their numbers."""
+        rows = iter(self._rows)
+        for number in itertools.count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # as in _open
+                raise UserError(
+                    f"{self.label}: cannot read on at row {number}: {type(error).__name__}: {error}"
+                ) from error
+            yield number, row
+
+
+def _undecoded(rows: Any) -> Any:
+    """The data set with its images as paths and bytes, for whoever needs them to decode."""
+    import datasets
+
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether the first data file or image found below a folder is an image."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in _IMAGES:
+            return True
+        if _format_of(path.name) and not path.name.startswith("metadata."):
+            return False
+    return False
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _shuffled(rows: Iterator[Any], size: int, seed: int) -> Iterator[Any]:
+    """The rows, each drawn at random from the next `size` ones."""
+    generator = random.Random(seed)
+    buffer = list(itertools.islice(rows, size))
+    generator.shuffle(buffer)
+    for row in rows:
+        place = generator.randrange(size)
+        buffer[place], row = row, buffer[place]
+        yield row
+    yield from buffer

@@ -1,0 +1,185 @@
+"""Feeders for models that read text; see `inputs`.
+
+Text is cut off at `max_length` tokens and padded on the right. Two columns make one sequence for a decoder: input, line
+break, target, and the loss is over the target alone. A sample's loss is the mean over its targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from neuron_methods.profiling.exemplars import SeenLately, TokenBatch
+from neuron_methods.profiling.inputs import Batch, Feeder, orders_and_rows
+from neuron_methods.profiling.sources import Sample, SourceReader
+
+NO_TOKEN = -1
+_PRIME = 0x100000001B3  # of the FNV hash
+
+
+class TextFeeder(Feeder):
+    """Decoders with a causal loss, and other text models without one."""
+
+    columns = ("text",)
+
+    def __init__(self, tokenizer: Any, max_length: int, context: int, causal: bool) -> None:
+        """Make a feeder whose exemplars show `context` tokens on either side."""
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.context = context
+        self.has_loss = self.causal = causal
+        self._seen: dict[str, SeenLately] = {}
+
+    def start(self, reader: SourceReader, gradients: bool) -> None:
+        """Get ready; what was seen in other sources is forgotten."""
+        super().start(reader, gradients)
+        self._seen = {}
+
+    def payload_width(self, stream: str) -> int:
+        """The token and its context on both sides."""
+        return 2 * self.context + 1
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """One sequence per sample."""
+        texts = self.texts(samples, 0)
+        if len(self.reader.columns) < 2:
+            return self.sequences(self.tokenize(texts), [1] * len(texts), samples)
+        prompts = self.tokenize([text + "\n" for text in texts])
+        targets = self.tokenize(self.texts(samples, 1), special=False)
+        both = [(prompt + target)[: self.max_length] for prompt, target in zip(prompts, targets, strict=True)]
+        return self.sequences(both, [len(prompt) for prompt in prompts], samples)
+
+    def sequences(self, sequences: list[list[int]], starts: list[int], samples: list[Sample]) -> Batch:
+        """Lay out token ids; in each sequence the tokens from `starts` on are targets."""
+        ids, mask = pad(sequences)
+        is_target = mask & (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None])
+        identity = prefix_identity(ids) if self.causal else sequence_identity(ids, mask)
+        return Batch(
+            {"input_ids": ids, "attention_mask": mask.long()},
+            {"": self.stream("", ids, mask, identity, samples)},
+            torch.where(is_target, ids, -100),
+        )
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Next token."""
+        return target_loss(output.logits[:, :-1], batch.targets[:, 1:])
+
+    def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
+        """The token and the text before and after it."""
+        windows = payloads.tolist()
+        before, with_token, whole = (
+            self.tokenizer.batch_decode([[t for t in window[:end] if t != NO_TOKEN] for window in windows])
+            for end in (self.context, self.context + 1, 2 * self.context + 1)
+        )
+        return [
+            {"before": b, "token": t.removeprefix(b), "after": w.removeprefix(t)}
+            for b, t, w in zip(before, with_token, whole, strict=True)
+        ]
+
+    def texts(self, samples: list[Sample], column: int) -> list[str]:
+        """The values of a column, which must be text."""
+        for sample in samples:
+            if not isinstance(sample.values[column], str):
+                raise self.wrong_value(sample, column, "text")
+        return [sample.values[column] for sample in samples]
+
+    def tokenize(self, texts: list[str], special: bool = True) -> list[list[int]]:
+        """Token ids, at most `max_length` per text."""
+        options = {"truncation": True, "max_length": self.max_length, "add_special_tokens": special}
+        return self.tokenizer(texts, **options)["input_ids"]
+
+    def stream(self, name: str, ids: Tensor, mask: Tensor, identity: Tensor, samples: list[Sample]) -> TokenBatch:
+        """The tokens of one stream, each with the window around it; `ids`, `mask` and `identity` are (B, T)."""
+        margin = torch.full((len(ids), self.context), NO_TOKEN)
+        around = torch.cat((margin, ids.masked_fill(~mask, NO_TOKEN), margin), dim=1).int()
+        windows = around.unfold(1, 2 * self.context + 1, 1)
+        valid = mask.flatten().nonzero().squeeze(1)
+        fresh = self._seen.setdefault(name, SeenLately()).fresh(identity, valid)
+        return TokenBatch(
+            *orders_and_rows(samples),
+            windows,
+            identity,
+            valid=None if len(valid) == mask.numel() else valid,
+            fresh=None if len(fresh) == len(valid) else fresh,
+        )
+
+
+class TextToTextFeeder(TextFeeder):
+    """T5 and its kin: the encoder reads the first column, the decoder has to say the second."""
+
+    columns = ("input", "target")
+    columns_needed = columns_for_loss = 2
+
+    def __init__(self, tokenizer: Any, max_length: int, context: int, model: PreTrainedModel) -> None:
+        """`model` knows how targets become the decoder's inputs."""
+        super().__init__(tokenizer, max_length, context, causal=True)
+        self.model = model
+        self.has_loss = "ForConditionalGeneration" in type(model).__name__
+
+    def stream_of(self, layer_key: str) -> str:
+        """``encoder`` or ``decoder``."""
+        return layer_key.split(".")[0]
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Inputs and targets, padded apart."""
+        ids, mask = pad(self.tokenize(self.texts(samples, 0)))
+        targets, target_mask = pad(self.tokenize(self.texts(samples, 1)))
+        labels = targets.masked_fill(~target_mask, -100)
+        decoder_ids = self.model._shift_right(labels)
+        # A decoder's token depends on all that the encoder read and on what was said before.
+        read = sequence_identity(ids, mask)
+        said = prefix_identity(decoder_ids) * _PRIME + read[:, :1]
+        return Batch(
+            {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids},
+            {
+                "encoder": self.stream("encoder", ids, mask, read, samples),
+                "decoder": self.stream("decoder", decoder_ids, target_mask, said, samples),
+            },
+            labels,
+        )
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Tokens of the target."""
+        return target_loss(output.logits, batch.targets)
+
+
+def pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids int64 (B, T) with 0 to the right of shorter sequences, and bool (B, T): true where a token is."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    longest = max(int(lengths.max()), 1)
+    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+    return ids, torch.arange(longest) < lengths[:, None]
+
+
+def prefix_identity(ids: Tensor) -> Tensor:
+    """A hash of every token and all before it, int64 (B, T)."""
+    powers = torch.full((ids.shape[1],), _PRIME).cumprod(0)  # wraps around at 64 bits, as do the sums
+    return _mixed(((ids + 1) * powers).cumsum(1))
+
+
+def sequence_identity(ids: Tensor, mask: Tensor) -> Tensor:
+    """A hash of every token's place and its whole sequence, int64 (B, T)."""
+    powers = torch.full((ids.shape[1],), _PRIME).cumprod(0)
+    whole = ((ids + 1) * mask * powers).sum(1, keepdim=True)
+    return _mixed(whole * _PRIME + torch.arange(ids.shape[1]))
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """The same values with all bits stirred (a round of splitmix64), so that a part of them is a good hash."""
+    values = (values ^ (values >> 30)) * -0x40A7B892E31B1A47
+    return values ^ (values >> 27)
+
+
+def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, the mean over the targets of each sample, added up over samples.
+
+    Args:
+        logits: (B, T, vocabulary).
+        targets: (B, T), -100 where nothing is to be predicted.
+    """
+    losses = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return (losses.sum(1) / (targets != -100).sum(1).clamp(min=1)).sum()
