@@ -1,0 +1,71 @@
+"""The state of an unfinished data source, saved beside the profile now and then, one file per process."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from neuron_methods.profiling.recorder import Recorder
+
+
+class Checkpoint:
+    """What this process has measured of a source so far.
+
+    A state that belongs to something else, to another number of processes for instance, is passed over.
+
+    Args:
+        output: the profile that is being made.
+        belongs_to: everything that must be the same to go on.
+        seconds: how much time passes between savings.
+    """
+
+    def __init__(self, output: Path, belongs_to: dict[str, Any], seconds: float) -> None:
+        state = PartialState()
+        self.path = output.with_name(f"{output.name}.unfinished-{state.process_index}-of-{state.num_processes}")
+        self._belongs_to = json.dumps(belongs_to, sort_keys=True)
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def load(self, recorder: Recorder) -> int:
+        """Let `recorder` go on from the state; returns how many batches it has seen, 0 if there is none."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("belongs_to") != self._belongs_to:
+                    return 0
+                states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError):
+            return 0
+        for key, record in recorder.records.items():
+            start = key + "/"
+            record.load_state({n.removeprefix(start): v for n, v in states.items() if n.startswith(start)})
+        return int(metadata["batches"])
+
+    def save_if_due(self, recorder: Recorder, batches: int) -> None:
+        """Save the state after `batches` batches if the last time is long enough ago."""
+        if time.monotonic() - self._last < self._seconds:
+            return
+        states = {
+            f"{key}/{name}": values.cpu().contiguous()
+            for key, record in recorder.records.items()
+            for name, values in record.state().items()
+        }
+        beside = self.path.with_name(self.path.name + ".writing")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(states, beside, metadata={"belongs_to": self._belongs_to, "batches": str(batches)})
+            os.replace(beside, self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """The source is finished."""
+        self.path.unlink(missing_ok=True)

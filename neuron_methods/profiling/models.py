@@ -1,0 +1,204 @@
+"""Loading the model to profile, placing it, and finding the feeder for its kind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from neuron_methods.errors import UserError
+from neuron_methods.neurons import NeuronMap, neuron_map
+from neuron_methods.profiling.image_inputs import ImageFeeder, ImageTextFeeder
+from neuron_methods.profiling.inputs import Feeder
+from neuron_methods.profiling.text_inputs import TextFeeder, TextToTextFeeder
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """MODEL as the user writes it: a directory, a repository of the hub, or base+adapter of either."""
+
+    base: str
+    adapter: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelName:
+        """Read MODEL. A directory whose own name contains a ``+`` is taken for what it is."""
+        if Path(text).exists():
+            return cls(text)
+        base, plus, adapter = text.partition("+")
+        if plus and (not base or not adapter or "+" in adapter):
+            raise UserError(f"model {text!r}: expected a model, or base+adapter")
+        return cls(base, adapter or None)
+
+    @property
+    def shown(self) -> str:
+        """The name without the directories of local paths."""
+        return "+".join(Path(p).resolve().name if Path(p).exists() else p for p in self._parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart models that are shown alike."""
+        places = [str(Path(p).resolve()) if Path(p).exists() else p for p in self._parts]
+        return hashlib.sha256(repr(places).encode()).hexdigest()[:16]
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return (self.base, self.adapter) if self.adapter else (self.base,)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, all weights frozen, ready to be called.
+
+    Attributes:
+        model: as transformers makes it, with the adapter injected if there is one.
+        neurons: its neurons.
+        device: where its inputs go.
+    """
+
+    model: PreTrainedModel
+    neurons: NeuronMap
+    device: torch.device
+
+    def forward(self, inputs: dict[str, Any], with_head: bool) -> Any:
+        """One forward pass; without its head a decoder saves the product with the vocabulary."""
+        module = self.model if with_head else self.model.base_model
+        cache = {"use_cache": False} if getattr(self.model.config, "use_cache", False) else {}
+        return module(**inputs, **cache)
+
+
+def read_neurons(name: ModelName) -> NeuronMap:
+    """The neurons of a model, from its config alone; errors as in `load_model`."""
+    config = _config(name)
+    return neuron_map(config, _architecture(name, config))
+
+
+@contextlib.contextmanager
+def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None) -> Iterator[LoadedModel]:
+    """Load a model and let accelerate place it, for as long as the block lasts.
+
+    A process on its own spreads the model over what there is, and offloads to the CPU and to disk (into a directory
+    that is removed afterwards) what does not fit. Under ``accelerate launch`` every process holds the whole model.
+
+    Args:
+        name: which model; an adapter stays unmerged.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        max_memory: accelerate's bounds per device, by default what is free.
+
+    Raises:
+        UserError: there is no such model, its family or architecture is unknown, its weights are not safetensors.
+    """
+    config = _config(name)
+    architecture = _architecture(name, config)
+    neurons = neuron_map(config, architecture)
+    state = PartialState()
+    alone = state.num_processes == 1
+    with tempfile.TemporaryDirectory(prefix="mergekit-neuron-offload-") as offload:
+        placement: dict[str, Any] = {"device_map": {"": state.device}}
+        if alone and not (state.device.type == "cpu" and torch.accelerator.is_available()):
+            placement = {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory}
+        with quiet_transformers():
+            try:
+                model = getattr(transformers, architecture).from_pretrained(
+                    name.base, config=config, dtype=dtype, use_safetensors=True, **placement
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"model {name.shown}: cannot load it: {error}") from error
+        if name.adapter is not None:
+            _inject_adapter(model, name)
+        model.eval().requires_grad_(False)
+        yield LoadedModel(model, neurons, state.device)
+
+
+def make_feeder(name: ModelName, model: PreTrainedModel, max_length: int, context: int) -> Feeder:
+    """The feeder for a model's kind, with the tokenizer or image processor saved beside the model.
+
+    Raises:
+        UserError: it is of no kind that can be fed, or the tokenizer or image processor is missing.
+    """
+    architecture = type(model).__name__
+
+    def tokenizer() -> Any:
+        return _saved(AutoTokenizer, name, "tokenizer")
+
+    def images(has_loss: bool) -> ImageFeeder:
+        return ImageFeeder(_saved(AutoImageProcessor, name, "image processor"), model.config, has_loss)
+
+    if architecture == "CLIPModel":
+        limit = min(max_length, model.config.text_config.max_position_embeddings)
+        return ImageTextFeeder(images(False), TextFeeder(tokenizer(), limit, context, causal=False))
+    if model.main_input_name == "pixel_values":
+        return images("ForImageClassification" in architecture)
+    if model.config.is_encoder_decoder and not architecture.endswith(("EncoderModel", "ForTokenClassification")):
+        if not hasattr(model, "_shift_right") or not architecture.endswith(("ForConditionalGeneration", "Model")):
+            raise UserError(f"model {name.shown}: {architecture} cannot be profiled; save it as a model that generates")
+        return TextToTextFeeder(tokenizer(), max_length, context, model)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    return TextFeeder(tokenizer(), min(max_length, limit or max_length), context, causal)
+
+
+def _config(name: ModelName) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name.base)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name.shown}: cannot read its config: {error}") from error
+
+
+def _architecture(name: ModelName, config: PretrainedConfig) -> str:
+    """The class that the config names."""
+    architecture = (config.architectures or [""])[0]
+    if not hasattr(transformers, architecture or "-"):
+        raise UserError(
+            f"model {name.shown}: its config's first architecture, {architecture!r}, is no class of transformers "
+            f"{transformers.__version__}"
+        )
+    return architecture
+
+
+def _inject_adapter(model: PreTrainedModel, name: ModelName) -> None:
+    """Put an adapter's modules into the model, unmerged: nothing is rounded, and offloaded weights stay offloaded."""
+    from peft import PeftModel
+
+    try:
+        wrapper = PeftModel.from_pretrained(model, name.adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {name.shown}: cannot load the adapter: {error}") from error
+    if any(config.is_prompt_learning for config in wrapper.peft_config.values()):
+        raise UserError(f"model {name.shown}: the adapter learned prompts, it does not change the neurons")
+
+
+def _saved(kind: type, name: ModelName, what: str) -> Any:
+    """The tokenizer or image processor saved beside the model."""
+    try:
+        with quiet_transformers():
+            return kind.from_pretrained(name.base)
+    except ImportError as error:
+        raise UserError(f"model {name.shown}: its {what} needs another package: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name.shown}: cannot load its {what}: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers shows neither bars nor warnings: profiling has bars of its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

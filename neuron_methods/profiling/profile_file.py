@@ -1,0 +1,295 @@
+"""Neuron profiles as files: ``NAME.safetensors`` with the statistics, ``NAME.exemplars.jsonl`` beside it.
+
+The safetensors file holds, per data source and layer (``SOURCE/LAYER/...``):
+
+- ``mean_abs``, ``second_moment``, ``firing_rate`` and, if measured, ``taylor``: float32 (neurons,); see `statistics`;
+- ``top_activation``: float32 (neurons, top), the activations of the exemplars by descending size; 0: an empty place;
+- ``top_exemplar``: int32 (neurons, top), the exemplars' line numbers (from 0) in the JSONL file; -1: an empty place.
+
+Its metadata holds ``format``, ``version`` and, as JSON, ``profile``: what `ProfileInfo` says. A line of the JSONL file
+is one exemplar, a token in its context or a patch of an image; many neurons share it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.neurons import NeuronMap
+
+FORMAT = "mergekit-neuron profile"
+VERSION = "1"
+TOP_ACTIVATION, TOP_EXEMPLAR = "top_activation", "top_exemplar"
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What was measured of one data source.
+
+    Attributes:
+        source: the SOURCE of ``--data``, without directories.
+        fingerprint: tells apart sources that are named alike.
+        samples: how many were read.
+        tokens: layer -> how many tokens it read; T5's encoder and decoder, CLIP's towers differ.
+    """
+
+    source: str
+    fingerprint: str
+    samples: int
+    tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ProfileInfo:
+    """What a profile is of.
+
+    Attributes:
+        model: name of the model, without directories.
+        model_fingerprint: tells apart models that are named alike.
+        model_type: the config's.
+        layers: key -> number of neurons, in the order of the layers.
+        gated: keys of layers with a gate, whose `firing_rate` is that of the gate.
+        settings: what the measurement was told and what changes its outcome.
+        sources: name -> what was measured.
+        exemplars: how many lines of the JSONL file belong to this profile.
+        made_with: package -> version.
+    """
+
+    model: str
+    model_fingerprint: str
+    model_type: str
+    layers: dict[str, int]
+    gated: list[str]
+    settings: dict[str, Any]
+    sources: dict[str, SourceInfo] = field(default_factory=dict)
+    exemplars: int = 0
+    made_with: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the statistics there are."""
+        names = ("mean_abs", "second_moment", "firing_rate")
+        return (*names, "taylor") if self.settings.get("gradients") else names
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """One of the tokens that drive a neuron furthest.
+
+    Attributes:
+        activation: the neuron's, with its sign.
+        row: the sample's row in its data source.
+        position: the token's place in the sample; of images the patch, where 0 is the class token if there is one.
+        text: ``before``, ``token`` and ``after`` for text, ``image`` for images.
+    """
+
+    activation: float
+    source: str
+    row: int
+    position: int
+    text: dict[str, str]
+
+
+class NeuronProfile:
+    """A profile in memory: statistics by source, layer and name; exemplars by source, layer and neuron."""
+
+    def __init__(self, info: ProfileInfo, tensors: dict[str, Tensor], path: Path | None = None) -> None:
+        """Put one together; `load` reads one. `path` is where it was read from."""
+        self.info = info
+        self.tensors = tensors
+        self.path = path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NeuronProfile:
+        """Read a profile.
+
+        Raises:
+            UserError: there is no such file, it is no profile, is truncated or of another version, or lacks a layer.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such profile; `mergekit-neuron profile` makes one")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot read this profile, it is truncated or no safetensors ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{path}: this safetensors file is no profile of `mergekit-neuron profile`")
+        if metadata.get("version") != VERSION:
+            raise UserError(
+                f"{path}: this profile has version {metadata.get('version')}, this program reads version {VERSION}; "
+                "measure it again"
+            )
+        try:
+            values = json.loads(metadata["profile"])
+            sources = {name: SourceInfo(**source) for name, source in values.pop("sources").items()}
+            info = ProfileInfo(**values, sources=sources)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: the metadata of this profile is damaged ({error}); measure it again") from error
+        profile = cls(info, tensors, path)
+        profile._check_complete()
+        return profile
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics beside `path` and move them into place; the exemplars have to be there already."""
+        path = Path(path)
+        metadata = {"format": FORMAT, "version": VERSION, "profile": json.dumps(asdict(self.info))}
+        beside = path.with_name(path.name + ".writing")
+        try:
+            save_file(self.tensors, beside, metadata=metadata)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the data sources."""
+        return tuple(self.info.sources)
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Key of each layer -> its number of neurons."""
+        return self.info.layers
+
+    def tokens(self, source: str, layer: str) -> int:
+        """How many tokens of a source a layer read."""
+        return self.info.sources[self._source(source)].tokens[self._layer(layer)]
+
+    def statistic(self, name: str, source: str, layer: str) -> Tensor:
+        """A statistic of a layer's neurons on a source, float32 (neurons,).
+
+        Raises:
+            UserError: there is no such source, layer or statistic in this profile.
+        """
+        if name not in self.info.statistics:
+            hint = "; measure again with --gradients" if name == "taylor" else ""
+            raise UserError(f"{self._name}: there is no {name!r} in it (there are: {self._statistics}){hint}")
+        return self.tensors[f"{self._source(source)}/{self._layer(layer)}/{name}"]
+
+    def top_activations(self, source: str, layer: str) -> Tensor:
+        """The activations of the exemplars, float32 (neurons, top), by descending size; 0 in empty places."""
+        return self.tensors[f"{self._source(source)}/{self._layer(layer)}/{TOP_ACTIVATION}"]
+
+    def exemplars(self, source: str, layer: str, neuron: int) -> list[Exemplar]:
+        """The tokens of a source that drive a neuron furthest, by descending |activation|.
+
+        Raises:
+            UserError: there is no such source, layer or neuron, or the JSONL file is missing or damaged.
+        """
+        if not 0 <= neuron < self.layers[self._layer(layer)]:
+            raise UserError(f"{self._name}: {layer} has neurons 0 to {self.layers[layer] - 1}, not {neuron}")
+        lines = self.tensors[f"{self._source(source)}/{layer}/{TOP_EXEMPLAR}"][neuron].tolist()
+        values = self.top_activations(source, layer)[neuron].tolist()
+        return [self._exemplar(line, value) for line, value in zip(lines, values, strict=True) if line >= 0]
+
+    def check_model(self, neurons: NeuronMap) -> None:
+        """Raise UserError unless this profile is of a model with these neurons: same family, layers and widths."""
+        if self.info.model_type != neurons.model_type:
+            raise UserError(
+                f"{self._name}: this profile is of {self.info.model} (model_type {self.info.model_type!r}), "
+                f"the model at hand is a {neurons.model_type!r}"
+            )
+        for key in (*neurons.neurons, *self.layers):
+            here, there = neurons.neurons.get(key, 0), self.layers.get(key, 0)
+            if here != there:
+                raise UserError(
+                    f"{self._name}: this profile is of {self.info.model}, which has {there or 'no'} neurons in {key}; "
+                    f"the model at hand has {here or 'none'}"
+                )
+
+    @cached_property
+    def _lines(self) -> list[dict[str, Any]]:
+        """The JSONL file, as far as it belongs to this profile."""
+        return read_exemplars(self.path, self.info.exemplars) if self.path is not None else []
+
+    def _exemplar(self, line: int, activation: float) -> Exemplar:
+        fields = dict(self._lines[line])
+        return Exemplar(activation, fields.pop("source"), fields.pop("row"), fields.pop("position"), fields)
+
+    @property
+    def _name(self) -> str:
+        return str(self.path) if self.path is not None else f"profile of {self.info.model}"
+
+    @property
+    def _statistics(self) -> str:
+        return ", ".join(self.info.statistics)
+
+    def _source(self, name: str) -> str:
+        if name not in self.info.sources:
+            raise UserError(
+                f"{self._name}: there is no data source {name!r} in it (there are: {', '.join(self.sources)})"
+            )
+        return name
+
+    def _layer(self, key: str) -> str:
+        if key not in self.layers:
+            raise UserError(f"{self._name}: there is no layer {key!r} in it (there are: {', '.join(self.layers)})")
+        return key
+
+    def _check_complete(self) -> None:
+        """Every source must have every layer, with the shapes that the metadata says."""
+        for source, info in self.info.sources.items():
+            for layer, neurons in self.layers.items():
+                if layer not in info.tokens:
+                    raise UserError(
+                        f"{self._name}: layer {layer} of data source {source!r} is missing; measure it again"
+                    )
+                for name in (*self.info.statistics, TOP_ACTIVATION, TOP_EXEMPLAR):
+                    tensor = self.tensors.get(f"{source}/{layer}/{name}")
+                    if tensor is None or tensor.shape[0] != neurons:
+                        found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                        raise UserError(
+                            f"{self._name}: {name} of layer {layer}, data source {source!r}, is {found}, expected for "
+                            f"{neurons} neurons; measure it again"
+                        )
+
+
+def exemplars_path(profile: Path) -> Path:
+    """The JSONL file beside a profile."""
+    return profile.with_name(profile.name.removesuffix(".safetensors") + ".exemplars.jsonl")
+
+
+def read_exemplars(profile: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` exemplars of the file beside a profile; more may be there from an interrupted run.
+
+    Raises:
+        UserError: it is missing, damaged or too short.
+    """
+    path = exemplars_path(profile)
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+    except OSError as error:
+        raise UserError(f"{path}: the exemplars of {profile.name} belong there: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); measure the profile again") from error
+    if len(lines) < count:
+        raise UserError(f"{path}: {len(lines)} exemplars, expected {count}; measure the profile again")
+    return lines
+
+
+def write_exemplars(profile: Path, keep: int, exemplars: Iterable[Mapping[str, Any]]) -> None:
+    """Put exemplars behind the first `keep` lines of the file beside a profile, by way of a new file."""
+    path = exemplars_path(profile)
+    beside = path.with_name(path.name + ".writing")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            if keep:
+                with path.open(encoding="utf-8") as old:
+                    file.writelines(line for line, _ in zip(old, range(keep), strict=False))
+            file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,248 @@
+"""Measuring a profile: model in, data sources in, file out; resumable, on one process or several.
+
+Samples go round among the processes of ``accelerate launch`` (sample i to process i mod n), every process measures its
+own, and sums and exemplars are merged at the end of a source: the number of processes does not change the outcome but
+by float rounding. A finished source is in the file; an unfinished one leaves its state beside it now and then.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from tqdm import tqdm
+
+from neuron_methods import __version__
+from neuron_methods.errors import UserError
+from neuron_methods.profiling.checkpoint import Checkpoint
+from neuron_methods.profiling.inputs import Feeder
+from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder, read_neurons
+from neuron_methods.profiling.profile_file import NeuronProfile, ProfileInfo, SourceInfo, write_exemplars
+from neuron_methods.profiling.recorder import Recorder
+from neuron_methods.profiling.results import describe_exemplars, source_tensors
+from neuron_methods.profiling.sources import DataSource, Sample, SourceReader, parse_source
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        samples: how many of each source, 0: all.
+        max_length: tokens per text.
+        batch_size: samples per forward pass.
+        seed: of the order in which samples are drawn.
+        gradients: measure activation × gradient, too.
+        top: exemplars per neuron.
+        context: tokens shown on either side of an exemplar.
+        dtype: of the model, ``auto``: as stored.
+        checkpoint_seconds: how often an unfinished source saves its state.
+    """
+
+    samples: int = 1000
+    max_length: int = 512
+    batch_size: int = 8
+    seed: int = 0
+    gradients: bool = False
+    top: int = 10
+    context: int = 8
+    dtype: str = "auto"
+    checkpoint_seconds: float = 300
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """Those that the profile depends on."""
+        return {k: v for k, v in asdict(self).items() if k not in ("batch_size", "checkpoint_seconds")}
+
+
+def measure_profile(
+    model: str,
+    data: Sequence[str],
+    output: Path,
+    settings: Settings = Settings(),
+    *,
+    overwrite: bool = False,
+    max_memory: dict[Any, int | str] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Measure the neurons of a model on data sources and write the profile.
+
+    Sources that the file already holds, measured with the same settings, are not measured again.
+
+    Args:
+        model: directory, repository of the hub, or base+adapter.
+        data: ``NAME=SOURCE`` each; see `sources`.
+        output: the file to write, ending in ``.safetensors``.
+        settings: how to measure.
+        overwrite: start anew if `output` exists.
+        max_memory: accelerate's bounds per device; by default what is free.
+        report: called with lines for the user, in the main process.
+
+    Raises:
+        UserError: anything is wrong with model, data or file.
+    """
+    state = PartialState()
+    sources = _parse(data)
+    name = ModelName.parse(model)
+    neurons = read_neurons(name)
+    fresh = NeuronProfile(
+        ProfileInfo(
+            model=name.shown,
+            model_fingerprint=name.fingerprint,
+            model_type=neurons.model_type,
+            layers=neurons.neurons,
+            gated=[layer.key for layer in neurons.layers if layer.gated],
+            settings=settings.outcome,
+            made_with={"mergekit-neuron": __version__, "transformers": version("transformers")},
+        ),
+        {},
+    )
+    profile = _continued(fresh, sources, output, overwrite)
+    pending = [source for source in sources if source.name not in profile.sources]
+    for source in sources:
+        if source not in pending and state.is_main_process:
+            report(f"{source.name}: already in {output.name}, skipped")
+    state.wait_for_everyone()  # nobody writes before all have read
+    if not pending:
+        return
+    with load_model(name, settings.dtype, max_memory) as loaded:
+        feeder = make_feeder(name, loaded.model, settings.max_length, settings.context)
+        readers = [SourceReader(source, feeder.columns) for source in pending]
+        for reader in readers:  # all of them before the first is measured
+            feeder.start(reader, settings.gradients)
+        for reader in readers:
+            profile = _measure_source(reader, loaded, feeder, settings, profile, output)
+            if state.is_main_process:
+                info = profile.info.sources[reader.source.name]
+                report(f"{reader.source.name}: {info.samples} samples, {max(info.tokens.values())} tokens")
+
+
+def _parse(data: Sequence[str]) -> list[DataSource]:
+    sources = [parse_source(text) for text in data]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--data {name}=...: two data sources have this name")
+    return sources
+
+
+def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, overwrite: bool) -> NeuronProfile:
+    """What `output` holds already, `fresh` if nothing; raises UserError if what it holds was made in another way."""
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise UserError(f"-o {output}: expected a file name that ends in .safetensors")
+    if overwrite or not output.exists():
+        return fresh
+    there = NeuronProfile.load(output)
+    new, old = asdict(fresh.info), asdict(there.info)
+    for key in ("model", "model_fingerprint", "model_type", "layers", "settings"):
+        if new[key] != old[key]:
+            what = key.replace("_fingerprint", "'s place")
+            if key == "settings":
+                changed = [k for k in new[key] if new[key][k] != old[key].get(k)]
+                what = ", ".join(f"{k} {old[key].get(k)}, now {new[key][k]}" for k in changed)
+            raise UserError(
+                f"-o {output}: the profile there was made otherwise ({what}); name another file, or give --overwrite"
+            )
+    for source in sources:
+        known = there.info.sources.get(source.name)
+        if known is not None and known.fingerprint != source.fingerprint:
+            raise UserError(
+                f"-o {output}: the profile there measured {source.name!r} on {known.source}, now it is {source.shown}; "
+                "give it another name, or give --overwrite"
+            )
+    return there
+
+
+def _measure_source(
+    reader: SourceReader,
+    loaded: LoadedModel,
+    feeder: Feeder,
+    settings: Settings,
+    profile: NeuronProfile,
+    output: Path,
+) -> NeuronProfile:
+    """Measure one source and write `profile` with it; returns that."""
+    state = PartialState()
+    recorder = Recorder(
+        loaded.model, loaded.neurons, feeder.stream_of, settings.top, feeder.payload_width, settings.gradients
+    )
+    feeder.start(reader, settings.gradients)
+    belongs_to = {**asdict(replace(profile.info, sources={}, exemplars=0)), "batch_size": settings.batch_size}
+    checkpoint = Checkpoint(output, {**belongs_to, "source": reader.source.fingerprint}, settings.checkpoint_seconds)
+    done = checkpoint.load(recorder)
+    samples = _measure(reader, loaded, feeder, settings, recorder, checkpoint, done)
+
+    samples = int(reduce(torch.tensor(samples, device=state.device), "sum"))
+    for record in recorder.records.values():
+        record.sums.reduce(lambda values: reduce(values, "sum"))
+        record.top.gather(gather)
+    if not samples:
+        raise UserError(f"{reader.label}: all its rows are empty")
+    tokens = {key: record.sums.tokens for key, record in recorder.records.items()}
+    source = SourceInfo(reader.source.shown, reader.source.fingerprint, samples, tokens)
+    info = replace(profile.info, sources={**profile.info.sources, reader.source.name: source})
+    if state.is_main_process:
+        lines, exemplars = describe_exemplars(recorder, feeder, reader.source.name, profile.info.exemplars)
+        info = replace(info, exemplars=profile.info.exemplars + len(exemplars))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_exemplars(output, profile.info.exemplars, exemplars)
+        profile = NeuronProfile(info, {**profile.tensors, **source_tensors(recorder, reader.source.name, lines)})
+        profile.save(output)
+    else:
+        profile = NeuronProfile(info, profile.tensors)
+    state.wait_for_everyone()
+    checkpoint.remove()
+    return profile
+
+
+def _measure(
+    reader: SourceReader,
+    loaded: LoadedModel,
+    feeder: Feeder,
+    settings: Settings,
+    recorder: Recorder,
+    checkpoint: Checkpoint,
+    done: int,
+) -> int:
+    """Let this process's share of the samples through the model; returns how many they are.
+
+    `done` batches were measured before and are only counted.
+    """
+    state = PartialState()
+    own = itertools.islice(
+        reader.samples(settings.samples, settings.seed), state.process_index, None, state.num_processes
+    )
+    count = 0
+    share = -(-settings.samples // state.num_processes) or None
+    bar = tqdm(total=share, desc=reader.source.name, unit="sample", disable=None if state.is_main_process else True)
+    with bar, recorder.watching():
+        for number, samples in enumerate(_batches(own, settings.batch_size)):
+            count += len(samples)
+            if number >= done:
+                run_batch(samples, loaded, feeder, recorder, settings.gradients)
+                checkpoint.save_if_due(recorder, number + 1)
+            bar.update(len(samples))
+    return count
+
+
+def run_batch(samples: list[Sample], loaded: LoadedModel, feeder: Feeder, recorder: Recorder, gradients: bool) -> None:
+    """One forward pass, and with `gradients` one backward pass, under the eyes of `recorder`."""
+    batch = feeder.batch(samples).to(loaded.device)
+    recorder.expect(batch.streams)
+    with nullcontext() if gradients else torch.no_grad():
+        output = loaded.forward(batch.inputs, with_head=gradients)
+        if gradients:
+            feeder.loss(output, batch).backward()
+
+
+def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while batch := list(itertools.islice(samples, size)):
+        yield batch
