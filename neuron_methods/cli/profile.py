@@ -1,0 +1,99 @@
+"""`mergekit-neuron profile`: measure what each MLP neuron does on data; `profile show`: read the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+EPILOG = """\b
+`mergekit-neuron profile show FILE [--layer L [--neuron N]]` prints a profile; see its own --help.
+
+\b
+SOURCE is one of
+  LOCAL[:[SPLIT:]COLUMNS]            a json, jsonl, parquet, csv, tsv or txt file (.gz, too), an image folder, a folder
+                                     with the files of a data set
+  HUB-ID[@CONFIG]:SPLIT[:COLUMNS]    a data set of the hub
+COLUMNS is one column, or two with a comma between: input,target for text-to-text models and instruction data (one
+sequence for a decoder, the loss is over the target), image,label for classifiers, image,text for CLIP. By default the
+columns are called so, and text for a decoder.
+
+\b
+Examples:
+  mergekit-neuron profile ./base --data math=math.jsonl:question,answer --data code=code.txt -o base.safetensors
+  mergekit-neuron profile ./base+./adapter --data math=openai/gsm8k@main:train:question,answer --gradients \\
+      -o expert.safetensors
+  mergekit-neuron profile ./vit --data digits=./photos -o vit.safetensors
+  accelerate launch --num_processes 4 -m neuron_methods profile ./base --data math=math.jsonl -o base.safetensors
+  mergekit-neuron profile show base.safetensors --layer 3 --neuron 17
+
+\b
+Run again after an interruption: finished data sources are skipped, an unfinished one goes on where it last saved its
+state. Beside FILE.safetensors there is FILE.exemplars.jsonl with the tokens that drive the neurons furthest.
+"""
+
+
+class ProfileCommand(click.Command):
+    """`profile MODEL ...`, but for `profile show ...`, which is a command of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Hand over to `show` if that is the first word; a model directory of this name is `./show`."""
+        if args[:1] == ["show"]:
+            return show.make_context(f"{info_name} show", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+
+@click.command("profile", cls=ProfileCommand, epilog=EPILOG)
+@click.argument("model")
+@click.option("--data", multiple=True, required=True, metavar="NAME=SOURCE", help="A data source; may be repeated.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="*.safetensors")
+@click.option("--samples", type=click.IntRange(0), default=1000, show_default=True, help="Of each source; 0: all.")
+@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True, help="Tokens per text.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order in which samples are drawn.")
+@click.option("--gradients", is_flag=True, help="Measure activation × gradient of the loss (taylor), too.")
+@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Exemplars per neuron.")
+@click.option("--context", type=click.IntRange(0), default=8, show_default=True, help="Tokens around an exemplar.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--overwrite", is_flag=True, help="Start anew if FILE exists.")
+@debug_option
+def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **settings: Any) -> None:
+    """Measure the MLP neurons of MODEL on data: a path, a hub id, or base+adapter.
+
+    Per source and neuron: mean |activation|, second moment, firing rate and the tokens that drive it furthest; with
+    --gradients also mean |activation × gradient of the loss|. Every model family in neuron_methods/neurons can be
+    measured: Llama and other decoders, T5, ViT, DeiT, CLIP.
+    """
+    from neuron_methods.profiling import Settings, measure_profile
+
+    measure_profile(model, data, output, Settings(**settings), overwrite=overwrite, report=click.echo)
+
+
+@click.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--layer", help="Key as the overview names it, or its number.")
+@click.option("--neuron", type=click.IntRange(0), help="Index of a neuron of that layer.")
+@debug_option
+def show(file: Path, layer: str | None, neuron: int | None) -> None:
+    """Print a neuron profile: an overview, with --layer its most active neurons, with --neuron what drives one."""
+    from neuron_methods.profiling import NeuronProfile
+    from neuron_methods.profiling.show import describe_layer, describe_neuron, describe_profile
+
+    if neuron is not None and layer is None:
+        raise click.UsageError("--neuron needs --layer")
+    measured = NeuronProfile.load(file)
+    if layer is None:
+        lines = describe_profile(measured)
+    elif neuron is None:
+        lines = describe_layer(measured, layer)
+    else:
+        lines = describe_neuron(measured, layer, neuron)
+    for line in lines:
+        click.echo(line)

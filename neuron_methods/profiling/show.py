@@ -1,0 +1,102 @@
+"""A profile in readable form: what was measured, a layer's most active neurons, what drives one neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from neuron_methods.errors import UserError
+from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
+
+
+def describe_profile(profile: NeuronProfile) -> Iterator[str]:
+    """The model, the sources, and a line per layer: how active its neurons are on each source, how many never fire."""
+    info = profile.info
+    total = sum(profile.layers.values())
+    yield f"model      {info.model} ({info.model_type}): {total} MLP neurons in {len(profile.layers)} layers"
+    yield f"settings   {', '.join(f'{key} {value}' for key, value in info.settings.items())}"
+    for name, source in info.sources.items():
+        tokens = sorted(set(source.tokens.values()))
+        count = " / ".join(str(number) for number in tokens)
+        yield f"source     {name}: {source.samples} samples, {count} tokens of {source.source}"
+    rows = [["layer", "neurons", *(f"{name}: mean |a|, never fire" for name in profile.sources)]]
+    for layer, neurons in profile.layers.items():
+        cells = []
+        for source in profile.sources:
+            mean = profile.statistic("mean_abs", source, layer).mean()
+            silent = int((profile.statistic("firing_rate", source, layer) == 0).sum())
+            cells.append(f"{mean:.4g}, {silent}")
+        rows.append([layer, str(neurons), *cells])
+    yield ""
+    yield from _table(rows)
+
+
+def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Iterator[str]:
+    """For each source the layer's `count` neurons of the largest mean |activation|."""
+    layer = find_layer(profile, layer)
+    for source in profile.sources:
+        mean = profile.statistic("mean_abs", source, layer)
+        yield f"{layer}, {source}: most active of {len(mean)} neurons ({profile.tokens(source, layer)} tokens)"
+        rows = [["neuron", *profile.info.statistics, "strongest exemplar"]]
+        for neuron in mean.topk(min(count, len(mean))).indices.tolist():
+            values = [f"{profile.statistic(name, source, layer)[neuron]:.4g}" for name in profile.info.statistics]
+            best = profile.exemplars(source, layer, neuron)[:1]
+            rows.append([str(neuron), *values, _in_context(best[0]) if best else ""])
+        yield from _table(rows, text=(0, len(rows[0]) - 1))
+        yield ""
+
+
+def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator[str]:
+    """One neuron: its statistics on every source, and the tokens that drive it furthest, marked »so«."""
+    layer = find_layer(profile, layer)
+    exemplars = {source: profile.exemplars(source, layer, neuron) for source in profile.sources}
+    gated = "fires: the gate is open" if layer in profile.info.gated else "fires: the activation is positive"
+    yield f"{layer}, neuron {neuron} of {profile.layers[layer]} ({gated})"
+    rows = [["source", *profile.info.statistics]]
+    for source in profile.sources:
+        values = [f"{profile.statistic(name, source, layer)[neuron]:.4g}" for name in profile.info.statistics]
+        rows.append([source, *values])
+    yield from _table(rows)
+    for source, found in exemplars.items():
+        yield ""
+        yield f"{source}:" if found else f"{source}: no token activates it"
+        for exemplar in found:
+            place = "" if "image" in exemplar.text else f", position {exemplar.position}"
+            yield f"  {exemplar.activation:>10.4g}  {_in_context(exemplar)}  (row {exemplar.row}{place})"
+
+
+def find_layer(profile: NeuronProfile, layer: str) -> str:
+    """The key of a layer given by its key, or by its number alone if only one layer has that number.
+
+    Raises:
+        UserError: there is no such layer, or several.
+    """
+    if layer in profile.layers:
+        return layer
+    found = [key for key in profile.layers if key.rsplit(".", 1)[-1] == layer]
+    if len(found) == 1:
+        return found[0]
+    place = profile.path or "the profile"
+    if found:
+        raise UserError(f"--layer {layer}: {place} has {len(found)} layers of this number: {', '.join(found)}")
+    raise UserError(f"--layer {layer}: {place} has no such layer (there are: {', '.join(profile.layers)})")
+
+
+def _in_context(exemplar: Exemplar) -> str:
+    text = exemplar.text
+    if "image" in text:
+        return f"{text['image']}, patch {exemplar.position}"
+    token = text["token"].lstrip(" ")
+    blank = " " * (len(text["token"]) - len(token))
+    shown = f"{text['before']}{blank}»{token}«{text['after']}"
+    return shown.replace("\n", "⏎").replace("\t", " ")
+
+
+def _table(rows: list[list[str]], text: tuple[int, ...] = (0,)) -> Iterator[str]:
+    """Rows with aligned columns: those in `text` to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in text else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
