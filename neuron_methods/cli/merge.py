@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import debug_option
@@ -17,19 +19,72 @@ Examples:
   mergekit-neuron merge merge.yaml ./merged --force --out-shard-size 1B
 
 \b
+A merge.yaml by neuro_merging, with every parameter at its default:
+  merge_method: neuro_merging
+  base_model: ./base              # what the experts were fine-tuned from
+  models:
+    - model: ./expert-a
+      parameters: {weight: 1.0, density: 0.15}
+    - model: ./expert-b
+  parameters:
+    trim: model                   # one threshold per expert; tensor: one per tensor
+    lambda_parallel: 0.0
+    lambda_orthogonal: auto       # 1 / (1 - sigma)
+    rank_energy: 1.0
+    consensus: mean               # or sum
+  dtype: bfloat16                 # of the output; differences are always taken in float32
+
+\b
 neuro_merging measures one trim threshold per expert over the whole model first.
 A file of --profile-out spares that pass in a later merge of the same models:
   parameters: {profile: thresholds.json}
+
+\b
+Weights are read from safetensors; pickled ones (pytorch_model.bin) only with --lazy-unpickle.
+Exit codes: 0 merged and verified, 1 an error (one line on stderr), 2 wrong usage. After an error OUT is as it was.
 """
 
 
+class _Bytes(click.ParamType):
+    """A size such as 5B; mergekit's own type lets a wrong one through as a ValueError."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            size = parse_kmb(value)
+        except (ValueError, IndexError):
+            size = 0
+        if size < 1:
+            self.fail(f"{value!r} is no size; give bytes, or 500M, 5B (billions)", param, ctx)
+        return size
+
+
+def _sharpened(command: click.Command) -> click.Command:
+    """Let click refuse what mergekit 0.1.5's options pass on, and say what they mean here."""
+    for option in command.params:
+        if option.name == "out_shard_size":
+            option.type = _Bytes()
+            option.help = "Bytes per output file; K, M, B: thousands, millions, billions  [default: 5B]"
+        elif option.name in ("num_threads", "write_threads"):
+            option.type = click.IntRange(min=1)
+        elif option.name == "lazy_unpickle":
+            option.help = "Allow weights in pickles (pytorch_model.bin), read tensor by tensor"
+        elif option.name == "device":
+            option.help = "Compute on this device: auto, cpu, cuda, cuda:1, mps"
+        elif option.name == "lora_merge_cache":
+            option.help = "Not needed: adapters are applied as they are read"
+    return command
+
+
+@_sharpened
 @click.command("merge", cls=PrettyPrintHelp, epilog=EPILOG)
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path())
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new output is verified.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and what parameters resolve to; write nothing.")
 @click.option("--profile-out", type=click.Path(dir_okay=False), help="Write trim thresholds and sigma to this JSON.")
-@click.option("--allow-nonfinite", is_flag=True, help="Go on where an input holds NaN or Inf.")
+@click.option("--allow-nonfinite", is_flag=True, help="Go on where a model holds NaN or Inf; they may reach OUT.")
 @add_merge_options
 @debug_option
 def merge(
@@ -43,17 +98,13 @@ def merge(
 ) -> None:
     """Merge models as the mergekit YAML in CONFIG says; the result is in OUT, complete, or not there at all.
 
-    Every method of mergekit works, and the methods of this package: neuro_merging. Inputs are checked before
-    anything is merged; the output is written beside OUT, verified (every tensor of the base, same shapes, finite) and
-    moved into place.
+    Every method of mergekit works, and the methods of this package. Inputs are checked before anything is merged; the
+    output is written beside OUT, verified (every tensor of the base, same shapes, finite) and moved into place.
     """
     from neuron_methods.plugin.describe import describe_plan
-    from neuron_methods.plugin.device import resolve_device
     from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 
-    merge_options.apply_global_options()
-    device = resolve_device(click.get_current_context().params["device"] or merge_options.device or "cpu")
-    options = merge_options.model_copy(update={"device": device})
+    options = _options(merge_options)
     try:
         source = Path(config).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -66,9 +117,33 @@ def merge(
         out,
         options=options,
         force=force,
-        progress=not merge_options.quiet,
+        progress=not options.quiet,
         allow_nonfinite=allow_nonfinite,
         profile_out=profile_out,
         config_name=config,
     )
-    click.echo(str(summary))
+    if not options.quiet:
+        click.echo(str(summary))
+    for note in summary.notes if options.quiet else ():
+        click.echo(f"note: {note}", err=True)
+
+
+def _options(merge_options: MergeOptions) -> MergeOptions:
+    """Apply logging, seed and threads, and find the device."""
+    import torch
+
+    from neuron_methods.plugin.device import check_multi_gpu, resolve_device
+
+    # mergekit also sets the number of threads between operations, which torch allows once per process.
+    merge_options.model_copy(update={"num_threads": None}).apply_global_options()
+    if merge_options.num_threads is not None:
+        torch.set_num_threads(merge_options.num_threads)
+    asked = click.get_current_context().params["device"]
+    if asked is not None:
+        device = resolve_device(asked)
+    else:
+        option = "--gpu-rich" if merge_options.gpu_rich else "--cuda" if merge_options.cuda else "--device"
+        device = resolve_device(merge_options.device or "cpu", option)
+    if merge_options.multi_gpu:
+        check_multi_gpu()
+    return merge_options.model_copy(update={"device": device})

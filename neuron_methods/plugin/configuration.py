@@ -1,20 +1,47 @@
-"""Read a mergekit YAML and refuse what cannot work, before mergekit or torch do anything."""
+"""Read a mergekit YAML and refuse what it cannot mean, before any model is looked at.
+
+mergekit passes over a key it does not know, and what was meant by a misspelt one is then silently the default. Here
+every key and every value of a parameter is checked while its place in the YAML is still known.
+"""
 
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.common import dtype_from_name
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
 from mergekit.merge_methods import registry
-from mergekit.merge_methods.base import MergeMethodSpec
-from pydantic import ValidationError
+from mergekit.merge_methods.base import BasePolicy, MergeMethodSpec, ParameterSpec
+from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
+from pydantic import BaseModel, ValidationError
 
 from neuron_methods.errors import UserError
+from neuron_methods.plugin.composite import configured
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that appears twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"key {key.value!r} appears twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_configuration(source: str, name: str = "the configuration") -> MergeConfiguration:
@@ -27,51 +54,166 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
     Raises:
         UserError: with the line number where the YAML is unreadable, or the key that is wrong.
     """
+    content = _parse(source, name)
+    for place, keys, known in _keyed_places(content):
+        unknown = next((str(key) for key in keys if key not in known), None)
+        if unknown is not None:
+            raise UserError(f"{name}: {place}unknown key {unknown!r}{_did_you_mean(unknown, known)}")
     try:
-        content = yaml.safe_load(source)
+        configuration = MergeConfiguration.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{name}: {_first_problem(error)}") from None
+    except RuntimeError as error:  # mergekit's own validators raise it
+        raise UserError(f"{name}: {error}") from None
+    _check_dtypes(configuration, name)
+    spec = _spec(configuration, name)
+    _check_inputs(spec, configuration, name)
+    for place, parameters in _parameter_places(configuration):
+        for key, setting in (parameters or {}).items():
+            _check_parameter(spec, key, setting, f"{name}: {place}")
+    return configuration
+
+
+def _parse(source: str, name: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(source, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{name}{where}: not readable as YAML: {problem}") from None
+    if content is None:
+        raise UserError(f"{name}: empty; a merge needs at least merge_method and models")
     if not isinstance(content, dict):
-        raise UserError(f"{name}: expected keys such as merge_method and models, found {type(content).__name__}")
-    unknown = sorted(set(map(str, content)) - set(MergeConfiguration.model_fields))
-    if unknown:
-        raise UserError(
-            f"{name}: unknown key {unknown[0]!r}{_did_you_mean(unknown[0], MergeConfiguration.model_fields)}"
-        )
-    try:
-        configuration = MergeConfiguration.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise UserError(f"{name}: {key}: {first['msg']}") from None
-    except RuntimeError as error:  # mergekit's own validators raise it
-        raise UserError(f"{name}: {error}") from None
-    _check_method(configuration, name)
-    return configuration
+        raise UserError(f"{name}: expected keys such as merge_method and models, found a {type(content).__name__}")
+    return content
 
 
-def _check_method(configuration: MergeConfiguration, name: str) -> None:
-    known = {method.spec.name: method.spec for method in registry.registered_methods()}
-    spec = known.get(configuration.merge_method)
-    if spec is None:
-        hint = _did_you_mean(configuration.merge_method, known)
+def _keyed_places(content: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
+    """Every mapping of the YAML whose keys mergekit knows: (place for messages, mapping, known keys)."""
+    yield "", content, MergeConfiguration.model_fields
+    tokenizer = content.get("tokenizer")
+    if isinstance(tokenizer, dict):
+        yield "tokenizer: ", tokenizer, TokenizerConfig.model_fields
+        yield from _keyed(tokenizer.get("tokens"), "tokenizer.tokens", TokenEmbeddingConfig)
+    yield from _keyed_conditions(content.get("parameters"), "parameters")
+    yield from _keyed_inputs(content, "")
+    yield from _keyed(content.get("modules"), "modules", OutputModuleDefinition)
+    for key, module in _items(content.get("modules")):
+        if isinstance(module, dict):
+            yield from _keyed_inputs(module, f"modules.{key}.")
+
+
+def _keyed_inputs(holder: dict[str, Any], place: str) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
+    yield from _keyed(holder.get("models"), f"{place}models", InputModelDefinition)
+    yield from _keyed(holder.get("slices"), f"{place}slices", OutputSliceDefinition)
+    for index, output in _items(holder.get("slices")):
+        if isinstance(output, dict):
+            yield from _keyed(output.get("sources"), f"{place}slices[{index}].sources", InputSliceDefinition)
+
+
+def _keyed(
+    values: Any, place: str, definition: type[BaseModel]
+) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
+    for index, value in _items(values):
+        if isinstance(value, dict):
+            here = f"{place}[{index}]"
+            yield f"{here}: ", value, definition.model_fields
+            yield from _keyed_conditions(value.get("parameters"), f"{here}.parameters")
+
+
+def _keyed_conditions(parameters: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
+    for key, setting in _items(parameters):
+        for condition in setting if isinstance(setting, list) else [setting]:
+            if isinstance(condition, dict):
+                yield f"{place}.{key}: ", condition, ConditionalParameter.model_fields
+
+
+def _items(values: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(values, dict):
+        return values.items()
+    return enumerate(values) if isinstance(values, list) else ()
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if "parameters" in location[:-1]:  # what follows is a member of a union, which the user never wrote
+        location = location[: location.index("parameters") + 2]
+        return f"{'.'.join(location)}: expected a value, a list of values (gradient), or a list of {{value, filter}}"
+    return f"{'.'.join(location) or 'the top level'}: {first['msg']}"
+
+
+def _check_dtypes(configuration: MergeConfiguration, name: str) -> None:
+    for key in ("dtype", "out_dtype"):
+        value = getattr(configuration, key)
+        try:
+            if value is None or dtype_from_name(value).is_floating_point:
+                continue
+        except RuntimeError:
+            pass
+        raise UserError(f"{name}: {key}: {value!r} is none of bfloat16, float16, float32, float64")
+
+
+def _spec(configuration: MergeConfiguration, name: str) -> MergeMethodSpec:
+    known = {method.spec.name: method for method in registry.registered_methods()}
+    method = known.get(configuration.merge_method)
+    if method is None:
+        hint = _did_you_mean(configuration.merge_method, known) or f" (there are: {', '.join(sorted(known))})"
         raise UserError(f"{name}: unknown merge_method {configuration.merge_method!r}{hint}")
-    # mergekit ignores a parameter it does not know, and a misspelt one is silently the default.
-    for place, parameters in _parameter_places(configuration):
-        for key in parameters or {}:
-            if key not in {p.name for p in spec.parameters}:
-                raise UserError(f"{name}: {place}: {_unknown_parameter(key, spec)}")
+    try:
+        return configured(method, configuration).spec
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
-def _unknown_parameter(key: str, spec: MergeMethodSpec) -> str:
-    names = [p.name for p in spec.parameters]
-    return f"{spec.name} has no parameter {key!r}{_did_you_mean(key, names)} (it has: {', '.join(names) or 'none'})"
+def _check_inputs(spec: MergeMethodSpec, configuration: MergeConfiguration, name: str) -> None:
+    groups = [configuration.models, *(module.models for module in (configuration.modules or {}).values())]
+    for group in groups:
+        listed = [str(entry.model) for entry in group or ()]
+        twice = next((model for model in listed if listed.count(model) > 1), None)
+        if twice is not None:
+            raise UserError(f"{name}: model {twice} is listed twice; list it once")
+    outputs = [
+        *(configuration.slices or ()),
+        *(s for m in (configuration.modules or {}).values() for s in m.slices or ()),
+    ]
+    has_base = configuration.base_model or (outputs and all(output.base_model for output in outputs))
+    if spec.contract.base == BasePolicy.REQUIRED and not has_base:
+        raise UserError(f"{name}: {spec.name} needs base_model: the model that the others were fine-tuned from")
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def _check_parameter(spec: MergeMethodSpec, key: str, setting: Any, place: str) -> None:
+    parameter: ParameterSpec | None = next((p for p in spec.parameters if p.name == key), None)
+    if parameter is None:
+        names = [p.name for p in spec.parameters]
+        raise UserError(
+            f"{place}: {spec.name} has no parameter {key!r}{_did_you_mean(key, names)} "
+            f"(it has: {', '.join(names) or 'none'})"
+        )
+    for value in _values(setting, f"{place}: {key}"):
+        try:
+            parameter.validate(value)
+        except ValidationError as error:
+            raise UserError(f"{place}: {key}: {error.errors()[0]['msg']}; got {value!r}") from None
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+
+
+def _values(setting: Any, place: str) -> Iterator[Any]:
+    """The scalars that a parameter's gradients and filters are made of."""
+    if isinstance(setting, ConditionalParameter):
+        yield from _values(setting.value, place)
+    elif isinstance(setting, list):
+        if not setting:
+            raise UserError(f"{place}: an empty list; give at least one value")
+        for entry in setting:
+            yield from _values(entry, place)
+    else:
+        yield setting
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -91,36 +233,3 @@ def _parameter_places(configuration: MergeConfiguration) -> Iterator[tuple[str, 
             yield f"{place}[{index}]", output.parameters
             for source in output.sources:
                 yield f"{place}[{index}], model {source.model}", source.parameters
-
-
-def check_models(configuration: MergeConfiguration, trust_remote_code: bool = False) -> None:
-    """Make sure that every model of the configuration can be found and has a readable config.
-
-    Raises:
-        UserError: naming the model, what is missing and what to do.
-    """
-    for model in configuration.referenced_models():
-        check_model(model, trust_remote_code)
-
-
-def check_model(model: ModelReference, trust_remote_code: bool = False) -> None:
-    """Make sure that one model can be found and has a readable config; see `check_models`."""
-    path = model.model.path
-    if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise UserError(f"model {path}: the directory has no config.json; is it a saved transformers model?")
-    elif os.path.exists(path):
-        raise UserError(f"model {path}: a file, not a directory; give the directory that holds config.json")
-    elif looks_local(path):
-        raise UserError(f"model {path}: no such directory")
-    try:
-        model.config(trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "config.json" if os.path.isdir(path) else "not a local directory, and not to be had from the Hub"
-        raise UserError(f"model {path}: {where}: {reason}") from None
-
-
-def looks_local(path: str) -> bool:
-    """Whether a model path can only mean a local directory: no repository on the Hub is named like it."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/") or os.sep == "\\" in path

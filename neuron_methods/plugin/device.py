@@ -7,11 +7,12 @@ import torch
 from neuron_methods.errors import UserError
 
 
-def resolve_device(name: str) -> str:
+def resolve_device(name: str, option: str = "--device") -> str:
     """Turn the value of `--device` into a device that is there.
 
     Args:
         name: `auto` (what accelerate would use), or a device of torch such as `cpu`, `cuda`, `cuda:1`, `mps`.
+        option: what the user typed to ask for it, for messages.
 
     Returns:
         The device as torch spells it.
@@ -23,10 +24,24 @@ def resolve_device(name: str) -> str:
         from accelerate import PartialState
 
         return str(PartialState().device)
+    asked = f"{option} {name}" if option == "--device" else option
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+    except RuntimeError:
+        raise UserError(f"{asked}: no such kind of device; try auto, cpu, cuda, cuda:0, mps or xpu") from None
+    try:
+        torch.zeros(1, device=device).item()  # `meta` makes tensors, but they hold nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name}: not available here ({reason}); try --device auto") from None
+        raise UserError(f"{asked}: not available here ({reason}); try --device auto") from None
     return str(device)
+
+
+def check_multi_gpu() -> None:
+    """Make sure that mergekit's executor for several accelerators has one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()):
+        raise UserError("--multi-gpu: no accelerator here; leave it out to merge on the CPU")

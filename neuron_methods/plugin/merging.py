@@ -1,50 +1,55 @@
 """A whole merge, from YAML to a verified directory: mergekit's `run_merge` with nothing left to chance around it.
 
-The output is written beside its place, checked, and moved into place; a run that fails or is interrupted leaves no
-output. What is worked around here, for mergekit 0.1.5:
+Everything that can be refused is refused before the first tensor; the output is complete or absent. What is worked
+around here, for mergekit 0.1.5:
 
 - its model card asks the Hub about every model path of the form `a/b`, even where it exists locally, and without a
   network the run ends in a traceback after the weights are written: the card is made afterwards, by our rules;
-- it copies the tokenizer but not what an image model needs (preprocessor_config.json), nor `spiece.model`, and logs a
-  traceback where a model has no tokenizer at all;
-- its loaders stay open in a table of the class for the life of the process: they are closed after the merge.
+- a tokenizer that cannot be copied is found out after the merge, in a logged traceback: it is copied first;
+- it leaves behind what an image model needs (preprocessor_config.json), and `spiece.model`;
+- it sets `torch_dtype`, about which transformers 5 warns on every run, and one of its progress bars ignores `quiet`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mergekit.card
+import mergekit.io.tasks
 import mergekit.merge
+import mergekit.tokenizer.build
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 
 from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext
 from neuron_methods.methods.trim_profile import TrimProfile
-from neuron_methods.plugin import configuration as configurations
-from neuron_methods.plugin.preflight import (
-    HeaderCache,
-    MergePlan,
-    check_space,
-    format_bytes,
-    inspect_plan,
-    read_index,
+from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.inputs import looks_local, opened_models
+from neuron_methods.plugin.output import (
+    check_target,
+    file_in_place_after,
+    give_ordinary_permissions,
+    is_disk_full,
+    move_into_place,
+    staging_directory,
+    verify_output,
 )
+from neuron_methods.plugin.preflight import HeaderCache, MergePlan, check_space, format_bytes, inspect_plan
 from neuron_methods.plugin.registration import patch_planner, register
 from neuron_methods.plugin.session import MergeSession, merge_session
+from neuron_methods.plugin.structure import check_structure, unknown_tensors
 
 # Files beside the weights that a model may need, which mergekit leaves behind.
 _COMPANIONS = (
@@ -132,7 +137,7 @@ def merge_to_directory(
         config_source: text of the YAML.
         out_path: directory to create.
         options: mergekit's options.
-        force: replace `out_path` if it exists.
+        force: replace `out_path` if it exists, once the new output is verified.
         progress: show progress bars.
         allow_nonfinite: go on where an input holds NaN or Inf.
         profile_out: JSON file for thresholds and σ (`neuro_merging`).
@@ -145,36 +150,50 @@ def merge_to_directory(
         UserError: anything the user can put right; `out_path` is as it was before.
     """
     started = time.perf_counter()
-    target = Path(out_path)
-    _check_target(target, force)
-    options, configuration = _prepare(config_source, config_name, options, progress)
-    plan: MergePlan | None = None
+    run = _Run(config_source, config_name, options)
+    target = check_target(out_path, force, run.paths_read())
+    profile_place = _profile_place(profile_out, target)
 
     def look(planner: Any) -> None:
-        nonlocal plan
-        plan = inspect_plan(planner)
-        check_space(plan, str(target.parent))
-        _carry_leftovers(planner, plan)
+        run.inspect(planner)
+        if profile_place is not None:
+            _check_profile_wanted(run.plan, session.context)
+        check_space(run.plan, str(staging))
 
     session = MergeSession(on_plan=look, allow_nonfinite=allow_nonfinite, quiet=not progress)
-    with _staging(target) as staging:
-        _run(configuration, config_source, str(staging), options, session)
-        assert plan is not None
-        verify_output(str(staging), plan, aligned=configuration.tokenizer is not None, options=options)
-        _write_card(configuration, config_source, staging, target.name, options)
-        profile = _profile(session.context)
-        if profile_out is not None:
-            _write_profile(profile_out, profile, configuration.merge_method)
-        _move_into_place(staging, target, force)
+    with run.opened(), staging_directory(target) as staging:
+        try:
+            run.copy_companions(staging)
+            run.execute(staging, session)
+            verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options)
+            run.write_card(staging, target.name)
+            state = session.context.state if session.context is not None else None
+            profile = state if isinstance(state, TrimProfile) else None
+            with ExitStack() as later:
+                if profile_place is not None and profile is not None:
+                    if target in profile_place.parents:
+                        profile_place = staging / profile_place.relative_to(target)
+                        profile_place.parent.mkdir(parents=True, exist_ok=True)
+                    later.enter_context(file_in_place_after(profile_place, profile.to_json()))
+                give_ordinary_permissions(staging)
+                move_into_place(staging, target, force)
+        except Exception as error:
+            if is_disk_full(error):
+                need = format_bytes(run.plan.bytes_to_write)
+                raise UserError(f"{out_path}: no space left on the disk, or for a file ({need} to write)") from error
+            raise
+    notes = list(run.plan.notes)
+    if session.nonfinite:
+        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {_some(session.nonfinite)}")
     return MergeSummary(
-        out_path=str(target),
-        method=configuration.merge_method,
+        out_path=str(out_path),
+        method=run.configuration.merge_method,
         seconds=time.perf_counter() - started,
-        tensors=sum(1 for _, _, size in plan.tensors if size),
-        bytes_read=plan.bytes_to_read,
-        bytes_written=plan.bytes_to_write,
+        tensors=sum(1 for _, _, size in run.plan.tensors if size),
+        bytes_read=run.plan.bytes_to_read,
+        bytes_written=run.plan.bytes_to_write,
         profile=profile,
-        notes=plan.notes,
+        notes=notes,
     )
 
 
@@ -186,72 +205,123 @@ def plan_merge(
     Raises:
         UserError: what the merge itself would refuse before it starts.
     """
-    options, configuration = _prepare(config_source, config_name, options, progress=False)
-    plan: MergePlan | None = None
+    run = _Run(config_source, config_name, options)
 
     def look(planner: Any) -> None:
-        nonlocal plan
-        plan = inspect_plan(planner)
-        _carry_leftovers(planner, plan)
+        run.inspect(planner)
         raise _PlanOnly
 
     # mergekit's planner writes nothing; its writer makes the directory when the first task runs.
-    with suppress(_PlanOnly):
-        _run(configuration, config_source, os.devnull, options, MergeSession(on_plan=look, quiet=True))
-    assert plan is not None
-    return plan
+    with run.opened(), suppress(_PlanOnly):
+        run.execute(Path(os.devnull), MergeSession(on_plan=look, quiet=True))
+    return run.plan
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if target.exists() and not force:
-        raise UserError(f"{target}: exists already; choose another name, or --force to replace it")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: exists and is not a directory; choose another name")
-    if target.resolve() == Path.cwd() or target.resolve() in Path.cwd().parents:
-        raise UserError(f"{target}: is or holds the current directory; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
+class _Run:
+    """One run of mergekit on one configuration, step by step."""
 
+    def __init__(self, source: str, name: str, options: MergeOptions | None) -> None:
+        register()
+        import mergekit.plan  # noqa: F401 - the patch applies to the loaded module
 
-def _prepare(
-    source: str, name: str, options: MergeOptions | None, progress: bool
-) -> tuple[MergeOptions, MergeConfiguration]:
-    register()
-    import mergekit.plan  # noqa: F401 - the patch applies to the loaded module
+        patch_planner()
+        self.source, self.name = source, name
+        self.configuration = read_configuration(source, name)
+        self.options = options or MergeOptions()
+        self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
+        self.plan = MergePlan(self.configuration.merge_method, None, False, self.options.out_shard_size)
 
-    patch_planner()
-    configuration = configurations.read_configuration(source, name)
-    options = (options or MergeOptions()).model_copy(update={"quiet": True, "write_model_card": False})
-    configurations.check_models(configuration, options.trust_remote_code)
-    if not _has_tokenizer(configuration, options):
-        options = options.model_copy(update={"copy_tokenizer": False})
-    return options, configuration
+    def paths_read(self) -> list[str]:
+        """Files and directories here that the merge reads."""
+        models = self.configuration.referenced_models()
+        paths = [self.name, *(part.path for m in models for part in (m.model, m.lora) if part is not None)]
+        return [path for path in paths if os.path.exists(path)]
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the models open and know how they fit each other."""
+        with opened_models(self.configuration, self.options):
+            self.architecture = check_structure(self.configuration, self.options, self.name)
+            yield
 
-def _run(
-    configuration: MergeConfiguration, source: str, out_path: str, options: MergeOptions, session: MergeSession
-) -> None:
-    LoaderCache.loaders.clear()
-    try:
-        with merge_session(session), _model_card_without_network():
-            mergekit.merge.run_merge(configuration, out_path, options=options, config_source=source)
-    except RuntimeError as error:
-        if "Must specify --allow-crimes" in str(error):
-            raise UserError(
-                "the models are of different architectures; merge models of one architecture, or --allow-crimes"
-            ) from None
-        if "Unable to find model files" in str(error):
-            raise UserError(f"{error}: no model.safetensors or pytorch_model.bin, whole or with an index") from None
-        raise
-    finally:
-        LoaderCache.loaders.clear()
+    def inspect(self, planner: Any) -> None:
+        """Check the plan against the headers, and plan copies of what mergekit's definition leaves out."""
+        self.plan = inspect_plan(planner)
+        base = self.configuration.base_model or self.configuration.referenced_models()[0]
+        unknown = unknown_tensors(self.configuration, self.architecture, self.options)
+        headers = HeaderCache()
+        for name in unknown.of_base:
+            header = headers.stored(LoaderCache().get(base), name)
+            # As it is stored, whatever dtype the merge is written in.
+            weight = WeightInfo(name=name, force_dtype=str(header.dtype).removeprefix("torch."))
+            planner._tensors.append((weight, LoadTensor(model=base, tensor=name)))
+            self.plan.tensors.append((weight, {base: header}, header.bytes))
+            self.plan.carried.append(name)
+        if unknown.of_base:
+            self.plan.notes.append(
+                f"copied from the base unchanged, as mergekit's definition does not know them: {_some(unknown.of_base)}"
+            )
+        for model, names in unknown.of_experts.items():
+            self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {_some(names)}")
+
+    def execute(self, staging: Path, session: MergeSession) -> None:
+        """Let mergekit plan and merge into `staging`."""
+        update = {"quiet": True, "write_model_card": False, "copy_tokenizer": False}
+        # A chat template goes with a tokenizer: the one mergekit builds, or the one `copy_companions` has copied.
+        template = self.configuration.chat_template if self.builds_tokenizer else None
+        configuration = self.configuration.model_copy(deep=True, update={"chat_template": template})
+        try:
+            with merge_session(session), _quiet_mergekit(), _any_dtype_name():
+                mergekit.merge.run_merge(configuration, str(staging), self.options.model_copy(update=update))
+        except (RuntimeError, ValueError) as error:
+            if session.planned_tensors:
+                raise
+            # Up to here mergekit has read the YAML and the models' configs, nothing else.
+            raise UserError(f"{self.name}: {_first_line(error)}") from error
+
+    def copy_companions(self, staging: Path) -> None:
+        """Copy the tokenizer and what else belongs to the model that gives the output its config.
+
+        Raises:
+            UserError: a tokenizer is there, or needed, but cannot be loaded.
+        """
+        donor = self.configuration.base_model or self.configuration.referenced_models()[0]
+        place = Path(donor.local_path(cache_dir=self.options.transformers_cache, ignore_lora=True))
+        has_tokenizer = any((place / name).exists() for name in _TOKENIZER_FILES)
+        if not has_tokenizer and (self.builds_tokenizer or self.configuration.chat_template):
+            key = "tokenizer" if self.builds_tokenizer else "chat_template"
+            raise UserError(f"{self.name}: {key}: {donor} has no tokenizer; put its files (tokenizer.json) there")
+        try:
+            with _quiet_mergekit():
+                if self.builds_tokenizer:  # mergekit will; here it only has to be there
+                    mergekit.tokenizer.build.get_stripped_tokenizer(donor.model, self.options.trust_remote_code)
+                elif has_tokenizer and self.options.copy_tokenizer:
+                    mergekit.merge._copy_tokenizer(self.configuration, str(staging), self.options)
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            without = "" if self.builds_tokenizer else "; --no-copy-tokenizer merges without"
+            raise UserError(f"model {donor}: tokenizer: {_first_line(error)}{without}") from error
+        for companion in _COMPANIONS:
+            if (place / companion).is_file() and not (staging / companion).exists():
+                shutil.copy(place / companion, staging / companion)
+
+    def write_card(self, staging: Path, name: str) -> None:
+        """Write README.md and mergekit_config.yml, unless the options say not to."""
+        if not self.options.write_model_card:
+            return
+        with _card_without_network():
+            card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / "mergekit_config.yml").write_text(self.source, encoding="utf-8")
 
 
 @contextmanager
-def _model_card_without_network() -> Iterator[None]:
+def _card_without_network() -> Iterator[None]:
     """Replace mergekit 0.1.5's `card.is_hf`, which asks the Hub about paths that exist locally."""
 
     def is_hub_id(path: str) -> bool:
-        return not os.path.exists(path) and not configurations.looks_local(path)
+        return not os.path.exists(path) and not looks_local(path)
 
     original = mergekit.card.is_hf
     mergekit.card.is_hf = is_hub_id
@@ -261,141 +331,70 @@ def _model_card_without_network() -> Iterator[None]:
         mergekit.card.is_hf = original
 
 
-def _carry_leftovers(planner: Any, plan: MergePlan) -> None:
-    """Plan copies of what the base stores and mergekit's definition of its architecture does not know.
+@contextmanager
+def _quiet_mergekit() -> Iterator[None]:
+    """Keep two things of mergekit 0.1.5 off the terminal that no user can do anything about.
 
-    Raises:
-        UserError: an expert holds other values there, which no method would merge.
+    It sets `torch_dtype` on the output's config, which transformers 5 calls deprecated at every run; and its bar over
+    tokenizer permutations shows even where `quiet` is set.
     """
-    base = planner.config.base_model or next(iter(planner.config.referenced_models()), None)
-    if base is None or any(len(module.slices) != 1 for module in planner.config.modules.values()):
-        return
-    loader = LoaderCache().get(base)
-    known: set[str] = set()
-    for weight, _ in planner._tensors:
-        known.update((weight.name, *(weight.aliases or ()), *(weight.tied_names or ())))
-    headers = HeaderCache()
-    for name in sorted(set(loader.index.tensor_paths) - known):
-        for model in planner.config.referenced_models():
-            other = LoaderCache().get(model)
-            if model == base or name not in other.index.tensor_paths:
-                continue
-            if not torch.equal(other.get_tensor(name), loader.get_tensor(name)):
-                raise UserError(
-                    f"{model}: tensor {name} differs from the base's, but mergekit's definition of this architecture "
-                    "does not know it, so no method would merge it"
-                )
-        header = headers.stored(loader, name)
-        dtype = None if header.dtype.is_floating_point else str(header.dtype).removeprefix("torch.")
-        weight = WeightInfo(name=name, force_dtype=dtype)
-        planner._tensors.append((weight, LoadTensor(model=base, tensor=name)))
-        plan.tensors.append((weight, {base: header}, header.bytes))
-        plan.carried.append(name)
-    if plan.carried:
-        shown = ", ".join(plan.carried[:3]) + (", …" if len(plan.carried) > 3 else "")
-        plan.notes.append(f"copied from the base, as mergekit's definition does not know them: {shown}")
 
+    def passes(record: logging.LogRecord) -> bool:
+        return "`torch_dtype` is deprecated" not in record.getMessage()
 
-def verify_output(path: str, plan: MergePlan, *, aligned: bool, options: MergeOptions) -> None:
-    """Make sure that a written model is whole: every planned tensor there, with the base's shape.
-
-    That every value is finite was checked on each tensor before it was written.
-
-    Raises:
-        UserError: naming the tensor that is missing or wrong.
-    """
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{path}: config.json was not written")
-    if not options.safe_serialization:
-        return
-    index = read_index(path)
-    headers = HeaderCache()
-
-    class _Written:
-        base_path = path
-        tensor_paths = index
-
-    for weight, inputs, size in plan.tensors:
-        if not size:
-            continue
-        if weight.name not in index:
-            raise UserError(f"verification failed: tensor {weight.name} is missing from the output")
-        shape = headers.stored(type("_Loader", (), {"index": _Written}), weight.name).shape
-        expected = (inputs.get(plan.base) or next(iter(inputs.values()))).shape
-        vocabulary_may_differ = weight.vocabulary_axis is not None and (aligned or options.unsafe_truncate_embeddings)
-        if shape != expected and not vocabulary_may_differ:
-            raise UserError(f"verification failed: {weight.name} has shape {list(shape)}, the base {list(expected)}")
+    log = logging.getLogger("transformers.configuration_utils")
+    module = mergekit.tokenizer.build
+    original = module.tqdm
+    log.addFilter(passes)
+    module.tqdm = SimpleNamespace(tqdm=lambda iterable, **_: iterable)
+    try:
+        yield
+    finally:
+        log.removeFilter(passes)
+        module.tqdm = original
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
+def _any_dtype_name() -> Iterator[None]:
+    """Let mergekit 0.1.5 save buffers of bool and short integers: its table of dtypes ends at int64."""
+    module = mergekit.io.tasks
+    original = module.dtype_from_name
+
+    def dtype_from_name(name: str | None) -> torch.dtype | None:
+        return getattr(torch, name or "", None) or original(name)
+
+    module.dtype_from_name = dtype_from_name
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target.parent}: cannot write here ({error.strerror})") from None
-    staging.chmod(0o777 & ~_umask())
-    try:
-        yield staging
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        module.dtype_from_name = original
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _profile_place(profile_out: str | None, target: Path) -> Path | None:
+    """Where `--profile-out` is to be written; within the output, too."""
+    if profile_out is None:
+        return None
+    place = Path(os.path.realpath(profile_out))
+    if place.is_dir() or place == target:
+        raise UserError(f"--profile-out {profile_out}: a directory; name a JSON file")
+    if target not in place.parents and not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
+        raise UserError(f"--profile-out {profile_out}: its directory is missing or cannot be written to")
+    return place
 
 
-def _move_into_place(staging: Path, target: Path, force: bool) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    if not force:  # it appeared while the merge ran
-        raise UserError(f"{target}: exists already; choose another name, or --force to replace it")
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        staging.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def _check_profile_wanted(plan: MergePlan, context: MergeContext | None) -> None:
+    if context is None:
+        raise UserError(f"--profile-out: {plan.method} measures no trim profile; neuro_merging does")
+    if not plan.measures and not any(shared.get("profile") for shared, _ in plan.parameters.values()):
+        raise UserError(
+            "--profile-out: this merge measures nothing (trim: tensor with a number for lambda_orthogonal); leave "
+            "--profile-out away"
+        )
 
 
-def _donor(configuration: MergeConfiguration) -> ModelReference:
-    return configuration.base_model or configuration.referenced_models()[0]
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _has_tokenizer(configuration: MergeConfiguration, options: MergeOptions) -> bool:
-    path = _donor(configuration).model.path
-    if not os.path.isdir(path):
-        return options.copy_tokenizer
-    return options.copy_tokenizer and any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZER_FILES)
-
-
-def _write_card(
-    configuration: MergeConfiguration, source: str, staging: Path, name: str, options: MergeOptions
-) -> None:
-    donor = Path(_donor(configuration).local_path(cache_dir=options.transformers_cache, ignore_lora=True))
-    for companion in _COMPANIONS:
-        if (donor / companion).is_file() and not (staging / companion).exists():
-            shutil.copy(donor / companion, staging / companion)
-    with _model_card_without_network():
-        card = mergekit.card.generate_card(config=configuration, config_yaml=source.strip(), name=name)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    (staging / "mergekit_config.yml").write_text(source, encoding="utf-8")
-
-
-def _profile(context: MergeContext | None) -> TrimProfile | None:
-    return context.state if context is not None and isinstance(context.state, TrimProfile) else None
-
-
-def _write_profile(path: str, profile: TrimProfile | None, method: str) -> None:
-    if profile is None:
-        raise UserError(f"--profile-out: {method} measures no trim profile; neuro_merging does")
-    if not profile.experts:
-        raise UserError("--profile-out: this merge measured nothing (trim: tensor with a number for lambda_orthogonal)")
-    temporary = f"{path}.partial"
-    Path(temporary).write_text(profile.to_json(), encoding="utf-8")
-    os.replace(temporary, path)
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,7 +5,6 @@ Only headers are read. Everything that can be refused is refused here, so that a
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -192,6 +191,14 @@ class HeaderCache:
         path = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
         if not path.endswith(".safetensors"):
             return header_of(loader.get_tensor(name))
+        return self.in_file(path, name)
+
+    def in_file(self, path: str, name: str) -> Header:
+        """Header of a tensor in a safetensors file.
+
+        Raises:
+            UserError: the file is damaged, lacks the tensor, or holds it in a dtype that nothing merges.
+        """
         if path not in self._files:
             self._files[path] = open_safetensors(path)
         try:
@@ -200,7 +207,10 @@ class HeaderCache:
             raise UserError(f"{path}: the index promises tensor {name}, but the file does not hold it") from None
         dtype = _DTYPES.get(slice_.get_dtype())
         if dtype is None:
-            raise UserError(f"{path}: tensor {name} has dtype {slice_.get_dtype()}, which no merge method takes")
+            raise UserError(
+                f"{path}: tensor {name} is stored as {slice_.get_dtype()}, which no merge method takes; save the model "
+                "in bfloat16, float16 or float32"
+            )
         return Header(tuple(slice_.get_shape()), dtype)
 
 
@@ -230,15 +240,6 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-
-
-def read_index(path: str) -> dict[str, str]:
-    """{tensor: file} of a saved model's safetensors, by its index or its one file."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
-        with open(index, encoding="utf-8") as file:
-            return json.load(file)["weight_map"]
-    return dict.fromkeys(open_safetensors(os.path.join(path, "model.safetensors")).keys(), "model.safetensors")
 
 
 def _planned_tensors(planner: Any) -> list[PlannedTensor]:

@@ -30,18 +30,21 @@ class MergeSession:
         allow_nonfinite: go on where a tensor holds NaN or Inf.
         quiet: no progress bars.
         context: the context of our method's merge, None for mergekit's own methods.
+        planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
+        nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
     """
 
     on_plan: Callable[[Any], None] = lambda _planner: None
     allow_nonfinite: bool = False
     quiet: bool = False
     context: MergeContext | None = None
+    planned_tensors: int = 0
+    nonfinite: list[str] = field(default_factory=list)
     _bar: tqdm | None = field(default=None, repr=False)
-    _tensors: int = 0
 
     def planned(self, planner: Any) -> None:
         """Take note of the plan."""
-        self._tensors = len(planner._tensors)
+        self.planned_tensors = len(planner._tensors)
         self.on_plan(planner)
 
     @contextmanager
@@ -61,20 +64,24 @@ class MergeSession:
             UserError: the result holds NaN or Inf, or the method failed, because an input does.
         """
         if self._bar is None:
-            self._bar = tqdm(total=self._tensors, desc="Merging tensors", unit="tensor", disable=self.quiet)
+            self._bar = tqdm(total=self.planned_tensors, desc="Merging tensors", unit="tensor", disable=self.quiet)
 
         def inspect(merged: Tensor | None) -> Tensor | None:
-            if merged is not None and not self.allow_nonfinite and not is_finite(merged):
-                raise _nonfinite_result(name, tensors)
+            if merged is not None and not is_finite(merged):
+                if not self.allow_nonfinite:
+                    raise _nonfinite_result(name, tensors)
+                self.nonfinite.append(name)
             return merged
 
         try:
             yield inspect
         except UserError:
             raise
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError) as error:
             if not self.allow_nonfinite and (culprits := nonfinite_inputs(tensors)):
                 raise _nonfinite_input(name, culprits) from None
+            if any(not tensor.is_floating_point() for tensor in tensors.values()):
+                raise UserError(f"{name}: the models hold integers here, and not the same ones ({error})") from None
             raise
         self._bar.update()
 

@@ -1,0 +1,120 @@
+"""Open the models of a merge, and say clearly what stands in the way.
+
+Paths that exist locally are never asked for at the Hub. Weights are taken from safetensors; pickles (`.bin`) only where
+`--lazy-unpickle` allows them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from safetensors import SafetensorError
+
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.preflight import open_safetensors
+
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@contextmanager
+def opened_models(configuration: MergeConfiguration, options: MergeOptions) -> Iterator[None]:
+    """Inside the block mergekit's loaders of all models are open, each checked; afterwards they are closed.
+
+    mergekit 0.1.5 keeps its loaders in a table of the class for the life of the process: a model that changed on disk
+    would be read by its old index in the next merge.
+
+    Raises:
+        UserError: naming the model, what is missing and what to do.
+    """
+    LoaderCache.loaders.clear()
+    try:
+        LoaderCache().setup(options)
+        for model in configuration.referenced_models():
+            check_config(model, options.trust_remote_code)
+            _open(model, options)
+        yield
+    finally:
+        LoaderCache.loaders.clear()
+
+
+def check_config(model: ModelReference, trust_remote_code: bool = False) -> None:
+    """Make sure that a model can be found and has a config that says what it is.
+
+    Raises:
+        UserError: naming the model, what is missing and what to do.
+    """
+    path = model.model.path
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise UserError(f"model {path}: the directory has no config.json; is it a saved transformers model?")
+    elif os.path.exists(path):
+        raise UserError(f"model {path}: a file, not a directory; give the directory that holds config.json")
+    elif looks_local(path):
+        hint = "; write the home directory out, ~ is not expanded" if path.startswith("~") else "; check the path"
+        raise UserError(f"model {path}: no such directory{hint}")
+    try:
+        config = model.config(trust_remote_code)
+    except (OSError, ValueError) as error:
+        where = (
+            "config.json"
+            if os.path.isdir(path)
+            else "no such directory here (check the path), and not to be had from the Hub"
+        )
+        raise UserError(f"model {path}: {where}: {_first_line(error)}") from None
+    if not config.architectures:
+        raise UserError(f'model {path}: its config.json names no architectures, e.g. ["LlamaForCausalLM"]; add them')
+
+
+def _open(model: ModelReference, options: MergeOptions) -> None:
+    path = model.model.path
+    here = set(os.listdir(path)) if os.path.isdir(path) else set(_SAFETENSORS)
+    if not here & {*_SAFETENSORS, *_PICKLES}:
+        raise UserError(f"model {path}: no weights in it (model.safetensors or its index); is it complete?")
+    if not here & set(_SAFETENSORS):
+        _refuse_pickles(path, options)
+    try:
+        loader = LoaderCache().get(model)
+    except UserError:
+        raise
+    except SafetensorError as error:
+        file = os.path.join(path, "model.safetensors")
+        raise UserError(f"{file}: not a complete safetensors file ({error}); download or save it again") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"model {path}: its pickle holds more than tensors: {_first_line(error)}") from None
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # of a damaged index, too
+        reason = "its index has no weight_map" if isinstance(error, KeyError) else _first_line(error)
+        raise UserError(f"model {path}: its weights cannot be opened: {reason}") from None
+    index = loader.index
+    if not index.is_safetensors:
+        _refuse_pickles(path, options)
+    for shard in sorted(set(index.tensor_paths.values())):
+        file = os.path.join(index.base_path, shard)
+        if shard.endswith(".safetensors"):
+            open_safetensors(file)
+        elif not os.path.isfile(file):
+            raise UserError(f"{file}: no such file, but the checkpoint's index names it")
+
+
+def _refuse_pickles(path: str, options: MergeOptions) -> None:
+    if not options.lazy_unpickle:
+        raise UserError(
+            f"model {path}: its weights are a pickle (pytorch_model.bin), which is not read unasked; save it as "
+            "safetensors, or allow it with --lazy-unpickle"
+        )
+
+
+def looks_local(path: str) -> bool:
+    """Whether a model path can only mean a local directory: no repository on the Hub is named like it."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,254 @@
+"""Do the models of a YAML fit each other, and what do they store that mergekit's definitions do not know?
+
+mergekit 0.1.5 pairs the tensors of a layer by their position in each model's list, whatever their names: where the base
+has no attention bias and an expert has, the expert's is lost without a word, and the other way round the plan ends in
+an IndexError. Modules that the YAML leaves out are left out of the output. Both are refused here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mergekit.architecture import (
+    ConfiguredModelArchitecture,
+    ConfiguredModuleArchitecture,
+    ModelArchitecture,
+    WeightInfo,
+    get_architecture_info,
+)
+from mergekit.architecture.conversion import _expanded_target_keys, get_checkpoint_conversion_mapping
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a model contributes to a slice of the output: the layers from `start` up to `stop`."""
+
+    model: ModelReference
+    start: int
+    stop: int
+
+
+def check_structure(configuration: MergeConfiguration, options: MergeOptions, name: str) -> ModelArchitecture:
+    """Make sure that modules, layers and layouts of the models fit each other; their loaders must be open.
+
+    Args:
+        configuration: as read, not yet normalised by mergekit's planner.
+        options: mergekit's.
+        name: of the YAML, for messages.
+
+    Returns:
+        mergekit's definition of the architecture.
+
+    Raises:
+        UserError: naming the module, the models and what differs.
+    """
+    try:
+        architecture = get_architecture_info(configuration, options)
+    except RuntimeError as error:
+        if "--allow-crimes" not in str(error):
+            raise UserError(f"{name}: {error}") from None
+        raise UserError(_different_architectures(configuration, options)) from None
+    base = configuration.base_model or configuration.referenced_models()[0]
+    kind = base.config(options.trust_remote_code).architectures[0]
+    modules = architecture.modules
+    if configuration.slices and len(modules) > 1:
+        raise UserError(
+            f"{name}: slices: a {kind} has the modules {', '.join(modules)}, each with layers of its own; write the "
+            "slices under modules:"
+        )
+    for key in configuration.modules or ():
+        if key not in modules:
+            raise UserError(f"{name}: modules: a {kind} has no module {key!r} (it has: {', '.join(modules)})")
+    left_out = [key for key in modules if configuration.modules and key not in configuration.modules]
+    if left_out:
+        raise UserError(
+            f"{name}: modules: {', '.join(left_out)} of {kind} left out, so the output would lack them; list every "
+            f"module ({', '.join(modules)})"
+        )
+    for key in modules:
+        written = 0
+        for parts in _slices(configuration, architecture, key, options, name):
+            _check_layers(parts, written, key, architecture, base, options)
+            written += parts[0].stop - parts[0].start
+    return architecture
+
+
+def _different_architectures(configuration: MergeConfiguration, options: MergeOptions) -> str:
+    found: dict[str, ModelReference] = {}
+    for model in configuration.referenced_models():
+        found.setdefault(model.config(options.trust_remote_code).architectures[0], model)
+    models = ", ".join(f"{model} is a {kind}" for kind, model in found.items())
+    return f"the models are of different architectures: {models}; merge models of one architecture"
+
+
+def _slices(
+    configuration: MergeConfiguration,
+    architecture: ModelArchitecture,
+    key: str,
+    options: MergeOptions,
+    name: str,
+) -> list[list[_Part]]:
+    """What the module `key` of the output is made of, layer ranges checked."""
+    depths = {
+        model: architecture.modules[key].architecture.num_layers(model.config(options.trust_remote_code))
+        for model in configuration.referenced_models()
+    }
+    module = (configuration.modules or {}).get(key)
+    outputs: Sequence[OutputSliceDefinition] = (module.slices if module else configuration.slices) or ()
+    if outputs:
+        slices = [[_Part(s.model, *s.layer_range) for s in output.sources] for output in outputs]
+    else:
+        listed = [m.model for m in (module.models if module else configuration.models) or ()]
+        if configuration.base_model is not None and configuration.base_model not in listed:
+            listed.append(configuration.base_model)
+        slices = [[_Part(model, 0, depths[model]) for model in listed]]
+    of_module = f"module {key}: " if len(architecture.modules) > 1 else ""
+    for parts in slices:
+        for part in parts:
+            if not 0 <= part.start <= part.stop <= depths[part.model]:
+                raise UserError(
+                    f"{name}: {of_module}layer_range [{part.start}, {part.stop}] of {part.model}, which has "
+                    f"{depths[part.model]} layers"
+                )
+        lengths = {part.stop - part.start: part.model for part in parts}
+        if len(lengths) > 1:
+            shown = ", ".join(f"{model} {length}" for length, model in lengths.items())
+            raise UserError(f"{name}: {of_module}the models contribute different numbers of layers ({shown})")
+    return slices
+
+
+def _check_layers(
+    parts: list[_Part],
+    written: int,
+    key: str,
+    architecture: ModelArchitecture,
+    base: ModelReference,
+    options: MergeOptions,
+) -> None:
+    """Refuse layers whose tensors would be paired with others than their namesakes.
+
+    The layers of `parts` become those of the output from number `written` on, laid out by the base's config.
+    """
+
+    def module(model: ModelReference) -> ConfiguredModuleArchitecture:
+        config = model.config(options.trust_remote_code)
+        return ConfiguredModelArchitecture(info=architecture, config=config).get_module(key)
+
+    of_base = module(base)
+    for part in parts:
+        of_model = module(part.model)
+        for offset in range(part.stop - part.start):
+            expected, found = _layer(of_base, written + offset), _layer(of_model, part.start + offset)
+            if len(found) == len(expected) and (
+                options.allow_crimes or all(f & e for f, e in zip(found, expected, strict=True))
+            ):
+                continue
+            extra = next((min(f) for f in found if not any(f & e for e in expected)), None)
+            lacking = next((min(e) for e in expected if not any(f & e for f in found)), None)
+            what = " and ".join(
+                [f"have {extra}, which those of {base} lack"] * (extra is not None)
+                + [f"lack {lacking}, which those of {base} have"] * (lacking is not None)
+            )
+            raise UserError(
+                f"{part.model}: its layers {what or 'hold their tensors in another order'}; experts must have the "
+                "layout of the base they were fine-tuned from"
+            )
+
+
+def _layer(module: ConfiguredModuleArchitecture, index: int) -> list[set[str]]:
+    """The spellings of each tensor of a layer, with `{i}` for all numbers."""
+    return [{re.sub(r"\d+", "{i}", spelling) for spelling in _spellings(w)} for w in module.layer_weights(index)]
+
+
+def _spellings(weight: WeightInfo) -> set[str]:
+    return {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Tensors that mergekit's definition of the architecture does not know.
+
+    Attributes:
+        of_base: stored by the base, to be carried over unchanged.
+        of_experts: {model: stored by it and not by the base}, which no method merges.
+    """
+
+    of_base: list[str]
+    of_experts: dict[ModelReference, list[str]]
+
+
+def unknown_tensors(
+    configuration: MergeConfiguration, architecture: ModelArchitecture, options: MergeOptions
+) -> Unknown:
+    """Find what the models store beside the tensors of their definition.
+
+    Args:
+        configuration: of the merge, normalised or not.
+        architecture: from `check_structure`.
+        options: mergekit's.
+
+    Raises:
+        UserError: base and expert store different values under one such name, and no method would merge them.
+    """
+    models = configuration.referenced_models()
+    base = configuration.base_model or models[0]
+    model_type = base.config(options.trust_remote_code).model_type
+    known = {
+        spelling
+        for model in models
+        for weight in ConfiguredModelArchitecture(
+            info=architecture, config=model.config(options.trust_remote_code)
+        ).all_weights()
+        for spelling in _spellings(weight)
+    }
+    loader = LoaderCache().get(base)
+    of_base = sorted(n for n in set(loader.index.tensor_paths) - known if not _is_converted(n, model_type, known))
+    of_experts = {}
+    for model in models:
+        other = LoaderCache().get(model)
+        for name in of_base:
+            if model == base or name not in other.index.tensor_paths:
+                continue
+            if not _agree(other.get_tensor(name), loader.get_tensor(name)):
+                raise UserError(
+                    f"{model}: tensor {name} differs from that of {base}, but mergekit's definition of this "
+                    "architecture does not know it, so no method would merge it"
+                )
+        names = set(other.index.tensor_paths) - known - set(of_base)
+        if names := sorted(n for n in names if not _is_converted(n, model_type, known)):
+            of_experts[model] = names
+    return Unknown(of_base, of_experts)
+
+
+def _is_converted(name: str, model_type: str, known: set[str]) -> bool:
+    """Whether mergekit's loader makes a known tensor out of this one, by transformers' table of conversions."""
+    spellings = {name}
+    for transform in get_checkpoint_conversion_mapping(model_type) or ():
+        for spelling in list(spellings):
+            renamed, pattern = transform.rename_source_key(spelling)
+            if pattern is not None:
+                spellings |= _expanded_target_keys(renamed, transform.target_patterns)
+    return not spellings.isdisjoint(known)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values, as far as the narrower of their dtypes can tell."""
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype:
+        return torch.equal(one, other) or torch.equal(_bits(one), _bits(other))
+    return torch.equal(one.to(other.dtype), other) or torch.equal(one, other.to(one.dtype))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
