@@ -78,7 +78,8 @@ def keep_threshold(importances: Tensor, density: float) -> float:
     """Smallest importance among the top `density` share of neurons, exactly.
 
     The rank is that of `neuron_methods.kernels.trim.kept_rank`: of n neurons the ⌊n·(1 − density)⌋-th smallest
-    importance is the threshold, and every neuron at or above it is kept, ties included.
+    importance is the threshold, and every neuron at or above it is kept, ties included: n − ⌊n·(1 − density)⌋ + 1 of
+    them where no two are equal, all of them where the rank is 0.
 
     Args:
         importances: shape (neurons,).
