@@ -1,18 +1,12 @@
 """A whole merge, from YAML to a verified directory: mergekit's `run_merge` with nothing left to chance around it.
 
-Everything that can be refused is refused before the first tensor; the output is complete or absent. What is worked
-around here, for mergekit 0.1.5:
-
-- its model card asks the Hub about every model path of the form `a/b`, even where it exists locally, and without a
-  network the run ends in a traceback after the weights are written: the card is made afterwards, by our rules;
-- a tokenizer that cannot be copied is found out after the merge, in a logged traceback: it is copied first;
-- it leaves behind what an image model needs (preprocessor_config.json), and `spiece.model`;
-- it sets `torch_dtype`, about which transformers 5 warns on every run, and one of its progress bars ignores `quiet`.
+Everything that can be refused is refused before the first tensor; the output is complete or absent. The tokenizer is
+copied first, as mergekit finds out only after the merge that it cannot be; and what mergekit leaves behind is copied,
+too: an image model's preprocessor_config.json, `spiece.model`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import time
@@ -20,14 +14,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mergekit.card
-import mergekit.io.tasks
 import mergekit.merge
 import mergekit.tokenizer.build
-import torch
 from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
@@ -36,7 +27,8 @@ from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.configuration import read_configuration
-from neuron_methods.plugin.inputs import looks_local, opened_models
+from neuron_methods.plugin.inputs import opened_models
+from neuron_methods.plugin.mergekit_faults import any_dtype_name, card_without_network, quiet_mergekit
 from neuron_methods.plugin.output import (
     check_target,
     file_in_place_after,
@@ -271,7 +263,7 @@ class _Run:
         template = self.configuration.chat_template if self.builds_tokenizer else None
         configuration = self.configuration.model_copy(deep=True, update={"chat_template": template})
         try:
-            with merge_session(session), _quiet_mergekit(), _any_dtype_name():
+            with merge_session(session), quiet_mergekit(), any_dtype_name():
                 mergekit.merge.run_merge(configuration, str(staging), self.options.model_copy(update=update))
         except (RuntimeError, ValueError) as error:
             if session.planned_tensors:
@@ -292,7 +284,7 @@ class _Run:
             key = "tokenizer" if self.builds_tokenizer else "chat_template"
             raise UserError(f"{self.name}: {key}: {donor} has no tokenizer; put its files (tokenizer.json) there")
         try:
-            with _quiet_mergekit():
+            with quiet_mergekit():
                 if self.builds_tokenizer:  # mergekit will; here it only has to be there
                     mergekit.tokenizer.build.get_stripped_tokenizer(donor.model, self.options.trust_remote_code)
                 elif has_tokenizer and self.options.copy_tokenizer:
@@ -310,64 +302,10 @@ class _Run:
         """Write README.md and mergekit_config.yml, unless the options say not to."""
         if not self.options.write_model_card:
             return
-        with _card_without_network():
+        with card_without_network():
             card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
         (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / "mergekit_config.yml").write_text(self.source, encoding="utf-8")
-
-
-@contextmanager
-def _card_without_network() -> Iterator[None]:
-    """Replace mergekit 0.1.5's `card.is_hf`, which asks the Hub about paths that exist locally."""
-
-    def is_hub_id(path: str) -> bool:
-        return not os.path.exists(path) and not looks_local(path)
-
-    original = mergekit.card.is_hf
-    mergekit.card.is_hf = is_hub_id
-    try:
-        yield
-    finally:
-        mergekit.card.is_hf = original
-
-
-@contextmanager
-def _quiet_mergekit() -> Iterator[None]:
-    """Keep two things of mergekit 0.1.5 off the terminal that no user can do anything about.
-
-    It sets `torch_dtype` on the output's config, which transformers 5 calls deprecated at every run; and its bar over
-    tokenizer permutations shows even where `quiet` is set.
-    """
-
-    def passes(record: logging.LogRecord) -> bool:
-        return "`torch_dtype` is deprecated" not in record.getMessage()
-
-    log = logging.getLogger("transformers.configuration_utils")
-    module = mergekit.tokenizer.build
-    original = module.tqdm
-    log.addFilter(passes)
-    module.tqdm = SimpleNamespace(tqdm=lambda iterable, **_: iterable)
-    try:
-        yield
-    finally:
-        log.removeFilter(passes)
-        module.tqdm = original
-
-
-@contextmanager
-def _any_dtype_name() -> Iterator[None]:
-    """Let mergekit 0.1.5 save buffers of bool and short integers: its table of dtypes ends at int64."""
-    module = mergekit.io.tasks
-    original = module.dtype_from_name
-
-    def dtype_from_name(name: str | None) -> torch.dtype | None:
-        return getattr(torch, name or "", None) or original(name)
-
-    module.dtype_from_name = dtype_from_name
-    try:
-        yield
-    finally:
-        module.dtype_from_name = original
 
 
 def _profile_place(profile_out: str | None, target: Path) -> Path | None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 _MARK = "_neuron_methods_patched"
@@ -125,10 +126,24 @@ def patch_configuration() -> None:
 
     @functools.wraps(original)
     def referenced_models(self: Any) -> list[Any]:
-        return original(resolve_adapters(self))
+        found = original(resolve_adapters(self))
+        return sorted(found, key=list(_models_in_order(self)).index)
 
     setattr(referenced_models, _MARK, True)
     configuration_class.referenced_models = referenced_models
+
+
+def _models_in_order(configuration: Any) -> Iterator[Any]:
+    """The models of a configuration as they stand in it, the base first.
+
+    mergekit 0.1.5 takes them from a set, whose order changes from run to run. Where there is no base_model, the first
+    one gives the output its config and tokenizer.
+    """
+    if configuration.base_model is not None:
+        yield configuration.base_model
+    for holder in (configuration, *(configuration.modules or {}).values()):
+        yield from (entry.model for entry in holder.models or ())
+        yield from (source.model for output in holder.slices or () for source in output.sources)
 
 
 def patch_merge() -> None:
