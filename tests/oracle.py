@@ -161,7 +161,7 @@ def merge_model(
     rank_energy: float = 1.0,
     consensus: str = "mean",
 ) -> dict[str, Tensor]:
-    """All six steps for a model of tensors with up to two dimensions, one threshold per expert; λ₂ None is automatic."""
+    """All six steps for tensors of up to two dimensions, one threshold per expert over all; λ₂ None is automatic."""
     updates = [[task_vector(expert[name], base[name]) for name in base] for expert in experts]
     thresholds = [threshold(update, density) for update in updates]
     if lambda_orthogonal is None:

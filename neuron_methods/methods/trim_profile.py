@@ -24,8 +24,10 @@ from neuron_methods.methods.contract import MergeContext, PlannedTensor
 FORMAT = "mergekit-neuron/trim-profile"
 VERSION = 1
 # The sample that brackets a threshold: runs of neighbouring entries, spread evenly over the model.
-_RUN = 1024
-_RUNS = 512
+_RUN = 64
+_RUNS = 8192
+# Share of a tensor that is sampled at most: sorting a larger one costs more than the second pass it may save.
+_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -303,9 +305,9 @@ def measure_tensor(
 ) -> list[ThresholdSearch]:
     """Finished searches of one tensor's experts, in their order (`trim: tensor`)."""
     searches = {e: ThresholdSearch(densities[e]) for e in experts}
-    spacing = max(_RUN, base.numel() // _RUNS)
+    starts = range(0, base.numel(), max(int(_RUN / _SHARE), base.numel() // _RUNS))
     for expert, tensor in experts.items():
-        searches[expert].bracket_from_sample(_runs(base, tensor, range(0, base.numel(), spacing), context))
+        searches[expert].bracket_from_sample([_runs(base, tensor, starts, context)])
     open_searches = dict(searches)
     while open_searches:
         _count(name, base, {e: experts[e] for e in open_searches}, open_searches, context)
@@ -338,7 +340,7 @@ def _sample(
     tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], context: MergeContext
 ) -> dict[Hashable, list[Tensor]]:
     sizes = [_size(tensor) for tensor in tensors]
-    spacing = max(_RUN, sum(sizes) // _RUNS)
+    spacing = max(int(_RUN / _SHARE), sum(sizes) // _RUNS)
     runs: dict[Hashable, list[Tensor]] = {e: [] for e in experts}
     position = 0
     for tensor, size in zip(tensors, sizes, strict=True):
@@ -348,11 +350,11 @@ def _sample(
             continue
         if tensor.untouched:
             for expert in tensor.expert_parameters["density"]:
-                runs[expert] += [torch.zeros(min(_RUN, size - start)) for start in starts]
+                runs[expert].append(torch.zeros(len(starts), min(_RUN, size)))
             continue
         base, found = tensor.load()
         for expert, values in found.items():
-            runs[expert] += _runs(base, values, starts, context)
+            runs[expert].append(_runs(base, values, starts, context))
     return runs
 
 
@@ -363,11 +365,12 @@ def _size(tensor: PlannedTensor) -> int:
     return base.numel() if base is not None and base.is_floating_point() else 0
 
 
-def _runs(base: Tensor, expert: Tensor, starts: range, context: MergeContext) -> list[Tensor]:
+def _runs(base: Tensor, expert: Tensor, starts: range, context: MergeContext) -> Tensor:
+    """|τ| of the runs that begin at `starts`, the last of them where the tensor's last run begins."""
     base, expert = base.reshape(-1), expert.reshape(-1)
-    runs = []
-    for start in starts:
-        origin = base[start : start + _RUN].float()
-        run = fill_task_vector(torch.empty_like(origin), expert[start : start + _RUN], origin).abs_().cpu()
-        runs.append(run.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if context.allow_nonfinite else run)
-    return runs
+    length = min(_RUN, len(base))
+    first = torch.tensor(starts, dtype=torch.int64, device=base.device).clamp_(max=len(base) - length)
+    index = first.unsqueeze(1) + torch.arange(length, device=base.device)
+    origin = base[index].float()
+    runs = fill_task_vector(torch.empty_like(origin), expert[index], origin).abs_().cpu()
+    return runs.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if context.allow_nonfinite else runs
