@@ -26,6 +26,7 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS: dict[str, Subcommand] = {
     "merge": Subcommand("neuron_methods.cli.merge", "Merge models as a mergekit YAML says, and verify."),
     "profile": Subcommand("neuron_methods.cli.profile", "Measure what each MLP neuron does on data; show it."),
+    "groups": Subcommand("neuron_methods.cli.groups", "Find the functional group of every MLP neuron."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }
 

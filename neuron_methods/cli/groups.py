@@ -1,0 +1,64 @@
+"""`mergekit-neuron groups`: the functional group of every MLP neuron, for the method neuron_merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+EPILOG = """\b
+Examples:
+  mergekit-neuron profile ./base --data math=math.jsonl --data code=code.jsonl -o base.safetensors
+  mergekit-neuron groups base.safetensors -o groups.json --threshold 0.7
+  mergekit-neuron groups base.safetensors -o groups.json --import atlas.csv
+
+\b
+The file is what neuron_merge reads:
+  merge_method: neuron_merge
+  base_model: ./base
+  models:
+    - {model: ./math-expert, parameters: {group: math}}
+    - {model: ./code-expert, parameters: {group: code}}
+  parameters: {groups: groups.json, general: 0.5}
+
+\b
+--import takes JSON ({layer: [group, ...]}, {layer: {neuron: group}}, or a list of records), JSON lines, or CSV with
+the columns layer, neuron and group. Neurons without a label are general.
+"""
+
+
+@click.command("groups", epilog=EPILOG)
+@click.argument("profile", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.6,
+    show_default=True,
+    help="Share of its top activations that makes a neuron a domain's.",
+)
+@click.option(
+    "--min-firing",
+    type=click.FloatRange(0, 1),
+    default=0.001,
+    show_default=True,
+    help="Neurons that fire on a smaller share of their domain's tokens are general.",
+)
+@click.option("--import", "labels", type=click.Path(dir_okay=False, path_type=Path), help="Labels made elsewhere.")
+@debug_option
+def groups(profile: Path, output: Path, threshold: float, min_firing: float, labels: Path | None) -> None:
+    """Classify every MLP neuron of the base by the data source of PROFILE that drives it furthest.
+
+    PROFILE is a profile of the base, with one data source per domain. The share of a domain is corrected for how many
+    tokens it contributed; a neuron that no domain clearly owns is general.
+    """
+    from neuron_methods.profiling.groups import classify, describe_groups, import_labels
+    from neuron_methods.profiling.profile_file import NeuronProfile
+
+    measured = NeuronProfile.load(profile)
+    found = import_labels(measured, labels) if labels else classify(measured, threshold, min_firing)
+    found.write(output)
+    for line in describe_groups(found):
+        click.echo(line)

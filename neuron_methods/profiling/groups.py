@@ -1,0 +1,164 @@
+"""From a profile of the base, or from labels made elsewhere, to the functional group of every MLP neuron.
+
+Gu et al., Findings of ACL 2025, 2025.findings-acl.471, step 2, without a language model that reads the descriptions: a
+neuron belongs to the domain with the largest share of its top activations, corrected for how many tokens each domain
+contributed, if that share passes a threshold; else it is general. The profile's data sources are the domains.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_methods.errors import UserError
+from neuron_methods.kernels.groups import domain_shares, label_neurons
+from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
+from neuron_methods.profiling.profile_file import NeuronProfile
+
+# One label: (layer, neuron, group), and where it was read, for messages.
+Label = tuple[str, Any, str, str]
+
+
+def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> NeuronGroups:
+    """Classify every neuron by the domain that drives it furthest.
+
+    Args:
+        profile: of the base, with exemplars and one data source per domain; one called `general` is no domain, and
+            what it drives furthest is general.
+        threshold: smallest share of its top activations that makes a neuron a domain's.
+        min_firing: a neuron that fires on a smaller share of its domain's tokens is general.
+
+    Raises:
+        UserError: fewer than two domains, or the profile was made without exemplars.
+    """
+    domains = [source for source in profile.sources if source != GENERAL]
+    sources = list(profile.sources)
+    if len(sources) < 2:
+        raise UserError(
+            f"{profile.path}: one data source ({', '.join(sources)}) is nothing to compare with; measure the base "
+            "on one source per domain: --data math=... --data code=..."
+        )
+    labels = {}
+    for layer in profile.layers:
+        top = [profile.top_activations(source, layer) for source in sources]
+        if not all(values.shape[1] for values in top):
+            raise UserError(f"{profile.path}: made with --top 0, without the top activations that tell domains apart")
+        shares = domain_shares(top, [profile.tokens(source, layer) for source in sources])
+        firing = torch.stack([profile.statistic("firing_rate", source, layer) for source in sources], dim=1)
+        found = label_neurons(shares, firing, threshold, min_firing)
+        labels[layer] = [sources[i] if i >= 0 else GENERAL for i in found.tolist()]
+    made_from = {"profile": profile.info.model, "threshold": threshold, "min_firing": min_firing, "domains": domains}
+    return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from)
+
+
+def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> NeuronGroups:
+    """Take labels made elsewhere; a neuron without one is general.
+
+    Args:
+        profile: of the base; says which neurons there are.
+        path: JSON ({layer: [group per neuron]}, {layer: {neuron: group}} or a list of records), JSON lines or CSV of
+            records with `layer`, `neuron` and `group`. A layer is given by its key or, where that is clear, its number.
+
+    Raises:
+        UserError: the file cannot be read, or a label is of no neuron of the model.
+    """
+    labels = {layer: [GENERAL] * count for layer, count in profile.layers.items()}
+    seen: set[tuple[str, int]] = set()
+    for name, neuron, group, where in _read_labels(Path(path)):
+        layer = _layer(profile, name, where)
+        try:
+            index = int(neuron)
+        except (TypeError, ValueError):
+            index = -1
+        if not 0 <= index < profile.layers[layer]:
+            raise UserError(f"{where}: {layer} has neurons 0 to {profile.layers[layer] - 1}, not {neuron!r}")
+        if (layer, index) in seen:
+            raise UserError(f"{where}: {layer}, neuron {index} has a label already; give each neuron one")
+        seen.add((layer, index))
+        labels[layer][index] = group
+    if not seen:
+        raise UserError(f"{path}: no labels in it; expected records with layer, neuron and group")
+    made_from = {"labels": Path(path).name, "labelled": len(seen)}
+    return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from)
+
+
+def describe_groups(groups: NeuronGroups) -> Iterator[str]:
+    """A line per layer: how many neurons each group has; and the sums."""
+    counts = groups.counts()
+    width = max(len(layer) for layer in (*counts, "layer"))
+    cells = [max(len(name), 6) for name in groups.groups]
+    yield "  ".join(["layer".ljust(width), *(n.rjust(c) for n, c in zip(groups.groups, cells, strict=True))])
+    for layer, of_group in counts.items():
+        row = [str(of_group[name]).rjust(c) for name, c in zip(groups.groups, cells, strict=True)]
+        yield "  ".join([layer.ljust(width), *row])
+    total = [sum(of_group[name] for of_group in counts.values()) for name in groups.groups]
+    yield "  ".join(["all".ljust(width), *(str(n).rjust(c) for n, c in zip(total, cells, strict=True))])
+
+
+def _layer(profile: NeuronProfile, name: Any, where: str) -> str:
+    """The key of a layer given by its key, or by its number where only one layer has it."""
+    found = [key for key in profile.layers if str(name) in (key, key.rsplit(".", 1)[-1])]
+    if len(found) != 1:
+        problem = f"could be {', '.join(found)}" if found else f"is none of {', '.join(profile.layers)}"
+        raise UserError(f"{where}: layer {name!r} {problem}")
+    return found[0]
+
+
+def _read_labels(path: Path) -> Iterator[Label]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    ending = path.suffix.lower()
+    try:
+        if ending == ".csv":
+            reader = csv.DictReader(text.splitlines())
+            yield from _records(enumerate(reader, start=2), path, "line")
+        elif ending == ".jsonl":
+            lines = ((i, json.loads(line)) for i, line in enumerate(text.splitlines(), start=1) if line.strip())
+            yield from _records(lines, path, "line")
+        elif ending == ".json":
+            yield from _json_labels(json.loads(text), path)
+        else:
+            raise UserError(f"{path}: labels are read from .json, .jsonl and .csv files")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: no valid JSON ({error}); is it truncated?") from None
+
+
+def _json_labels(content: Any, path: Path) -> Iterator[Label]:
+    if isinstance(content, list):
+        yield from _records(enumerate(content), path, "record")
+        return
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected {{layer: [group, …]}} or a list of records with layer, neuron and group")
+    for layer, values in content.items():
+        where = f"{path}, {layer}"
+        if isinstance(values, list):
+            pairs: Iterable[tuple[Any, Any]] = enumerate(values)
+        elif isinstance(values, dict):
+            pairs = values.items()
+        else:
+            raise UserError(f"{where}: expected one group per neuron, found {type(values).__name__}")
+        for neuron, group in pairs:
+            yield layer, neuron, _group(group, where), where
+
+
+def _records(records: Iterable[tuple[int, Any]], path: Path, kind: str) -> Iterator[Label]:
+    for number, record in records:
+        where = f"{path}, {kind} {number}"
+        missing = [key for key in ("layer", "neuron", "group") if not isinstance(record, Mapping) or key not in record]
+        if missing:
+            raise UserError(f"{where}: no {missing[0]!r}; a label has layer, neuron and group")
+        yield record["layer"], record["neuron"], _group(record["group"], where), where
+
+
+def _group(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: a group is a name, found {value!r}")
+    return value.strip()
