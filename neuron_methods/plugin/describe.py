@@ -31,29 +31,47 @@ def describe_plan(plan: MergePlan) -> str:
         plan: from `neuron_methods.plugin.merging.plan_merge`.
 
     Returns:
-        Lines of text: tensors by kind, what the parameters resolve to for each, bytes and memory.
+        Lines of text: tensors by kind, what the parameters resolve to for each (once, where they are the same for
+        all), bytes and memory.
     """
+    carried = set(plan.carried)
     kinds: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for weight, inputs, size in plan.tensors:
-        entries = next(iter(inputs.values())).entries if inputs else 0
-        kinds[kind_of(weight.name)].append((weight.name, entries, size))
+        if size or inputs:
+            entries = next(iter(inputs.values())).entries
+            kind = "copied from the base" if weight.name in carried else kind_of(weight.name)
+            kinds[kind].append((weight.name, entries, size))
     models = list(dict.fromkeys(model for _, inputs, _ in plan.tensors for model in inputs))
-    lines = [f"{plan.method} of {len(models)} models, base {plan.base or 'none'}"]
+    experts = [model for model in models if model != plan.base]
+    base = f" on base {plan.base}" if plan.base else ""
+    lines = [f"{plan.method} of {_count(len(experts), 'model')}{base}: {', '.join(map(str, experts))}"]
+    resolved = {kind: _resolved(plan, [t[0] for t in tensors]) for kind, tensors in kinds.items()}
+    alike = len({tuple(r) for r in resolved.values() if r}) == 1
     for kind, tensors in kinds.items():
         entries, size = sum(t[1] for t in tensors), sum(t[2] for t in tensors)
-        plural = "" if len(tensors) == 1 else "s"
-        lines.append(f"  {kind}: {len(tensors)} tensor{plural}, {entries:,} parameters, {format_bytes(size)} to write")
-        lines += [f"    {line}" for line in _resolved(plan, [t[0] for t in tensors])]
-    passes = "two passes: thresholds, merge" if plan.measures else "one pass"
+        lines.append(
+            f"  {kind}: {_count(len(tensors), 'tensor')}, {entries:,} parameters, {format_bytes(size)} to write"
+        )
+        if not alike:
+            lines += [f"    {line}" for line in resolved[kind]]
     total = sum(t[1] for tensors in kinds.values() for t in tensors)
+    lines.append(f"  in all: {_count(sum(map(len, kinds.values())), 'tensor')}, {total:,} parameters")
+    if alike:
+        lines.append("  parameters, for all kinds:")
+        lines += [f"    {line}" for line in next(r for r in resolved.values() if r)]
+    passes = "two passes: measure, merge" if plan.measures else "one pass"
+    memory = f"about {format_bytes(plan.peak_memory)}"
     lines += [
-        f"  in all: {len(plan.tensors)} tensors, {total:,} parameters",
         f"  to read: {format_bytes(plan.bytes_to_read)} ({passes})",
         f"  to write: {format_bytes(plan.bytes_to_write)}",
-        f"  peak memory: about {format_bytes(plan.peak_memory)}, and pages of the input files as far as they fit",
+        f"  peak memory: {memory}, of which {format_bytes(plan.mapped_bytes)} are input files that the system may drop",
     ]
     lines += [f"  {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _resolved(plan: MergePlan, names: list[str]) -> list[str]:
@@ -79,8 +97,6 @@ def _assignments(parameters: dict[str, list[Any]]) -> str:
 
 def _span(values: list[Any]) -> str:
     distinct = list(dict.fromkeys(values))
-    if distinct == [None]:
-        return ""  # not given: an inner method's own default holds
     if len(distinct) == 1:
         return f"{distinct[0]:g}" if isinstance(distinct[0], float) else str(distinct[0])
     if all(isinstance(v, (int, float)) for v in distinct):

@@ -142,7 +142,7 @@ def merge_to_directory(
         UserError: anything the user can put right; `out_path` is as it was before.
     """
     started = time.perf_counter()
-    run = _Run(config_source, config_name, options)
+    run = MergeRun(config_source, config_name, options)
     target = check_target(out_path, force, run.paths_read())
     profile_place = _profile_place(profile_out, target)
 
@@ -197,7 +197,7 @@ def plan_merge(
     Raises:
         UserError: what the merge itself would refuse before it starts.
     """
-    run = _Run(config_source, config_name, options)
+    run = MergeRun(config_source, config_name, options)
 
     def look(planner: Any) -> None:
         run.inspect(planner)
@@ -209,7 +209,7 @@ def plan_merge(
     return run.plan
 
 
-class _Run:
+class MergeRun:
     """One run of mergekit on one configuration, step by step."""
 
     def __init__(self, source: str, name: str, options: MergeOptions | None) -> None:
@@ -221,7 +221,7 @@ class _Run:
         self.configuration = read_configuration(source, name)
         self.options = options or MergeOptions()
         self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
-        self.plan = MergePlan(self.configuration.merge_method, None, False, self.options.out_shard_size)
+        self.plan = MergePlan(self.configuration.merge_method, None, self.options.out_shard_size)
 
     def paths_read(self) -> list[str]:
         """Files and directories here that the merge reads."""

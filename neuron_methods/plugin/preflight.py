@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
 from neuron_methods.errors import UserError
-from neuron_methods.methods.contract import SCRATCH_BYTES, PlannedMethod, PlannedTensor
+from neuron_methods.kernels.rows import CACHE_BYTES
+from neuron_methods.methods.contract import PlannedMethod, PlannedTensor
 
 # Process with mergekit, torch and transformers loaded, before any tensor.
 _PROCESS_BYTES = 450 * 1024 * 1024
@@ -67,25 +69,37 @@ class MergePlan:
         parameters: {tensor name: (shared parameters, {model: its parameters})}.
         base: the base model, if any.
         carried: tensors of the base outside mergekit's definition, copied unchanged.
-        measures: whether a pass over all tensors comes before the merge.
+        measured: names of the tensors that a pass before the merge reads, none where there is no such pass.
+        mapped_bytes: files that are mapped into memory at a time: one of each model.
+        streams: whether the method works through a tensor in blocks, in bounded scratch memory.
         out_shard_size: bytes a shard may take.
         notes: what the user should know and no error is.
     """
 
     method: str
     base: ModelReference | None
-    measures: bool
     out_shard_size: int
+    measured: set[str] = field(default_factory=set)
+    mapped_bytes: int = 0
+    streams: bool = False
     tensors: list[tuple[WeightInfo, dict[ModelReference, Header], int]] = field(default_factory=list)
     parameters: dict[str, tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
+    def measures(self) -> bool:
+        """Whether a pass over the tensors comes before the merge."""
+        return bool(self.measured)
+
+    @property
     def bytes_to_read(self) -> int:
         """Bytes read over all passes."""
-        once = sum(header.bytes for _, inputs, _ in self.tensors for header in inputs.values())
-        return once * (2 if self.measures else 1)
+        return sum(
+            header.bytes * (2 if weight.name in self.measured else 1)
+            for weight, inputs, _ in self.tensors
+            for header in inputs.values()
+        )
 
     @property
     def bytes_to_write(self) -> int:
@@ -94,11 +108,12 @@ class MergePlan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimate of the process's peak in bytes, file pages the system may drop again not counted."""
+        """Estimate of the process's peak in bytes, mapped files included."""
         largest = max((h.entries for _, inputs, _ in self.tensors for h in inputs.values()), default=0)
-        experts = max((len(inputs) for _, inputs, _ in self.tensors), default=1)
-        scratch = min(SCRATCH_BYTES, largest * 4 * (experts + 1))
-        return _PROCESS_BYTES + min(self.bytes_to_write, self.out_shard_size) + largest * 4 + scratch
+        models = max((len(inputs) for _, inputs, _ in self.tensors), default=1)
+        scratch = 2 * CACHE_BYTES if self.streams else largest * 4 * (models + 1)
+        shard = min(self.bytes_to_write, self.out_shard_size)
+        return _PROCESS_BYTES + shard + largest * 4 + scratch + self.mapped_bytes
 
 
 def inspect_plan(planner: Any) -> MergePlan:
@@ -114,10 +129,14 @@ def inspect_plan(planner: Any) -> MergePlan:
     plan = MergePlan(
         method=method.spec.name,
         base=planner.config.base_model,
-        measures=isinstance(method, PlannedMethod) and method.measures(_planned_tensors(planner)),
         out_shard_size=planner.options.out_shard_size,
+        streams=isinstance(method, PlannedMethod),
     )
+    planned = _planned_tensors(planner)
+    if isinstance(method, PlannedMethod) and method.measures(planned):
+        plan.measured = {t.name for t in planned if not t.repeats and not t.untouched}
     headers = HeaderCache()
+    files: dict[ModelReference, Counter[str]] = {}
     aligned = planner._tokenizer_task is not None or planner.options.unsafe_truncate_embeddings
     for weight, task in planner._tensors:
         gather = _gather(task.gather_tensors)
@@ -128,6 +147,7 @@ def inspect_plan(planner: Any) -> MergePlan:
             header = headers.of(load, planner.options.trust_remote_code)
             if header is not None:
                 inputs[load.model] = header
+                files.setdefault(load.model, Counter())[headers.file_of(load)] += header.bytes
         _check_shapes(weight, inputs, task.base_model, aligned)
         stored = next(iter(inputs.values()), None)
         written = weight.force_dtype or planner.config.out_dtype or planner.config.dtype or task.out_dtype
@@ -140,6 +160,7 @@ def inspect_plan(planner: Any) -> MergePlan:
             for model, values in ((model, dict(task.input_parameters[model].items())) for model in task.model_order)
         }
         plan.parameters[weight.name] = ({p.name: task.parameters[p.name] for p in spec.shared_parameters}, per_model)
+    plan.mapped_bytes = sum(max(sizes.values()) for sizes in files.values())
     return plan
 
 
@@ -183,6 +204,11 @@ class HeaderCache:
                 )
             return header_of(load.execute())
         return self.stored(loader, name)
+
+    def file_of(self, load: LoadTensor) -> str:
+        """Name of the file that holds what `load` will read, as far as one does."""
+        loader = LoaderCache().get(load.model)
+        return loader.index.tensor_paths.get(load._resolve_name(loader) or "", "")
 
     def stored(self, loader: Any, name: str) -> Header:
         """Header of a tensor by the name it is stored under."""
