@@ -281,7 +281,8 @@ def merge_neurons(
         lambda_parallel: λ₁; 0 spares step 3.
         rank_energy: see `neuron_methods.kernels.subspace.combination_coefficients`.
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
-        allow_nonfinite: treat a NaN or infinite update as no update.
+        allow_nonfinite: treat a NaN or infinite update as no update; entries that the base itself holds so stay as they
+            are, and the rest of their neurons is merged without them.
         scratch_bytes: bound on scratch memory.
 
     Returns:
@@ -301,6 +302,8 @@ def merge_neurons(
         w = rows[:, -1].copy_(base[block])
         for t, expert in enumerate(experts):
             _trimmed_task_vector(rows[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite)
+        if allow_nonfinite:
+            w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return rows
 
     reduced_parallel = None
@@ -319,6 +322,9 @@ def merge_neurons(
             of_base += lambda_parallel * reduced_parallel[block]
         factors = torch.cat([lambda_orthogonal * solved.orthogonal, of_base.unsqueeze(1)], dim=1)
         merged[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
+        if allow_nonfinite:
+            broken = ~base[block].isfinite()
+            merged[block][broken] = base[block][broken].to(merged.dtype)
         parallel_energy += solved.parallel_energy
         orthogonal_energy += solved.orthogonal_energy
     return parallel_energy, orthogonal_energy

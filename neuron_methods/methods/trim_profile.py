@@ -234,8 +234,8 @@ def measure_model(
     for expert, runs in _sample(tensors, experts, context).items():
         searches[expert].bracket_from_sample(runs)
     open_searches = dict(searches)
+    label = "Measuring trim thresholds"
     while open_searches:
-        label = "Measuring trim thresholds" + (" again" if len(open_searches) < len(searches) else "")
         for tensor in context.progress(label, tensors):
             if tensor.untouched:
                 for expert in tensor.expert_parameters["density"].keys() & open_searches.keys():
@@ -251,6 +251,7 @@ def measure_model(
                     context,
                 )
         open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
+        label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
     return TrimProfile(
         trim="model",
         experts={e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()},
