@@ -6,32 +6,13 @@ What must hold under mergekit's own commands, too, is in `neuron_methods.plugin.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import mergekit.card
 import mergekit.io.tasks
 import mergekit.tokenizer.build
 import torch
-
-from neuron_methods.plugin.inputs import looks_local
-
-
-@contextmanager
-def card_without_network() -> Iterator[None]:
-    """Replace mergekit 0.1.5's `card.is_hf`, which asks the Hub about paths that exist locally."""
-
-    def is_hub_id(path: str) -> bool:
-        return not os.path.exists(path) and not looks_local(path)
-
-    original = mergekit.card.is_hf
-    mergekit.card.is_hf = is_hub_id
-    try:
-        yield
-    finally:
-        mergekit.card.is_hf = original
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from neuron_methods.methods.contract import MergeContext
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import opened_models
-from neuron_methods.plugin.mergekit_faults import any_dtype_name, card_without_network, quiet_mergekit
+from neuron_methods.plugin.mergekit_faults import any_dtype_name, quiet_mergekit
 from neuron_methods.plugin.output import (
     check_target,
     file_in_place_after,
@@ -302,8 +302,7 @@ class MergeRun:
         """Write README.md and mergekit_config.yml, unless the options say not to."""
         if not self.options.write_model_card:
             return
-        with card_without_network():
-            card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
+        card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
         (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / "mergekit_config.yml").write_text(self.source, encoding="utf-8")
 

@@ -160,28 +160,31 @@ def attach_to_planner(planner: Any) -> None:
         session.planned(planner)
 
 
-def attach_to_flat_merge(config: Any, tasks: Sequence[Task]) -> list[Task]:
+def attach_to_flat_merge(config: Any, tasks: Sequence[Task], *, device: str = "cpu", quiet: bool = False) -> list[Task]:
     """Follow `plan_flat_merge` of mergekit-pytorch, likewise.
 
     Args:
         config: its `RawPyTorchMergeConfig`.
         tasks: one `SaveTensor` per tensor, then a `FinalizeModel`.
+        device: where to measure.
+        quiet: no progress bars.
     """
     method = registry.get(config.merge_method)
     if not isinstance(method, PlannedMethod):
         return list(tasks)
-    saves = [task for task in tasks if isinstance(task, SaveTensor)]
+    # mergekit-pytorch takes the names from a set; sums over all tensors are to come out the same in every run.
+    saves = sorted((task for task in tasks if isinstance(task, SaveTensor)), key=lambda save: save.tensor_name)
     out_dtype = config.out_dtype or config.dtype
     attached = attach(
         method,
         [(save.tensor_task.output_weight, _without_input_dtype(save.tensor_task)) for save in saves],
         out_dtype=out_dtype,
-        device="cpu",
-        quiet=False,
+        device=device,
+        quiet=quiet,
         tokenizer_task=None,
     )
     new_saves = [s.model_copy(update={"tensor_task": task}) for s, (_, task) in zip(saves, attached, strict=True)]
-    (finalize,) = [task for task in tasks if task not in saves]
+    (finalize,) = [task for task in tasks if not isinstance(task, SaveTensor)]
     return [*new_saves, finalize.model_copy(update={"tensor_save_tasks": tuple(new_saves)})]
 
 
@@ -220,7 +223,7 @@ def attach(
     plan = MethodPlan(method, [], context, device)
     counted: set[str] = set()
     for weight, task in tasks:
-        repeats = _repeats_tied(weight, task, counted)
+        repeats = repeats_tied(weight, task, counted)
         plan.tensors.append(replace(_planned_tensor(plan, weight, task, repeats), model=model))
         if not repeats:
             counted.add(weight.name)
@@ -255,7 +258,9 @@ def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMeth
             expert_parameters.setdefault(name, {})[model] = value
 
     def load() -> tuple[Tensor | None, dict[Hashable, Tensor]]:
-        tensors = dict(_evaluate(task.gather_tensors, plan.known_values))
+        # mergekit-pytorch hands out None for what a model lacks.
+        found = _evaluate(task.gather_tensors, plan.known_values)
+        tensors = {model: tensor for model, tensor in found.items() if tensor is not None}
         if plan.device != "cpu":
             tensors = {model: tensor.to(plan.device) for model, tensor in tensors.items()}
         return tensors.pop(task.base_model, None), tensors
@@ -271,7 +276,7 @@ def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMeth
     )
 
 
-def _repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set[str]) -> bool:
+def repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set[str]) -> bool:
     """Whether every input stores this weight as a copy of one that is already counted, or not at all.
 
     Older checkpoints store tied weights under each of their names; they are one set of entries all the same.

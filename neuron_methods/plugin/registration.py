@@ -10,8 +10,9 @@ has to be put into mergekit for that is put there here and nowhere else:
 - adapters are read lazily, where mergekit would merge each into a cache directory first: `LoaderCache.get` and
   `ModelReference.lazy_loader` open an `AdapterLoader` for references with an adapter (`patch_loaders`),
   `MergeConfiguration.referenced_models`, which every command calls before anything else, writes adapters that stand by
-  themselves as base+adapter (`patch_configuration`), and the donor of tokenizer and config is the base itself
-  (`patch_merge`).
+  themselves as base+adapter and lists the models in the order of the YAML (`patch_configuration`), and the donor of
+  tokenizer and config is the base itself (`patch_merge`);
+- the model card asks no network about paths that exist locally (`patch_merge`).
 
 All are idempotent and called by the start-up hook as soon as the module they concern is imported.
 """
@@ -19,6 +20,7 @@ All are idempotent and called by the start-up hook as soon as the module they co
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +76,9 @@ def patch_raw_merge() -> None:
 
     @functools.wraps(original)
     def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        return attach_to_flat_merge(config, original(config, *args, **kwargs))
+        options = kwargs.get("options") or args[-1]
+        tasks = original(config, *args, **kwargs)
+        return attach_to_flat_merge(config, tasks, device=options.device or "cpu", quiet=options.quiet)
 
     setattr(plan_flat_merge, _MARK, True)
     module.plan_flat_merge = plan_flat_merge
@@ -116,7 +120,7 @@ def patch_loaders() -> None:
 
 
 def patch_configuration() -> None:
-    """Let an adapter stand by itself in a configuration."""
+    """Let an adapter stand by itself in a configuration, and list the models in its order."""
     from neuron_methods.adapters.resolve import resolve_adapters
 
     configuration_class = sys.modules["mergekit.config"].MergeConfiguration
@@ -147,7 +151,11 @@ def _models_in_order(configuration: Any) -> Iterator[Any]:
 
 
 def patch_merge() -> None:
-    """Take config, tokenizer and other files of base+adapter from the base."""
+    """Take config, tokenizer and other files of base+adapter from the base, and ask no network about local paths.
+
+    mergekit 0.1.5's model card asks the Hub about every path of the form `a` or `a/b`, also where it exists locally;
+    without a network a run ends there in a traceback, after the weights are written and before the tokenizer is.
+    """
     module = sys.modules["mergekit.merge"]
     original = module._get_donor_model
     if getattr(original, _MARK, False):
@@ -162,3 +170,7 @@ def patch_merge() -> None:
 
     setattr(get_donor_model, _MARK, True)
     module._get_donor_model = get_donor_model
+
+    card = sys.modules["mergekit.card"]
+    ask = card.is_hf
+    card.is_hf = functools.wraps(ask)(lambda path: not os.path.exists(path) and ask(path))
