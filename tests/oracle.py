@@ -79,6 +79,16 @@ def split(tau: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return coefficient, tau - coefficient * w
 
 
+def orthogonal_parts(updates: Tensor, base: Tensor) -> Tensor:
+    """τ_⊥ of many neurons: shapes (rows, experts, d) and (rows, d)."""
+    rows = []
+    for taus, w in zip(updates, base, strict=True):
+        left = [split(tau, w)[1] for tau in taus]
+        # What is left of an update that lay along the base weights is rounding, and not a part of its own.
+        rows.append([rest * (rest.norm() > ROUNDING * tau.norm()) for tau, rest in zip(taus, left, strict=True)])
+    return torch.stack([torch.stack(row) for row in rows])
+
+
 def sides(width: int) -> Tensor:
     """The direction that singular vectors point to the side of: fractional parts of multiples of the golden ratio."""
     golden = (1 + 5**0.5) / 2
@@ -137,16 +147,16 @@ def merge_rows(
 ) -> Tensor:
     """Steps 1 to 4 and 6 for a matrix (neurons, d)."""
     w = base.to(torch.float64)
-    coefficients, orthogonal = [], []
-    for expert, at, weight in zip(experts, thresholds, weights, strict=True):
-        tau = weight * trim(task_vector(expert, base), at)
-        parts = [split(row, w_row) for row, w_row in zip(tau, w, strict=True)]
-        coefficients.append([float(coefficient) for coefficient, _ in parts])
-        # What is left of an update that lay along the base weights is rounding, and not a part of its own.
-        left = [rest * (rest.norm() > ROUNDING * row.norm()) for row, (_, rest) in zip(tau, parts, strict=True)]
-        orthogonal.append(torch.stack(left))
+    updates = torch.stack(
+        [
+            weight * trim(task_vector(expert, base), at)
+            for expert, at, weight in zip(experts, thresholds, weights, strict=True)
+        ]
+    )
+    coefficients = [[float(split(tau, row)[0]) for tau, row in zip(update, w, strict=True)] for update in updates]
     reduced = torch.tensor(elect_and_reduce(coefficients, consensus), dtype=torch.float64)
-    psi = merge_orthogonal(torch.stack(orthogonal, 1), rank_energy=rank_energy, consensus=consensus)
+    orthogonal = orthogonal_parts(updates.transpose(0, 1), w)
+    psi = merge_orthogonal(orthogonal, rank_energy=rank_energy, consensus=consensus)
     return w + lambda_parallel * reduced.unsqueeze(1) * w + lambda_orthogonal * psi
 
 

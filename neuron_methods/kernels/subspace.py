@@ -118,10 +118,12 @@ def split_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     dots, squared_norms = gram[:, :-1, -1], gram[:, -1:, -1]
     coefficients = torch.where(squared_norms > SMALLEST_NORM**2, dots / squared_norms, 0.0)
     orthogonal = gram[:, :-1, :-1] - coefficients.unsqueeze(2) * dots.unsqueeze(1)
-    energies = gram.diagonal(dim1=1, dim2=2)[:, :-1]
-    # What rounding leaves of an update that is all parallel, or was trimmed away, must score exactly 0 everywhere.
-    present = orthogonal.diagonal(dim1=1, dim2=2) > ROUNDING * energies
-    return coefficients, orthogonal * (present.unsqueeze(1) & present.unsqueeze(2))
+    norms = gram.diagonal(dim1=1, dim2=2)[:, :-1].sqrt()
+    # What rounding leaves of experts that are orthogonal to each other would turn their singular vectors anywhere if
+    # they are equally strong; what it leaves of an update that is all parallel must score exactly 0 everywhere.
+    signal = orthogonal.abs() > ROUNDING * norms.unsqueeze(1) * norms.unsqueeze(2)
+    present = signal.diagonal(dim1=1, dim2=2)
+    return coefficients, orthogonal * (signal & present.unsqueeze(1) & present.unsqueeze(2))
 
 
 def singular_vectors(gram: Tensor, energies: Tensor, rank_energy: float = 1.0) -> Tensor:
