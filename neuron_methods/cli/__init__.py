@@ -27,6 +27,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "merge": Subcommand("neuron_methods.cli.merge", "Merge models as a mergekit YAML says, and verify."),
     "profile": Subcommand("neuron_methods.cli.profile", "Measure what each MLP neuron does on data; show it."),
     "groups": Subcommand("neuron_methods.cli.groups", "Find the functional group of every MLP neuron."),
+    "linearity": Subcommand("neuron_methods.cli.linearity", "Measure how linearly outputs follow merged weights."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }
 

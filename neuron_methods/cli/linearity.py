@@ -1,0 +1,50 @@
+"""`mergekit-neuron linearity`: how linearly the outputs of a merge's MLPs follow its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from neuron_methods.cli.common import debug_option
+from neuron_methods.errors import UserError
+
+EPILOG = """\b
+Examples:
+  mergekit-neuron linearity merge.yaml
+  mergekit-neuron linearity merge.yaml --data math=math.jsonl:question --data code=code.txt -o linearity.json
+
+\b
+SOURCE is as in `mergekit-neuron profile --help`.
+"""
+
+
+@click.command("linearity", epilog=EPILOG)
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--data", multiple=True, metavar="NAME=SOURCE", help="What the base reads; noise without. Repeatable.")
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Of each source.")
+@click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Inputs per layer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of noise and of the order of samples.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JSON, too."
+)
+@debug_option
+def linearity(config: Path, data: tuple[str, ...], samples: int, tokens: int, seed: int, output: Path | None) -> None:
+    """Measure, per layer, how far the change of the MLP's output is from linear in the change of its weights.
+
+    For every expert of the mergekit YAML in CONFIG, for plain task arithmetic, for the merge that CONFIG asks for
+    (neuron_merge groups neurons by function), and for task arithmetic scaled to the size of that merge's update. The
+    error is that of interpolating outputs between the base and the updated model, relative to how far these differ.
+    """
+    from neuron_methods.plugin.updates import plan_updates
+    from neuron_methods.profiling.linearity import measure_linearity
+
+    try:
+        source = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    report = measure_linearity(plan_updates(source, str(config)), data, samples=samples, tokens=tokens, seed=seed)
+    for line in report.lines():
+        click.echo(line)
+    if output is not None:
+        report.write(output)

@@ -1,0 +1,109 @@
+"""What a merge would change, tensor by tensor, without writing it: each expert's update and the merge's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mergekit.merge
+import mergekit.plan
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.kernels.task_vectors import fill_task_vector
+from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.registration import patch_planner, register
+
+
+@dataclass(frozen=True)
+class TensorUpdates:
+    """Updates of one tensor, all float32 and of one shape.
+
+    Attributes:
+        base: θ₀.
+        experts: {expert: τ_t}.
+        weights: {expert: its `weight` in the configuration; 1 where the method has none}.
+        merged: what the merge adds to θ₀.
+    """
+
+    base: Tensor
+    experts: dict[str, Tensor]
+    weights: dict[str, float]
+    merged: Tensor
+
+
+@dataclass
+class PlannedUpdates:
+    """A planned merge whose tensors are formed one by one, on demand.
+
+    Attributes:
+        base: the base model, as the configuration names it.
+        method: the merge method's name.
+        names: of all tensors that it merges.
+    """
+
+    base: ModelReference
+    method: str
+    _tasks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors that would be merged."""
+        return tuple(self._tasks)
+
+    def of(self, name: str) -> TensorUpdates:
+        """Read and merge one tensor."""
+        task = self._tasks[name]
+        tensors: Mapping[ModelReference, Tensor] = _evaluate(task.gather_tensors)
+        base = tensors[self.base].float()
+        experts, weights = {}, {}
+        for model, tensor in tensors.items():
+            if model != self.base:
+                experts[_shown(model)] = fill_task_vector(torch.empty_like(base), tensor, base)
+                weights[_shown(model)] = float(dict(task.input_parameters[model].items()).get("weight", 1.0))
+        return TensorUpdates(base, experts, weights, _evaluate(task).float() - base)
+
+
+def plan_updates(source: str, name: str = "the configuration") -> PlannedUpdates:
+    """Plan the merge of a configuration.
+
+    Args:
+        source: text of a mergekit YAML with a base model.
+        name: file name for messages.
+
+    Raises:
+        UserError: what the merge itself would refuse, or the configuration names no base model.
+    """
+    register()
+    patch_planner()
+    configuration = read_configuration(source, name)
+    # Nothing is written, so nothing is rounded to what would be.
+    configuration = configuration.model_copy(update={"dtype": None, "out_dtype": "float32"})
+    if configuration.base_model is None:
+        raise UserError(f"{name}: no base_model; an update is the difference to a base")
+    options = MergeOptions(quiet=True)
+    LoaderCache.loaders.clear()
+    LoaderCache().setup(options=options)
+    configuration.referenced_models()  # writes adapters that stand by themselves as base+adapter
+    architecture = mergekit.merge.get_architecture_info(configuration, options)
+    config = mergekit.merge._model_out_config(configuration, architecture)
+    planner = mergekit.plan.MergePlanner(configuration, architecture, options=options, out_model_config=config)
+    planner.plan_to_disk(os.devnull)  # plans only; mergekit 0.1.5 cannot make the tasks of plan_in_memory
+    tasks = {weight.name: task for weight, task in planner._tensors if hasattr(task, "gather_tensors")}
+    return PlannedUpdates(configuration.base_model, configuration.merge_method, tasks)
+
+
+def _evaluate(task: Task) -> Any:
+    """Run a task and what it depends on."""
+    return task.execute(**{name: _evaluate(needed) for name, needed in task.arguments().items()})
+
+
+def _shown(model: ModelReference) -> str:
+    return str(model).rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or str(model)

@@ -1,0 +1,118 @@
+"""How far outputs are from linear in weights: exact on small modules, whole on tiny models, by command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+from neuron_methods.cli import main
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.updates import plan_updates
+from neuron_methods.profiling.linearity import SAME_SIZE, TASK_ARITHMETIC, measure_linearity, relative_error
+from tests.methods.plans import write_groups
+from tests.profiling.tiny import build_tokenizer
+from tests.support.checkpoints import FAMILIES, read, save_family
+
+torch.set_num_threads(1)
+
+
+class Product(nn.Module):
+    """A gated MLP without nonlinearity: (gate x) · (up x), then down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(x) * self.up(x))
+
+
+@pytest.fixture
+def product() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    mlp = Product()
+    base = {name: p.detach().clone() for name, p in mlp.named_parameters()}
+    return mlp, base, {name: torch.zeros_like(p) for name, p in base.items()}
+
+
+def test_a_change_of_the_down_projection_alone_is_linear(product) -> None:
+    mlp, base, update = product
+    update["down.weight"] = torch.randn(4, 4)
+    assert relative_error(mlp, base, update, torch.randn(9, 4)) < 1e-12
+
+
+def test_doubling_two_factors_is_quadratic(product) -> None:
+    mlp, base, update = product
+    update["gate.weight"], update["up.weight"] = base["gate.weight"].clone(), base["up.weight"].clone()
+    # f(α) = (1 + α)² f(0): the error is |(1 + α)² − 1 − 3α| / 3 = α (1 − α) / 3.
+    expected = sum(a * (1 - a) / 3 for a in (0.25, 0.5, 0.75)) / 3
+    assert relative_error(mlp, base, update, torch.randn(9, 4)) == pytest.approx(expected)
+
+
+def test_no_change_has_no_error(product) -> None:
+    mlp, base, update = product
+    assert relative_error(mlp, base, update, torch.randn(9, 4)) is None
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "t5-gated", "t5-ungated", "vit", "clip"])
+def test_every_layer_and_variant_is_measured(kind: str, tmp_path: Path) -> None:
+    planned = plan_updates(configuration(kind, tmp_path))
+    report = measure_linearity(planned, tokens=32)
+    expected = ["expert-a", "expert-b", TASK_ARITHMETIC, "merge by neuron_merge", SAME_SIZE]
+    assert report.variants == expected
+    assert set(report.errors) == set(report.sizes)
+    assert len(report.errors) == {"llama-tied": 2, "vit": 2}.get(kind, 4)
+    for layer, errors in report.errors.items():
+        assert all(0 < errors[v] < 1 for v in expected), layer
+        assert report.sizes[layer][SAME_SIZE] == pytest.approx(report.sizes[layer]["merge by neuron_merge"], rel=1e-6)
+
+
+def configuration(kind: str, folder: Path) -> str:
+    save_family(folder, kind)
+    groups = write_groups(folder / "groups.json", FAMILIES[kind].config(), ["general", "math", "code"])
+    return yaml.safe_dump(
+        {
+            "merge_method": "neuron_merge",
+            "base_model": str(folder / "base"),
+            "models": [
+                {"model": str(folder / "expert-a"), "parameters": {"group": "math"}},
+                {"model": str(folder / "expert-b"), "parameters": {"group": "code", "weight": 0.5}},
+            ],
+            "parameters": {"groups": groups},
+        }
+    )
+
+
+def test_updates_are_those_of_the_merge(tmp_path: Path) -> None:
+    planned = plan_updates(configuration("llama-tied", tmp_path))
+    found = planned.of("model.layers.0.mlp.up_proj.weight")
+    base, expert = (read(tmp_path / e)["model.layers.0.mlp.up_proj.weight"] for e in ("base", "expert-b"))
+    assert torch.equal(found.base, base)
+    assert torch.allclose(found.experts["expert-b"], expert - base)
+    assert found.weights == {"expert-a": 1.0, "expert-b": 0.5}
+    assert torch.allclose(found.merged[2::3], 0.5 * found.experts["expert-b"][2::3], atol=1e-6)
+
+
+def test_the_command_reads_data_and_writes_json(tmp_path: Path) -> None:
+    config = tmp_path / "merge.yaml"
+    config.write_text(configuration("llama-tied", tmp_path))
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "texts.txt").write_text("one red cat\ntwo green dog and three blue house\n")
+    data = ["--data", f"words={tmp_path / 'texts.txt'}"]
+    result = CliRunner().invoke(main, ["linearity", str(config), *data, "-o", str(tmp_path / "l.json")])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[0] == "inputs: words, read by the base"
+    content = json.loads((tmp_path / "l.json").read_text())
+    assert set(content["errors"]) == {"layers.0", "layers.1"}
+    assert content["mean"]["expert-a"] > 0
+
+
+def test_a_configuration_without_a_base_is_refused() -> None:
+    with pytest.raises(UserError, match="no base_model"):
+        plan_updates("merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1}}]\n")
