@@ -51,6 +51,14 @@ class StoredNames:
         """Whether a parameter is made of several tensors of the checkpoint as the model is loaded."""
         return _among(name, [new for _, new, converted in self._renamed if converted]) is not None
 
+    def path_of(self, stored: str) -> str | None:
+        """Path in memory, under this transformers, of a tensor of the checkpoint; None where it is only a part there.
+
+        Args:
+            stored: name in the checkpoint.
+        """
+        return self._paths.get(stored)
+
     def tied_to(self, name: str) -> tuple[str, ...]:
         """Paths in memory of all parameters that are one with this one, itself included; empty if it stands alone.
 
@@ -89,6 +97,10 @@ class StoredNames:
         return {new: old for old, new, converted in self._renamed if not converted}
 
     @cached_property
+    def _paths(self) -> dict[str, str]:
+        return {old: new for old, new, converted in self._renamed if not converted}
+
+    @cached_property
     def _renamed(self) -> list[tuple[str, str, bool]]:
         """(name in the checkpoint, name in memory, whether it is only a part of what is in memory)."""
         if self.skeleton is None:
@@ -101,12 +113,20 @@ class StoredNames:
 
 
 class Skeleton:
-    """Names and ties of an architecture of transformers, without weights."""
+    """Names, modules and ties of an architecture of transformers, without weights.
+
+    Attributes:
+        parameters: paths of the parameters, tied ones included, in the order of the model.
+        modules: {path: module on the meta device}.
+        ties: paths of the parameters that are one, the source first.
+        output: path of the output embeddings' weight, None for a model without a head.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._parameters = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.parameters = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
         self._prefix = model.base_model_prefix
         self._model = model
+        self.modules: dict[str, torch.nn.Module] = dict(model.named_modules())
         groups: dict[str, list[str]] = {}
         for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
             groups.setdefault(source, [source]).append(tied)
@@ -146,7 +166,7 @@ class Skeleton:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamed = []
         for name in names:
-            new, converter = rename_source_key(name, renamings, converters, self._prefix, self._parameters)
+            new, converter = rename_source_key(name, renamings, converters, self._prefix, self.parameters)
             renamed.append((new, converter is not None))
         return renamed
 

@@ -17,6 +17,7 @@ Examples:
   mergekit-neuron merge merge.yaml ./merged --dry-run
   mergekit-neuron merge merge.yaml ./merged --device auto --profile-out thresholds.json
   mergekit-neuron merge merge.yaml ./merged --force --out-shard-size 1B
+  mergekit-neuron merge merge.yaml ./adapter --as-adapter --energy 0.99
 
 \b
 A merge.yaml by neuro_merging, with every parameter at its default:
@@ -85,6 +86,20 @@ def _sharpened(command: click.Command) -> click.Command:
 @click.option("--dry-run", is_flag=True, help="Print the plan and what parameters resolve to; write nothing.")
 @click.option("--profile-out", type=click.Path(dir_okay=False), help="Write trim thresholds and sigma to this JSON.")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where a model holds NaN or Inf; they may reach OUT.")
+@click.option("--as-adapter", is_flag=True, help="Write the merged update as a LoRA adapter on base_model.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="With --as-adapter: rank of the factors at most.  [default: 64]"
+)
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="With --as-adapter: share of each matrix's squared norm to keep, e.g. 0.99; ranks then differ.",
+)
+@click.option(
+    "--adapter-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="With --as-adapter: dtype it is written in.  [default: float32]",
+)
 @add_merge_options
 @debug_option
 def merge(
@@ -95,12 +110,22 @@ def merge(
     dry_run: bool,
     profile_out: str | None,
     allow_nonfinite: bool,
+    as_adapter: bool,
+    rank: int | None,
+    energy: float | None,
+    adapter_dtype: str | None,
 ) -> None:
     """Merge models as the mergekit YAML in CONFIG says; the result is in OUT, complete, or not there at all.
 
     Every method of mergekit works, and the methods of this package. Inputs are checked before anything is merged; the
     output is written beside OUT, verified (every tensor of the base, same shapes, finite) and moved into place.
+    Models may be LoRA adapters: base+adapter, or an adapter by itself. With --as-adapter the merge is one, too.
     """
+    for name, value in (("--rank", rank), ("--energy", energy), ("--adapter-dtype", adapter_dtype)):
+        if value is not None and not as_adapter:
+            raise click.UsageError(f"{name} goes with --as-adapter")
+    if as_adapter and profile_out is not None:
+        raise click.UsageError("--profile-out does not go with --as-adapter")
     from neuron_methods.plugin.describe import describe_plan
     from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 
@@ -111,6 +136,24 @@ def merge(
         raise UserError(f"{config}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if dry_run:
         click.echo(describe_plan(plan_merge(source, options=options, config_name=config)))
+        return
+    if as_adapter:
+        from neuron_methods.plugin.adapter_output import adapter_precision, merge_to_adapter
+
+        adapted = merge_to_adapter(
+            source,
+            out,
+            precision=adapter_precision(rank, energy, adapter_dtype),
+            options=options,
+            force=force,
+            progress=not options.quiet,
+            allow_nonfinite=allow_nonfinite,
+            config_name=config,
+        )
+        if not options.quiet:
+            click.echo(str(adapted))
+        for warning in adapted.adapter.warnings if options.quiet else ():
+            click.echo(f"warning: {warning}", err=True)
         return
     summary = merge_to_directory(
         source,

@@ -1,0 +1,306 @@
+"""A merged update as a LoRA adapter that peft loads: matrices factored, the rest stored as it is."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neuron_methods.adapters.factor import factor
+from neuron_methods.adapters.files import SAFETENSORS_NAME
+from neuron_methods.adapters.names import Skeleton
+from neuron_methods.adapters.placement import (
+    FACTORED,
+    Place,
+    layout_shape,
+    reshape_experts,
+    saved_modules,
+    stack_padded,
+    target_names,
+    task_type,
+)
+from neuron_methods.errors import UserError
+
+# Below this share of an update's energy, the adapter is another model than the merge.
+ENERGY_WARNING = 0.9
+
+
+@dataclass
+class KindSummary:
+    """What factoring did to the modules of one kind.
+
+    Attributes:
+        kind: last part of their paths.
+        ranks: one per matrix.
+        energy: Σ ‖ΔW‖².
+        error: Σ ‖ΔW − B·A‖².
+    """
+
+    kind: str
+    ranks: list[int] = field(default_factory=list)
+    energy: float = 0.0
+    error: float = 0.0
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the energy that the factors keep."""
+        return 1.0 - self.error / self.energy if self.energy > 0 else 1.0
+
+    @property
+    def error_norm(self) -> float:
+        """Frobenius norm of what the factors of all modules miss together."""
+        return math.sqrt(self.error)
+
+    def __str__(self) -> str:
+        low, high = min(self.ranks), max(self.ranks)
+        ranks = f"rank {low}" if low == high else f"rank {low} to {high}"
+        return (
+            f"{self.kind}: {len(self.ranks)} matrices, {ranks}, {100 * self.energy_kept:.2f} % of the energy, "
+            f"error norm {self.error_norm:.4g}"
+        )
+
+
+@dataclass
+class AdapterSummary:
+    """What an adapter keeps of a merged update.
+
+    Attributes:
+        kinds: per kind of module, in the order of the model.
+        whole: paths of the modules stored whole.
+        biases: number of biases stored.
+        left_out: parameters that changed and that peft has no place for.
+        notes: what the user should know.
+        bytes: size of the tensors written.
+    """
+
+    kinds: list[KindSummary]
+    whole: list[str]
+    biases: int
+    left_out: list[str]
+    notes: list[str] = field(default_factory=list)
+    bytes: int = 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """Where the adapter is not the merge."""
+        lines = []
+        poor = [f"{k.kind} {100 * k.energy_kept:.1f} %" for k in self.kinds if k.energy_kept < ENERGY_WARNING]
+        if poor:
+            lines.append(
+                f"less than {100 * ENERGY_WARNING:.0f} % of the update's energy is kept in {', '.join(poor)}; ask for "
+                "a higher rank, or for energy"
+            )
+        if self.left_out:
+            lines.append(f"not in the adapter, as peft has no place for it: {', '.join(self.left_out)}")
+        return lines
+
+    def __str__(self) -> str:
+        lines = [str(kind) for kind in self.kinds]
+        if self.whole:
+            lines.append(f"stored whole: {', '.join(self.whole[:4])}{', …' if len(self.whole) > 4 else ''}")
+        if self.biases:
+            lines.append(f"stored biases: {self.biases}")
+        lines += self.notes
+        lines += [f"warning: {line}" for line in self.warnings]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How updates are factored.
+
+    Attributes:
+        rank: at most this; None for no bound.
+        energy: share of each update's energy to keep, in (0, 1]; None to go by rank alone.
+        dtype: of what is written.
+    """
+
+    rank: int | None = 64
+    energy: float | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class _Factored:
+    place: Place
+    a: Tensor
+    b: Tensor
+    rank: int
+
+
+class AdapterBuilder:
+    """Takes the merged tensors one by one and keeps what an adapter needs of each.
+
+    Args:
+        places: {tensor: place} of all that may come.
+        precision: how to factor.
+    """
+
+    def __init__(self, places: Mapping[str, Place], precision: Precision) -> None:
+        self.places = dict(places)
+        self.precision = precision
+        self._factored: dict[str, _Factored] = {}
+        self._kinds: dict[str, KindSummary] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._biases: dict[str, Tensor] = {}
+        self._left_out: list[str] = []
+
+    def add(self, name: str, base: Tensor, update: Tensor) -> None:
+        """Take one tensor.
+
+        Args:
+            name: as in `places`.
+            base: the base's weight, any float dtype.
+            update: merged − base, float32.
+
+        Raises:
+            UserError: the update is not finite.
+        """
+        if not bool(torch.isfinite(update).all()):
+            raise UserError(f"{name}: the merged update holds NaN or Inf; use sound checkpoints or smaller weights")
+        place = self.places[name]
+        if not place.always and not bool(update.any()):
+            return
+        if not place.module:
+            self._left_out.append(place.path)
+        elif place.kind in FACTORED:
+            self._factor(place, update)
+        elif place.kind == "bias":
+            self._biases[place.path] = base.float() + update
+        else:
+            self._whole[place.path] = base.float() + update
+
+    def write(
+        self,
+        directory: Path,
+        skeleton: Skeleton,
+        read_base: Callable[[str], Tensor],
+        architecture: str,
+        **config: Any,
+    ) -> AdapterSummary:
+        """Write adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            directory: exists.
+            skeleton: of the base.
+            read_base: reads the base's parameter at a path in memory; for the rest of modules stored whole.
+            architecture: class name of the base.
+            **config: further fields of peft's `LoraConfig`: the base's name and revision.
+
+        Raises:
+            UserError: nothing has changed, or no matrix has.
+        """
+        if not self._factored:
+            changed = "no matrix" if self._whole or self._biases else "nothing"
+            raise UserError(f"the merge changes {changed}, and peft loads no such adapter; write it as a model instead")
+        whole = saved_modules({path.rpartition(".")[0] for path in self._whole}, skeleton)
+        tensors = self._factor_tensors(skeleton)
+        for path in (path for parameters in whole.values() for path in parameters):
+            tensors[path] = self._whole[path] if path in self._whole else read_base(path)
+        wrapped = {factored.place.module for factored in self._factored.values()}
+        for path, bias in self._biases.items():
+            module = path.rpartition(".")[0]
+            tensors[f"{module}.base_layer.bias" if module in wrapped else path] = bias
+        converted = {
+            f"base_model.model.{path}": tensor.to(self.precision.dtype).contiguous() for path, tensor in tensors.items()
+        }
+        save_file(converted, directory / SAFETENSORS_NAME, metadata={"format": "pt"})
+        self._config(skeleton, list(whole), architecture, config).save_pretrained(directory)
+        order = {name: position for position, name in enumerate(skeleton.parameters)}
+        by_kind = {
+            f.place.path: _leaf(f.place) for f in sorted(self._factored.values(), key=lambda f: order[f.place.path])
+        }
+        return AdapterSummary(
+            kinds=[self._kinds[kind] for kind in dict.fromkeys(by_kind.values())],
+            whole=list(whole),
+            biases=len(self._biases),
+            left_out=self._left_out,
+            notes=self._notes(skeleton),
+            bytes=sum(tensor.nbytes for tensor in converted.values()),
+        )
+
+    def _factor(self, place: Place, update: Tensor) -> None:
+        precision = self.precision
+        matrices = layout_shape(update, place.kind)
+        stacked = place.kind in ("experts", "experts_transposed")
+        found = [
+            factor(matrix, rank=precision.rank, energy=precision.energy, dtype=precision.dtype)
+            for matrix in (matrices if stacked else (matrices,))
+        ]
+        rank = max(one.rank for one in found)
+        a, b = found[0].a, found[0].b
+        if stacked:
+            a, b = reshape_experts(
+                stack_padded([one.a for one in found], rank, 0), stack_padded([one.b for one in found], rank, 1)
+            )
+        if place.kind == "convolution":
+            a, b = a.reshape(rank, *update.shape[1:]), b.reshape(*b.shape, *[1] * (update.ndim - 2))
+        self._factored[place.path] = _Factored(place, a, b, rank)
+        kind = self._kinds.setdefault(_leaf(place), KindSummary(_leaf(place)))
+        kind.ranks.append(rank)
+        kind.energy += sum(one.energy for one in found)
+        kind.error += sum(one.error for one in found)
+
+    def _factor_tensors(self, skeleton: Skeleton) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        of_module: dict[str, list[_Factored]] = defaultdict(list)
+        for path in skeleton.parameters:
+            if path in self._factored:
+                of_module[self._factored[path].place.module].append(self._factored[path])
+        for module, factored in of_module.items():
+            # peft wraps the parameters of one module one after the other, so that the last is outermost.
+            for depth, one in enumerate(reversed(factored)):
+                prefix = f"{module}{'.base_layer' * depth}"
+                if one.place.kind == "embedding":
+                    tensors[f"{prefix}.lora_embedding_A"], tensors[f"{prefix}.lora_embedding_B"] = one.a, one.b
+                else:
+                    tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = one.a, one.b
+        return tensors
+
+    def _config(self, skeleton: Skeleton, whole: list[str], architecture: str, config: Mapping[str, Any]) -> Any:
+        from peft import LoraConfig
+
+        modules = [f.place.module for f in self._factored.values() if f.place.parameter == "weight"]
+        parameters = [f.place.path for f in self._factored.values() if f.place.parameter != "weight"]
+        ranks = {
+            f.place.module if f.place.parameter == "weight" else f.place.path: f.rank for f in self._factored.values()
+        }
+        ((default, _),) = Counter(ranks.values()).most_common(1)
+        rank_pattern = {path: rank for path, rank in ranks.items() if rank != default}
+        return LoraConfig(
+            r=default,
+            lora_alpha=default,  # a scaling of 1 in every module
+            rank_pattern=rank_pattern,
+            alpha_pattern=dict(rank_pattern),
+            target_modules=target_names(modules, skeleton),
+            target_parameters=sorted(parameters) or None,
+            modules_to_save=whole or None,
+            bias="all" if self._biases else "none",
+            fan_in_fan_out=any(f.place.kind == "transposed" for f in self._factored.values()),
+            task_type=task_type(architecture),
+            inference_mode=True,
+            **config,
+        )
+
+    def _notes(self, skeleton: Skeleton) -> list[str]:
+        stored_whole = set(self._whole)
+        notes = []
+        for factored in self._factored.values():
+            others = next((set(g) - {factored.place.path} for g in skeleton.ties if factored.place.path in g), set())
+            if others - stored_whole:
+                notes.append(
+                    f"{factored.place.path} is tied to {', '.join(sorted(others - stored_whole))}: peft applies the "
+                    "adapter there, too, only once it is merged (merge_and_unload); merge it before use"
+                )
+        return notes
+
+
+def _leaf(place: Place) -> str:
+    return place.path.removesuffix(".weight").rpartition(".")[2]
