@@ -279,7 +279,7 @@ class AdapterBuilder:
             lora_alpha=default,  # a scaling of 1 in every module
             rank_pattern=rank_pattern,
             alpha_pattern=dict(rank_pattern),
-            target_modules=target_names(modules, skeleton),
+            target_modules=target_names(modules, skeleton.modules),
             target_parameters=sorted(parameters) or None,
             modules_to_save=whole or None,
             bias="all" if self._biases else "none",
@@ -303,4 +303,9 @@ class AdapterBuilder:
 
 
 def _leaf(place: Place) -> str:
-    return place.path.removesuffix(".weight").rpartition(".")[2]
+    return kind_of(place.path)
+
+
+def kind_of(path: str) -> str:
+    """What kind of module a parameter belongs to, for summaries: the last part of the module's path."""
+    return path.removesuffix(".weight").rpartition(".")[2]

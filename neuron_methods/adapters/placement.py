@@ -124,8 +124,12 @@ def holds_modules(skeleton: Skeleton, place: Place) -> bool:
     return module is not None and any(next(child.parameters(), None) is not None for child in module.children())
 
 
-def target_names(paths: Iterable[str], skeleton: Skeleton) -> list[str] | str:
+def target_names(paths: Iterable[str], modules: Collection[str]) -> list[str] | str:
     """`target_modules` that hit these modules and no others.
+
+    Args:
+        paths: of the modules to hit.
+        modules: paths of all modules of the model.
 
     Returns:
         Last parts of the paths where each stands for all modules of that name, otherwise whole paths; a regular
@@ -137,9 +141,9 @@ def target_names(paths: Iterable[str], skeleton: Skeleton) -> list[str] | str:
         leaves.setdefault(path.rpartition(".")[2], []).append(path)
     targets: list[str] = []
     for leaf, members in leaves.items():
-        everywhere = [path for path in skeleton.modules if path.rpartition(".")[2] == leaf]
+        everywhere = [path for path in modules if path.rpartition(".")[2] == leaf]
         targets += [leaf] if sorted(everywhere) == members else members
-    hit = [path for path in skeleton.modules if any(path == t or path.endswith(f".{t}") for t in targets)]
+    hit = [path for path in modules if any(path == t or path.endswith(f".{t}") for t in targets)]
     if sorted(hit) == paths:
         return targets
     return "|".join(path.replace(".", r"\.") for path in paths)

@@ -44,8 +44,7 @@ def merged_by_peft(base: Path, adapter: Path, out: Path) -> dict[str, Tensor]:
     return tensors(cases.merge(base, adapter, out))
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "neuro_merging"])
-@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize(("kind", "method"), [("adapter", "neuro_merging"), ("full", "task_arithmetic")])
 @pytest.mark.parametrize(
     "name",
     [

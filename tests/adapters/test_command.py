@@ -1,0 +1,67 @@
+"""`mergekit-neuron merge` with adapters in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from neuron_methods.cli.merge import merge
+from tests.adapters.cases import tensors
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(merge, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def config(tmp_path: Path, made) -> Path:
+    models = [{"model": str(made("llama").adapter), "parameters": {"weight": 0.5}}]
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": str(made("llama").base), "models": models})
+    )
+    return path
+
+
+def test_as_adapter(config: Path, tmp_path: Path) -> None:
+    done = run(config, tmp_path / "out", "--as-adapter", "--rank", 4, "--adapter-dtype", "float16")
+    assert done.exit_code == 0, done.output
+    assert "task_arithmetic: a LoRA adapter for" in done.stdout
+    assert "q_proj: 2 matrices, rank 4, 100.00 % of the energy" in done.stdout
+    assert {str(tensor.dtype) for tensor in tensors(tmp_path / "out").values()} == {"torch.float16"}
+
+
+def test_quiet_says_only_what_is_lost(config: Path, tmp_path: Path) -> None:
+    done = run(config, tmp_path / "out", "--as-adapter", "--rank", 1, "--quiet")
+    assert done.exit_code == 0
+    assert done.stdout == ""
+    assert done.stderr.startswith("warning: less than 90 % of the update's energy is kept in ")
+    assert run(config, tmp_path / "good", "--as-adapter", "--energy", 0.999, "--quiet").output == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rank", "4"], "--rank goes with --as-adapter"),
+        (["--energy", "0.9"], "--energy goes with --as-adapter"),
+        (["--adapter-dtype", "float16"], "--adapter-dtype goes with --as-adapter"),
+        (["--as-adapter", "--profile-out", "p.json"], "--profile-out does not go with --as-adapter"),
+        (["--as-adapter", "--energy", "1.5"], "1.5 is not in the range"),
+        (["--as-adapter", "--rank", "0"], "0 is not in the range"),
+    ],
+)
+def test_usage(options: list[str], says: str, config: Path, tmp_path: Path) -> None:
+    done = run(config, tmp_path / "out", *options)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_adapters(config: Path, tmp_path: Path) -> None:
+    done = run(config, tmp_path / "out", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "task_arithmetic" in done.stdout
+    assert not (tmp_path / "out").exists()
