@@ -60,7 +60,7 @@ def main() -> None:
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="neuron-benchmark-"))
     mergekit_yaml = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or "mergekit-yaml"
     runs: dict[str, list[Run]] = {}
-    written: dict[str, int] = {}
+    beyond: dict[str, int] = {}
     try:
         base = smollm2(directory)
         adapters = [directory / f"adapter-{i}" for i in range(3)]
@@ -88,9 +88,8 @@ def main() -> None:
                 cache.mkdir()
                 run = run_process([mergekit_yaml, str(config), str(out), *options], environment)
                 runs.setdefault(name, []).append(run)
-                written[name] = bytes_in(out) + bytes_in(cache)
+                beyond[name] = run.written_bytes - bytes_in(out)
                 print(f"  {name}: {run.seconds:.2f} s, {run.peak_bytes / 1e9:.2f} GB", flush=True)
-                output = bytes_in(out)
                 shutil.rmtree(out)
                 shutil.rmtree(cache)
     finally:
@@ -103,8 +102,7 @@ def main() -> None:
         "machine": machine(),
         "time over mergekit's way": seconds[ours] / seconds[stock],
         "peak memory over full experts": peaks[ours] / peaks[full],
-        "bytes written beyond the output": written[ours] - output,
-        "bytes written": written,
+        "bytes written beyond the output": beyond,
         "seconds": seconds,
         "peak bytes": peaks,
     }

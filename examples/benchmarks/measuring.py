@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Run:
-    """One process, measured from outside: wall-clock seconds and peak resident memory in bytes."""
+    """One process, measured from outside: wall-clock seconds, peak resident memory and bytes written to files."""
 
     seconds: float
     peak_bytes: int
+    written_bytes: int
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
@@ -44,7 +45,7 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] | None = 
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_maxrss * 1024, usage.ru_oublock * 512)
 
 
 def machine() -> str:
@@ -77,7 +78,9 @@ def make_expert(base: Path, expert: Path, seed: int, scale: float = 0.02) -> Non
             for name in file.keys():
                 weights = file.get_tensor(name)
                 noise = torch.empty(weights.shape).normal_(generator=generator)
-                tensors[name] = (weights.float() + noise * (scale * weights.float().std().nan_to_num())).to(weights.dtype)
+                tensors[name] = (weights.float() + noise * (scale * weights.float().std().nan_to_num())).to(
+                    weights.dtype
+                )
         save_file(tensors, expert / source.name, metadata={"format": "pt"})
     for other in base.iterdir():
         if other.suffix != ".safetensors" and other.name != "config.json" and other.is_file():
