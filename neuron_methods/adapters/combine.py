@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,10 @@ from neuron_methods.adapters.placement import layout_shape, target_names
 from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedMethod, PlannedTensor, merge_context
 
 if TYPE_CHECKING:
+    from mergekit.merge_methods.base import TensorGroup
     from peft import PeftModel
 
 _BASE = "base"
@@ -151,10 +153,9 @@ def _merged_updates(
 
     context = MergeContext(out_dtype=torch.float32)
     if isinstance(method, PlannedMethod):
-        planned = [_planned(path, group, layers[path], adapters, method, parameters) for path in layers]
-        planned.append(_untouched(model, layers, planned[0]))
-        method.check(planned)
-        context.state = method.measure(planned, context)
+        plan = _plan(model, layers, adapters, lambda path: group(path)[1], method, parameters)
+        method.check(plan)
+        context.state = method.measure(plan, context)
     for path in layers:
         base, tensors = group(path)
         with merge_context(context):
@@ -162,44 +163,57 @@ def _merged_updates(
         yield path, merged.as_subclass(Tensor) - base
 
 
-def _planned(
-    path: str, group: Any, layer: Any, adapters: Sequence[str], method: PlannedMethod, parameters: Mapping[str, Any]
-) -> PlannedTensor:
+def _plan(
+    model: PeftModel,
+    layers: Mapping[str, Any],
+    adapters: Sequence[str],
+    group: Callable[[str], TensorGroup],
+    method: PlannedMethod,
+    parameters: Mapping[str, Any],
+) -> list[PlannedTensor]:
+    """All of the model's parameters: those of `layers` change, the others are known to stay as they are."""
     from mergekit.merge_methods.base import TensorGroup
 
-    def load() -> tuple[Tensor, dict[Any, Tensor]]:
-        _, tensors = group(path)
+    facts = ModelFacts(model.base_model.model.config, _read_profile)
+
+    def loaded(path: str) -> tuple[Tensor, dict[Any, Tensor]]:
+        tensors = group(path)
         return tensors.base.tensor, {entry.id: entry.tensor for entry in tensors.non_base}
 
-    # What parameters resolve to depends on names alone.
-    empty = [torch.empty(0, device="meta") for _ in range(len(adapters) + 1)]
-    names = TensorGroup.from_tensors(empty, ids=[_BASE, *adapters], base_index=0, name=f"{path}.weight")
-    (bound,) = method._bind_parameters((names,), parameters)
-    return PlannedTensor(
-        name=f"{path}.weight",
-        load=load,
-        parameters={key: value for key, value in bound.items() if not isinstance(value, Mapping)},
-        expert_parameters={key: dict(value) for key, value in bound.items() if isinstance(value, Mapping)},
-        entries=math.prod(_shape(layer)),
-    )
+    def unchanged(parameter: Tensor) -> tuple[Tensor, dict[Any, Tensor]]:
+        zeros = torch.zeros((), device=parameter.device).expand(parameter.shape).as_subclass(TaskVector)
+        return parameter.detach(), dict.fromkeys(adapters, zeros)
+
+    plan = []
+    for name, parameter in model.base_model.model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        name = name.replace(".base_layer", "")
+        # What parameters resolve to depends on names alone.
+        empty = [torch.empty(0, device="meta") for _ in range(len(adapters) + 1)]
+        names = TensorGroup.from_tensors(empty, ids=[_BASE, *adapters], base_index=0, name=name)
+        (bound,) = method._bind_parameters((names,), parameters)
+        path = name.removesuffix(".weight")
+        touched = path in layers and name.endswith(".weight")
+        quantised = getattr(parameter, "quant_state", None)
+        plan.append(
+            PlannedTensor(
+                name=name,
+                load=partial(loaded, path) if touched else partial(unchanged, parameter),
+                parameters={key: value for key, value in bound.items() if not isinstance(value, Mapping)},
+                expert_parameters={key: dict(value) for key, value in bound.items() if isinstance(value, Mapping)},
+                entries=math.prod(parameter.shape if quantised is None else quantised.shape),
+                untouched=not touched,
+                model=facts,
+            )
+        )
+    return plan
 
 
-def _untouched(model: PeftModel, layers: Mapping[str, Any], like: PlannedTensor) -> PlannedTensor:
-    """All parameters of the base that no adapter is in, as one tensor that is known to be copied."""
-    layer_weights = {id(_base_weight(layer)) for layer in layers.values()}
-    entries = sum(
-        parameter.numel()
-        for name, parameter in model.base_model.model.named_parameters()
-        if ".lora_" not in name and ".modules_to_save." not in name and id(parameter) not in layer_weights
-    )
-    return PlannedTensor(
-        name="all other parameters",
-        load=like.load,
-        parameters=like.parameters,
-        expert_parameters=like.expert_parameters,
-        entries=entries,
-        untouched=True,
-    )
+def _read_profile(path: str) -> Any:
+    from neuron_methods.profiling.profile_file import NeuronProfile
+
+    return NeuronProfile.load(path)
 
 
 def _task_vectors(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
@@ -236,16 +250,6 @@ def _layout(layer: Any, adapters: Sequence[str]) -> Layout:
     if isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "convolution"
     return "transposed" if getattr(layer, "fan_in_fan_out", False) else "linear"
-
-
-def _base_weight(layer: Any) -> Tensor:
-    return layer.get_base_layer().weight
-
-
-def _shape(layer: Any) -> tuple[int, ...]:
-    base = layer.get_base_layer()
-    quantised = getattr(base.weight, "quant_state", None)
-    return tuple(quantised.shape if quantised is not None else base.weight.shape)
 
 
 def _largest_rank(config: Any) -> int:

@@ -84,7 +84,13 @@ def by_yaml(trained: dict[str, Any], method: str, out: Path, weights: list[float
 @pytest.mark.parametrize("kind", ["llama", "vit", "gpt2"])
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("neuro_merging", {"density": 0.4}), ("task_arithmetic", {}), ("linear", {}), ("ties", {"density": 1.0})],
+    [
+        ("neuro_merging", {"density": 0.4}),
+        ("task_arithmetic", {}),
+        ("linear", {}),
+        ("ties", {"density": 1.0}),
+        ("min_merging", {"density": 0.5}),
+    ],
 )
 def test_as_the_same_merge_by_yaml(kind: str, method: str, parameters: dict[str, Any], trained, tmp_path: Path) -> None:
     weights = [0.7, 0.4, 0.9]

@@ -55,7 +55,7 @@ def assert_same(
         assert float((~close).float().mean()) <= (0.01 if trimmed else 0), (name, (found[name] - tensor).abs().max())
 
 
-METHODS = {"linear": None, "task_arithmetic": None, "ties": 0.6, "neuro_merging": 0.6}
+METHODS = {"linear": None, "task_arithmetic": None, "ties": 0.6, "neuro_merging": 0.6, "min_merging": 0.6}
 SAMPLE = [
     "llama-patterns",
     "llama-dora",
