@@ -56,7 +56,8 @@ def machine() -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, torch {torch.__version__}"
+    software = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {software}"
 
 
 def make_expert(base: Path, expert: Path, seed: int, scale: float = 0.02) -> None:
@@ -75,7 +76,7 @@ def make_expert(base: Path, expert: Path, seed: int, scale: float = 0.02) -> Non
     for source in sorted(base.glob("*.safetensors")):
         tensors = {}
         with safe_open(source, framework="pt") as file:
-            for name in file.keys():
+            for name in list(file.keys()):
                 weights = file.get_tensor(name)
                 noise = torch.empty(weights.shape).normal_(generator=generator)
                 tensors[name] = (weights.float() + noise * (scale * weights.float().std().nan_to_num())).to(
