@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def _options(merge_options: MergeOptions) -> MergeOptions:
 
     # mergekit also sets the number of threads between operations, which torch allows once per process.
     merge_options.model_copy(update={"num_threads": None}).apply_global_options()
+    # The Hub's client prints its own messages; with the root logger that mergekit sets up each would come twice.
+    logging.getLogger("huggingface_hub").propagate = False
     if merge_options.num_threads is not None:
         torch.set_num_threads(merge_options.num_threads)
     asked = click.get_current_context().params["device"]

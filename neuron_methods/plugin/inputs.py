@@ -6,11 +6,14 @@ Paths that exist locally are never asked for at the Hub. Weights are taken from 
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -19,6 +22,7 @@ from safetensors import SafetensorError
 
 from neuron_methods.errors import UserError
 from neuron_methods.plugin.preflight import open_safetensors
+from neuron_methods.plugin.registration import models_in_order
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -37,6 +41,7 @@ def opened_models(configuration: MergeConfiguration, options: MergeOptions) -> I
     LoaderCache.loaders.clear()
     try:
         LoaderCache().setup(options)
+        check_paths(configuration)
         for model in configuration.referenced_models():
             check_config(model, options.trust_remote_code)
             _open(model, options)
@@ -45,8 +50,41 @@ def opened_models(configuration: MergeConfiguration, options: MergeOptions) -> I
         LoaderCache.loaders.clear()
 
 
+def check_paths(configuration: MergeConfiguration) -> None:
+    """Make sure that every model is a directory here, or a repository that the Hub has.
+
+    The Hub is asked once about a path that does not exist here, and not at all about one that can only be local: where
+    there is no network, its client tries again for twenty seconds before it gives up.
+
+    Raises:
+        UserError: naming the model and what to do.
+    """
+    for path in dict.fromkeys(model.model for model in models_in_order(configuration)):
+        if os.path.exists(path.path):
+            continue
+        if looks_local(path.path):
+            hint = "write the home directory out, ~ is not expanded" if path.path.startswith("~") else "check the path"
+            raise UserError(f"model {path}: no such directory; {hint}")
+        try:
+            with _without_warnings("huggingface_hub"):  # of every new try
+                hf_hub_download(path.path, "config.json", revision=path.revision)
+        except LocalEntryNotFoundError:
+            if isinstance(try_to_load_from_cache(path.path, "adapter_config.json", revision=path.revision), str):
+                continue
+            raise UserError(
+                f"model {path}: no such directory here (check the path), and the Hub cannot be asked"
+            ) from None
+        except EntryNotFoundError:
+            continue  # without a config.json: perhaps an adapter
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise UserError(
+                f"model {path}: no such directory here (check the path), and not to be had from the Hub: "
+                f"{_first_line(error)}"
+            ) from None
+
+
 def check_config(model: ModelReference, trust_remote_code: bool = False) -> None:
-    """Make sure that a model can be found and has a config that says what it is.
+    """Make sure that a model that there is has a config that says what it is.
 
     Raises:
         UserError: naming the model, what is missing and what to do.
@@ -57,18 +95,10 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
             raise UserError(f"model {path}: the directory has no config.json; is it a saved transformers model?")
     elif os.path.exists(path):
         raise UserError(f"model {path}: a file, not a directory; give the directory that holds config.json")
-    elif looks_local(path):
-        hint = "; write the home directory out, ~ is not expanded" if path.startswith("~") else "; check the path"
-        raise UserError(f"model {path}: no such directory{hint}")
     try:
         config = model.config(trust_remote_code)
     except (OSError, ValueError) as error:
-        where = (
-            "config.json"
-            if os.path.isdir(path)
-            else "no such directory here (check the path), and not to be had from the Hub"
-        )
-        raise UserError(f"model {path}: {where}: {_first_line(error)}") from None
+        raise UserError(f"model {path}: config.json: {_first_line(error)}") from None
     if not config.architectures:
         raise UserError(f'model {path}: its config.json names no architectures, e.g. ["LlamaForCausalLM"]; add them')
 
@@ -109,6 +139,17 @@ def _refuse_pickles(path: str, options: MergeOptions) -> None:
             f"model {path}: its weights are a pickle (pytorch_model.bin), which is not read unasked; save it as "
             "safetensors, or allow it with --lazy-unpickle"
         )
+
+
+@contextmanager
+def _without_warnings(library: str) -> Iterator[None]:
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def looks_local(path: str) -> bool:

@@ -39,7 +39,7 @@ from neuron_methods.plugin.output import (
     verify_output,
 )
 from neuron_methods.plugin.preflight import HeaderCache, MergePlan, check_space, format_bytes, inspect_plan
-from neuron_methods.plugin.registration import patch_planner, register
+from neuron_methods.plugin.registration import models_in_order, patch_planner, register
 from neuron_methods.plugin.session import MergeSession, merge_session
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
 
@@ -225,7 +225,7 @@ class MergeRun:
 
     def paths_read(self) -> list[str]:
         """Files and directories here that the merge reads."""
-        models = self.configuration.referenced_models()
+        models = models_in_order(self.configuration)
         paths = [self.name, *(part.path for m in models for part in (m.model, m.lora) if part is not None)]
         return [path for path in paths if os.path.exists(path)]
 

@@ -131,13 +131,13 @@ def patch_configuration() -> None:
     @functools.wraps(original)
     def referenced_models(self: Any) -> list[Any]:
         found = original(resolve_adapters(self))
-        return sorted(found, key=list(_models_in_order(self)).index)
+        return sorted(found, key=list(models_in_order(self)).index)
 
     setattr(referenced_models, _MARK, True)
     configuration_class.referenced_models = referenced_models
 
 
-def _models_in_order(configuration: Any) -> Iterator[Any]:
+def models_in_order(configuration: Any) -> Iterator[Any]:
     """The models of a configuration as they stand in it, the base first.
 
     mergekit 0.1.5 takes them from a set, whose order changes from run to run. Where there is no base_model, the first

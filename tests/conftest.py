@@ -1,0 +1,39 @@
+"""What many tests stand on: tiny checkpoints of every family, saved once per session."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoints("llama-tied")`: a folder with base, expert-a and expert-b, shared and not to be changed."""
+    from tests.support.checkpoints import save_family
+
+    made: dict[str, Path] = {}
+
+    def family(name: str) -> Path:
+        if name not in made:
+            made[name] = save_family(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return family
+
+
+@pytest.fixture
+def workspace(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Path]:
+    """`workspace("llama-tied")`: a copy of the family's folder to work in, and the current directory from then on."""
+
+    def copy(name: str) -> Path:
+        folder = tmp_path / "work"
+        shutil.copytree(checkpoints(name), folder)
+        monkeypatch.chdir(folder)
+        return folder
+
+    return copy

@@ -1,0 +1,288 @@
+"""A directory is complete or absent, whatever happens, and verification sees what is missing from it."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from safetensors.torch import save_file
+
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.output import (
+    check_target,
+    file_in_place_after,
+    give_ordinary_permissions,
+    is_disk_full,
+    move_into_place,
+    signals_held,
+    staging_directory,
+    verify_output,
+)
+from neuron_methods.plugin.preflight import Header, MergePlan
+from tests.support.checkpoints import edit
+
+
+@pytest.fixture
+def model(tmp_path):
+    """An old output: a directory that holds a model."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "old").write_text("old")
+    return folder
+
+
+# --- what may be replaced
+
+
+def test_a_new_name_is_taken_as_it_is(tmp_path):
+    assert check_target(tmp_path / "new", force=False) == tmp_path / "new"
+
+
+def test_an_existing_directory_needs_force(model):
+    with pytest.raises(UserError, match=r"exists already; .*--force"):
+        check_target(model, force=False)
+    assert check_target(model, force=True) == model
+
+
+def test_a_link_stands_for_its_target(model, tmp_path):
+    (tmp_path / "link").symlink_to(model)
+    assert check_target(tmp_path / "link", force=True) == model
+
+
+def test_force_replaces_no_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"not a directory"):
+        check_target(tmp_path / "file", force=True)
+
+
+def test_force_replaces_no_directory_without_a_model(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    with pytest.raises(UserError, match=r"holds no model"):
+        check_target(tmp_path / "thesis", force=True)
+
+
+def test_force_replaces_an_empty_directory(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert check_target(tmp_path / "empty", force=True)
+
+
+@pytest.mark.parametrize("what", [".", "..", "../out"])
+def test_force_replaces_neither_the_current_directory_nor_what_holds_it(model, monkeypatch, what):
+    monkeypatch.chdir(model)
+    with pytest.raises(UserError, match=r"is or holds the current directory"):
+        check_target(what, force=True)
+
+
+@pytest.mark.parametrize("read", ["out", "out/config.json", "link/old"])
+def test_force_replaces_nothing_that_the_merge_reads(model, tmp_path, read):
+    (tmp_path / "link").symlink_to(model)
+    with pytest.raises(UserError, match=r"which the merge reads"):
+        check_target(model, force=True, inputs=[str(tmp_path / read)])
+
+
+# --- staging
+
+
+def test_what_is_not_moved_away_is_gone(tmp_path):
+    with pytest.raises(KeyboardInterrupt), staging_directory(tmp_path / "a" / "b" / "out") as staging:
+        assert staging.parent == tmp_path / "a" / "b"
+        (staging / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_parents_made_for_an_output_stay_with_it(tmp_path):
+    target = tmp_path / "a" / "b" / "out"
+    with staging_directory(target) as staging:
+        move_into_place(staging, target, force=False)
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: cannot write here"), staging_directory(tmp_path / "file" / "out"):
+        pass
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        with staging_directory(tmp_path / "out") as staging:
+            save_file({"a": torch.zeros(1)}, staging / "model.safetensors")
+            (staging / "read-only").write_text("")
+            (staging / "read-only").chmod(0o400)
+            give_ordinary_permissions(staging)
+            assert {path.stat().st_mode & 0o777 for path in staging.iterdir()} == {0o640}
+            assert staging.stat().st_mode & 0o777 == 0o750
+    finally:
+        os.umask(previous)
+
+
+# --- moving
+
+
+def test_the_old_output_makes_way_for_the_new(model, tmp_path):
+    with staging_directory(model) as staging:
+        (staging / "new").write_text("")
+        move_into_place(staging, model, force=True)
+    assert os.listdir(model) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_that_came_into_being_meanwhile_is_kept(model, tmp_path):
+    with pytest.raises(UserError, match=r"exists already"), staging_directory(model) as staging:
+        move_into_place(staging, model, force=False)
+    assert (model / "old").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failing_move_puts_the_old_output_back(model, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be replaced"), staging_directory(model) as staging:
+        shutil.rmtree(staging)
+        move_into_place(staging, model, force=True)
+    assert (model / "old").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_signals_wait_for_the_end_of_a_block():
+    reached = []
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), signals_held():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("end")
+    assert reached == ["end"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_file_gets_its_name_only_after_success(tmp_path):
+    path = tmp_path / "profile.json"
+    with pytest.raises(ZeroDivisionError), file_in_place_after(path, "text"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    with file_in_place_after(path, "text"):
+        assert not path.exists()
+    assert path.read_text() == "text"
+    assert os.listdir(tmp_path) == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("two"), False),
+    ],
+)
+def test_a_full_disk_is_recognised(error, full):
+    assert is_disk_full(error) == full
+
+
+# --- verification
+
+BASE = ModelReference.parse("base")
+SHAPES = {"embed": (6, 2), "a.weight": (3, 2), "b.weight": (2,)}
+
+
+def plan_of(shapes=SHAPES):
+    plan = MergePlan("linear", BASE, out_shard_size=10**9)
+    for name, shape in shapes.items():
+        header = Header(shape, torch.float32)
+        weight = WeightInfo(name=name, vocabulary_axis=0 if name == "embed" else None)
+        plan.tensors.append((weight, {BASE: header}, header.bytes))
+    return plan
+
+
+@pytest.fixture
+def written(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({name: torch.ones(shape) for name, shape in SHAPES.items()}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def verify(path, aligned=False, **options):
+    verify_output(path, plan_of(), aligned=aligned, options=MergeOptions(**options))
+
+
+def test_a_whole_model_passes(written):
+    verify(written)
+
+
+def test_a_missing_tensor_is_found(written):
+    edit(written, lambda tensors: tensors.pop("a.weight"))
+    with pytest.raises(UserError, match=r"verification failed: tensor a.weight is missing from the output"):
+        verify(written)
+
+
+def test_a_wrong_shape_is_found(written):
+    edit(written, lambda tensors: tensors.update({"a.weight": torch.ones(2, 3)}))
+    with pytest.raises(UserError, match=r"a.weight has shape \[2, 3\], expected \[3, 2\]"):
+        verify(written)
+
+
+def test_another_vocabulary_passes_only_where_it_was_aligned(written):
+    edit(written, lambda tensors: tensors.update({"embed": torch.ones(7, 2)}))
+    with pytest.raises(UserError, match=r"embed has shape \[7, 2\], expected \[6, 2\]"):
+        verify(written)
+    verify(written, aligned=True)
+    edit(written, lambda tensors: tensors.update({"embed": torch.ones(7, 3)}))
+    with pytest.raises(UserError, match=r"embed has shape \[7, 3\], expected \[7, 2\]"):
+        verify(written, aligned=True)
+
+
+@pytest.mark.parametrize("keep", [0, 50, -4])
+def test_a_truncated_file_is_found(written, keep):
+    file = written / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model.safetensors: not a complete safetensors file"):
+        verify(written)
+
+
+def test_a_missing_shard_is_found(written):
+    (written / "model.safetensors").rename(written / "model-00001-of-00002.safetensors")
+    weight_map = dict.fromkeys(SHAPES, "model-00001-of-00002.safetensors")
+    weight_map["b.weight"] = "model-00002-of-00002.safetensors"
+    (written / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors: no such file"):
+        verify(written)
+    weight_map["b.weight"] = "model-00001-of-00002.safetensors"
+    (written / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    verify(written)
+    weight_map["c.weight"] = "model-00001-of-00002.safetensors"
+    (written / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"promises tensor c.weight, but the file does not hold it"):
+        verify(written)
+
+
+def test_missing_files_are_found(written):
+    (written / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors was not written"):
+        verify(written)
+    (written / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json was not written completely"):
+        verify(written)
+    (written / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json was not written completely"):
+        verify(written)
+
+
+def test_pickled_output_is_verified_too(written):
+    tensors = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    torch.save(tensors, written / "pytorch_model.bin")
+    verify(written, safe_serialization=False)
+    del tensors["b.weight"]
+    torch.save(tensors, written / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"tensor b.weight is missing"):
+        verify(written, safe_serialization=False)
+    (written / "pytorch_model.bin").write_bytes((written / "pytorch_model.bin").read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"pytorch_model.bin cannot be read back"):
+        verify(written, safe_serialization=False)

@@ -1,0 +1,109 @@
+"""What our command looks at while mergekit merges tensor by tensor."""
+
+import pytest
+import torch
+
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.session import (
+    MergeSession,
+    current_session,
+    is_finite,
+    merge_session,
+    nonfinite_inputs,
+)
+
+NAN, INF = float("nan"), float("inf")
+SOUND = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "finite"),
+    [
+        (torch.zeros(0), True),
+        (torch.tensor(1.0), True),
+        (torch.tensor(INF), False),
+        (torch.tensor([1.0, NAN]), False),
+        (torch.tensor([INF, -INF]), False),
+        (torch.tensor([3e38, 3e38]), True),  # finite, though their sum is not
+        (torch.full((70000,), 60000.0, dtype=torch.float16), True),
+        (torch.tensor([1, 2]), True),
+        (torch.tensor([1.0, INF], dtype=torch.bfloat16), False),
+    ],
+)
+def test_finite(tensor, finite):
+    assert is_finite(tensor) == finite
+
+
+def merge(session, inputs, result):
+    with session.merging("layer.weight", inputs) as inspect:
+        return inspect(result() if callable(result) else result)
+
+
+def test_a_sound_result_passes():
+    assert merge(MergeSession(quiet=True), {"a": SOUND}, SOUND) is SOUND
+    assert merge(MergeSession(quiet=True), {"a": SOUND}, None) is None
+
+
+def test_the_culprits_among_the_inputs_are_named():
+    inputs = {"base": SOUND, "expert-a": SOUND * NAN, "expert-b": SOUND * INF}
+    assert nonfinite_inputs(inputs) == ["expert-a", "expert-b"]
+    with pytest.raises(UserError, match=r"layer.weight: NaN or Inf in expert-a, expert-b; .*--allow-nonfinite"):
+        merge(MergeSession(quiet=True), inputs, SOUND * NAN)
+
+
+def test_an_overflow_of_sound_inputs_is_told_apart():
+    with pytest.raises(UserError, match="though all inputs are finite; the output dtype may be too narrow"):
+        merge(MergeSession(quiet=True), {"a": SOUND}, SOUND * INF)
+
+
+def test_where_it_is_allowed_it_is_noted():
+    session = MergeSession(quiet=True, allow_nonfinite=True)
+    merge(session, {"a": SOUND * NAN}, SOUND * NAN)
+    assert session.nonfinite == ["layer.weight"]
+
+
+def fail(error):
+    def raise_it():
+        raise error
+
+    return raise_it
+
+
+def test_a_method_that_fails_on_bad_input_is_excused():
+    with pytest.raises(UserError, match="NaN or Inf in a"):
+        merge(MergeSession(quiet=True), {"a": SOUND * NAN}, fail(RuntimeError("quantile")))
+
+
+def test_a_method_that_fails_on_sound_input_is_not():
+    with pytest.raises(RuntimeError, match="quantile"):
+        merge(MergeSession(quiet=True), {"a": SOUND}, fail(RuntimeError("quantile")))
+
+
+def test_integers_that_differ_are_the_users_matter():
+    inputs = {"base": torch.arange(3), "a": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(UserError, match=r"layer.weight: the models hold integers here, and not the same ones"):
+        merge(MergeSession(quiet=True), inputs, fail(ValueError("buffer differs")))
+
+
+def test_a_users_error_passes_as_it_is():
+    with pytest.raises(UserError, match=r"^density$"):
+        merge(MergeSession(quiet=True), {"a": SOUND * NAN}, fail(UserError("density")))
+
+
+def test_the_session_holds_within_its_block_only():
+    assert current_session() is None
+    with merge_session(MergeSession(quiet=True)) as session:
+        assert current_session() is session
+    assert current_session() is None
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress(capsys, quiet):
+    class Planner:
+        _tensors = (1, 2)
+
+    with merge_session(MergeSession(quiet=quiet)) as session:
+        session.planned(Planner)
+        merge(session, {"a": SOUND}, SOUND)
+    shown = capsys.readouterr().err
+    assert (shown == "") if quiet else ("Merging tensors:  50%" in shown and "1/2" in shown)
