@@ -14,25 +14,28 @@ EPILOG = """\b
 
 \b
 SOURCE is one of
-  LOCAL[:[SPLIT:]COLUMNS]            a json, jsonl, parquet, csv, tsv or txt file (.gz, too), an image folder, a folder
-                                     with the files of a data set
-  HUB-ID[@CONFIG]:SPLIT[:COLUMNS]    a data set of the hub
-COLUMNS is one column, or two with a comma between: input,target for text-to-text models and instruction data (one
-sequence for a decoder, the loss is over the target), image,label for classifiers, image,text for CLIP. By default the
-columns are called so, and text for a decoder.
+  LOCAL[:[SPLIT:]COLUMNS]          a json, jsonl, parquet, csv, tsv or txt file (.gz, too),
+                                   a folder of images, a folder with the files of a data set
+  HUB-ID[@CONFIG]:SPLIT[:COLUMNS]  a data set of the hub
+COLUMNS is one column, or two with a comma between: input,target for text-to-text models and
+instruction data (one sequence for a decoder, the loss is over the target), image,label for
+classifiers, image,text for CLIP. By default the columns are called so, and text for a decoder.
 
 \b
 Examples:
-  mergekit-neuron profile ./base --data math=math.jsonl:question,answer --data code=code.txt -o base.safetensors
-  mergekit-neuron profile ./base+./adapter --data math=openai/gsm8k@main:train:question,answer --gradients \\
-      -o expert.safetensors
+  mergekit-neuron profile ./base --data math=math.jsonl:question,answer --data code=code.txt \\
+      -o base.safetensors
+  mergekit-neuron profile ./base+./adapter --data math=openai/gsm8k@main:train:question,answer \\
+      --gradients -o expert.safetensors
   mergekit-neuron profile ./vit --data digits=./photos -o vit.safetensors
-  accelerate launch --num_processes 4 -m neuron_methods profile ./base --data math=math.jsonl -o base.safetensors
+  accelerate launch --num_processes 4 -m neuron_methods profile ./base --data math=math.jsonl \\
+      -o base.safetensors
   mergekit-neuron profile show base.safetensors --layer 3 --neuron 17
 
 \b
-Run again after an interruption: finished data sources are skipped, an unfinished one goes on where it last saved its
-state. Beside FILE.safetensors there is FILE.exemplars.jsonl with the tokens that drive the neurons furthest.
+Run again after an interruption: finished data sources are skipped, an unfinished one goes on
+where it last saved its state. Beside FILE.safetensors there is FILE.exemplars.jsonl with the
+tokens that drive the neurons furthest.
 """
 
 

@@ -88,27 +88,28 @@ class TopActivations:
         }
         self.entries["order"].fill_(NOBODY)
 
-    def update(self, activations: Tensor, largest: Tensor, tokens: Tensor | None, batch: TokenBatch, length: int):
+    def update(self, activations: Tensor, sizes: Tensor, tokens: Tensor | None, batch: TokenBatch, length: int) -> None:
         """Let the tokens of a batch compete for the places.
 
         After the first batches few neurons see a token that beats what they have: only these are looked at.
 
         Args:
             activations: (tokens, neurons), any float dtype.
-            largest: (neurons,) float32, the largest |activation| of each neuron in `activations`.
+            sizes: their absolute values.
             tokens: int64 (tokens,), which tokens of the batch the rows are, no two of one identity; None: all of
                 them, in order.
             batch: what is known of the tokens.
             length: the number of tokens per sample, T.
         """
-        contested = (largest > self.entries["activation"][:, -1].abs()).nonzero().squeeze(1)
-        if not len(contested) or not self.top:
+        if not self.top or not len(sizes):
             return
-        everyone = len(contested) == activations.shape[1]
-        competing = (activations if everyone else activations[:, contested]).T.float().contiguous()
-        places = competing.abs().topk(min(self.top, competing.shape[1]), dim=1).indices
+        contested = (sizes.amax(0) > self.entries["activation"][:, -1].abs()).nonzero().squeeze(1)
+        if not len(contested):
+            return
+        competing = sizes if len(contested) == sizes.shape[1] else sizes.index_select(1, contested)
+        places = competing.T.contiguous().topk(min(self.top, len(sizes)), dim=1).indices
         candidates = batch.entries(places if tokens is None else tokens[places], length)
-        candidates["activation"] = competing.gather(1, places)
+        candidates["activation"] = activations[places, contested[:, None]].float()
         self._compete(contested, candidates)
 
     def merge(self, other: Entries) -> None:

@@ -26,7 +26,8 @@ class Batch:
     Attributes:
         inputs: the model's keyword arguments.
         streams: stream -> its tokens.
-        targets: token ids (B, T) or classes (B,) to predict, for `Feeder.loss`; -100 where there is nothing to.
+        targets: token ids (B, T) or classes (B,) that the logits at the same place are to predict; -100 where there is
+            nothing to predict. None: no loss.
     """
 
     inputs: dict[str, Tensor]

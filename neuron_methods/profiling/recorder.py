@@ -37,14 +37,15 @@ class LayerRecord:
         """Record the activations (B, T, neurons) of a batch."""
         length = activations.shape[-2]
         rows = _pick(activations, batch.valid).float()
-        largest = self.sums.add(rows)
+        sizes = rows.abs()
+        if batch.fresh is None:
+            self.top.update(rows, sizes, batch.valid, batch, length)
+        else:
+            fresh = _pick(activations, batch.fresh).float()
+            self.top.update(fresh, fresh.abs(), batch.fresh, batch, length)
         if not self.layer.gated:
             self.sums.add_firing(rows)
-        if batch.fresh is not None:
-            rows = _pick(activations, batch.fresh)
-            largest = rows.abs().amax(0).float() if len(rows) else torch.zeros_like(largest)
-        tokens = batch.valid if batch.fresh is None else batch.fresh
-        self.top.update(rows, largest, tokens, batch, length)
+        self.sums.add(sizes)
 
     def add_gate(self, output: Tensor, batch: TokenBatch) -> None:
         """Record where the gate opens; of a fused module the first features are the gate."""

@@ -39,14 +39,11 @@ class NeuronSums:
         self.tokens = 0
         self.sums = {name: torch.zeros(neurons, dtype=torch.float64, device=where) for name in names}
 
-    def add(self, activations: Tensor) -> Tensor:
-        """Count tokens in: `activations` is float32 (tokens, neurons). Returns each neuron's largest |activation|."""
-        self.tokens += len(activations)
-        size = activations.abs()
-        self._add("mean_abs", size.sum(0))
-        largest = size.amax(0) if len(size) else size.new_zeros(size.shape[1])
-        self._add("second_moment", size.square_().sum(0))
-        return largest
+    def add(self, sizes: Tensor) -> None:
+        """Count tokens in: `sizes` are their |activations|, float32 (tokens, neurons); they are overwritten."""
+        self.tokens += len(sizes)
+        self._add("mean_abs", sizes.sum(0))
+        self._add("second_moment", sizes.square_().sum(0))
 
     def add_firing(self, potentials: Tensor) -> None:
         """Count the positive entries of (tokens, neurons), pre-activations of the gate or activations."""

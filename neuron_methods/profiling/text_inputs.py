@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from neuron_methods.profiling.exemplars import SeenLately, TokenBatch
@@ -58,15 +58,16 @@ class TextFeeder(Feeder):
         ids, mask = pad(sequences)
         is_target = mask & (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None])
         identity = prefix_identity(ids) if self.causal else sequence_identity(ids, mask)
+        next_tokens = functional.pad(torch.where(is_target, ids, -100)[:, 1:], (0, 1), value=-100)
         return Batch(
             {"input_ids": ids, "attention_mask": mask.long()},
             {"": self.stream("", ids, mask, identity, samples)},
-            torch.where(is_target, ids, -100),
+            next_tokens,
         )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Next token."""
-        return target_loss(output.logits[:, :-1], batch.targets[:, 1:])
+        return target_loss(output.logits, batch.targets)
 
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
         """The token and the text before and after it."""
@@ -181,5 +182,8 @@ def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (B, T, vocabulary).
         targets: (B, T), -100 where nothing is to be predicted.
     """
-    losses = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return (losses.sum(1) / (targets != -100).sum(1).clamp(min=1)).sum()
+    # Flat: over a transposed view of the logits the same takes half as long again.
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
+    )
+    return (losses.view(targets.shape).sum(1) / (targets != -100).sum(1).clamp(min=1)).sum()
