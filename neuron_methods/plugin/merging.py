@@ -162,10 +162,11 @@ def merge_to_directory(
             state = session.context.state if session.context is not None else None
             profile = state if isinstance(state, TrimProfile) else None
             with ExitStack() as later:
-                if profile_place is not None and profile is not None:
-                    if target in profile_place.parents:
-                        profile_place = staging / profile_place.relative_to(target)
-                        profile_place.parent.mkdir(parents=True, exist_ok=True)
+                if profile_place is not None and profile is not None and target in profile_place.parents:
+                    within = staging / profile_place.relative_to(target)
+                    within.parent.mkdir(parents=True, exist_ok=True)
+                    within.write_text(profile.to_json(), encoding="utf-8")
+                elif profile_place is not None and profile is not None:
                     later.enter_context(file_in_place_after(profile_place, profile.to_json()))
                 give_ordinary_permissions(staging)
                 move_into_place(staging, target, force)
