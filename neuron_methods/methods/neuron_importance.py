@@ -111,7 +111,12 @@ def read_importance(
             f"{method}: importance: {importance} of {expert} needs profile: FILE; `mergekit-neuron profile {expert} "
             "--data ... -o FILE` makes one"
         )
-    model = next(t.model for t in tensors if t.model is not None)
+    model = next((t.model for t in tensors if t.model is not None), None)
+    if model is None:
+        raise UserError(
+            f"{method}: importance: {importance} needs the model's config to make sure that its profile fits, and this "
+            "merge is of tensors alone; use importance: magnitude, or merge model directories"
+        )
     profile = model.read_profile(path)
     profile.check_model(layout.neurons)
     statistic = "mean_abs" if importance == "activation" else "taylor"

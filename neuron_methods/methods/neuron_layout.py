@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import PlannedTensor
-from neuron_methods.neurons import NeuronMap, Ownership, neuron_map
+from neuron_methods.neurons import NeuronMap, Ownership, infer_neurons, neuron_map
 
 _ATTENTION = re.compile(r"(^|[._])(self_?|cross_?|enc_?dec_?)?(attn|attention)[._]", re.IGNORECASE)
 _NO_PROJECTION = re.compile(r"norm|(^|[._])ln_|relative_attention_bias|rotary|inv_freq|sinks", re.IGNORECASE)
@@ -67,7 +67,7 @@ class NeuronLayout:
         """Sort the tensors of a plan; `method` is the name for messages.
 
         Raises:
-            UserError: the plan is not of a model, the model's family is unknown, or none of its MLP tensors is there.
+            UserError: the model's family is unknown, or none of its MLP tensors is there.
         """
         self.neurons = plan_neurons(tensors, method)
         names = {tensor.name for tensor in tensors}
@@ -99,18 +99,24 @@ class NeuronLayout:
 
 
 def plan_neurons(tensors: Sequence[PlannedTensor], method: str) -> NeuronMap:
-    """The MLP neurons of the model that a plan writes.
+    """The MLP neurons of the model that a plan writes: by its config, or by its tensors where there is no config.
 
     Raises:
-        UserError: only tensors are merged, or the model's family is unknown.
+        UserError: the model's family is unknown.
     """
     model = next((tensor.model for tensor in tensors if tensor.model is not None), None)
-    if model is None:
-        raise UserError(
-            f"{method}: the model's config says which tensors make up a neuron, and this way of merging knows none; "
-            "use mergekit-neuron merge, mergekit-yaml or mergekit-multi on model directories"
-        )
-    return neuron_map(model.config)
+    if model is not None:
+        return neuron_map(model.config)
+    by_name = {tensor.name: tensor for tensor in tensors}
+
+    def shape_of(name: str) -> Sequence[int]:
+        base, _ = by_name[name].load()
+        return base.shape if base is not None else (0, 0)
+
+    try:
+        return infer_neurons(by_name, shape_of)
+    except UserError as error:
+        raise UserError(f"{method}: {error}") from None
 
 
 def agreed(

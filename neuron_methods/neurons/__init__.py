@@ -4,6 +4,7 @@
 for one tensor of a checkpoint, its module paths lead to the activations of a model in memory (`find_modules`).
 """
 
+from neuron_methods.neurons.inference import infer_neurons
 from neuron_methods.neurons.layers import (
     LayerModules,
     MlpLayer,
@@ -22,6 +23,7 @@ __all__ = [
     "OwnedSlice",
     "Ownership",
     "find_modules",
+    "infer_neurons",
     "mlp_layers",
     "neuron_map",
 ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -397,9 +398,26 @@ def test_values_out_of_range_are_refused(llama: Any, parameters: dict[str, Any],
     assert problem in refusal(llama, parameters)
 
 
-def test_tensors_without_a_config_are_refused() -> None:
-    from mergekit.merge_methods import merge_state_dicts
-
+def test_tensors_of_no_family_are_refused() -> None:
     tensors: dict[str, Tensor] = {"w": torch.ones(2, 2)}
-    with pytest.raises(UserError, match="config says which tensors make up a neuron"):
+    with pytest.raises(UserError, match="fit no family"):
         merge_state_dicts({"a": tensors, "b": tensors}, "min_merging", base="a")
+
+
+def test_state_dicts_without_a_config_are_merged_alike(case: Any) -> None:
+    config, base, experts = case
+    merged = merge_state_dicts({"base": base, **experts}, "min_merging", base="base", parameters={"density": 0.3})
+    expected = merge(METHOD, config, base, experts, {"density": 0.3})
+    for name, tensor in expected.items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_a_profile_without_a_config_is_refused(llama: Any) -> None:
+    _, base, experts = llama
+    with pytest.raises(UserError, match="merge is of tensors alone"):
+        merge_state_dicts(
+            {"base": base, **experts},
+            "min_merging",
+            base="base",
+            parameters={"importance": "taylor", "profile": "p.safetensors"},
+        )
