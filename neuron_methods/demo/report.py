@@ -1,0 +1,121 @@
+"""What the demo prints: a table of scores, example answers, the YAML, and where everything is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neuron_methods.demo.tasks import Task
+
+#: Held-out examples shown per task.
+SHOWN = 2
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model's scores.
+
+    Attributes:
+        name: ``base``, ``expert-TASK`` or ``merge``.
+        by_task: per task ``accuracy`` (0 to 1) and ``answers`` (one per held-out example).
+    """
+
+    name: str
+    by_task: dict[str, dict[str, Any]]
+
+    def accuracy(self, task: str) -> float:
+        """Share of right answers on a task, 0 to 1."""
+        return self.by_task[task]["accuracy"]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over the tasks, 0 to 1."""
+        return sum(map(self.accuracy, self.by_task)) / len(self.by_task)
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The outcome of the demo; `str` of it is what the command prints.
+
+    Attributes:
+        out: the demo's directory.
+        tasks: the three tasks.
+        scores: base, experts and merge, in the order of the table.
+        merge_yaml: text of the YAML used.
+        merge_summary: the merge's own account.
+        seconds: per stage, what it took when it was done.
+    """
+
+    out: Path
+    tasks: list[Task]
+    scores: list[ModelScores]
+    merge_yaml: str
+    merge_summary: str
+    seconds: dict[str, float]
+
+    def table(self) -> str:
+        """Rows base, experts, merge; columns the tasks and their mean; percent of held-out examples."""
+        names = [task.name for task in self.tasks]
+        lines = [f"{'':20}" + "".join(f"{name:>12}" for name in [*names, "mean"])]
+        for model in self.scores:
+            values = [*(model.accuracy(name) for name in names), model.mean]
+            lines.append(f"{model.name:20}" + "".join(f"{100 * value:10.1f} %" for value in values))
+        return "\n".join(lines)
+
+    def examples(self) -> str:
+        """The first held-out examples of each task, with what base, expert and merge answered."""
+        by_name = {model.name: model for model in self.scores}
+        lines = []
+        for task in self.tasks:
+            lines.append(f"{task.name} ({task.title})")
+            for number, example in enumerate(task.held_out[:SHOWN]):
+                lines.append("  " + example.prompt.replace("\n", " | "))
+                lines.append(f"    {'right':8} {example.answer}")
+                for label, model in (("base", "base"), ("expert", f"expert-{task.name}"), ("merge", "merge")):
+                    answer = by_name[model].by_task[task.name]["answers"][number]
+                    lines.append(f"    {label:8} {answer if answer else '(an empty line)'}")
+        return "\n".join(lines)
+
+    def times(self) -> str:
+        """Seconds per kind of stage, and in all."""
+        kinds: dict[str, float] = {}
+        for stage, seconds in self.seconds.items():
+            kind = stage.split()[0].rstrip(":")
+            kinds[kind] = kinds.get(kind, 0.0) + seconds
+        kinds["total"] = sum(self.seconds.values())
+        return ", ".join(f"{kind} {seconds:.0f} s" for kind, seconds in kinds.items())
+
+    def __str__(self) -> str:
+        count = len(self.tasks[0].held_out)
+        out = self.out
+        return f"""\
+Exact answers on {count} held-out examples of each task:
+
+{self.table()}
+
+Example answers:
+
+{self.examples()}
+
+The merge ({out / "merge.yaml"}):
+
+{_indent(self.merge_yaml)}
+{_indent(self.merge_summary)}
+
+Written to {out}:
+  base                      the base model, bf16 safetensors
+  experts/TASK/adapter      each expert as a LoRA adapter (peft)
+  experts/TASK/full         each expert as a full model
+  merged                    the merged model
+  scores                    every answer of every model
+  report.txt                this report
+
+Time per stage: {self.times()}.
+
+Merge again with other settings:
+  mergekit-neuron merge {out / "merge.yaml"} OUT"""
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.strip().splitlines())

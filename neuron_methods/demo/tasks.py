@@ -1,0 +1,135 @@
+"""The demo's three tasks, built from what every machine has.
+
+Each has a train and a held-out list, drawn by a seed, without overlap in what has to be combined:
+
+- ``arithmetic``: whole hundreds plus a smaller number; no held-out sum is trained on.
+- ``german``: German phrases in English; no held-out pair of adjective and noun is trained on.
+- ``python``: the shortest call a standard library signature allows; no held-out function name is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from neuron_methods.demo.signatures import library_signatures
+from neuron_methods.demo.words import ADJECTIVES, NOUNS, phrases
+from neuron_methods.errors import UserError
+
+#: Train items per task. Training that takes more steps than these last for goes through them again.
+TRAIN_EXAMPLES = 640
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the one answer that counts as right (without the blank that separates them)."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Train and held-out examples under one name.
+
+    Attributes:
+        name: short, used for directories and table columns.
+        title: what the task is, in a few words.
+        max_new_tokens: an upper bound on the answers' lengths in tokens of the demo's model.
+        steps: training steps that suffice to learn it. More would move the expert further from the base than it has
+            to, and experts that stay close merge better.
+    """
+
+    name: str
+    title: str
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    max_new_tokens: int
+    steps: int
+
+    def fingerprint(self) -> str:
+        """A digest of the training examples: another word list or Python version trains another expert."""
+        return _digest(self.train)
+
+    def held_out_fingerprint(self) -> str:
+        """A digest of the held-out examples: with others, models are scored again."""
+        return _digest(self.held_out)
+
+
+def _digest(examples: tuple[Example, ...]) -> str:
+    text = json.dumps([(e.prompt, e.answer) for e in examples])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def arithmetic_examples() -> list[tuple[Hashable, Example]]:
+    """``300 + 47 =`` → ``347``: hundreds plus 1…99. The key is the sum itself."""
+    return [
+        (large + small, Example(f"{large} + {small} =", str(large + small)))
+        for large in range(100, 1000, 100)
+        for small in range(1, 100)
+    ]
+
+
+def german_examples() -> list[tuple[Hashable, Example]]:
+    """``German: drei rote Häuser`` → ``three red houses``. The key is the pair of adjective and noun."""
+    return [
+        ((adjective, noun.singular), Example(f"German: {german}\nEnglish:", english))
+        for adjective in ADJECTIVES
+        for noun in NOUNS
+        for german, english in phrases(adjective, noun)
+    ]
+
+
+def python_examples() -> list[tuple[Hashable, Example]]:
+    """``def urljoin(base, url, allow_fragments=True):`` → ``urljoin(base, url)``. The key is the function's name."""
+    return [(name, Example(f"{signature}\nShortest call:", call)) for name, signature, call in library_signatures()]
+
+
+def split(
+    keyed: list[tuple[Hashable, Example]], train: int, held_out: int, rng: random.Random
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Draw train and held-out examples that share no key.
+
+    Held-out keys are drawn first, one example of each; training takes from the keys that are left, each as often as
+    it comes.
+    """
+    keyed = list(keyed)
+    rng.shuffle(keyed)
+    held: dict[Hashable, Example] = {}
+    for key, example in keyed:
+        if len(held) == held_out:
+            break
+        held.setdefault(key, example)
+    rest = [example for key, example in keyed if key not in held]
+    return tuple(rest[:train]), tuple(held.values())
+
+
+_SOURCES: tuple[tuple[str, str, int, int, Callable[[], list[tuple[Hashable, Example]]]], ...] = (
+    # name, title, max_new_tokens, steps, source
+    ("arithmetic", "a number added to hundreds", 6, 60, arithmetic_examples),
+    ("german", "German phrases in English", 8, 36, german_examples),
+    ("python", "shortest call of a function", 16, 30, python_examples),
+)
+
+#: Of the keys, at most this share is held out, so that enough is left to learn from.
+_MAX_HELD_OUT_SHARE = 0.6
+
+
+def build_tasks(held_out: int, seed: int) -> list[Task]:
+    """The three tasks with `held_out` examples each, the same for the same seed (and Python, for ``python``).
+
+    Raises:
+        UserError: when `held_out` is more than a task can spare.
+    """
+    tasks = []
+    for name, title, max_new_tokens, steps, source in _SOURCES:
+        keyed = source()
+        most = int(_MAX_HELD_OUT_SHARE * len({key for key, _ in keyed}))
+        if not 1 <= held_out <= most:
+            raise UserError(f"--examples {held_out}: task {name} can hold out 1 to {most} examples; choose fewer")
+        train, held = split(keyed, TRAIN_EXAMPLES, held_out, random.Random(f"{name}-{seed}"))
+        tasks.append(Task(name, title, train, held, max_new_tokens, steps))
+    return tasks

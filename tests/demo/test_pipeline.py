@@ -1,0 +1,172 @@
+"""The whole demo on a tiny base: what it writes, what it keeps, what an interruption leaves, what it reports."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from neuron_methods.demo import pipeline
+from neuron_methods.demo.pipeline import DemoSettings, run_demo
+from neuron_methods.errors import UserError
+
+TASKS = ["arithmetic", "german", "python"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_demo(tiny_base, tmp_path_factory):
+    """Let the demo take the tiny base for SmolLM2, and let nothing reach the network."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("asked the network")
+
+    def copy_base(gguf, directory):
+        shutil.copytree(tiny_base, directory)
+
+    gguf = tmp_path_factory.mktemp("package") / "tiny.gguf"
+    gguf.write_bytes(b"weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "find_gguf", lambda: gguf)
+        patch.setattr(pipeline, "save_base", copy_base)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
+
+
+def settings(out, **options):
+    return DemoSettings(out=out, **{"steps": 2, "examples": 4, "progress": False, **options})
+
+
+def files(root):
+    return {path.relative_to(root): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def unless_rewritten_each_time(found):
+    return {path: time for path, time in found.items() if str(path) not in ("demo.json", "merge.yaml", "report.txt")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    said: list[str] = []
+    report = run_demo(settings(out), said.append)
+    return out, report, said
+
+
+def test_everything_is_where_the_report_says(finished, tiny_base) -> None:
+    out, report, _ = finished
+    base = load_file(tiny_base / "model.safetensors")
+    for name in ["base", "merged", *(f"experts/{task}/full" for task in TASKS)]:
+        tensors = load_file(out / name / "model.safetensors")
+        assert {key: tensor.shape for key, tensor in tensors.items()} == {k: t.shape for k, t in base.items()}
+        assert (out / name / "tokenizer.json").is_file()
+    for task in TASKS:
+        adapter = json.loads((out / "experts" / task / "adapter" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(out / "base")
+        assert adapter["r"] == 16
+    assert (out / "report.txt").read_text() == f"{report}\n"
+    assert not list(out.rglob("*.partial")) and not list(out.rglob(".partial"))
+
+
+def test_the_yaml_is_the_one_that_was_merged(finished) -> None:
+    out, report, _ = finished
+    recipe = yaml.safe_load((out / "merge.yaml").read_text())
+    assert recipe["merge_method"] == "neuro_merging"
+    assert recipe["base_model"] == str(out / "base")
+    assert [model["model"] for model in recipe["models"]] == [str(out / "experts" / t / "full") for t in TASKS]
+    assert (out / "merged" / "mergekit_config.yml").read_text() == (out / "merge.yaml").read_text()
+    assert str(out / "merged") in report.merge_summary
+
+
+def test_the_report_has_every_model_every_task_and_the_yaml(finished) -> None:
+    out, report, _ = finished
+    rows = {line.split()[0]: line.split()[1:] for line in report.table().splitlines()[1:]}
+    assert list(rows) == ["base", *(f"expert-{task}" for task in TASKS), "merge"]
+    assert all(len(row) == 8 for row in rows.values())
+    text = str(report)
+    assert all(task.held_out[0].answer in text for task in report.tasks)
+    assert report.merge_yaml.splitlines()[0] in text
+    assert str(out) in text
+    for model in report.scores:
+        assert all(len(model.by_task[task]["answers"]) == 4 for task in TASKS)
+        assert model.mean == pytest.approx(sum(model.accuracy(task) for task in TASKS) / 3)
+
+
+def test_a_second_run_does_nothing_again_and_reports_the_same(finished) -> None:
+    out, report, said = finished
+    before = files(out)
+    said_again: list[str] = []
+    again = run_demo(settings(out), said_again.append)
+    assert unless_rewritten_each_time(files(out)) == unless_rewritten_each_time(before)
+    assert str(again) == str(report)
+    assert len(said) == len(said_again) == 10  # base, three experts, merge, scores of five models
+    assert all(line.endswith("...") for line in said)
+    assert all("done before" in line for line in said_again)
+
+
+def test_the_same_seed_gives_the_same_bytes_elsewhere(finished, tmp_path) -> None:
+    out, _, _ = finished
+    run_demo(settings(tmp_path / "other"), lambda line: None)
+    for name in ["merged", *(f"experts/{task}/{kind}" for task in TASKS for kind in ("full", "adapter"))]:
+        for weights in (out / name).glob("*.safetensors"):
+            assert (tmp_path / "other" / name / weights.name).read_bytes() == weights.read_bytes()
+
+
+def test_only_what_the_change_concerns_is_done_again(finished, tmp_path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+
+    def built(**options):
+        said: list[str] = []
+        run_demo(settings(out, **options), said.append)
+        return {line.split(":")[0].removesuffix(" ...") for line in said if line.endswith("...")}
+
+    experts = {f"expert {task}" for task in TASKS}
+    scores = {f"scores of {name}" for name in ["base", *(f"expert-{task}" for task in TASKS), "merge"]}
+    assert built() == {"merge", "scores of merge"}  # the directory moved, and the YAML names it
+    assert built(examples=5) >= scores
+    assert built(examples=5, steps=3) == experts | {"merge"} | scores - {"scores of base"}
+    assert built(examples=5, steps=3) == set()
+    assert built(examples=5, steps=3, force=True) == {"base", "merge"} | experts | scores
+
+
+def test_an_interrupted_run_keeps_what_was_finished_and_goes_on_there(tmp_path) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(line):
+        if line.startswith("expert german"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(settings(out), interrupt)
+    assert sorted(path.name for path in out.iterdir()) == ["base", "demo.json", "experts"]
+    assert [path.name for path in (out / "experts").iterdir()] == ["arithmetic"]
+    before = files(out / "experts")
+    run_demo(settings(out), lambda line: None)
+    assert before.items() <= files(out / "experts").items()
+
+
+def test_a_directory_that_is_not_the_demos_is_refused_and_untouched(tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that the demo did not write"):
+        run_demo(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="not a directory"):
+        run_demo(settings(tmp_path / "thesis.txt"))
+    with pytest.raises(UserError, match=r"a '\+' in a model's path"):
+        run_demo(settings(tmp_path / "a+b"))
+    with pytest.raises(UserError, match="--steps 0"):
+        run_demo(settings(tmp_path / "out", steps=0))
+
+
+def test_the_command_prints_the_report_on_stdout_and_stages_on_stderr(finished) -> None:
+    from neuron_methods.cli.demo import demo
+
+    out, report, _ = finished
+    result = CliRunner().invoke(demo, ["--out", str(out), "--steps", "2", "--examples", "4", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{report}\n"
+    assert result.stderr.count("done before") == 10

@@ -1,0 +1,113 @@
+"""Every command of the README, run as the reader would run it; the demo runs in full, once.
+
+What installs is run by `.ci/run`, which takes its installation from the README; here the rest of each line runs, in an
+empty directory, with the Hub out of reach.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mergekit.merge_methods import registry
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return [block.strip() for block in re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)]
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+DEMO, TESTS = (next(c for c in COMMANDS if c.endswith(end)) for end in ("mergekit-neuron demo", "-m pytest"))
+
+
+def run(command, cwd):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A directory in which the README's demo has run."""
+    directory = tmp_path_factory.mktemp("readme")
+    done = run(DEMO.rpartition("&& ")[2], directory)
+    return directory, done.stdout
+
+
+def test_the_two_commands_install_the_tested_versions():
+    for command in (DEMO, TESTS):
+        assert command.startswith("pip install torch==2.13.0 && pip install -c .ci/constraints.txt ")
+    assert "torch==2.13.0" in (ROOT / ".ci/constraints.txt").read_text()
+
+
+def test_demo_merge_is_clearly_better_than_the_base(demo):
+    _, output = demo
+    means = {row[0]: float(row[-1]) for row in table_rows(output)}
+    assert means["merge"] >= means["base"] + 10
+
+
+def table_rows(output):
+    """Rows of the demo's table of scores: name, one score per task, mean, in percent."""
+    for line in output.splitlines():
+        cells = line.replace("%", " ").split()
+        if cells and cells[0] in ("base", "merge") and len(cells) >= 4 and cells[-1].replace(".", "").isdigit():
+            yield cells
+
+
+def test_merging_commands_run_on_what_the_demo_wrote(demo):
+    directory, _ = demo
+    for command in COMMANDS:
+        if command not in (DEMO, TESTS):
+            run(command, directory)
+    weights = {name: (directory / name / "model.safetensors").read_bytes() for name in ("merged", "merged-by-mergekit")}
+    assert weights["merged"] == weights["merged-by-mergekit"]
+
+
+def test_merge_loads_with_plain_transformers_and_answers(demo):
+    merged = demo[0] / "mergekit-neuron-demo" / "merged"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=5, do_sample=False)[0])
+    assert "Paris" in answer
+
+
+def test_yaml_examples_merge(demo):
+    directory, _ = demo
+    assert blocks("yaml")
+    for number, text in enumerate(blocks("yaml")):
+        (directory / f"readme-{number}.yaml").write_text(text)
+        run(f"mergekit-neuron merge readme-{number}.yaml ./readme-{number}", directory)
+        assert (directory / f"readme-{number}" / "model.safetensors").is_file()
+
+
+def test_python_examples_run(demo):
+    for block in blocks("python"):
+        subprocess.run([sys.executable, "-c", block], cwd=demo[0], check=True)
+
+
+def test_table_lists_the_parameters_with_their_defaults():
+    from neuron_methods.methods.neuro_merging import PARAMETERS
+
+    rows = re.findall(r"^\| `(\w+)` \| (expert|shared) \| `?([^|`]*?)`? \|", README, re.M)
+    documented = {name: (scope, default.strip()) for name, scope, default in rows}
+    for parameter in PARAMETERS:
+        scope, default = documented[parameter.name]
+        assert scope == ("shared" if parameter.scope.value == "shared" else "expert")
+        assert default == (str(parameter.default) or "–")
+
+
+def test_every_method_of_ours_has_a_yaml_example():
+    import neuron_methods
+
+    neuron_methods.register()
+    ours = {m.spec.name for m in registry.registered_methods() if type(m).__module__.startswith("neuron_methods")}
+    assert ours == {yaml.safe_load(text)["merge_method"] for text in blocks("yaml")}
