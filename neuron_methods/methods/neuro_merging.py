@@ -292,7 +292,8 @@ def merge_neurons(
     count = len(experts)
     # Stacked rows and merged row in float32, and some eight matrices of inner products in float64.
     bytes_per_neuron = 4 * width * (count + 2) + 64 * (count + 1) ** 2
-    blocks = list(row_blocks(neurons, bytes_per_neuron, scratch_bytes))
+    # A third of the bound: where it is small, a whole block's float64 copy takes twice as much again.
+    blocks = list(row_blocks(neurons, bytes_per_neuron, scratch_bytes // 3))
     if not width or not blocks:
         return 0.0, 0.0
     scratch = torch.empty(blocks[0].stop, count + 1, width, dtype=torch.float32, device=base.device)
