@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from neuron_methods.profiling.processes import process_state
 from neuron_methods.profiling.recorder import Recorder
 
 
@@ -27,7 +27,7 @@ class Checkpoint:
     """
 
     def __init__(self, output: Path, belongs_to: dict[str, Any], seconds: float) -> None:
-        state = PartialState()
+        state = process_state()
         self.path = output.with_name(f"{output.name}.unfinished-{state.process_index}-of-{state.num_processes}")
         self._belongs_to = json.dumps(belongs_to, sort_keys=True)
         self._seconds = seconds

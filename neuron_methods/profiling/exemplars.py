@@ -140,7 +140,7 @@ class TopActivations:
     def gather(self, collect: Callable[[Tensor], Tensor]) -> None:
         """Merge with all other processes; `collect` stacks a tensor of every process along its first axis."""
         neurons = len(self.entries["order"])
-        collected = {field: collect(values.contiguous()) for field, values in self.entries.items()}
+        collected = {field: collect(values) for field, values in self.entries.items()}
         processes = len(collected["order"]) // max(neurons, 1)
         for field, values in collected.items():
             self.entries[field] = values[:neurons].clone()

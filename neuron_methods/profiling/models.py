@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.errors import UserError
 from neuron_methods.neurons import NeuronMap, neuron_map
 from neuron_methods.profiling.image_inputs import ImageFeeder, ImageTextFeeder
 from neuron_methods.profiling.inputs import Feeder
+from neuron_methods.profiling.processes import process_state
 from neuron_methods.profiling.text_inputs import TextFeeder, TextToTextFeeder
 
 
@@ -100,7 +100,7 @@ def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | N
     config = _config(name)
     architecture = _architecture(name, config)
     neurons = neuron_map(config, architecture)
-    state = PartialState()
+    state = process_state()
     alone = state.num_processes == 1
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-offload-") as offload:
         placement: dict[str, Any] = {"device_map": {"": state.device}}
@@ -119,7 +119,9 @@ def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | N
         yield LoadedModel(model, neurons, state.device)
 
 
-def make_feeder(name: ModelName, model: PreTrainedModel, max_length: int, context: int) -> Feeder:
+def make_feeder(
+    name: ModelName, model: PreTrainedModel, max_length: int, context: int, separator: str = "\n"
+) -> Feeder:
     """The feeder for a model's kind, with the tokenizer or image processor saved beside the model.
 
     Raises:
@@ -144,7 +146,7 @@ def make_feeder(name: ModelName, model: PreTrainedModel, max_length: int, contex
         return TextToTextFeeder(tokenizer(), max_length, context, model)
     limit = getattr(model.config, "max_position_embeddings", None)
     causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    return TextFeeder(tokenizer(), min(max_length, limit or max_length), context, causal)
+    return TextFeeder(tokenizer(), min(max_length, limit or max_length), context, causal, separator)
 
 
 def _config(name: ModelName) -> PretrainedConfig:

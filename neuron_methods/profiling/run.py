@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather, reduce
 from tqdm import tqdm
 
 from neuron_methods import __version__
@@ -25,6 +23,7 @@ from neuron_methods.errors import UserError
 from neuron_methods.profiling.checkpoint import Checkpoint
 from neuron_methods.profiling.inputs import Feeder
 from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder, read_neurons
+from neuron_methods.profiling.processes import add_up, collect, process_state
 from neuron_methods.profiling.profile_file import NeuronProfile, ProfileInfo, SourceInfo, write_exemplars
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
@@ -43,6 +42,7 @@ class Settings:
         gradients: measure activation × gradient, too.
         top: exemplars per neuron.
         context: tokens shown on either side of an exemplar.
+        separator: between the two columns of instruction data, as the model was trained.
         dtype: of the model, ``auto``: as stored.
         checkpoint_seconds: how often an unfinished source saves its state.
     """
@@ -54,6 +54,7 @@ class Settings:
     gradients: bool = False
     top: int = 10
     context: int = 8
+    separator: str = "\n"
     dtype: str = "auto"
     checkpoint_seconds: float = 300
 
@@ -89,7 +90,7 @@ def measure_profile(
     Raises:
         UserError: anything is wrong with model, data or file.
     """
-    state = PartialState()
+    state = process_state()
     sources = _parse(data)
     name = ModelName.parse(model)
     neurons = read_neurons(name)
@@ -114,7 +115,7 @@ def measure_profile(
     if not pending:
         return
     with load_model(name, settings.dtype, max_memory) as loaded:
-        feeder = make_feeder(name, loaded.model, settings.max_length, settings.context)
+        feeder = make_feeder(name, loaded.model, settings.max_length, settings.context, settings.separator)
         readers = [SourceReader(source, feeder.columns) for source in pending]
         for reader in readers:  # all of them before the first is measured
             feeder.start(reader, settings.gradients)
@@ -122,7 +123,8 @@ def measure_profile(
             profile = _measure_source(reader, loaded, feeder, settings, profile, output)
             if state.is_main_process:
                 info = profile.info.sources[reader.source.name]
-                report(f"{reader.source.name}: {info.samples} samples, {max(info.tokens.values())} tokens")
+                processes = f", {state.num_processes} processes" if state.num_processes > 1 else ""
+                report(f"{reader.source.name}: {info.samples} samples, {max(info.tokens.values())} tokens{processes}")
 
 
 def _parse(data: Sequence[str]) -> list[DataSource]:
@@ -170,7 +172,7 @@ def _measure_source(
     output: Path,
 ) -> NeuronProfile:
     """Measure one source and write `profile` with it; returns that."""
-    state = PartialState()
+    state = process_state()
     recorder = Recorder(
         loaded.model, loaded.neurons, feeder.stream_of, settings.top, feeder.payload_width, settings.gradients
     )
@@ -180,10 +182,10 @@ def _measure_source(
     done = checkpoint.load(recorder)
     samples = _measure(reader, loaded, feeder, settings, recorder, checkpoint, done)
 
-    samples = int(reduce(torch.tensor(samples, device=state.device), "sum"))
+    samples = int(add_up(torch.tensor(samples)))
     for record in recorder.records.values():
-        record.sums.reduce(lambda values: reduce(values, "sum"))
-        record.top.gather(gather)
+        record.sums.reduce(add_up)
+        record.top.gather(collect)
     if not samples:
         raise UserError(f"{reader.label}: all its rows are empty")
     tokens = {key: record.sums.tokens for key, record in recorder.records.items()}
@@ -216,7 +218,7 @@ def _measure(
 
     `done` batches were measured before and are only counted.
     """
-    state = PartialState()
+    state = process_state()
     own = itertools.islice(
         reader.samples(settings.samples, settings.seed), state.process_index, None, state.num_processes
     )

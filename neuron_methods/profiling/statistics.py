@@ -60,7 +60,7 @@ class NeuronSums:
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Add the sums of all processes; `add_up` does that for a tensor."""
-        self.tokens = int(add_up(torch.tensor(self.tokens, device=self.sums["mean_abs"].device)))
+        self.tokens = int(add_up(torch.tensor(self.tokens)))
         self.sums = {name: add_up(values) for name, values in self.sums.items()}
 
     def means(self) -> dict[str, Tensor]:

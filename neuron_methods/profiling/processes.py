@@ -1,0 +1,35 @@
+"""The processes of ``accelerate launch`` (or torchrun), and what they tell each other; on its own a process is all."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from torch import Tensor
+
+
+def process_state() -> PartialState:
+    """Which process this is, of how many, and its device.
+
+    Without a GPU, accelerate finds the other processes only if it is told that the CPU is meant.
+    """
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=wants_cpu or not torch.accelerator.is_available())
+
+
+def add_up(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on the device where it is."""
+    state = process_state()
+    if state.num_processes == 1:
+        return values
+    return reduce(values.to(state.device), "sum").to(values.device)
+
+
+def collect(values: Tensor) -> Tensor:
+    """A tensor of all processes, one behind the other along the first axis."""
+    state = process_state()
+    if state.num_processes == 1:
+        return values
+    return gather(values.to(state.device).contiguous()).to(values.device)
