@@ -28,8 +28,8 @@ Examples:
   mergekit-neuron profile ./base+./adapter --data math=openai/gsm8k@main:train:question,answer \\
       --gradients -o expert.safetensors
   mergekit-neuron profile ./vit --data digits=./photos -o vit.safetensors
-  accelerate launch --num_processes 4 -m neuron_methods profile ./base --data math=math.jsonl \\
-      -o base.safetensors
+  accelerate launch --multi_gpu --num_processes 4 -m neuron_methods profile ./base \\
+      --data math=math.jsonl -o base.safetensors
   mergekit-neuron profile show base.safetensors --layer 3 --neuron 17
 
 \b
@@ -62,6 +62,7 @@ class ProfileCommand(click.Command):
 @click.option("--gradients", is_flag=True, help="Measure activation × gradient of the loss (taylor), too.")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Exemplars per neuron.")
 @click.option("--context", type=click.IntRange(0), default=8, show_default=True, help="Tokens around an exemplar.")
+@click.option("--separator", default="\n", help="Joins two columns for a decoder.  [default: a line break]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )

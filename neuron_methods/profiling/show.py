@@ -13,7 +13,7 @@ def describe_profile(profile: NeuronProfile) -> Iterator[str]:
     info = profile.info
     total = sum(profile.layers.values())
     yield f"model      {info.model} ({info.model_type}): {total} MLP neurons in {len(profile.layers)} layers"
-    yield f"settings   {', '.join(f'{key} {value}' for key, value in info.settings.items())}"
+    yield f"settings   {', '.join(f'{key} {value!r}' for key, value in info.settings.items())}"
     for name, source in info.sources.items():
         tokens = sorted(set(source.tokens.values()))
         count = " / ".join(str(number) for number in tokens)

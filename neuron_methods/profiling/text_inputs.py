@@ -1,7 +1,7 @@
 """Feeders for models that read text; see `inputs`.
 
-Text is cut off at `max_length` tokens and padded on the right. Two columns make one sequence for a decoder: input, line
-break, target, and the loss is over the target alone. A sample's loss is the mean over its targets.
+Text is cut off at `max_length` tokens and padded on the right. Two columns make one sequence for a decoder: input,
+separator, target, and the loss is over the target alone. A sample's loss is the mean over its targets.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class TextFeeder(Feeder):
 
     columns = ("text",)
 
-    def __init__(self, tokenizer: Any, max_length: int, context: int, causal: bool) -> None:
-        """Make a feeder whose exemplars show `context` tokens on either side."""
+    def __init__(self, tokenizer: Any, max_length: int, context: int, causal: bool, separator: str = "\n") -> None:
+        """Make a feeder whose exemplars show `context` tokens on either side; `separator` joins two columns."""
+        self.separator = separator
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.context = context
@@ -48,7 +49,7 @@ class TextFeeder(Feeder):
         texts = self.texts(samples, 0)
         if len(self.reader.columns) < 2:
             return self.sequences(self.tokenize(texts), [1] * len(texts), samples)
-        prompts = self.tokenize([text + "\n" for text in texts])
+        prompts = self.tokenize([text + self.separator for text in texts])
         targets = self.tokenize(self.texts(samples, 1), special=False)
         both = [(prompt + target)[: self.max_length] for prompt, target in zip(prompts, targets, strict=True)]
         return self.sequences(both, [len(prompt) for prompt in prompts], samples)

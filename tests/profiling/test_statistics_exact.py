@@ -131,12 +131,12 @@ def test_instructions_lose_on_their_targets_alone(tmp_path):
     watched, tokenizer = Watched(folder), tiny.build_tokenizer()
     runs = []
     for text, target in zip(tiny.sentences(7, 0), tiny.sentences(7, 1), strict=True):
-        prompt, answer = tokenizer(text)["input_ids"], tokenizer(target)["input_ids"]
+        prompt, answer = tokenizer(text + " or ")["input_ids"], tokenizer(target)["input_ids"]
         ids = torch.tensor([prompt + answer])
         labels = torch.tensor([[-100] * len(prompt) + answer])
         runs.append(watched.run(input_ids=ids, labels=labels))
     expected, _ = reference(runs)
-    profile = profile_of(folder, f"qa={data}:input,target", tmp_path, batch_size=4)
+    profile = profile_of(folder, f"qa={data}:input,target", tmp_path, batch_size=4, separator=" or ")
     count = sum(run["layers.0"][0].shape[1] for run in runs)
     assert_profile_is(profile, "qa", expected, dict.fromkeys(expected, count))
 
