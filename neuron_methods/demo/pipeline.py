@@ -36,6 +36,7 @@ class DemoSettings:
         seed: of the tasks' split, the training and its order.
         force: do every stage again.
         progress: show progress bars.
+        adapters: merge the experts' LoRA adapters instead of the full models they make.
     """
 
     out: Path = Path("mergekit-neuron-demo")
@@ -44,6 +45,7 @@ class DemoSettings:
     seed: int = 0
     force: bool = False
     progress: bool = True
+    adapters: bool = False
 
 
 def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoReport:
@@ -64,7 +66,9 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
     demo = _Demo(settings, out, tasks, say)
     base_key = demo.save_base(gguf)
     expert_keys = {task.name: demo.train(task, base_key) for task in tasks}
-    merge_yaml = merge_recipe(out / "base", [out / "experts" / task.name / "full" for task in tasks])
+    experts = [out / "experts" / task.name for task in tasks]
+    references = [f"{out / 'base'}+{e / 'adapter'}" if settings.adapters else str(e / "full") for e in experts]
+    merge_yaml = merge_recipe(out / "base", references)
     write_text(out / "merge.yaml", merge_yaml)
     merge_key, summary = demo.merge(merge_yaml, expert_keys)
 
@@ -79,12 +83,12 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
     return report
 
 
-def merge_recipe(base: Path, experts: list[Path]) -> str:
+def merge_recipe(base: Path, experts: list[str]) -> str:
     """The mergekit YAML that merges `experts`, for this package's command and mergekit's own alike."""
     recipe = {
         "merge_method": "neuro_merging",
         "base_model": str(base),
-        "models": [{"model": str(expert)} for expert in experts],
+        "models": [{"model": expert} for expert in experts],
         "parameters": MERGE_PARAMETERS,
         "dtype": "bfloat16",
     }
