@@ -24,7 +24,13 @@ from neuron_methods.profiling.checkpoint import Checkpoint
 from neuron_methods.profiling.inputs import Feeder
 from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder, read_neurons
 from neuron_methods.profiling.processes import add_up, collect, process_state
-from neuron_methods.profiling.profile_file import NeuronProfile, ProfileInfo, SourceInfo, write_exemplars
+from neuron_methods.profiling.profile_file import (
+    NeuronProfile,
+    ProfileInfo,
+    SourceInfo,
+    read_exemplars,
+    write_exemplars,
+)
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
 from neuron_methods.profiling.sources import DataSource, Sample, SourceReader, parse_source
@@ -143,6 +149,7 @@ def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, ov
     if overwrite or not output.exists():
         return fresh
     there = NeuronProfile.load(output)
+    read_exemplars(output, there.info.exemplars)  # new ones are going to stand behind them
     new, old = asdict(fresh.info), asdict(there.info)
     for key in ("model", "model_fingerprint", "model_type", "layers", "settings"):
         if new[key] != old[key]:

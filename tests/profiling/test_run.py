@@ -216,6 +216,13 @@ class TestMistakes:
         measure_profile(str(llama), [f"a={texts}"], output, again, overwrite=True)
         assert NeuronProfile.load(output).info.settings["top"] == 3
 
+    def test_a_profile_without_its_exemplars(self, llama, texts, tmp_path):
+        output = tmp_path / "p.safetensors"
+        measure_profile(str(llama), [f"a={texts}"], output, Settings(top=2))
+        exemplars_path(output).unlink()
+        data = [f"a={texts}", f"b={texts}"]
+        self.refused("the exemplars of p.safetensors belong there", str(llama), data, output, Settings(top=2))
+
     def test_nothing_is_written_if_a_later_source_is_bad(self, llama, texts, tmp_path):
         output = tmp_path / "p.safetensors"
         self.refused("no column 'none'", str(llama), [f"a={texts}", f"b={texts}:none"], output)

@@ -142,6 +142,16 @@ def test_bad_files(name, content, fields, message, tmp_path):
         read(f"a={path}{fields}")
 
 
+def test_a_data_set_of_the_hub_that_cannot_be_reached(monkeypatch):
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"data source 'a' \(nobody/nothing:train\): cannot open it: ConnectionError"):
+        read("a=nobody/nothing:train")
+
+
 def test_an_empty_folder(tmp_path):
     with pytest.raises(UserError, match="cannot open it"):
         read(f"a={tmp_path}")
