@@ -97,6 +97,8 @@ def _assignments(parameters: dict[str, list[Any]]) -> str:
 
 def _span(values: list[Any]) -> str:
     distinct = list(dict.fromkeys(values))
+    if distinct == [None]:
+        return ""  # not given: an inner method's own default holds
     if len(distinct) == 1:
         return f"{distinct[0]:g}" if isinstance(distinct[0], float) else str(distinct[0])
     if all(isinstance(v, (int, float)) for v in distinct):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,10 +64,10 @@ class PlannedUpdates:
         tensors: Mapping[ModelReference, Tensor] = _evaluate(task.gather_tensors)
         base = tensors[self.base].float()
         experts, weights = {}, {}
-        for model, tensor in tensors.items():
-            if model != self.base:
-                experts[_shown(model)] = fill_task_vector(torch.empty_like(base), tensor, base)
-                weights[_shown(model)] = float(dict(task.input_parameters[model].items()).get("weight", 1.0))
+        shown = _short_names(model for model in tensors if model != self.base)
+        for model, short in shown.items():
+            experts[short] = fill_task_vector(torch.empty_like(base), tensors[model], base)
+            weights[short] = float(dict(task.input_parameters[model].items()).get("weight", 1.0))
         return TensorUpdates(base, experts, weights, _evaluate(task).float() - base)
 
 
@@ -105,5 +105,15 @@ def _evaluate(task: Task) -> Any:
     return task.execute(**{name: _evaluate(needed) for name, needed in task.arguments().items()})
 
 
-def _shown(model: ModelReference) -> str:
-    return str(model).rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or str(model)
+def _short_names(models: Iterable[ModelReference]) -> dict[ModelReference, str]:
+    """Of each model as much of the end of its path as tells it from the others."""
+    parts = {model: str(model).replace("\\", "/").rstrip("/").split("/") for model in models}
+    names = {}
+    for model, path in parts.items():
+        length = 1
+        while length < len(path) and any(
+            other[-length:] == path[-length:] for key, other in parts.items() if key != model
+        ):
+            length += 1
+        names[model] = "/".join(path[-length:])
+    return names

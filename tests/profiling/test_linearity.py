@@ -99,6 +99,17 @@ def test_updates_are_those_of_the_merge(tmp_path: Path) -> None:
     assert torch.allclose(found.merged[2::3], 0.5 * found.experts["expert-b"][2::3], atol=1e-6)
 
 
+def test_experts_in_directories_of_one_name_stay_apart(tmp_path: Path) -> None:
+    source = configuration("llama-tied", tmp_path)
+    for expert in "ab":
+        (tmp_path / expert).mkdir()
+        (tmp_path / f"expert-{expert}").rename(tmp_path / expert / "full")
+        source = source.replace(f"expert-{expert}", f"{expert}/full")
+    found = plan_updates(source).of("model.layers.0.mlp.up_proj.weight")
+    assert set(found.experts) == {"a/full", "b/full"}
+    assert not torch.equal(found.experts["a/full"], found.experts["b/full"])
+
+
 def test_the_command_reads_data_and_writes_json(tmp_path: Path) -> None:
     config = tmp_path / "merge.yaml"
     config.write_text(configuration("llama-tied", tmp_path))
