@@ -77,7 +77,9 @@ class MeasureTask(Task[MergeContext], arbitrary_types_allowed=True):
         return True
 
 
-class PlannedMergeTask(ExecuteMergeMethodTask, arbitrary_types_allowed=True):
+# mergekit 0.1.5's in-memory planner wraps a task in one that demands a `Task[Tensor]`; its own is a
+# `Task[Optional[Tensor]]`, and planning in memory ends in a TypeError whatever the method.
+class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_allowed=True):
     """Merge one tensor within the context of the whole merge."""
 
     measure: MeasureTask | None = None
