@@ -149,6 +149,9 @@ class NeuronProfile:
         beside = path.with_name(path.name + ".writing")
         try:
             save_file(self.tensors, beside, metadata=metadata)
+            umask = os.umask(0)
+            os.umask(umask)
+            beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

@@ -85,7 +85,7 @@ def _in_context(exemplar: Exemplar) -> str:
     text = exemplar.text
     if "image" in text:
         return f"{text['image']}, patch {exemplar.position}"
-    token = text["token"].lstrip(" ")
+    token = text["token"].lstrip(" ") or text["token"]
     blank = " " * (len(text["token"]) - len(token))
     shown = f"{text['before']}{blank}»{token}«{text['after']}"
     return shown.replace("\n", "⏎").replace("\t", " ")

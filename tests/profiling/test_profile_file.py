@@ -52,6 +52,7 @@ def test_what_it_says(path, llama, tmp_path):
     top = profile.top_activations("a", "layers.0")
     assert top.shape == (24, 3)
     assert (top.abs().diff(dim=1) <= 0).all()
+    assert path.stat().st_mode == exemplars_path(path).stat().st_mode
     assert str(tmp_path) not in path.read_bytes().decode("latin-1")
     assert str(tmp_path) not in exemplars_path(path).read_text()
 
