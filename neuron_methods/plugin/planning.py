@@ -223,13 +223,15 @@ def attach(
     if not quiet:
         context.progress = _progress
     plan = MethodPlan(method, [], context, device)
-    counted: set[str] = set()
-    for weight, task in tasks:
-        repeats = repeats_tied(weight, task, counted)
-        plan.tensors.append(replace(_planned_tensor(plan, weight, task, repeats), model=model))
-        if not repeats:
-            counted.add(weight.name)
+    plan.tensors = [replace(_planned_tensor(plan, weight, task), model=model) for weight, task in tasks]
     method.check(plan.tensors)
+    # Only now: whether stored weights repeat others can be told by reading them.
+    counted: set[str] = set()
+    for index, (weight, task) in enumerate(tasks):
+        if repeats_tied(weight, task, counted):
+            plan.tensors[index] = replace(plan.tensors[index], repeats=True)
+        else:
+            counted.add(weight.name)
     measure = MeasureTask(plan=plan, tokenizer_task=tokenizer_task)
     return [
         (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype or task.out_dtype}))
@@ -253,7 +255,7 @@ def _with_adapters(
     return PlannedMergeTask(**{**dict(prepared), "copy_of": copy_of, "entries": entries})
 
 
-def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask, repeats: bool) -> PlannedTensor:
+def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask) -> PlannedTensor:
     expert_parameters: dict[str, dict[Hashable, Any]] = {}
     for model in task.model_order:
         for name, value in task.input_parameters[model].items():
@@ -272,7 +274,6 @@ def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMeth
         load=load,
         parameters=dict(task.parameters.items()),
         expert_parameters=expert_parameters,
-        repeats=repeats,
         entries=getattr(task, "entries", None),
         untouched=getattr(task, "copy_of", None) is not None,
     )
