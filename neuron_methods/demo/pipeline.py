@@ -63,6 +63,10 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
     tasks = build_tasks(settings.examples, settings.seed)
     gguf = find_gguf()
     out = _prepare_directory(settings)
+    for task in tasks:
+        for part, items in (("train", task.train), ("held_out", task.held_out)):
+            lines = [json.dumps(asdict(example), ensure_ascii=False) for example in items]
+            write_text(out / "data" / f"{task.name}.{part}.jsonl", "\n".join(lines) + "\n")
     demo = _Demo(settings, out, tasks, say)
     base_key = demo.save_base(gguf)
     expert_keys = {task.name: demo.train(task, base_key) for task in tasks}

@@ -105,6 +105,7 @@ The merge ({out / "merge.yaml"}):
 
 Written to {out}:
   base                      the base model, bf16 safetensors
+  data                      the tasks' training and held-out examples
   experts/TASK/adapter      each expert as a LoRA adapter (peft)
   experts/TASK/full         each expert as a full model
   merged                    the merged model

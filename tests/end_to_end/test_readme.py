@@ -15,6 +15,8 @@ import yaml
 from mergekit.merge_methods import registry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import neuron_methods
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,6 +26,7 @@ def blocks(language):
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+OURS = ("neuro_merging", "min_merging", "neuron_merge")
 DEMO, TESTS = (next(c for c in COMMANDS if c.endswith(end)) for end in ("mergekit-neuron demo", "-m pytest"))
 
 
@@ -94,20 +97,20 @@ def test_python_examples_run(demo):
         subprocess.run([sys.executable, "-c", block], cwd=demo[0], check=True)
 
 
-def test_table_lists_the_parameters_with_their_defaults():
-    from neuron_methods.methods.neuro_merging import PARAMETERS
-
-    rows = re.findall(r"^\| `(\w+)` \| (expert|shared) \| `?([^|`]*?)`? \|", README, re.M)
-    documented = {name: (scope, default.strip()) for name, scope, default in rows}
-    for parameter in PARAMETERS:
-        scope, default = documented[parameter.name]
-        assert scope == ("shared" if parameter.scope.value == "shared" else "expert")
-        assert default == (str(parameter.default) or "–")
+def test_tables_list_the_parameters_with_their_defaults():
+    neuron_methods.register()
+    for name in OURS:
+        section = README.split(f"### `{name}`\n")[1].split("\n## ")[0].split("\n### ")[0]
+        rows = re.findall(r"^\| `(\w+)` \| (expert|shared) \| `?([^|`]*?)`? \|", section, re.M)
+        documented = {parameter: (scope, default.strip()) for parameter, scope, default in rows}
+        parameters = registry.get(name).spec.parameters
+        assert set(documented) == {parameter.name for parameter in parameters}
+        for parameter in parameters:
+            scope = "shared" if parameter.scope.value == "shared" else "expert"
+            assert documented[parameter.name] == (scope, str(parameter.default) or "–"), parameter.name
 
 
 def test_every_method_of_ours_has_a_yaml_example():
-    import neuron_methods
-
     neuron_methods.register()
     ours = {m.spec.name for m in registry.registered_methods() if type(m).__module__.startswith("neuron_methods")}
-    assert ours == {yaml.safe_load(text)["merge_method"] for text in blocks("yaml")}
+    assert ours == set(OURS) == {yaml.safe_load(text)["merge_method"] for text in blocks("yaml")}
