@@ -42,6 +42,7 @@ from neuron_methods.plugin.preflight import HeaderCache, MergePlan, check_space,
 from neuron_methods.plugin.registration import models_in_order, patch_planner, register
 from neuron_methods.plugin.session import MergeSession, merge_session
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
+from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
 
 # Files beside the weights that a model may need, which mergekit leaves behind.
 _COMPANIONS = (
@@ -284,6 +285,8 @@ class MergeRun:
         if not has_tokenizer and (self.builds_tokenizer or self.configuration.chat_template):
             key = "tokenizer" if self.builds_tokenizer else "chat_template"
             raise UserError(f"{self.name}: {key}: {donor} has no tokenizer; put its files (tokenizer.json) there")
+        if self.builds_tokenizer:
+            check_tokenizer_sources(self.configuration, self.options, self.name)
         try:
             with quiet_mergekit():
                 if self.builds_tokenizer:  # mergekit will; here it only has to be there

@@ -555,6 +555,41 @@ def test_a_tokenizer_is_asked_for_and_there_is_none(workspace):
         merge_to_directory(configuration(tokenizer={"source": "base"}), "out", progress=False, config_name="merge.yaml")
 
 
+def token(source):
+    return {"source": "base", "tokens": {"w3": {"source": source, "force": True}}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ({"source": "none"}, "tokenizer: source: none is no model of this merge"),
+        (token("none"), "tokenizer: token 'w3': none is no model of this merge"),
+        (
+            token({"kind": "model_token", "model": "expert-a", "token": "zzz"}),
+            "token 'w3': the tokenizer of expert-a does not know 'zzz'",
+        ),
+        (
+            {"source": "union", "tokens": {"new": {"source": "base"}}},
+            "token 'new': the tokenizer of base does not know it",
+        ),
+    ],
+)
+def test_a_source_of_tokens_that_is_none(workspace, tokenizer, message):
+    widened(workspace)
+    with pytest.raises(UserError, match=message):
+        merge(configuration(tokenizer=tokenizer))
+    assert not os.path.exists("out")
+
+
+def test_a_token_may_start_from_another(workspace):
+    folder = widened(workspace)
+    source = {"kind": "model_token", "model": "expert-a", "token": "new0"}
+    rows = read(folder / "expert-a")[EMBEDDING]
+    # Both experts and the base take the row, so that there is nothing to merge.
+    tensors = merged(configuration(tokenizer=token(source)))
+    torch.testing.assert_close(tensors[EMBEDDING][WORDS.index("w3")], rows[40])
+
+
 def test_vocabularies_cut_to_the_smallest_on_request(workspace):
     folder = workspace("llama-tied")
     save(fine_tune(build("llama-tied", vocab_size=42), 0), folder / "expert-a")
