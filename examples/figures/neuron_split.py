@@ -14,7 +14,7 @@ import torch
 
 from neuron_methods.kernels.subspace import gram_matrices, split_gram
 
-WIDTH, HEIGHT, SCALE = 760, 330, 58
+WIDTH, HEIGHT, SCALE = 900, 300, 58
 BASE, FIRST, SECOND, MUTED = "#8c8c8c", "#0f83c4", "#d9730d", "#9a9a9a"
 
 
@@ -41,7 +41,6 @@ def main() -> None:
     rows = torch.cat([task_vectors, w.unsqueeze(0)]).unsqueeze(0)
     coefficients, _ = split_gram(gram_matrices(rows))
     parallel = coefficients[0].float().unsqueeze(1) * w
-    orthogonal = task_vectors - parallel
 
     origin = torch.tensor([80.0, 220.0])
 
@@ -58,7 +57,7 @@ def main() -> None:
             arrow(tip, end, colour),
             arrow(tip, corner, colour, dashed=True, width=1.8),
             arrow(corner, end, colour, dashed=True, width=1.8),
-            label(end + torch.tensor([8.0, -2.0 if index == 0 else 16.0]), f"τ{'₁₂'[index]} (expert {index + 1})", colour),
+            label(end + torch.tensor([8.0, -2.0 + 18.0 * index]), f"τ{'₁₂'[index]} (expert {index + 1})", colour),
         ]
     lines = [
         ("parallel to w (dashed, along w):", "how strongly the neuron answers to what it reads already", MUTED),
@@ -69,16 +68,16 @@ def main() -> None:
     y = 92.0
     for head, tail, colour in lines:
         weight = f'<tspan font-weight="600">{head}</tspan> ' if head else ""
-        parts.append(f'<text x="405" y="{y:.0f}" fill="{colour}">{weight}</text>')
+        parts.append(f'<text x="480" y="{y:.0f}" fill="{colour}">{weight}</text>')
         y += 20 if head else 0
-        parts.append(f'<text x="405" y="{y:.0f}" fill="{colour}">{tail}</text>')
+        parts.append(f'<text x="480" y="{y:.0f}" fill="{colour}">{tail}</text>')
         y += 34 if head != "NeuroMerging" else 20
     heads = "".join(
         f'<marker id="head-{c[1:]}" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="6" markerHeight="6" '
         f'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" fill="{c}"/></marker>'
         for c in (BASE, FIRST, SECOND)
     )
-    first, second = (100 * float(part.square().sum() / tau.square().sum()) for part, tau in zip(parallel, task_vectors))
+    first, second = (100 * parallel.square().sum(dim=1) / task_vectors.square().sum(dim=1)).tolist()
     title = (
         "One neuron's base weights and the updates of two experts, each split into a part parallel and a part "
         f"orthogonal to the base weights; {first:.0f} % and {second:.0f} % of the energy is parallel"
