@@ -271,6 +271,17 @@ def test_singular_vectors_come_strongest_first_and_orthonormal() -> None:
     assert torch.allclose(squares, expected, rtol=1e-10)
 
 
+def test_scores_that_are_rounding_are_zero() -> None:
+    """Left in, they would be counted in the average of whoever does score on the direction."""
+    gram = torch.diag(torch.tensor([9.0, 4.0, 1.0], dtype=torch.float64)).unsqueeze(0)
+    gram[0, 0, 1] = gram[0, 1, 0] = 1e-13
+    left = singular_vectors(gram, torch.tensor([[9.0, 4.0, 1.0]], dtype=torch.float64))
+    assert left[0].abs().tolist() == torch.eye(3).tolist()
+    gram[0, 0, 1] = gram[0, 1, 0] = 1e-9
+    left = singular_vectors(gram, torch.tensor([[9.0, 4.0, 1.0]], dtype=torch.float64))
+    assert left[0, 1, 0].abs().item() == pytest.approx(1e-9 / 5, rel=1e-3)
+
+
 # Against the oracle
 
 

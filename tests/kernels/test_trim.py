@@ -145,11 +145,13 @@ def test_few_significant_bits_take_one_pass_however_wide_the_bracket() -> None:
 
 def test_a_wide_bin_of_one_pattern_is_exact_beside_bins_of_many() -> None:
     # 4000 entries of 2⁻⁷ at the threshold; whatever lies below and above has all the bits of float32.
-    below, above = normal(1, 8000).abs() * 1e-3, 1.0 + normal(2, 1000).abs()
+    uniform = torch.rand(9000, generator=torch.Generator().manual_seed(1))
+    below, above = 2.0**-8 * (1 + 0.9 * uniform[:8000]), 2.0**-6 * (1 + uniform[8000:])
     stream = torch.cat([below, torch.full((4000,), 2.0**-7), above])
     found = search(stream, 0.2, sample=[])
     check(stream, 0.2, found)
     assert found.threshold == 2.0**-7
+    assert found.sigma > 0.4
     assert found.passes == 1
 
 
