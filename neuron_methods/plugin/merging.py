@@ -42,7 +42,7 @@ from neuron_methods.plugin.preflight import HeaderCache, MergePlan, check_space,
 from neuron_methods.plugin.registration import models_in_order, patch_planner, register
 from neuron_methods.plugin.session import MergeSession, merge_session
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
-from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
+from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models, check_tokenizer_sources
 
 # Files beside the weights that a model may need, which mergekit leaves behind.
 _COMPANIONS = (
@@ -151,7 +151,7 @@ def merge_to_directory(
         run.inspect(planner)
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.context)
-        check_space(run.plan, str(staging))
+        check_space(run.plan, str(target.parent))
 
     session = MergeSession(on_plan=look, allow_nonfinite=allow_nonfinite, quiet=not progress)
     with run.opened(), staging_directory(target) as staging:
@@ -221,6 +221,7 @@ class MergeRun:
         patch_planner()
         self.source, self.name = source, name
         self.configuration = read_configuration(source, name)
+        check_tokenizer_models(self.configuration, name)
         self.options = options or MergeOptions()
         self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
         self.plan = MergePlan(self.configuration.merge_method, None, self.options.out_shard_size)

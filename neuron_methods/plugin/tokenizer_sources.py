@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -9,10 +11,40 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neuron_methods.errors import UserError
+from neuron_methods.plugin.registration import models_in_order
+
+
+def check_tokenizer_models(configuration: MergeConfiguration, name: str) -> None:
+    """Make sure that `tokenizer` names models of the merge; asks nobody about one that there is not.
+
+    Args:
+        configuration: as read.
+        name: of the YAML, for messages.
+
+    Raises:
+        UserError: naming the model.
+    """
+    models = list(models_in_order(configuration))
+    for place, model in _sources(configuration):
+        if model not in models:
+            known = ", ".join(dict.fromkeys(map(str, models)))
+            raise UserError(f"{name}: {place}: {model} is no model of this merge (there are: {known})")
+
+
+def _sources(configuration: MergeConfiguration) -> Iterator[tuple[str, ModelReference]]:
+    source = configuration.tokenizer_source or (configuration.tokenizer and configuration.tokenizer.source)
+    if isinstance(source, ModelReference):
+        yield "tokenizer: source", source
+    tokens = (configuration.tokenizer.tokens if configuration.tokenizer else None) or {}
+    for token, entry in tokens.items():
+        if isinstance(entry.source, ModelReference):
+            yield f"tokenizer: token {token!r}", entry.source
+        elif isinstance(entry.source, ModelTokenEmbedding):
+            yield f"tokenizer: token {token!r}", entry.source.model
 
 
 def check_tokenizer_sources(configuration: MergeConfiguration, options: MergeOptions, name: str) -> None:
-    """Make sure that `tokenizer` names models of the merge, whose tokenizers know the tokens asked of them.
+    """Make sure that the models `tokenizer` names have tokenizers, which know the tokens asked of them.
 
     mergekit 0.1.5 finds out while it merges, and passes over a source that it happens not to need.
 
@@ -24,29 +56,18 @@ def check_tokenizer_sources(configuration: MergeConfiguration, options: MergeOpt
     Raises:
         UserError: naming the token and the model.
     """
-    models = configuration.referenced_models()
-    source = configuration.tokenizer_source or (configuration.tokenizer and configuration.tokenizer.source)
-    if isinstance(source, ModelReference):
-        _tokenizer(source, models, options, f"{name}: tokenizer: source")
+    vocabularies = {m: _tokenizer(m, options, f"{name}: {place}").get_vocab() for place, m in _sources(configuration)}
     tokens = (configuration.tokenizer.tokens if configuration.tokenizer else None) or {}
     for token, entry in tokens.items():
-        place = f"{name}: tokenizer: token {token!r}"
-        if isinstance(entry.source, ModelReference):
-            known = _tokenizer(entry.source, models, options, place).get_vocab()
-            if token not in known:
-                raise UserError(f"{place}: the tokenizer of {entry.source} does not know it")
-        elif isinstance(entry.source, ModelTokenEmbedding):
-            known = _tokenizer(entry.source.model, models, options, place).get_vocab()
-            wanted = entry.source.token
-            if wanted is not None and wanted not in known:
-                raise UserError(f"{place}: the tokenizer of {entry.source.model} does not know {wanted!r}")
+        if isinstance(entry.source, ModelTokenEmbedding):
+            model, wanted = entry.source.model, entry.source.token
+        else:
+            model, wanted = entry.source, token
+        if isinstance(model, ModelReference) and wanted is not None and wanted not in vocabularies[model]:
+            raise UserError(f"{name}: tokenizer: token {token!r}: the tokenizer of {model} does not know {wanted!r}")
 
 
-def _tokenizer(
-    model: ModelReference, models: list[ModelReference], options: MergeOptions, place: str
-) -> PreTrainedTokenizerBase:
-    if model not in models:
-        raise UserError(f"{place}: {model} is no model of this merge (there are: {', '.join(map(str, models))})")
+def _tokenizer(model: ModelReference, options: MergeOptions, place: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(
             model.model.path, revision=model.model.revision, trust_remote_code=options.trust_remote_code

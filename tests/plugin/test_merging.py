@@ -570,7 +570,7 @@ def token(source):
         ),
         (
             {"source": "union", "tokens": {"new": {"source": "base"}}},
-            "token 'new': the tokenizer of base does not know it",
+            "token 'new': the tokenizer of base does not know 'new'",
         ),
     ],
 )

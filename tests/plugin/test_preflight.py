@@ -108,7 +108,7 @@ def test_a_full_disk_is_seen_before_the_merge(workspace, monkeypatch):
     folder = workspace("llama-tied")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match=r"18.2 kB to write, 1.0 kB free"):
+    with pytest.raises(UserError, match=rf"^{folder}: 18.2 kB to write, 1.0 kB free"):
         merge_to_directory(configuration(), "out", progress=False)
     assert sorted(p.name for p in folder.iterdir()) == ["base", "expert-a", "expert-b"]
 
