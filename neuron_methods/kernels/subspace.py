@@ -40,6 +40,8 @@ ROUNDING = 1e-12
 SMALLEST_NORM = 1e-30
 # float64 copies are made of this many bytes at a time, which stay in cache. Measured on 4096 × 4096.
 WIDE_BYTES = 2 * 1024 * 1024
+# Number of rows from which on the symmetry of their inner products is made use of. Measured likewise.
+HALVED = 8
 
 
 class MergeCoefficients(NamedTuple):
@@ -98,9 +100,15 @@ def gram_matrices(rows: Tensor) -> Tensor:
     if not blocks:
         return gram
     wide = torch.empty(blocks[0].stop, stacked, width, dtype=torch.float64, device=device)
+    # Half of a large matrix is the mirror image of the other. For a small one, more products cost more than they save.
+    first, second = slice(0, stacked // 2), slice(stacked // 2, stacked)
+    halves = [(first, first), (second, second), (first, second)] if stacked >= HALVED else [(slice(None), slice(None))]
     for block in blocks:
         part = wide[: block.stop - block.start].copy_(rows[block])
-        torch.bmm(part, part.transpose(1, 2), out=gram[block])
+        for i, j in halves:
+            gram[block, i, j] = torch.bmm(part[:, i], part[:, j].transpose(1, 2))
+    if stacked >= HALVED:
+        gram[:, second, first] = gram[:, first, second].transpose(1, 2)
     return gram
 
 
