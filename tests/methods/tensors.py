@@ -1,0 +1,72 @@
+"""Small models in memory, and how the tests merge them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from torch import Tensor
+
+import neuron_methods
+
+neuron_methods.register()
+
+StateDict = dict[str, Tensor]
+# What leaves the update as it is, so that one step at a time can be looked at.
+PLAIN = {"density": 1.0, "lambda_orthogonal": 1.0}
+
+
+def rows(*values: list[float]) -> Tensor:
+    return torch.tensor(values)
+
+
+def merge(base: Tensor, *experts: Tensor, name: str = "weight", **parameters: object) -> Tensor:
+    """One tensor merged by mergekit's in-memory API."""
+    return merge_tensors([base, *experts], "neuro_merging", base_index=0, name=name, parameters=parameters)
+
+
+def merge_models(base: StateDict, experts: Sequence[StateDict], **parameters: object) -> StateDict:
+    models = {"base": base, **{f"expert-{index}": expert for index, expert in enumerate(experts)}}
+    return merge_state_dicts(models, "neuro_merging", base="base", parameters=parameters)
+
+
+def with_updates(base: Tensor, *updates: Tensor, **parameters: object) -> Tensor:
+    """What the merge adds to a zero base: every update is orthogonal there."""
+    return merge(base, *(base + update for update in updates), **{**PLAIN, **parameters}) - base
+
+
+def randoms(shape: tuple[int, ...], count: int, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) * scale for _ in range(count)]
+
+
+def make_model(seed: int, dtype: torch.dtype = torch.float32) -> StateDict:
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (30, 12),
+        "proj": (16, 12),
+        "norm": (12,),
+        "bias": (16,),
+        "scale": (),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def make_experts(base: StateDict, count: int, seed: int = 100) -> list[StateDict]:
+    """Updates of many sizes, a few of them large, as fine-tuning leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            name: (weights.float() + 0.01 * torch.randn(weights.shape, generator=generator).pow(3)).to(weights.dtype)
+            for name, weights in base.items()
+        }
+        for _ in range(count)
+    ]
+
+
+def assert_agree(found: StateDict, expected: StateDict, tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        difference = (found[name].double() - expected[name].double()).abs()
+        assert difference.numel() == 0 or difference.max() < tolerance, name
