@@ -16,8 +16,8 @@ from neuron_methods.errors import UserError
 #: Parts of the library that are tests, applications or not plain Python modules.
 _SKIPPED = {"test", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "encodings", "distutils"}
 
-#: Longest signature taken, in characters: about 20 tokens.
-MAX_SIGNATURE = 52
+#: Longest signature taken, in characters: about 25 tokens.
+MAX_SIGNATURE = 64
 
 
 def library_files(root: Path) -> list[Path]:

@@ -84,11 +84,11 @@ def german_examples() -> list[tuple[Hashable, Example]]:
 
 
 def python_examples() -> list[tuple[Hashable, Example]]:
-    """``def urljoin(base, url, allow_fragments=True):`` → ``urljoin(base, url)``, as a prompt of Python and its answer.
+    """``def urljoin(base, url, allow_fragments=True):`` → ``urljoin(base, url)``.
 
     The key is the function's name.
     """
-    return [(name, Example(f"{signature}\n>>>", call)) for name, signature, call in library_signatures()]
+    return [(name, Example(f"{signature}\nShortest call:", call)) for name, signature, call in library_signatures()]
 
 
 def split(
