@@ -69,9 +69,15 @@ def test_the_seed_decides(tasks) -> None:
         assert other[name].held_out_fingerprint() != task.held_out_fingerprint()
 
 
+def test_training_does_not_depend_on_how_many_examples_are_scored(tasks) -> None:
+    for few in build_tasks(7, seed=0):
+        assert few.train == tasks[few.name].train
+        assert few.held_out == tasks[few.name].held_out[:7]
+
+
 @pytest.mark.parametrize("examples", [0, -3, 100_000])
 def test_an_impossible_number_of_examples_is_refused(examples) -> None:
-    with pytest.raises(UserError, match=f"--examples {examples}: task arithmetic can hold out 1 to"):
+    with pytest.raises(UserError, match=f"--examples {examples}: each task holds out 1 to"):
         build_tasks(examples, seed=0)
 
 
