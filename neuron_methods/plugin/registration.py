@@ -3,7 +3,8 @@
 mergekit 0.1.5 has no plug-in discovery, and hands a method one tensor at a time without ever showing it the plan. What
 has to be put into mergekit for that is put there here and nowhere else:
 
-- names into the registry of methods, definitions into the table of architectures (`register`);
+- names into the registry of methods (`register`), definitions into the table of architectures
+  (`architectures.register_architectures`);
 - `MergePlanner._plan` is preceded by `planning.configure_planner` and followed by `planning.attach_to_planner`
   (`patch_planner`): mergekit-yaml, mergekit-multi, mergekit-evolve and the in-memory planner all pass there;
 - `plan_flat_merge` of mergekit-pytorch is followed by `planning.attach_to_flat_merge` (`patch_raw_merge`);
@@ -36,13 +37,12 @@ def register() -> None:
     from neuron_methods.methods.min_merging import MinMerging
     from neuron_methods.methods.neuro_merging import NeuroMerging
     from neuron_methods.methods.neuron_merge import NeuronMerge
-    from neuron_methods.plugin.architectures import register_architectures
 
     known = {method.spec.name for method in registry.registered_methods()}
     for method_class in (NeuroMerging, MinMerging, NeuronMerge):
         if method_class.spec.name not in known:
             registry.register(method_class())
-    register_architectures()
+    # Definitions and patches follow as the modules they concern are imported; those that are get them here.
     _autoload.arm()
 
 
