@@ -10,7 +10,8 @@ mergekit has no plug-in discovery, so it takes two steps, each as small as can b
    its registry of merge methods first among them, has been executed, it calls the function named there.
 
 As this happens in other people's processes, nothing here ever raises or prints: mergekit goes on as if we
-were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr.
+were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr, and `failures` keeps
+them for whoever asks for our methods by `neuron_methods.register()` or our own command.
 """
 
 import sys
@@ -47,6 +48,10 @@ class MergekitNeuronAutoload:
 if os.environ.get('MERGEKIT_NEURON_AUTOLOAD') != '0':
     sys.meta_path.insert(0, MergekitNeuronAutoload())
 """
+
+
+# The exceptions of callbacks so far, with the function that raised each.
+failures: "list[tuple[str, Exception]]" = []
 
 
 class _Thread(_local):
@@ -183,7 +188,8 @@ def _call(target: str) -> None:
         function = getattr(import_module(module_name), function_name, None)
         if function is not None:
             function()
-    except Exception:
+    except Exception as error:
+        failures.append((target, error))
         import os
 
         if os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0"):

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from neuron_methods.errors import UserError
 from neuron_methods.neurons.families import FAMILIES, Family, Mlp, Stack
+
+if TYPE_CHECKING:  # the start-up hook imports this room along with mergekit: transformers would triple what that takes
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Role = Literal["gate", "up", "bias", "down"]
 

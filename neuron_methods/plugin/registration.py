@@ -30,7 +30,11 @@ _MARK = "_neuron_methods_patched"
 
 
 def register() -> None:
-    """Make the method names of this package known to mergekit in this process. Idempotent."""
+    """Make the method names of this package known to mergekit in this process. Idempotent.
+
+    Raises:
+        RuntimeError: if some part of mergekit could not be extended; the start-up hook alone would stay silent.
+    """
     from mergekit.merge_methods import registry
 
     from neuron_methods import _autoload
@@ -44,6 +48,9 @@ def register() -> None:
             registry.register(method_class())
     # Definitions and patches follow as the modules they concern are imported; those that are get them here.
     _autoload.arm()
+    if _autoload.failures:
+        target, error = _autoload.failures[0]
+        raise RuntimeError(f"mergekit could not be extended: {target} failed with {error!r}") from error
 
 
 def patch_planner() -> None:

@@ -1,6 +1,9 @@
 """What is put into mergekit, seen from mergekit's side."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import huggingface_hub
 import mergekit.card
@@ -45,6 +48,31 @@ def test_our_methods_are_there_once():
     names = [method.spec.name for method in registry.registered_methods()]
     assert names.count("neuro_merging") == 1
     assert registry.get("neuro_merging").spec.reference_url == "https://arxiv.org/abs/2503.05320"
+
+
+def test_registering_says_what_of_mergekit_could_not_be_extended():
+    code = """
+import mergekit.plan
+del mergekit.plan.MergePlanner._plan
+import neuron_methods
+try:
+    neuron_methods.register()
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "MERGEKIT_NEURON_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "mergekit could not be extended: neuron_methods.plugin.registration:patch_planner" in done.stdout
+
+
+def test_names_cost_mergekit_no_import_of_transformers():
+    code = """
+import sys
+from mergekit.merge_methods import registry
+print(registry.get("neuron_merge").spec.name, "transformers" in sys.modules, "datasets" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["neuron_merge", "False", "False"]
 
 
 @pytest.fixture
