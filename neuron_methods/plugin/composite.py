@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from pydantic import BaseModel
 
 from neuron_methods.methods.inner import CompositeMethod, configured_values
 
 
-def configured(method: MergeMethod, configuration: MergeConfiguration) -> MergeMethod:
+def configured(method: MergeMethod, configuration: BaseModel) -> MergeMethod:
     """The method as a configuration uses it: one that has inner methods also declares their parameters.
 
     Args:
         method: any registered method.
-        configuration: of a merge by it.
+        configuration: of a merge by it, mergekit's `MergeConfiguration` or `RawPyTorchMergeConfig`.
 
     Returns:
         `method` itself, or a copy whose spec is wider.

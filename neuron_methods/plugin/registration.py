@@ -7,7 +7,8 @@ has to be put into mergekit for that is put there here and nowhere else:
   (`architectures.register_architectures`);
 - `MergePlanner._plan` is preceded by `planning.configure_planner` and followed by `planning.attach_to_planner`
   (`patch_planner`): mergekit-yaml, mergekit-multi, mergekit-evolve and the in-memory planner all pass there;
-- `plan_flat_merge` of mergekit-pytorch is followed by `planning.attach_to_flat_merge` (`patch_raw_merge`);
+- `plan_flat_merge` of mergekit-pytorch is followed by `planning.attach_to_flat_merge`, and resolves the parameters of
+  inner methods too (`patch_raw_merge`);
 - adapters are read lazily, where mergekit would merge each into a cache directory first: `LoaderCache.get` and
   `ModelReference.lazy_loader` open an `AdapterLoader` for references with an adapter (`patch_loaders`),
   `MergeConfiguration.referenced_models`, which every command calls before anything else, writes adapters that stand by
@@ -73,7 +74,8 @@ def patch_planner() -> None:
 
 
 def patch_raw_merge() -> None:
-    """Let our methods see the plans of `mergekit-pytorch`."""
+    """Let our methods see the plans of `mergekit-pytorch`, and its parameters include those of inner methods."""
+    from neuron_methods.plugin.composite import configured
     from neuron_methods.plugin.planning import attach_to_flat_merge
 
     module = sys.modules["mergekit.scripts.merge_raw_pytorch"]
@@ -87,8 +89,15 @@ def patch_raw_merge() -> None:
         tasks = original(config, *args, **kwargs)
         return attach_to_flat_merge(config, tasks, device=options.device or "cpu", quiet=options.quiet)
 
+    resolve = module.construct_param_dicts
+
+    @functools.wraps(resolve)
+    def construct_param_dicts(config: Any, merge_method: Any, tensor_name: str) -> Any:
+        return resolve(config, configured(merge_method, config), tensor_name)
+
     setattr(plan_flat_merge, _MARK, True)
     module.plan_flat_merge = plan_flat_merge
+    module.construct_param_dicts = construct_param_dicts
 
 
 def patch_loaders() -> None:

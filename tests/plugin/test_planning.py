@@ -162,6 +162,17 @@ def test_mergekit_pytorch_gives_the_same_tensors(workspace, variant):
         torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=2**-7 if variant == "dtype" else 0, msg=name)
 
 
+def test_mergekit_pytorch_takes_the_parameters_of_inner_methods(workspace):
+    workspace("llama-tied")
+    keys = {"merge_method": "min_merging", "parameters": {"rest": "ties", "rest_density": 0.3, "normalize": False}}
+    whole = ours(configuration(**keys))
+    flat_tensors = flat(**keys)
+    assert same(flat_tensors, whole)
+    SimpleLoaderCache().loaders.clear()
+    keys["parameters"]["rest_density"] = 0.9
+    assert not same(flat("denser", **keys), flat_tensors)
+
+
 def test_mergekit_pytorch_in_another_order_of_names_gives_the_same_bytes(workspace, monkeypatch):
     workspace("llama-tied")
     first = flat("first")
