@@ -39,7 +39,7 @@ class ImageFeeder(Feeder):
         order, row = orders_and_rows(samples)
         names = torch.tensor([_encode_name(image_name(sample)) for sample in samples], dtype=torch.int32)
         labelled = self.has_loss and len(self.reader.columns) == 2
-        targets = torch.tensor([self._class(sample) for sample in samples]) if labelled else None
+        targets = torch.tensor([self.class_of(sample) for sample in samples]) if labelled else None
         return Batch({"pixel_values": self.pixels(samples)}, {"": TokenBatch(order, row, names[:, None])}, targets)
 
     def pixels(self, samples: list[Sample]) -> Tensor:
@@ -74,7 +74,7 @@ class ImageFeeder(Feeder):
             ) from error
         return image
 
-    def _class(self, sample: Sample) -> int:
+    def class_of(self, sample: Sample) -> int:
         """The model's index of a label: by the label's name if both know names, else as it stands."""
         label, names = sample.values[1], self.reader.labels
         known = self.config.label2id or {}

@@ -100,7 +100,8 @@ class Feeder(ABC):
         value = sample.values[column]
         return UserError(
             f"{self.reader.label}: column {self.reader.columns[column]!r} of row {sample.row} holds "
-            f"{type(value).__name__}, needed is {needed}; which columns to read is said in --data"
+            f"{type(value).__name__}, needed is {needed}; which columns to read is said in "
+            f"{self.reader.source.told_by}"
         )
 
 

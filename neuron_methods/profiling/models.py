@@ -1,4 +1,4 @@
-"""Loading the model to profile, placing it, and finding the feeder for its kind."""
+"""Loading the model to profile or to evaluate, placing it, and finding the feeder for its kind."""
 
 from __future__ import annotations
 
@@ -78,12 +78,26 @@ class LoadedModel:
 
 def read_neurons(name: ModelName) -> NeuronMap:
     """The neurons of a model, from its config alone; errors as in `load_model`."""
-    config = _config(name)
-    return neuron_map(config, _architecture(name, config))
+    config = read_config(name)
+    return neuron_map(config, read_architecture(name, config))
 
 
 @contextlib.contextmanager
 def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None) -> Iterator[LoadedModel]:
+    """Load a model whose neurons are known, as `load_checkpoint` does.
+
+    Raises:
+        UserError: as there, or the model's family is unknown.
+    """
+    neurons = read_neurons(name)
+    with load_checkpoint(name, dtype, max_memory) as (model, device):
+        yield LoadedModel(model, neurons, device)
+
+
+@contextlib.contextmanager
+def load_checkpoint(
+    name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None
+) -> Iterator[tuple[PreTrainedModel, torch.device]]:
     """Load a model and let accelerate place it, for as long as the block lasts.
 
     A process on its own spreads the model over what there is, and offloads to the CPU and to disk (into a directory
@@ -94,12 +108,15 @@ def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | N
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         max_memory: accelerate's bounds per device, by default what is free.
 
+    Yields:
+        The model as transformers makes it, all weights frozen, and the device where its inputs go.
+
     Raises:
-        UserError: there is no such model, its family or architecture is unknown, its weights are not safetensors.
+        UserError: there is no such model, its architecture is unknown, its weights are not safetensors, or some of
+            them are missing or of another shape than its config says.
     """
-    config = _config(name)
-    architecture = _architecture(name, config)
-    neurons = neuron_map(config, architecture)
+    config = read_config(name)
+    architecture = read_architecture(name, config)
     state = process_state()
     alone = state.num_processes == 1
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-offload-") as offload:
@@ -108,15 +125,26 @@ def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | N
             placement = {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory}
         with quiet_transformers():
             try:
-                model = getattr(transformers, architecture).from_pretrained(
-                    name.base, config=config, dtype=dtype, use_safetensors=True, **placement
+                model, found = getattr(transformers, architecture).from_pretrained(
+                    name.base,
+                    config=config,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **placement,
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"model {name.shown}: cannot load it: {error}") from error
+        if found["missing_keys"]:  # transformers would go on with random numbers in their place
+            missing = sorted(found["missing_keys"])
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"model {name.shown}: its files lack weights of {architecture}, which its config names: "
+                f"{', '.join(missing[:3])}{more}"
+            )
         if name.adapter is not None:
             _inject_adapter(model, name)
-        model.eval().requires_grad_(False)
-        yield LoadedModel(model, neurons, state.device)
+        yield model.eval().requires_grad_(False), state.device
 
 
 def make_feeder(
@@ -130,10 +158,10 @@ def make_feeder(
     architecture = type(model).__name__
 
     def tokenizer() -> Any:
-        return _saved(AutoTokenizer, name, "tokenizer")
+        return load_processor(AutoTokenizer, name, "tokenizer")
 
     def images(has_loss: bool) -> ImageFeeder:
-        return ImageFeeder(_saved(AutoImageProcessor, name, "image processor"), model.config, has_loss)
+        return ImageFeeder(load_processor(AutoImageProcessor, name, "image processor"), model.config, has_loss)
 
     if architecture == "CLIPModel":
         limit = min(max_length, model.config.text_config.max_position_embeddings)
@@ -149,15 +177,16 @@ def make_feeder(
     return TextFeeder(tokenizer(), min(max_length, limit or max_length), context, causal, separator)
 
 
-def _config(name: ModelName) -> PretrainedConfig:
+def read_config(name: ModelName) -> PretrainedConfig:
+    """The config of a model; raises UserError if there is none to read."""
     try:
         return AutoConfig.from_pretrained(name.base)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model {name.shown}: cannot read its config: {error}") from error
 
 
-def _architecture(name: ModelName, config: PretrainedConfig) -> str:
-    """The class that the config names."""
+def read_architecture(name: ModelName, config: PretrainedConfig) -> str:
+    """The class that the config names; raises UserError if transformers has no such class."""
     architecture = (config.architectures or [""])[0]
     if not hasattr(transformers, architecture or "-"):
         raise UserError(
@@ -179,8 +208,8 @@ def _inject_adapter(model: PreTrainedModel, name: ModelName) -> None:
         raise UserError(f"model {name.shown}: the adapter learned prompts, it does not change the neurons")
 
 
-def _saved(kind: type, name: ModelName, what: str) -> Any:
-    """The tokenizer or image processor saved beside the model."""
+def load_processor(kind: type, name: ModelName, what: str) -> Any:
+    """The tokenizer or image processor saved beside the model; raises UserError if there is none."""
     try:
         with quiet_transformers():
             return kind.from_pretrained(name.base)

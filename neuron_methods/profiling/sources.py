@@ -53,6 +53,8 @@ class DataSource:
         config: the hub data set's configuration.
         split: None for the only one a local file has.
         columns: none (then by default), one or two.
+        role: what messages call it.
+        told_by: where the user names the columns, for messages.
     """
 
     name: str
@@ -61,6 +63,8 @@ class DataSource:
     config: str | None = None
     split: str | None = None
     columns: tuple[str, ...] = ()
+    role: str = "data source"
+    told_by: str = "--data"
 
     @property
     def shown(self) -> str:
@@ -146,7 +150,7 @@ class SourceReader:
         """
         self.source = source
         self._rows = _undecoded(self._open())
-        first = next(self._read(), None)
+        first = next(self.rows(), None)
         if first is None:
             raise UserError(f"{self.label}: it is empty")
         found = tuple(first[1])
@@ -160,7 +164,7 @@ class SourceReader:
     @property
     def label(self) -> str:
         """How messages name it."""
-        return f"data source {self.source.name!r} ({self.source.shown})"
+        return f"{self.source.role} {self.source.name!r} ({self.source.shown})"
 
     def samples(self, limit: int, seed: int) -> Iterator[Sample]:
         """Up to `limit` samples (0: all) in an order that depends on `seed` alone.
@@ -168,10 +172,10 @@ class SourceReader:
         The order is random within a buffer that is refilled as rows come in. Rows with an empty value are left out.
         """
         buffer_size = _PATHS_BUFFER if self._is_image_folder else SHUFFLE_BUFFER
-        rows = ((row, tuple(values[c] for c in self.columns)) for row, values in self._read())
-        kept = ((row, values) for row, values in rows if not any(map(_is_empty, values)))
-        shuffled = _shuffled(kept, buffer_size, seed)
-        for order, (row, values) in enumerate(itertools.islice(shuffled, limit or None)):
+        rows = ((row, tuple(values[c] for c in self.columns)) for row, values in self.rows())
+        kept = ((row, values) for row, values in rows if not any(map(is_empty, values)))
+        drawn = shuffled(kept, buffer_size, seed)
+        for order, (row, values) in enumerate(itertools.islice(drawn, limit or None)):
             yield Sample(order, row, values)
 
     @property
@@ -205,8 +209,8 @@ class SourceReader:
         except Exception as error:  # whatever datasets, fsspec, pyarrow and pandas raise
             raise UserError(f"{self.label}: cannot open it: {type(error).__name__}: {error}") from error
 
-    def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows with their numbers."""
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """All rows, in their order, with their numbers."""
         rows = iter(self._rows)
         for number in itertools.count():
             try:
@@ -240,11 +244,12 @@ def _holds_images(folder: Path) -> bool:
     return False
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether there is nothing in a row's value."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _shuffled(rows: Iterator[Any], size: int, seed: int) -> Iterator[Any]:
+def shuffled(rows: Iterator[Any], size: int, seed: int) -> Iterator[Any]:
     """The rows, each drawn at random from the next `size` ones."""
     generator = random.Random(seed)
     buffer = list(itertools.islice(rows, size))
