@@ -129,6 +129,10 @@ class PlannedMethod(GroupMergeMethod):
     def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> Any:
         """Stream over all tensors of the merge; the result becomes `context.state`."""
 
+    def findings(self, state: Any) -> list[str]:
+        """Lines for the summary of a merge, from what `measure` found."""
+        return []
+
     def _execute(
         self,
         groups: Sequence[TensorGroup],

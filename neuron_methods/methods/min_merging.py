@@ -126,6 +126,7 @@ class Selection:
         experts: ids in the order of the coefficients' rows.
         coefficients: block of neurons -> a_t, shape (experts, neurons); a block that stays the base's is missing.
         kept: expert -> (MLP neurons it keeps, of how many).
+        contested: number of MLP neurons that more than one expert keeps.
         rest: tensor name -> the method that merges it; None keeps the base's.
     """
 
@@ -133,6 +134,7 @@ class Selection:
     experts: list[Hashable]
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
+    contested: int = 0
     rest: dict[str, InnerMerge | None] = field(default_factory=dict)
 
 
@@ -214,6 +216,9 @@ class MinMerging(CompositeMethod):
                 if kind == "mlp":
                     total = sum(len(mask) for mask in kept[expert].values())
                     selection.kept[expert] = (sum(int(mask.sum()) for mask in kept[expert].values()), total)
+            if kind == "mlp":
+                wanted = [torch.stack([kept[e][s.block] for e in experts]).sum(dim=0) for s in own]
+                selection.contested = sum(int((count > 1).sum()) for count in wanted)
             for s in own:
                 weights = [of_layer[s.block]["weight"].get(e, 0.0) for e in experts]
                 selection.coefficients[s.block] = conflict_coefficients(
@@ -223,6 +228,14 @@ class MinMerging(CompositeMethod):
                     shared["conflict"],
                 )
         return selection
+
+    def findings(self, state: Selection) -> list[str]:
+        """How many neurons each expert keeps, and how many of them several do."""
+        lines = [
+            f"{expert}: keeps {kept:,} of {total:,} MLP neurons ({kept / total:.1%})"
+            for expert, (kept, total) in state.kept.items()
+        ]
+        return [*lines, f"MLP neurons that several experts keep: {state.contested:,}"] if lines else []
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Step 4 for one tensor, or the method of `rest`.

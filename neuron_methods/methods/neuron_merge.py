@@ -193,6 +193,12 @@ class NeuronMerge(CompositeMethod):
             inner.measure(context)
         return plan
 
+    def findings(self, state: GroupedPlan) -> list[str]:
+        """How many neurons there are of each group."""
+        counts = state.groups.counts().values()
+        total = {group: sum(layer[group] for layer in counts) for group in state.groups.groups}
+        return ["MLP neurons by group: " + ", ".join(f"{count:,} {group}" for group, count in total.items())]
+
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Step 3 for a tensor of MLP neurons, step 4 for any other.
 

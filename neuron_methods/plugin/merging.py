@@ -21,10 +21,11 @@ import mergekit.merge
 import mergekit.tokenizer.build
 from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 
 from neuron_methods.errors import UserError
-from neuron_methods.methods.contract import MergeContext
+from neuron_methods.methods.contract import MergeContext, PlannedMethod
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import opened_models
@@ -176,7 +177,9 @@ def merge_to_directory(
                 need = format_bytes(run.plan.bytes_to_write)
                 raise UserError(f"{out_path}: no space left on the disk, or for a file ({need} to write)") from error
             raise
-    notes = list(run.plan.notes)
+    method = registry.get(run.configuration.merge_method)
+    found = method.findings(state) if isinstance(method, PlannedMethod) and state is not None else []
+    notes = [*found, *run.plan.notes]
     if session.nonfinite:
         notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {_some(session.nonfinite)}")
     return MergeSummary(

@@ -175,6 +175,9 @@ def test_step_2_keeps_the_top_share(llama: Any, scope: str) -> None:
     config, base, experts = llama
     found = selection(config, base, experts, {"density": 0.25, "scope": scope, "conflict": "sum"})
     assert found.kept == dict.fromkeys(experts, (13, 48) if scope == "model" else (14, 48))
+    both = sum(int((found.coefficients[layer.key] > 0).all(dim=0).sum()) for layer in neuron_map(config).layers)
+    lines = [f"{e}: keeps {found.kept[e][0]} of 48 MLP neurons ({found.kept[e][0] / 48:.1%})" for e in experts]
+    assert METHOD.findings(found) == [*lines, f"MLP neurons that several experts keep: {both}"]
     per_layer = [int(found.coefficients[layer.key][0].sum()) for layer in neuron_map(config).layers]
     assert per_layer == [7, 7] if scope == "layer" else sum(per_layer) == 13
 

@@ -632,6 +632,11 @@ def test_the_summary_tells_what_happened(workspace):
         assert part in text
 
 
+def test_the_summary_tells_what_every_expert_keeps(workspace):
+    workspace("llama-tied")
+    assert "expert-a: keeps 25 of 48 MLP neurons (52.1%)" in str(merge(configuration("min_merging")))
+
+
 def test_nothing_is_said_that_the_user_can_do_nothing_about(workspace, caplog, capfd):
     workspace("llama-tied")
     transformers.utils.logging.set_verbosity_warning()
