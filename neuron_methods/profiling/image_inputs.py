@@ -75,17 +75,12 @@ class ImageFeeder(Feeder):
         return image
 
     def class_of(self, sample: Sample) -> int:
-        """The model's index of a label: by the label's name if both know names, else as it stands."""
-        label, names = sample.values[1], self.reader.labels
-        known = self.config.label2id or {}
-        model_knows_names = any(not name.startswith("LABEL_") for name in known)  # transformers' placeholders
-        if isinstance(label, int) and names and model_knows_names:
-            label = names[label]
-        if isinstance(label, str):
-            label = known.get(label, label)
-        if not isinstance(label, int) or not 0 <= label < self.config.num_labels:
+        """The model's number of a sample's label; raises UserError if it has no such class."""
+        label = sample.values[1]
+        index = class_index(label, self.reader.labels, self.config)
+        if index is None:
             raise self.wrong_value(sample, 1, f"one of the model's {self.config.num_labels} labels, not {label!r}")
-        return label
+        return index
 
 
 class ImageTextFeeder(Feeder):
@@ -140,6 +135,29 @@ class ImageTextFeeder(Feeder):
         if not isinstance(text, str):
             raise self.wrong_value(sample, 1, "text, or a class with a name")
         return text
+
+
+def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:
+    """The number of a label among a model's classes: by its name if both know names, else as it stands.
+
+    Args:
+        label: as the data has it, a number or a name.
+        names: the data set's names of its numbers, if it has any.
+        config: the model's.
+
+    Returns:
+        None where the model has no such class.
+    """
+    known = config.label2id or {}
+    model_knows_names = any(not name.startswith("LABEL_") for name in known)  # transformers' placeholders
+    if isinstance(label, int) and names and 0 <= label < len(names):
+        if model_knows_names:
+            label = names[label]
+        elif all(name.isdecimal() for name in names):  # folders named 3 and 7 hold the classes 3 and 7
+            label = int(names[label])
+    if isinstance(label, str):
+        label = known.get(label, label)
+    return label if isinstance(label, int) and 0 <= label < config.num_labels else None
 
 
 def image_name(sample: Sample) -> str:

@@ -1,0 +1,144 @@
+"""A task's rows, read once and kept: what is asked, and what counts as right."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.tasks import Task
+from neuron_methods.profiling.sources import SHUFFLE_BUFFER, DataSource, Sample, SourceReader, shuffled
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model made of one example.
+
+    Attributes:
+        row: in the data.
+        score: 0 to 1; negative log-likelihood, in nats, for perplexity.
+        prediction: what the model said.
+        target: what counts as right.
+        weight: the example's weight in the task's score: its number of tokens for perplexity.
+        truncated: whether the input was cut to what the model can read.
+    """
+
+    row: int
+    score: float
+    prediction: Any = None
+    target: Any = None
+    weight: float = 1.0
+    truncated: bool = False
+
+
+@dataclass
+class Examples:
+    """The examples of one split of a task, in the order of their rows.
+
+    Attributes:
+        task: whose.
+        split: ``test`` or ``validation``.
+        reader: where they come from; knows the names of labels.
+        samples: the rows; values in the order of `roles`.
+        roles: the task's columns by role.
+        skipped: rows left out because a column was empty.
+    """
+
+    task: Task
+    split: str
+    reader: SourceReader | None
+    samples: list[Sample]
+    roles: list[str]
+    skipped: int = 0
+    _places: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._places = {role: place for place, role in enumerate(self.roles)}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def value(self, index: int, role: str) -> Any:
+        """A column of an example; None where the task does not name an optional one."""
+        place = self._places.get(role)
+        return None if place is None else self.samples[index].values[place]
+
+    def text(self, index: int, role: str) -> str:
+        """A column that must be text; numbers are taken as they are written."""
+        value = self.value(index, role)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise self.wrong(index, role, "text")
+        return value
+
+    def texts(self, index: int, role: str) -> list[str]:
+        """A column that holds text or several texts."""
+        value = self.value(index, role)
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            return value
+        return [self.text(index, role)]
+
+    def wrong(self, index: int, role: str, needed: str) -> UserError:
+        """The error about a value that is not what is needed."""
+        value = self.value(index, role)
+        shown = repr(value) if isinstance(value, (str, int, float, bool)) and len(repr(value)) < 60 else None
+        return UserError(
+            f"task {self.task.name!r}: column {self.task.columns[role]!r} of row {self.samples[index].row} holds "
+            f"{shown or type(value).__name__}, needed is {needed}"
+        )
+
+
+def read_examples(task: Task, split: str = "test", seed: int = 0, limit: int | None = None) -> Examples:
+    """Open a task's data and draw its examples.
+
+    Args:
+        task: the task.
+        split: ``test`` or ``validation``.
+        seed: of the draw, where there are more rows than the limit; of nothing else.
+        limit: instead of the task's, where it is lower; None: the task's.
+
+    Raises:
+        UserError: the data cannot be read, a column is missing, or nothing is left.
+    """
+    rows = task.rows(split)
+    roles = sorted(task.columns, key="label".__eq__)  # last: the reader knows the names of the last column's labels
+    columns = tuple(task.columns[role] for role in roles)
+    source = DataSource(
+        task.name,
+        rows.location,
+        rows.local,
+        rows.config,
+        rows.split,
+        columns,
+        role="task",
+        told_by="the task's columns",
+    )
+    reader = SourceReader(source, columns)
+    bound = min(filter(None, (task.limit, limit)), default=None)
+    skipped = 0
+
+    def kept() -> Any:
+        nonlocal skipped
+        for row, values in itertools.islice(reader.rows(), rows.start, rows.stop):
+            chosen = tuple(values[column] for column in columns)
+            # An empty answer may be the right one; an empty question is none.
+            if any(value is None for value in chosen) or (isinstance(chosen[0], str) and not chosen[0].strip()):
+                skipped += 1
+            else:
+                yield Sample(0, row, chosen)
+
+    # A part of the rows must not be the first ones: a folder of images lists one class after the other.
+    drawn = list(itertools.islice(shuffled(kept(), SHUFFLE_BUFFER, seed), bound)) if bound else list(kept())
+    if not drawn:
+        why = f", {skipped} rows with an empty column" if skipped else ""
+        raise UserError(f"{reader.label}: nothing to score in split {rows.split_shown!r}{why}")
+    samples = [Sample(order, s.row, s.values) for order, s in enumerate(sorted(drawn, key=lambda s: s.row))]
+    return Examples(task, split, reader, samples, roles, skipped)
+
+
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """Places of the longest first: batches of like length, and one that does not fit fails at once."""
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -1,0 +1,117 @@
+"""What a kind of task is: the columns it reads, the models it fits, and how one batch is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Examples, Outcome
+from neuron_methods.evaluation.tasks import Task
+
+
+class Scorer:
+    """One task at work on one model in memory. What it made of the examples (tokens, pixels) it keeps.
+
+    Attributes:
+        columns: role -> column taken where the task names none. The first one is the question.
+        optional_columns: roles that a task may name besides.
+        metrics: names, the default first.
+        settings: keys that a task of this kind may have besides the common ones.
+        batch_size: where the task gives none.
+        needs: what the model's processor must hold, ``tokenizer`` and ``image_processor``.
+        reads_data: whether the task names its data.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {}
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    settings: ClassVar[tuple[str, ...]] = ()
+    batch_size: ClassVar[int] = 32
+    needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    reads_data: ClassVar[bool] = True
+
+    def __init__(self, model: Any, processor: Any, examples: Examples, device: torch.device) -> None:
+        """Get ready to score.
+
+        Args:
+            model: as transformers makes it.
+            processor: its tokenizer, its image processor, or something that holds both.
+            examples: of the task.
+            device: where the model's inputs go.
+        """
+        self.model, self.processor, self.examples, self.device = model, processor, examples, device
+        self.task = examples.task
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """Refuse settings that cannot be; `place` is for the message."""
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """Refuse, by its config alone, a model that cannot do the task; `shown` is its name."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_examples(cls, examples: Examples, config: Any) -> None:
+        """Refuse examples that the model has no answer for, by its config alone."""
+
+    def length(self, index: int) -> int:
+        """The size of an example's input, to put like to like."""
+        return 0
+
+    def score(self, indices: Sequence[int]) -> list[Outcome]:
+        """Score one batch."""
+        raise NotImplementedError
+
+    def part(self, name: str) -> Any:
+        """The tokenizer or the image processor."""
+        return processor_part(self.processor, name)
+
+
+def processor_part(processor: Any, name: str) -> Any:
+    """The ``tokenizer`` or ``image_processor`` that a processor holds, or is."""
+    found = getattr(processor, name, None)
+    if found is None and callable(processor) and hasattr(processor, "batch_decode") == (name == "tokenizer"):
+        found = processor
+    if found is None:
+        raise UserError(f"there is no {name.replace('_', ' ')} to read the task's data with, but a {type(processor)}")
+    return found
+
+
+def number_setting(task: Task, key: str, place: str, least: int = 1) -> None:
+    """Refuse a setting that is no whole number from `least` on."""
+    value = task.settings.get(key, least)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{place}: {key}: expected a whole number from {least} on, found {value!r}")
+
+
+def choice_setting(task: Task, key: str, place: str, *words: str) -> None:
+    """Refuse a setting that is none of a few words."""
+    value = task.settings.get(key, words[0])
+    if value not in words:
+        raise UserError(f"{place}: {key}: expected {' or '.join(words)}, found {value!r}")
+
+
+def wrong_model(task: Task, shown: str, architecture: str, needed: str) -> UserError:
+    """The error about a model of another kind."""
+    return UserError(f"task {task.name!r}: model {shown} is a {architecture}, kind {task.kind} needs {needed}")
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether a class of transformers predicts the next token."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def is_text_to_text(config: Any, architecture: str) -> bool:
+    """Whether a class of transformers reads a text and says another."""
+    return bool(getattr(config, "is_encoder_decoder", False)) and architecture.endswith("ForConditionalGeneration")
+
+
+def text_limit(config: Any) -> int | None:
+    """How many tokens a model can read; None: any number."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

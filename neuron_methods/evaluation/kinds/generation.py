@@ -1,0 +1,171 @@
+"""Tasks whose answer the model says itself, greedily: a causal model goes on, a text-to-text model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Outcome
+from neuron_methods.evaluation.kinds.base import (
+    Scorer,
+    is_causal,
+    is_text_to_text,
+    number_setting,
+    text_limit,
+    wrong_model,
+)
+from neuron_methods.evaluation.scores import TEXT_METRICS
+from neuron_methods.evaluation.tasks import Task
+
+
+class Generation(Scorer):
+    """A causal model goes on from the prompt; what it says up to `stop` is the answer."""
+
+    columns: ClassVar[Mapping[str, str]] = {"input": "input", "target": "target"}
+    metrics = tuple(TEXT_METRICS)
+    settings = ("max_new_tokens", "stop", "max_length")
+    default_new_tokens: ClassVar[int] = 32
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.tokenizer = self.part("tokenizer")
+        self.new_tokens: int = self.task.settings.get("max_new_tokens", self.default_new_tokens)
+        config = self.model.config
+        room = text_limit(config)
+        room = None if room is None else room - self._reserved()
+        self.longest = min(filter(None, (room, self.task.settings.get("max_length"))), default=None)
+        self.prompts: list[list[int]] = []
+        self.truncated: list[bool] = []
+        for index in range(len(self.examples)):
+            self._add(self.tokenizer(self.examples.text(index, "input"))["input_ids"])
+        self.settings_of_generate = self._generation_config()
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """Numbers from 1 on; `stop` is text."""
+        number_setting(task, "max_new_tokens", place)
+        number_setting(task, "max_length", place)
+        stop = task.settings.get("stop", "\n")
+        if not isinstance(stop, str) or not stop:
+            raise UserError(f'{place}: stop: expected the text that ends an answer, such as "\\n", found {stop!r}')
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """A causal model with room for the answer."""
+        if not is_causal(architecture):
+            raise wrong_model(task, shown, architecture, "a causal language model (text-to-text is a kind of its own)")
+        limit, new = text_limit(config), task.settings.get("max_new_tokens", cls.default_new_tokens)
+        if limit is not None and new >= limit:
+            raise UserError(
+                f"task {task.name!r}: max_new_tokens: model {shown} reads {limit} tokens, {new} leave none for a prompt"
+            )
+
+    def length(self, index: int) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompts[index])
+
+    def score(self, indices: Sequence[int]) -> list[Outcome]:
+        """Answer, and compare with the target."""
+        measure = TEXT_METRICS[self.task.metric]
+        outcomes = []
+        for index, answer in zip(indices, self._answer([self.prompts[i] for i in indices]), strict=True):
+            targets = self.examples.texts(index, "target")
+            shown = targets[0] if len(targets) == 1 else targets
+            row = self.examples.samples[index].row
+            outcomes.append(Outcome(row, measure(answer, targets), answer, shown, truncated=self.truncated[index]))
+        return outcomes
+
+    def _reserved(self) -> int:
+        """Tokens that the answer takes of what the model can read."""
+        return self.new_tokens
+
+    def _add(self, tokens: list[int]) -> None:
+        """Keep a prompt; its end, where it is too long, as the answer follows there."""
+        cut = self.longest is not None and len(tokens) > self.longest
+        self.prompts.append(tokens[-self.longest :] if cut else tokens)
+        self.truncated.append(cut)
+
+    def _generation_config(self) -> GenerationConfig:
+        """Greedy, whatever the checkpoint would do by itself."""
+        own = getattr(self.model, "generation_config", None)
+        ends = getattr(own, "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        first = ends[0] if isinstance(ends, list) else ends
+        pad = self.tokenizer.pad_token_id
+        return GenerationConfig(
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=ends,
+            pad_token_id=pad if pad is not None else (first or 0),
+            decoder_start_token_id=getattr(own, "decoder_start_token_id", None)
+            or getattr(self.model.config, "decoder_start_token_id", None),
+        )
+
+    def _answer(self, prompts: list[list[int]]) -> list[str]:
+        ids, mask = self._pad(prompts)
+        said_from = 0 if self.model.config.is_encoder_decoder else ids.shape[1]
+        stop = self.task.settings.get("stop")
+        criteria = StoppingCriteriaList([StopAt(self.tokenizer, stop, said_from)] if stop else [])
+        output = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=self.settings_of_generate,
+            stopping_criteria=criteria,
+        )
+        texts = self.tokenizer.batch_decode(output[:, said_from:], skip_special_tokens=True)
+        return [(text.split(stop)[0] if stop else text).strip() for text in texts]
+
+    def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(ids, mask), int64 (B, T): on the left, so that answers follow their prompts."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.settings_of_generate.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(prompts):
+            place = slice(width - len(tokens), width) if self._pads_left else slice(0, len(tokens))
+            ids[row, place] = torch.tensor(tokens)
+            mask[row, place] = 1
+        return ids, mask
+
+    _pads_left: ClassVar[bool] = True
+
+
+class TextToText(Generation):
+    """A text-to-text model (T5 and its kin) answers the input."""
+
+    batch_size = 32
+    _pads_left = False
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """An encoder-decoder that generates."""
+        if not is_text_to_text(config, architecture):
+            raise wrong_model(task, shown, architecture, "a text-to-text model such as T5 (causal models: generation)")
+
+    def _reserved(self) -> int:
+        return 0
+
+    def _add(self, tokens: list[int]) -> None:
+        """Keep an input; its beginning and its end token, where it is too long."""
+        cut = self.longest is not None and len(tokens) > self.longest
+        self.prompts.append([*tokens[: self.longest - 1], tokens[-1]] if cut else tokens)
+        self.truncated.append(cut)
+
+
+class StopAt(StoppingCriteria):
+    """Ends each answer that holds a text."""
+
+    def __init__(self, tokenizer: Any, stop: str, start: int) -> None:
+        """Look for `stop` in what comes after the first `start` tokens."""
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which rows are done, bool (B,)."""
+        said = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([self.stop in text for text in said], device=input_ids.device)

@@ -1,0 +1,147 @@
+"""Tasks on images: a classifier's head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Examples, Outcome
+from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
+from neuron_methods.evaluation.tasks import Task
+from neuron_methods.profiling.image_inputs import ImageFeeder, class_index
+
+#: Pixels of at most this many bytes are kept, for when the same examples are scored again.
+KEPT_PIXELS = 1 << 30
+
+
+class PixelCache:
+    """Pixels of a task's images, float32 (channels, height, width) each, decoded once while they fit."""
+
+    def __init__(self, processor: Any, config: Any, examples: Examples) -> None:
+        self._feeder = ImageFeeder(processor, config, has_loss=True)
+        self._feeder.reader = examples.reader
+        self._examples = examples
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """The pixels of some examples, (B, channels, height, width)."""
+        new = [i for i in indices if i not in self._kept]
+        found = (
+            dict(zip(new, self._feeder.pixels([self._examples.samples[i] for i in new]), strict=True)) if new else {}
+        )
+        batch = torch.stack([found[i] if i in found else self._kept[i] for i in indices])
+        for index, pixels in found.items():
+            if self._bytes + pixels.nbytes <= KEPT_PIXELS:
+                self._kept[index] = pixels.clone()
+                self._bytes += pixels.nbytes
+        return batch
+
+
+class ImageClassification(Scorer):
+    """The class with the largest logit, among all or among `labels` alone."""
+
+    columns: ClassVar[Mapping[str, str]] = {"image": "image", "label": "label"}
+    settings = ("labels",)
+    batch_size = 64
+    needs = ("image_processor",)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        config = self.model.config
+        self.pixels = PixelCache(self.part("image_processor"), config, self.examples)
+        self.targets = target_classes(self.examples, config)
+        classes = restricted_classes(self.examples, config)
+        self.classes = None if classes is None else torch.tensor(classes)
+        self.names = config.id2label or {}
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """`labels` is a list of different names or numbers."""
+        check_labels(task, place, (str, int))
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """An image classifier that has the task's labels."""
+        if not architecture.endswith("ForImageClassification"):
+            raise wrong_model(task, shown, architecture, "an image classifier with its head (…ForImageClassification)")
+        for label in task.settings.get("labels", ()):
+            if class_index(label, None, config) is None:
+                raise lacks_label(task, label, config, shown)
+
+    @classmethod
+    def check_examples(cls, examples: Examples, config: Any) -> None:
+        """Every label is one of the model's, and one of the task's."""
+        target_classes(examples, config)
+
+    def score(self, indices: Sequence[int]) -> list[Outcome]:
+        """Classify."""
+        pixels = self.pixels.batch(indices).to(self.device, self.model.dtype)
+        logits = self.model(pixel_values=pixels).logits.float().cpu()
+        if self.classes is not None:
+            found = self.classes[logits[:, self.classes].argmax(dim=1)].tolist()
+        else:
+            found = logits.argmax(dim=1).tolist()
+        return [
+            Outcome(
+                self.examples.samples[i].row,
+                float(predicted == self.targets[i]),
+                self.names.get(predicted, predicted),
+                self.names.get(self.targets[i], self.targets[i]),
+            )
+            for i, predicted in zip(indices, found, strict=True)
+        ]
+
+
+def check_labels(task: Task, place: str, types: tuple[type, ...]) -> None:
+    """Refuse `labels` that are no list of different names (or numbers)."""
+    labels = task.settings.get("labels")
+    if labels is None:
+        return
+    sound = isinstance(labels, list) and labels and all(isinstance(v, types) and v is not True for v in labels)
+    if not sound or len({*labels}) < len(labels):
+        raise UserError(f"{place}: labels: expected a list of different labels, found {labels!r}")
+
+
+def restricted_classes(examples: Examples, config: Any) -> list[int] | None:
+    """The model's classes that the task restricts it to; None: all."""
+    labels = examples.task.settings.get("labels")
+    if labels is None:
+        return None
+    classes = [class_index(label, None, config) for label in labels]
+    for label, index in zip(labels, classes, strict=True):
+        if index is None:
+            raise lacks_label(examples.task, label, config, "")
+    return classes
+
+
+def target_classes(examples: Examples, config: Any) -> list[int]:
+    """The model's class of every example.
+
+    Raises:
+        UserError: a label is none of the model's, or none that the task restricts it to.
+    """
+    allowed = restricted_classes(examples, config)
+    names = examples.reader.labels if examples.reader is not None else None
+    targets = []
+    for index in range(len(examples)):
+        found = class_index(examples.value(index, "label"), names, config)
+        if found is None:
+            raise examples.wrong(index, "label", f"one of the model's {config.num_labels} labels")
+        if allowed is not None and found not in allowed:
+            raise examples.wrong(index, "label", "one of the task's labels")
+        targets.append(found)
+    return targets
+
+
+def lacks_label(task: Task, label: Any, config: Any, shown: str) -> UserError:
+    """The error about a label that a model does not have."""
+    known = [name for name in config.label2id or {} if not name.startswith("LABEL_")]
+    what = f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else f"0 to {config.num_labels - 1}"
+    return UserError(
+        f"task {task.name!r}: labels: the model {shown} has no label {label!r} (it has {what})".replace("  ", " ")
+    )

@@ -1,0 +1,247 @@
+"""A model on tasks: check, score in batches of like size, on one process or several, and add up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from neuron_methods.evaluation.examples import Examples, Outcome, by_length, read_examples
+from neuron_methods.evaluation.kinds import KINDS
+from neuron_methods.evaluation.models import ModelSpec, open_model
+from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
+from neuron_methods.evaluation.tasks import Task
+from neuron_methods.profiling.models import quiet_transformers
+from neuron_methods.profiling.processes import process_state
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How a model did on one task.
+
+    Attributes:
+        name: of the task.
+        kind: of the task.
+        metric: what `score` is.
+        score: 0 to 1, or a perplexity.
+        low: lower end of the 95 % interval.
+        high: its upper end.
+        count: examples scored.
+        source: where they come from.
+        split: which of them.
+        seconds: time it took.
+        outcomes: per example, in the order of their rows.
+        notes: what the user should know.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    score: float
+    low: float
+    high: float
+    count: int
+    source: str
+    split: str
+    seconds: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list, repr=False)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model did on all tasks."""
+
+    model: str
+    tasks: list[TaskResult]
+    seed: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """The mean score; None where scores cannot be averaged, as one is a perplexity."""
+        if any(task.metric == "perplexity" for task in self.tasks):
+            return None
+        return sum(task.score for task in self.tasks) / len(self.tasks)
+
+
+def evaluate_model(
+    model: Any,
+    processor: Any,
+    task: Task,
+    split: str = "test",
+    *,
+    examples: Examples | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> TaskResult:
+    """Score a model that is in memory on one task.
+
+    Args:
+        model: as transformers makes it.
+        processor: its tokenizer, its image processor, or something that holds both.
+        task: from `load_tasks`.
+        split: ``test`` or ``validation``.
+        examples: from `read_examples`, to read them once for several models.
+        seed: of the draw of examples, where the task has a limit, and of the interval.
+        progress: show a bar.
+
+    Raises:
+        UserError: the data cannot be read, or the model cannot do the task.
+    """
+    prepared = start_task(model, processor, task, split, examples=examples, seed=seed)
+    return prepared.run(progress=progress)
+
+
+def start_task(
+    model: Any,
+    processor: Any,
+    task: Task,
+    split: str = "test",
+    *,
+    examples: Examples | None = None,
+    device: torch.device | None = None,
+    seed: int = 0,
+) -> RunningTask:
+    """Get a task ready for a model in memory; what is made of the examples serves every `RunningTask.run`.
+
+    Whoever changes the model's weights in place runs it again.
+
+    Raises:
+        UserError: as `evaluate_model`.
+    """
+    kind = KINDS[task.kind]
+    architecture = type(model).__name__
+    if hasattr(model, "get_base_model"):  # peft's wrapper
+        architecture = type(model.get_base_model()).__name__
+    architecture = getattr(model, "evaluated_as", architecture)
+    kind.check_model(task, model.config, architecture, getattr(model, "name_or_path", "") or architecture)
+    if examples is None and kind.reads_data:
+        examples = read_examples(task, split, seed)
+    kind.check_examples(examples, model.config)
+    return RunningTask(kind(model, processor, examples, device or model.device), examples, seed)
+
+
+class RunningTask:
+    """A task ready to be scored on one model, as often as one likes."""
+
+    def __init__(self, scorer: Any, examples: Examples, seed: int) -> None:
+        self.scorer, self.examples, self.seed = scorer, examples, seed
+        self.task = examples.task
+
+    def run(self, progress: bool = False) -> TaskResult:
+        """Score the examples; under ``accelerate launch`` every process scores its share and all know the result."""
+        started = time.perf_counter()
+        state = process_state()
+        order = by_length([self.scorer.length(i) for i in range(len(self.examples))])
+        own = order[state.process_index :: state.num_processes]
+        training = self.scorer.model.training
+        self.scorer.model.eval()
+        outcomes: list[Outcome] = []
+        hidden = not progress or not state.is_main_process
+        bar = tqdm(total=len(own), desc=self.task.name, unit="example", disable=hidden or None, leave=False)
+        with bar, torch.inference_mode(), quiet_transformers():
+            for start in range(0, len(own), self.task.batch_size):
+                batch = own[start : start + self.task.batch_size]
+                outcomes += self.scorer.score(batch)
+                bar.update(len(batch))
+        self.scorer.model.train(training)
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            outcomes = gather_object(outcomes)
+        outcomes.sort(key=lambda outcome: outcome.row)
+        return self._result(outcomes, time.perf_counter() - started)
+
+    def _result(self, outcomes: list[Outcome], seconds: float) -> TaskResult:
+        task = self.task
+        scores, weights = [o.score for o in outcomes], [o.weight for o in outcomes]
+        low, high = bootstrap_interval(scores, weights, task.metric, self.seed)
+        notes = []
+        if self.examples.skipped:
+            notes.append(f"{self.examples.skipped} rows with an empty column left out")
+        if truncated := sum(o.truncated for o in outcomes):
+            notes.append(f"{truncated} inputs cut to what the model can read")
+        return TaskResult(
+            name=task.name,
+            kind=task.kind,
+            metric=task.metric,
+            score=mean_score(scores, weights, task.metric),
+            low=low,
+            high=high,
+            count=len(outcomes),
+            source=task.source,
+            split=task.rows(self.examples.split).split_shown,
+            seconds=round(seconds, 3),
+            outcomes=outcomes,
+            notes=notes,
+        )
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[Task],
+    *,
+    split: str = "test",
+    dtype: str = "auto",
+    limit: int | None = None,
+    seed: int = 0,
+    max_memory: dict[Any, int | str] | None = None,
+    progress: bool = True,
+    report: Callable[[TaskResult], None] = lambda result: None,
+) -> Evaluation:
+    """Score MODEL on tasks; whatever can be refused is refused before it is loaded.
+
+    Args:
+        model: directory, repository of the hub, base+adapter, or a routed model's directory.
+        tasks: from `load_tasks`.
+        split: ``test`` or ``validation``.
+        dtype: of the model; see `open_model`.
+        limit: examples per task at most, where that is less than the task's own.
+        seed: of the draw of examples and of the intervals.
+        max_memory: accelerate's bounds per device.
+        progress: show bars.
+        report: called with each task's result as it comes.
+
+    Raises:
+        UserError: anything is wrong with the model, the tasks or their data.
+    """
+    from transformers import set_seed
+
+    spec = ModelSpec.parse(model)
+    prepared = prepare_tasks(tasks, spec, split, seed, limit)
+    set_seed(seed)
+    results = []
+    with open_model(spec, dtype, max_memory) as opened:
+        for task, examples in prepared:
+            running = start_task(
+                opened.model, opened.processor, task, split, examples=examples, device=opened.device, seed=seed
+            )
+            results.append(running.run(progress))
+            report(results[-1])
+    return Evaluation(spec.name.shown, results, seed)
+
+
+def prepare_tasks(
+    tasks: Sequence[Task], spec: ModelSpec, split: str, seed: int, limit: int | None = None
+) -> list[tuple[Task, Examples]]:
+    """Check all that can be checked without the model's weights, and read the tasks' examples.
+
+    Raises:
+        UserError: a task does not fit the model, its data cannot be read, or the model has no processor for it.
+    """
+    for task in tasks:
+        KINDS[task.kind].check_model(task, spec.config, spec.architecture, spec.name.shown)
+    prepared = []
+    processors = spec.processors
+    for task in tasks:
+        kind = KINDS[task.kind]
+        examples = read_examples(task, split, seed, limit)
+        kind.check_examples(examples, spec.config)
+        for part in kind.needs:
+            getattr(processors, part)
+        prepared.append((task, examples))
+    return prepared
