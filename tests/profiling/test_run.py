@@ -101,18 +101,18 @@ def test_the_state_of_another_measurement_is_passed_over(llama, texts, tmp_path,
     assert NeuronProfile.load(output).info.sources["a"].samples == 5
 
 
-def test_two_processes_give_the_profile_of_one(llama, texts, tmp_path):
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+def test_four_processes_give_the_profile_of_one(llama, texts, tmp_path):
+    one, four = tmp_path / "one.safetensors", tmp_path / "four.safetensors"
     measure_profile(str(llama), [f"a={texts}"], one, SETTINGS)
     # Without --multi_gpu accelerate 1.15 leaves several processes on a CPU to mpirun, and starts one itself.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    measure = ["-m", "neuron_methods", "profile", str(llama), "--data", f"a={texts}", "-o", str(two)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "4"]
+    measure = ["-m", "neuron_methods", "profile", str(llama), "--data", f"a={texts}", "-o", str(four)]
     options = ["--batch-size", "3", "--top", "4", "--gradients"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([*launch, *measure, *options], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert re.fullmatch(r"a: 20 samples, \d+ tokens, 2 processes\n", run.stdout)  # one of them speaks
-    assert_same(NeuronProfile.load(two), NeuronProfile.load(one))
+    assert re.fullmatch(r"a: 20 samples, \d+ tokens, 4 processes\n", run.stdout)  # one of them speaks
+    assert_same(NeuronProfile.load(four), NeuronProfile.load(one))
 
 
 def test_an_adapter_is_measured_as_if_it_were_merged(llama, texts, tmp_path):
