@@ -114,7 +114,7 @@ def open_model(
 
 
 def computing_dtype(dtype: str) -> str:
-    """What ``auto`` stands for: as stored on an accelerator; float32 on a CPU, where 16 bits are several times slower."""
+    """What ``auto`` means: as stored; but float32 on a CPU, where 16 bits are several times slower."""
     if dtype == "auto" and process_state().device.type == "cpu":
         return "float32"
     return dtype

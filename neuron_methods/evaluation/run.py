@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples, Outcome, by_length, read_examples
 from neuron_methods.evaluation.kinds import KINDS
+from neuron_methods.evaluation.kinds.base import processor_part
+from neuron_methods.evaluation.kinds.harness import run_harness
 from neuron_methods.evaluation.models import ModelSpec, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task
@@ -105,7 +109,7 @@ def start_task(
     examples: Examples | None = None,
     device: torch.device | None = None,
     seed: int = 0,
-) -> RunningTask:
+) -> RunningTask | HarnessTask:
     """Get a task ready for a model in memory; what is made of the examples serves every `RunningTask.run`.
 
     Whoever changes the model's weights in place runs it again.
@@ -118,8 +122,11 @@ def start_task(
     if hasattr(model, "get_base_model"):  # peft's wrapper
         architecture = type(model.get_base_model()).__name__
     architecture = getattr(model, "evaluated_as", architecture)
-    kind.check_model(task, model.config, architecture, getattr(model, "name_or_path", "") or architecture)
-    if examples is None and kind.reads_data:
+    shown = Path(getattr(model, "name_or_path", "") or "in memory").name
+    kind.check_model(task, model.config, architecture, shown)
+    if not kind.reads_data:
+        return HarnessTask(model, processor_part(processor, "tokenizer"), task, seed)
+    if examples is None:
         examples = read_examples(task, split, seed)
     kind.check_examples(examples, model.config)
     return RunningTask(kind(model, processor, examples, device or model.device), examples, seed)
@@ -144,6 +151,7 @@ class RunningTask:
         hidden = not progress or not state.is_main_process
         bar = tqdm(total=len(own), desc=self.task.name, unit="example", disable=hidden or None, leave=False)
         with bar, torch.inference_mode(), quiet_transformers():
+            self.scorer.begin()
             for start in range(0, len(own), self.task.batch_size):
                 batch = own[start : start + self.task.batch_size]
                 outcomes += self.scorer.score(batch)
@@ -178,6 +186,36 @@ class RunningTask:
             seconds=round(seconds, 3),
             outcomes=outcomes,
             notes=notes,
+        )
+
+
+class HarnessTask:
+    """A task of lm-evaluation-harness, ready to be scored on one model; every process scores all of it."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, seed: int) -> None:
+        self.model, self.tokenizer, self.task, self.seed = model, tokenizer, task, seed
+
+    def run(self, progress: bool = False) -> TaskResult:
+        """Let the harness score it; the interval is 1.96 of its standard errors on either side."""
+        started = time.perf_counter()
+        score, error, samples = run_harness(self.model, self.tokenizer, self.task, self.seed)
+        outcomes = [
+            Outcome(sample.get("doc_id", place), float(value))
+            for place, sample in enumerate(samples)
+            if isinstance(value := sample.get(self.task.metric), (int, float))
+        ]
+        return TaskResult(
+            name=self.task.name,
+            kind=self.task.kind,
+            metric=self.task.metric or "",
+            score=score,
+            low=score - 1.96 * error,
+            high=score + 1.96 * error,
+            count=len(samples),
+            source=self.task.settings["task"],
+            split="test",
+            seconds=round(time.perf_counter() - started, 3),
+            outcomes=outcomes,
         )
 
 
@@ -227,7 +265,7 @@ def evaluate(
 
 def prepare_tasks(
     tasks: Sequence[Task], spec: ModelSpec, split: str, seed: int, limit: int | None = None
-) -> list[tuple[Task, Examples]]:
+) -> list[tuple[Task, Examples | None]]:
     """Check all that can be checked without the model's weights, and read the tasks' examples.
 
     Raises:
@@ -239,8 +277,11 @@ def prepare_tasks(
     processors = spec.processors
     for task in tasks:
         kind = KINDS[task.kind]
-        examples = read_examples(task, split, seed, limit)
-        kind.check_examples(examples, spec.config)
+        examples = read_examples(task, split, seed, limit) if kind.reads_data else None
+        if examples is not None:
+            kind.check_examples(examples, spec.config)
+        elif split != "test":
+            raise UserError(f"task {task.name!r}: kind {task.kind} has no validation split; leave it away to tune")
         for part in kind.needs:
             getattr(processors, part)
         prepared.append((task, examples))

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +252,16 @@ def _unknown(what: str, word: Any, known: Iterable[str]) -> str:
     return f"unknown {what} {word!r}" + (
         f"; did you mean {close[0]!r}?" if close else f" (there are: {', '.join(known)})"
     )
+
+
+def choose_tasks(tasks: Sequence[Task], only: Sequence[str] = (), batch_size: int | None = None) -> list[Task]:
+    """The tasks called so, all if `only` is empty, with another batch size if one is given.
+
+    Raises:
+        UserError: there is no task of that name.
+    """
+    for name in only:
+        if name not in [task.name for task in tasks]:
+            raise UserError(f"--only: {_unknown('task', name, [task.name for task in tasks])}")
+    chosen = [task for task in tasks if not only or task.name in only]
+    return [replace(task, batch_size=batch_size) for task in chosen] if batch_size else chosen

@@ -2,10 +2,18 @@
 
 from neuron_methods.evaluation.kinds.base import Scorer
 from neuron_methods.evaluation.kinds.generation import Generation, TextToText
-from neuron_methods.evaluation.kinds.images import ImageClassification
+from neuron_methods.evaluation.kinds.harness import Harness
+from neuron_methods.evaluation.kinds.images import ImageClassification, ZeroShotImageClassification
+from neuron_methods.evaluation.kinds.likelihood import MultipleChoice, Perplexity
+from neuron_methods.evaluation.kinds.texts import TextClassification
 
 KINDS: dict[str, type[Scorer]] = {
     "image-classification": ImageClassification,
+    "zero-shot-image-classification": ZeroShotImageClassification,
     "text-to-text": TextToText,
     "generation": Generation,
+    "multiple-choice": MultipleChoice,
+    "perplexity": Perplexity,
+    "text-classification": TextClassification,
+    "lm-eval": Harness,
 }

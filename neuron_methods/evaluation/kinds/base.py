@@ -58,6 +58,9 @@ class Scorer:
     def check_examples(cls, examples: Examples, config: Any) -> None:
         """Refuse examples that the model has no answer for, by its config alone."""
 
+    def begin(self) -> None:
+        """Get ready for one run over the examples: the model's weights may have changed since the last."""
+
     def length(self, index: int) -> int:
         """The size of an example's input, to put like to like."""
         return 0

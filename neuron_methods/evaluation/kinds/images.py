@@ -1,4 +1,4 @@
-"""Tasks on images: a classifier's head."""
+"""Tasks on images: by a classifier's head, or by how near an image is to the names of the classes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
+from neuron_methods.evaluation.kinds.base import Scorer, text_limit, wrong_model
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.profiling.image_inputs import ImageFeeder, class_index
 
@@ -95,6 +97,114 @@ class ImageClassification(Scorer):
             )
             for i, predicted in zip(indices, found, strict=True)
         ]
+
+
+class ZeroShotImageClassification(Scorer):
+    """CLIP: the class whose prompts are nearest to the image.
+
+    Radford et al., 2021, arXiv:2103.00020: a class stands for the mean of its prompts' normalised embeddings.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {"image": "image", "label": "label"}
+    settings = ("labels", "prompts")
+    batch_size = 64
+    needs = ("image_processor", "tokenizer")
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.pixels = PixelCache(self.part("image_processor"), self.model.config, self.examples)
+        self.names = class_names(self.examples)
+        self.targets = named_targets(self.examples)
+        prompts = self.task.settings.get("prompts", ["a photo of a {}."])
+        limit = text_limit(self.model.config)
+        texts = [prompt.replace("{}", name) for name in self.names for prompt in prompts]
+        self.tokens = self.part("tokenizer")(
+            texts, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt"
+        )
+        self.classes = torch.empty(0)
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """`labels` are names; every one of `prompts` has room for a name."""
+        check_labels(task, place, (str,))
+        prompts = task.settings.get("prompts", ["{}"])
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and "{}" in p for p in prompts):
+            raise UserError(f"{place}: prompts: expected a list of texts with {{}} for the label, found {prompts!r}")
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """A model with both towers."""
+        model_class = getattr(transformers, architecture, None)
+        if not all(hasattr(model_class, f"get_{what}_features") for what in ("image", "text")):
+            raise wrong_model(task, shown, architecture, "a model of images and texts (CLIPModel)")
+
+    @classmethod
+    def check_examples(cls, examples: Examples, config: Any) -> None:
+        """Labels have names."""
+        named_targets(examples)
+
+    def begin(self) -> None:
+        """Embed the classes' prompts, float32 (classes, width)."""
+        inputs = {k: v.to(self.device) for k, v in self.tokens.items() if k in ("input_ids", "attention_mask")}
+        count = len(self.names)
+        parts = [
+            _features(self.model.get_text_features(**{k: v[i : i + 256] for k, v in inputs.items()}))
+            for i in range(0, len(inputs["input_ids"]), 256)
+        ]
+        prompts = normalize(torch.cat(parts), dim=-1)
+        self.classes = normalize(prompts.view(count, -1, prompts.shape[-1]).mean(dim=1), dim=-1)
+
+    def score(self, indices: Sequence[int]) -> list[Outcome]:
+        """Compare images with classes."""
+        pixels = self.pixels.batch(indices).to(self.device, self.model.dtype)
+        images = normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1)
+        found = (images @ self.classes.T).argmax(dim=1).tolist()
+        return [
+            Outcome(
+                self.examples.samples[i].row,
+                float(predicted == self.targets[i]),
+                self.names[predicted],
+                self.names[self.targets[i]],
+            )
+            for i, predicted in zip(indices, found, strict=True)
+        ]
+
+
+def _features(output: Any) -> Tensor:
+    """Embeddings, float32 (B, width): transformers 5 hands them out within an output."""
+    return (output if isinstance(output, Tensor) else output.pooler_output).float()
+
+
+def class_names(examples: Examples) -> list[str]:
+    """The classes' names: the task's `labels`, else the data's.
+
+    Raises:
+        UserError: neither names them.
+    """
+    names = examples.task.settings.get("labels") or (examples.reader.labels if examples.reader else None)
+    if not names:
+        raise UserError(f"task {examples.task.name!r}: labels: the data names no labels; list them in their order")
+    return names
+
+
+def named_targets(examples: Examples) -> list[int]:
+    """The place of every example's label among `class_names`.
+
+    Raises:
+        UserError: a label is none of them.
+    """
+    names, known = class_names(examples), examples.reader.labels if examples.reader else None
+    targets = []
+    for index in range(len(examples)):
+        label = examples.value(index, "label")
+        if isinstance(label, int) and known and 0 <= label < len(known):
+            label = known[label]
+        if isinstance(label, str) and label in names:
+            label = names.index(label)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(names):
+            raise examples.wrong(index, "label", f"one of the {len(names)} labels")
+        targets.append(label)
+    return targets
 
 
 def check_labels(task: Task, place: str, types: tuple[type, ...]) -> None:

@@ -1,0 +1,111 @@
+"""`mergekit-neuron evaluate`: score a model on tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+EPILOG = """\b
+MODEL is a directory, a repository of the hub, base+adapter, or a routed model's directory.
+
+\b
+TASKS.yml:
+  tasks:
+    - name: digits
+      kind: image-classification
+      data: {source: data/digits, split: test}  # path relative to this file, or a hub id
+      columns: {image: image, label: label}
+      labels: [0, 1, 2]                         # only among these
+    - name: sums
+      kind: generation
+      data: {source: sums.jsonl, split: '[:200]'}
+      columns: {input: prompt, target: answer}
+      max_new_tokens: 8
+      stop: "\\n"
+      limit: 100
+kinds and what they read (columns) and take (settings); each: name, kind, data, columns, metric,
+batch_size, limit:
+  image-classification             image, label     labels
+  zero-shot-image-classification   image, label     labels, prompts    CLIP
+  text-to-text                     input, target    max_new_tokens, stop, max_length
+  generation                       input, target    the same
+  multiple-choice                  input, choices, label   normalize (none, tokens), separator
+  perplexity                       text             max_length
+  text-classification              text, label (pair)      labels, max_length
+  lm-eval                          -                task, num_fewshot  (extra lm-eval)
+metrics: accuracy; exact_match or token_f1 for texts; perplexity.
+
+\b
+Examples:
+  mergekit-neuron evaluate ./merged --task tasks.yml
+  mergekit-neuron evaluate ./base+./adapter --task tasks.yml --limit 100 -o adapter.json
+  accelerate launch --multi_gpu --num_processes 4 -m neuron_methods evaluate ./merged \\
+      --task tasks.yml
+
+\b
+Beside OUT.json there is OUT.examples.jsonl with every example's score, prediction and target.
+"""
+
+
+@click.command("evaluate", epilog=EPILOG)
+@click.argument("model")
+@click.option(
+    "--task",
+    "tasks",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="TASKS.yml",
+    help="File of tasks.",
+)
+@click.option("--only", multiple=True, metavar="NAME", help="Score this task of the file alone; may be repeated.")
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Examples per task at most.")
+@click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: as stored; float32 on a CPU.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw under a limit, and of intervals.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="OUT.json", help="[default: NAME-OF-MODEL.scores.json]"
+)
+@click.option("--force", is_flag=True, help="Replace OUT.json if it exists.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@debug_option
+def evaluate(
+    model: str,
+    tasks: Path,
+    only: tuple[str, ...],
+    split: str,
+    limit: int | None,
+    batch_size: int | None,
+    dtype: str,
+    seed: int,
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Score MODEL on the tasks of a file, with a 95 % bootstrap interval for each score."""
+    from neuron_methods.evaluation.report import check_place, table, write_evaluation
+    from neuron_methods.evaluation.run import evaluate as score
+    from neuron_methods.evaluation.tasks import choose_tasks, load_tasks
+    from neuron_methods.profiling.models import ModelName
+    from neuron_methods.profiling.processes import process_state
+
+    chosen = choose_tasks(load_tasks(tasks), only, batch_size)
+    place = output or Path(f"{ModelName.parse(model).shown.replace('/', '--')}.scores.json")
+    state = process_state()
+    if state.is_main_process:
+        check_place(place, force)
+    evaluation = score(model, chosen, split=split, dtype=dtype, limit=limit, seed=seed, progress=not quiet)
+    if state.is_main_process:
+        write_evaluation(evaluation, place)
+        for line in table(evaluation):
+            click.echo(line)
+        click.echo(f"written: {place}")

@@ -1,0 +1,75 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, by their names there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.kinds.base import Scorer, is_causal, is_text_to_text, number_setting, wrong_model
+from neuron_methods.evaluation.tasks import Task
+
+
+class Harness(Scorer):
+    """`task` names the harness's task, `metric` one of its metrics, `include_path` a folder with tasks of one's own."""
+
+    metrics = ()
+    settings = ("task", "num_fewshot", "include_path")
+    reads_data = False
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """`task` is there, and so is the harness."""
+        if not isinstance(task.settings.get("task"), str):
+            raise UserError(f"{place}: task: expected the name of a task of lm-evaluation-harness")
+        number_setting(task, "num_fewshot", place, 0)
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """A model that predicts tokens; raises UserError, too, where the package is missing."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                f"task {task.name!r}: kind lm-eval needs the package lm_eval: pip install 'mergekit-neuron[lm-eval]'"
+            )
+        if not is_causal(architecture) and not is_text_to_text(config, architecture):
+            raise wrong_model(task, shown, architecture, "a causal or a text-to-text model")
+
+
+def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> tuple[float, float, list[dict[str, Any]]]:
+    """Let the harness score a model.
+
+    Returns:
+        (score, its standard error, the harness's records of the examples).
+
+    Raises:
+        UserError: the harness has no such task or metric, or cannot get its data.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    name = task.settings["task"]
+    try:
+        manager = TaskManager(include_path=task.settings.get("include_path"))
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=task.batch_size),
+            tasks=[name],
+            num_fewshot=task.settings.get("num_fewshot"),
+            limit=task.limit or None,
+            task_manager=manager,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except Exception as error:  # whatever the harness, datasets and their network raise
+        raise UserError(f"task {task.name!r}: lm-evaluation-harness: {type(error).__name__}: {error}") from error
+    results = found["results"].get(name) or next(iter(found["results"].values()))
+    scores = {k.split(",")[0]: v for k, v in results.items() if isinstance(v, float) and "_stderr" not in k}
+    errors = {k.split(",")[0].removesuffix("_stderr"): v for k, v in results.items() if "_stderr" in k}
+    metric = task.metric or next(iter(scores), None)
+    if metric not in scores:
+        raise UserError(f"task {task.name!r}: metric: {name} has no {metric!r} (it has: {', '.join(scores)})")
+    error = errors.get(metric)
+    return scores[metric], error if isinstance(error, float) else 0.0, next(iter(found["samples"].values()), [])

@@ -1,0 +1,249 @@
+"""Tasks scored by how likely a text is: multiple choice, perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Examples, Outcome, by_length
+from neuron_methods.evaluation.kinds.base import (
+    Scorer,
+    choice_setting,
+    is_causal,
+    is_text_to_text,
+    number_setting,
+    text_limit,
+    wrong_model,
+)
+from neuron_methods.evaluation.tasks import Task
+
+#: Tokens of a window of perplexity, unless the task or the model sets another bound.
+WINDOW = 1024
+
+
+class MultipleChoice(Scorer):
+    """The choice that is likeliest after the input, for a causal or a text-to-text model.
+
+    `normalize: tokens` compares log-likelihoods per token, so that long choices are not at a disadvantage;
+    `normalize: none` compares their sums.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {"input": "input", "choices": "choices", "label": "label"}
+    settings = ("normalize", "separator", "max_length")
+    batch_size = 16
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.tokenizer = self.part("tokenizer")
+        self.encodes = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        bounds = (text_limit(self.model.config), self.task.settings.get("max_length"))
+        self.longest = min(filter(None, bounds), default=None)
+        self.choices, self.targets = read_choices(self.examples)
+        self.truncated = [False] * len(self.examples)
+        self.pairs = [[self._pair(i, choice) for choice in choices] for i, choices in enumerate(self.choices)]
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """`normalize` is a known word, `separator` a text."""
+        choice_setting(task, "normalize", place, "none", "tokens")
+        number_setting(task, "max_length", place, 2)
+        if not isinstance(task.settings.get("separator", " "), str):
+            raise UserError(f"{place}: separator: expected text, found {task.settings['separator']!r}")
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """A model that predicts tokens."""
+        if not is_causal(architecture) and not is_text_to_text(config, architecture):
+            raise wrong_model(task, shown, architecture, "a causal or a text-to-text model")
+
+    @classmethod
+    def check_examples(cls, examples: Examples, config: Any) -> None:
+        """Every example has choices, and a label among them."""
+        read_choices(examples)
+
+    def length(self, index: int) -> int:
+        """Tokens of the input and the longest choice."""
+        return max(len(before) + len(after) for before, after in self.pairs[index])
+
+    def score(self, indices: Sequence[int]) -> list[Outcome]:
+        """Find the likeliest choice of each."""
+        flat = [(place, pair) for place, i in enumerate(indices) for pair in self.pairs[i]]
+        likelihoods = self._likelihoods([pair for _, pair in flat])
+        if self.task.settings.get("normalize", "none") == "tokens":
+            likelihoods = [value / len(pair[1]) for value, (_, pair) in zip(likelihoods, flat, strict=True)]
+        outcomes, start = [], 0
+        for i in indices:
+            own = likelihoods[start : start + len(self.choices[i])]
+            start += len(own)
+            best = max(range(len(own)), key=own.__getitem__)
+            right, choices = self.targets[i], self.choices[i]
+            row = self.examples.samples[i].row
+            outcomes.append(
+                Outcome(row, float(best == right), choices[best], choices[right], truncated=self.truncated[i])
+            )
+        return outcomes
+
+    def _pair(self, index: int, choice: str) -> tuple[list[int], list[int]]:
+        """Tokens that are given, tokens that are scored."""
+        text = self.examples.text(index, "input")
+        if self.encodes:
+            before = self.tokenizer(text)["input_ids"]
+            after = self.tokenizer(text_target=choice)["input_ids"]
+            if self.longest is not None and len(before) > self.longest:
+                before, self.truncated[index] = [*before[: self.longest - 1], before[-1]], True
+            return before, after
+        before = self.tokenizer(text)["input_ids"]
+        whole = self.tokenizer(text + self.task.settings.get("separator", " ") + choice)["input_ids"]
+        same = 0  # the last token of the input may become another one where the choice follows
+        while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
+            same += 1
+        same = max(same, 1)
+        before, after = whole[:same], whole[same:]
+        room = None if self.longest is None else self.longest - len(after)
+        if room is not None and len(before) > room:
+            if room < 1:
+                raise self.examples.wrong(index, "choices", f"at most {self.longest - 1} tokens per choice")
+            before, self.truncated[index] = before[-room:], True
+        return before, after
+
+    def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        found = [0.0] * len(pairs)
+        order = by_length([len(before) + len(after) for before, after in pairs])
+        for start in range(0, len(order), self.task.batch_size):
+            chosen = order[start : start + self.task.batch_size]
+            batch = [pairs[i] for i in chosen]
+            score = self._encoded if self.encodes else self._continued
+            for i, value in zip(chosen, score(batch), strict=True):
+                found[i] = value
+        return found
+
+    def _continued(self, batch: list[tuple[list[int], list[int]]]) -> list[float]:
+        sequences = [before + after for before, after in batch]
+        return causal_log_likelihoods(self.model, sequences, [len(before) for before, _ in batch], self.device)
+
+    def _encoded(self, batch: list[tuple[list[int], list[int]]]) -> list[float]:
+        ids, mask = pad_right([before for before, _ in batch], self.device)
+        said, said_mask = pad_right([after for _, after in batch], self.device)
+        labels = said.masked_fill(said_mask == 0, -100)
+        decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels)
+        output = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
+        return [_sum(logits, ids, 0) for logits, ids in zip(output.logits, [after for _, after in batch], strict=True)]
+
+
+class Perplexity(Scorer):
+    """exp of the mean negative log-likelihood of a token, over the tokens of all texts.
+
+    A text longer than the window (`max_length`, by default 1024 or what the model reads) is read window after window,
+    each beginning with the last token of the one before, so that every token but the first is scored once.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {"text": "text"}
+    metrics = ("perplexity",)
+    settings = ("max_length",)
+    batch_size = 8
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        width = min(filter(None, (text_limit(self.model.config), self.task.settings.get("max_length", WINDOW))))
+        tokenizer = self.part("tokenizer")
+        texts = [tokenizer(self.examples.text(i, "text"))["input_ids"] for i in range(len(self.examples))]
+        self.tokens = [max(len(tokens) - 1, 0) for tokens in texts]
+        self.windows = [
+            [tokens[start : start + width] for start in range(0, len(tokens) - 1, width - 1)] for tokens in texts
+        ]
+        if not any(self.tokens):
+            raise UserError(f"task {self.task.name!r}: no text has a second token to predict")
+
+    @classmethod
+    def check_task(cls, task: Task, place: str) -> None:
+        """A window holds two tokens at least."""
+        number_setting(task, "max_length", place, 2)
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """A causal model."""
+        if not is_causal(architecture):
+            raise wrong_model(task, shown, architecture, "a causal language model")
+
+    def length(self, index: int) -> int:
+        """Tokens of the text."""
+        return self.tokens[index]
+
+    def score(self, indices: Sequence[int]) -> list[Outcome]:
+        """Negative log-likelihood of each text, in nats."""
+        flat = [(i, window) for i in indices for window in self.windows[i]]
+        sums = dict.fromkeys(indices, 0.0)
+        for start in range(0, len(flat), self.task.batch_size):
+            batch = flat[start : start + self.task.batch_size]
+            found = causal_log_likelihoods(self.model, [w for _, w in batch], [1] * len(batch), self.device)
+            for (i, _), value in zip(batch, found, strict=True):
+                sums[i] -= value
+        return [Outcome(self.examples.samples[i].row, sums[i], weight=self.tokens[i]) for i in indices]
+
+
+def causal_log_likelihoods(
+    model: Any, sequences: Sequence[list[int]], starts: Sequence[int], device: torch.device
+) -> list[float]:
+    """Log-likelihood of each sequence's tokens from its `start` on, in nats, given those before; summed in float64.
+
+    Args:
+        model: causal.
+        sequences: token ids, of any lengths.
+        starts: from 1 on.
+        device: where the model's inputs go.
+    """
+    ids, mask = pad_right(sequences, device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return [
+        _sum(row[start - 1 : len(tokens) - 1], tokens[start:], 0)
+        for row, tokens, start in zip(logits, sequences, starts, strict=True)
+    ]
+
+
+def _sum(logits: Tensor, tokens: Sequence[int], start: int) -> float:
+    """Log-likelihood of `tokens`, the first predicted by the logits at `start`; logits (positions, vocabulary)."""
+    wanted = torch.tensor(tokens, device=logits.device)
+    chosen = logits[start : start + len(tokens)].float().log_softmax(dim=-1)
+    return float(chosen.gather(1, wanted[:, None]).double().sum())
+
+
+def pad_right(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), int64 (B, T)."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in sequences], device=device)
+    lengths = torch.tensor([len(tokens) for tokens in sequences], device=device)
+    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
+
+
+def read_choices(examples: Examples) -> tuple[list[list[str]], list[int]]:
+    """The choices of every example, and the place of the right one.
+
+    Choices are a list of texts, or ``{text: [...], label: [...]}``; the label is a place, a choice's text, or one of
+    the labels beside the choices.
+
+    Raises:
+        UserError: an example is neither.
+    """
+    all_choices, targets = [], []
+    for index in range(len(examples)):
+        choices, label = examples.value(index, "choices"), examples.value(index, "label")
+        names = choices.get("label") if isinstance(choices, dict) else None
+        choices = choices.get("text") if isinstance(choices, dict) else choices
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise examples.wrong(index, "choices", "a list of two texts or more")
+        for known in (names, choices):
+            if isinstance(label, str) and known and label in known:
+                label = known.index(label)
+        if isinstance(label, str) and label.isdecimal():
+            label = int(label)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+            raise examples.wrong(
+                index, "label", f"one of the {len(choices)} choices, by its place from 0 on or its text"
+            )
+        all_choices.append(choices)
+        targets.append(label)
+    return all_choices, targets
