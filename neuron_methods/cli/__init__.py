@@ -28,6 +28,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "profile": Subcommand("neuron_methods.cli.profile", "Measure what each MLP neuron does on data; show it."),
     "groups": Subcommand("neuron_methods.cli.groups", "Find the functional group of every MLP neuron."),
     "linearity": Subcommand("neuron_methods.cli.linearity", "Measure how linearly outputs follow merged weights."),
+    "evaluate": Subcommand("neuron_methods.cli.evaluate", "Score a model on tasks, with 95 % intervals."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }
 
