@@ -28,6 +28,9 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "profile": Subcommand("neuron_methods.cli.profile", "Measure what each MLP neuron does on data; show it."),
     "groups": Subcommand("neuron_methods.cli.groups", "Find the functional group of every MLP neuron."),
     "linearity": Subcommand("neuron_methods.cli.linearity", "Measure how linearly outputs follow merged weights."),
+    "route": Subcommand("neuron_methods.cli.route", "Make a routed model: a router over adapters."),
+    "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with a routed model; show the routing."),
+    "push": Subcommand("neuron_methods.cli.push", "Upload a merge to the Hugging Face Hub."),
     "evaluate": Subcommand("neuron_methods.cli.evaluate", "Score a model on tasks, with 95 % intervals."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }

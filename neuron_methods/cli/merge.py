@@ -11,6 +11,7 @@ from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.push import push_options
 from neuron_methods.errors import UserError
 
 EPILOG = """\b
@@ -19,6 +20,7 @@ Examples:
   mergekit-neuron merge merge.yaml ./merged --device auto --profile-out thresholds.json
   mergekit-neuron merge merge.yaml ./merged --force --out-shard-size 1B
   mergekit-neuron merge merge.yaml ./adapter --as-adapter --energy 0.99
+  mergekit-neuron merge merge.yaml ./merged --report --push-to-hub me/my-merge --private
 
 \b
 A merge.yaml by neuro_merging, with every parameter at its default:
@@ -101,6 +103,14 @@ def _sharpened(command: click.Command) -> click.Command:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="With --as-adapter: dtype it is written in.  [default: float32]",
 )
+@click.option("--report", is_flag=True, help="Draw what the merge does to the neurons: OUT/report/report.html.")
+@click.option(
+    "--evaluation",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON of `mergekit-neuron evaluate`, for the card.",
+)
+@click.option("--push-to-hub", metavar="USER/NAME", help="Upload the result; the token is checked before the merge.")
+@push_options
 @add_merge_options
 @debug_option
 def merge(
@@ -115,6 +125,10 @@ def merge(
     rank: int | None,
     energy: float | None,
     adapter_dtype: str | None,
+    report: bool,
+    evaluation: Path | None,
+    push_to_hub: str | None,
+    **push: Any,
 ) -> None:
     """Merge models as the mergekit YAML in CONFIG says; the result is in OUT, complete, or not there at all.
 
@@ -127,6 +141,9 @@ def merge(
             raise click.UsageError(f"{name} goes with --as-adapter")
     if as_adapter and profile_out is not None:
         raise click.UsageError("--profile-out does not go with --as-adapter")
+    for name, value in push.items():
+        if value and push_to_hub is None:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --push-to-hub")
     from neuron_methods.plugin.describe import describe_plan
     from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 
@@ -138,6 +155,14 @@ def merge(
     if dry_run:
         click.echo(describe_plan(plan_merge(source, options=options, config_name=config)))
         return
+    from neuron_methods.sharing.publishing import Extras, merge_companion
+
+    if push_to_hub is not None:
+        from neuron_methods.sharing.hub import PushOptions, check_access
+
+        push_to = PushOptions(**push)
+        check_access(push_to_hub, push_to)
+    companion = merge_companion(Extras(report=report, evaluation=evaluation))
     if as_adapter:
         from neuron_methods.plugin.adapter_output import adapter_precision, merge_to_adapter
 
@@ -150,26 +175,37 @@ def merge(
             progress=not options.quiet,
             allow_nonfinite=allow_nonfinite,
             config_name=config,
+            companion=companion,
         )
         if not options.quiet:
             click.echo(str(adapted))
         for warning in adapted.adapter.warnings if options.quiet else ():
             click.echo(f"warning: {warning}", err=True)
-        return
-    summary = merge_to_directory(
-        source,
-        out,
-        options=options,
-        force=force,
-        progress=not options.quiet,
-        allow_nonfinite=allow_nonfinite,
-        profile_out=profile_out,
-        config_name=config,
-    )
-    if not options.quiet:
-        click.echo(str(summary))
-    for note in summary.notes if options.quiet else ():
+        notes = adapted.notes
+    else:
+        summary = merge_to_directory(
+            source,
+            out,
+            options=options,
+            force=force,
+            progress=not options.quiet,
+            allow_nonfinite=allow_nonfinite,
+            profile_out=profile_out,
+            config_name=config,
+            companion=companion,
+        )
+        if not options.quiet:
+            click.echo(str(summary))
+        notes = summary.notes
+    for note in notes if options.quiet else ():
         click.echo(f"note: {note}", err=True)
+    if push_to_hub is not None:
+        from neuron_methods.sharing.hub import push_directory
+
+        pushed = push_directory(Path(out), push_to_hub, push_to, progress=not options.quiet)
+        for note in pushed.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(pushed.url)
 
 
 def _options(merge_options: MergeOptions) -> MergeOptions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from neuron_methods.adapters.export import AdapterBuilder, AdapterSummary, Preci
 from neuron_methods.adapters.loader import BaseCheckpoint
 from neuron_methods.adapters.placement import Place, holds_modules, place, settle
 from neuron_methods.errors import UserError
-from neuron_methods.plugin.merging import MergeRun
+from neuron_methods.plugin.merging import Companion, MergeRun
 from neuron_methods.plugin.output import check_target, give_ordinary_permissions, move_into_place, staging_directory
 from neuron_methods.plugin.planning import repeats_tied
 from neuron_methods.plugin.preflight import format_bytes
@@ -41,6 +41,7 @@ class AdapterMergeSummary:
         seconds: time from start to the written adapter.
         base: the model the adapter is for.
         adapter: what it keeps of the merged update.
+        notes: what the user should know.
     """
 
     out_path: str
@@ -48,12 +49,14 @@ class AdapterMergeSummary:
     seconds: float
     base: str
     adapter: AdapterSummary
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
             f"{self.method}: a LoRA adapter for {self.base}, {format_bytes(self.adapter.bytes)} written, "
             f"{self.seconds:.1f} s",
             *(f"  {line}" for line in str(self.adapter).splitlines()),
+            *(f"  {note}" for note in self.notes),
             f"  complete: {self.out_path}",
         ]
         return "\n".join(lines)
@@ -103,6 +106,7 @@ def merge_to_adapter(
     progress: bool = True,
     allow_nonfinite: bool = False,
     config_name: str = "the configuration",
+    companion: Companion | None = None,
 ) -> AdapterMergeSummary:
     """Run any mergekit configuration and leave the merged update as a LoRA adapter on the base, or nothing.
 
@@ -115,6 +119,7 @@ def merge_to_adapter(
         progress: show progress bars.
         allow_nonfinite: go on where an input holds NaN or Inf.
         config_name: file name for messages.
+        companion: writes the card, and more; without one mergekit's own card is written.
 
     Returns:
         What was done, printable.
@@ -133,9 +138,16 @@ def merge_to_adapter(
     def look(planner: Any) -> None:
         nonlocal builder
         run.inspect(planner)
+        if companion is not None and companion.on_plan is not None:
+            companion.on_plan(run, planner)
         builder = _divert(planner, checkpoint, base, precision or Precision(), run.name)
 
-    session = MergeSession(on_plan=look, allow_nonfinite=allow_nonfinite, quiet=not progress)
+    session = MergeSession(
+        on_plan=look,
+        on_tensor=companion.on_tensor if companion is not None else None,
+        allow_nonfinite=allow_nonfinite,
+        quiet=not progress,
+    )
     with run.opened(), staging_directory(target) as staging:
         checkpoint = BaseCheckpoint(LoaderCache().get(base), str(base), base.config)
         run.execute(staging, session)
@@ -150,13 +162,17 @@ def merge_to_adapter(
             base_model_name_or_path=base.model.path,
             revision=base.model.revision,
         )
-        run.write_card(staging, target.name)
-        _mark_card(staging / "README.md")
+        notes = []
+        if companion is None:
+            run.write_card(staging, target.name)
+            _mark_card(staging / "README.md")
+        else:
+            state = session.context.state if session.context is not None else None
+            notes = companion.finish(run, staging, target.name, state)
         give_ordinary_permissions(staging)
         move_into_place(staging, target, force)
-    return AdapterMergeSummary(
-        str(out_path), run.configuration.merge_method, time.perf_counter() - started, str(base.model), summary
-    )
+    seconds = time.perf_counter() - started
+    return AdapterMergeSummary(str(out_path), run.configuration.merge_method, seconds, str(base.model), summary, notes)
 
 
 def adapter_precision(rank: int | None, energy: float | None, dtype: str | None) -> Precision:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
+from torch import Tensor
 
 from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext, PlannedMethod
@@ -45,6 +46,8 @@ from neuron_methods.plugin.session import MergeSession, merge_session
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models, check_tokenizer_sources
 
+# The YAML of a merge, beside its output.
+CONFIG_NAME = "mergekit_config.yml"
 # Files beside the weights that a model may need, which mergekit leaves behind.
 _COMPANIONS = (
     "preprocessor_config.json",
@@ -110,6 +113,22 @@ class MergeSummary:
         return "\n".join(lines)
 
 
+@dataclass
+class Companion:
+    """What accompanies a merge: looks at every tensor that is merged, and adds its own to the output.
+
+    Attributes:
+        on_plan: called with the run and mergekit's planner once the plan stands, before any tensor is merged.
+        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
+        finish: called with the run, the written and verified directory before it is moved into place, its name, and
+            what the method measured; writes README.md and what else goes beside the weights, and returns notes.
+    """
+
+    finish: Callable[[MergeRun, Path, str, Any], list[str]]
+    on_plan: Callable[[MergeRun, Any], None] | None = None
+    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
+
+
 class _PlanOnly(Exception):
     """Ends a dry run once the plan is known."""
 
@@ -124,6 +143,7 @@ def merge_to_directory(
     allow_nonfinite: bool = False,
     profile_out: str | None = None,
     config_name: str = "the configuration",
+    companion: Companion | None = None,
 ) -> MergeSummary:
     """Run any mergekit configuration and leave a complete, verified model directory, or nothing.
 
@@ -136,6 +156,7 @@ def merge_to_directory(
         allow_nonfinite: go on where an input holds NaN or Inf.
         profile_out: JSON file for thresholds and σ (`neuro_merging`).
         config_name: file name for messages.
+        companion: writes the card, and more; without one mergekit's own card is written.
 
     Returns:
         What was done, printable.
@@ -153,15 +174,25 @@ def merge_to_directory(
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.context)
         check_space(run.plan, str(target.parent))
+        if companion is not None and companion.on_plan is not None:
+            companion.on_plan(run, planner)
 
-    session = MergeSession(on_plan=look, allow_nonfinite=allow_nonfinite, quiet=not progress)
+    session = MergeSession(
+        on_plan=look,
+        on_tensor=companion.on_tensor if companion is not None else None,
+        allow_nonfinite=allow_nonfinite,
+        quiet=not progress,
+    )
     with run.opened(), staging_directory(target) as staging:
         try:
             run.copy_companions(staging)
             run.execute(staging, session)
             verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options)
-            run.write_card(staging, target.name)
             state = session.context.state if session.context is not None else None
+            if companion is None:
+                run.write_card(staging, target.name)
+            else:
+                run.plan.notes += companion.finish(run, staging, target.name, state)
             profile = state if isinstance(state, TrimProfile) else None
             with ExitStack() as later:
                 if profile_place is not None and profile is not None and target in profile_place.parents:
@@ -312,7 +343,7 @@ class MergeRun:
             return
         card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        (staging / "mergekit_config.yml").write_text(self.source, encoding="utf-8")
+        (staging / CONFIG_NAME).write_text(self.source, encoding="utf-8")
 
 
 def _profile_place(profile_out: str | None, target: Path) -> Path | None:

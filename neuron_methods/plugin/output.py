@@ -188,7 +188,7 @@ def verify_output(path: str | os.PathLike[str], plan: MergePlan, *, aligned: boo
         json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError("verification failed: config.json was not written completely") from None
-    written = _written_headers(Path(path), options.safe_serialization)
+    written = written_headers(Path(path), options.safe_serialization)
     vocabulary: int | None = None
     for weight, inputs, size in plan.tensors:
         if not size:
@@ -205,7 +205,16 @@ def verify_output(path: str | os.PathLike[str], plan: MergePlan, *, aligned: boo
             raise UserError(f"verification failed: {weight.name} has shape {shape}, expected {expected}")
 
 
-def _written_headers(path: Path, safe: bool) -> dict[str, Header]:
+def written_headers(path: Path, safe: bool = True) -> dict[str, Header]:
+    """Headers of all tensors of a model directory, by its index or its single file.
+
+    Args:
+        path: the directory.
+        safe: safetensors files, else pickles.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
     stem = "model.safetensors" if safe else "pytorch_model.bin"
     index, whole = path / f"{stem}.index.json", path / stem
     if index.exists():

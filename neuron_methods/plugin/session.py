@@ -27,6 +27,7 @@ class MergeSession:
     Attributes:
         on_plan: called with mergekit's planner once the plan stands, before any tensor is merged; it may refuse by
             raising `UserError`.
+        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
         allow_nonfinite: go on where a tensor holds NaN or Inf.
         quiet: no progress bars.
         context: the context of our method's merge, None for mergekit's own methods.
@@ -35,6 +36,7 @@ class MergeSession:
     """
 
     on_plan: Callable[[Any], None] = lambda _planner: None
+    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
     allow_nonfinite: bool = False
     quiet: bool = False
     context: MergeContext | None = None
@@ -71,6 +73,8 @@ class MergeSession:
                 if not self.allow_nonfinite:
                     raise _nonfinite_result(name, tensors)
                 self.nonfinite.append(name)
+            if merged is not None and self.on_tensor is not None and len(tensors) > 1:
+                self.on_tensor(name, tensors, merged)
             return merged
 
         try:

@@ -1,0 +1,56 @@
+"""`mergekit-neuron push`: upload a merge to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EPILOG = """\b
+Examples:
+  hf auth login                                    once; or set HF_TOKEN
+  mergekit-neuron push ./merged me/my-merge --private
+  mergekit-neuron push ./merged me/my-merge --revision v2 --commit-message "Denser trim"
+  mergekit-neuron push ./merged org/model --create-pr
+  mergekit-neuron push ./adapter me/my-adapter --base-model Qwen/Qwen2.5-0.5B
+
+\b
+OUT is verified first and never changed. Paths of this machine stay here: in mergekit_config.yml and configs only
+their last component is uploaded. After an interruption the same command goes on where it was.
+"""
+
+
+def push_options(command: F) -> F:
+    """Give a command the options of an upload, except for where it goes."""
+    options = (
+        click.option("--private", is_flag=True, default=None, help="Make a new repository private."),
+        click.option("--revision", metavar="BRANCH", help="Commit to this branch; made if it is not there."),
+        click.option("--commit-message", metavar="TEXT", help="Of the commit."),
+        click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+        click.option("--base-model", metavar="USER/NAME", help="Of an adapter: the id its base has on the Hub."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("push", epilog=EPILOG)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="USER/NAME")
+@push_options
+@click.option("--quiet", is_flag=True, help="No progress bars; print the address alone.")
+@debug_option
+def push(out: Path, repository: str, quiet: bool, **options: Any) -> None:
+    """Upload OUT, a merge, an adapter or a routed model, to the repository USER/NAME of the Hugging Face Hub."""
+    from neuron_methods.sharing.hub import PushOptions, push_directory
+
+    pushed = push_directory(out, repository, PushOptions(**options), progress=not quiet)
+    for note in pushed.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(pushed.url)

@@ -1,0 +1,243 @@
+"""The model card of a merge: what was merged and how, with front matter that the Hub understands.
+
+A card is made of what the YAML says and of what lies beside the weights; no network is asked. Made again by
+`mergekit-neuron report`, it keeps what `CardOptions` does not change.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registry
+
+from neuron_methods import __version__
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
+from neuron_methods.sharing.datasets import profiled_datasets
+from neuron_methods.sharing.licences import Licences, find_licences
+from neuron_methods.sharing.loading import loading_snippet, pipeline_tag
+from neuron_methods.sharing.names import ModelNames, reduced_yaml
+
+_PACKAGES = ("mergekit", "transformers", "torch", "peft", "safetensors")
+_EVALUATION_FORMAT = "mergekit-neuron-evaluation"
+# Kinds of `mergekit-neuron evaluate` -> tasks of the Hub, where they are called otherwise.
+_TASK_TYPES = {
+    "text-to-text": "text2text-generation",
+    "generation": "text-generation",
+    "multiple-choice": "multiple-choice",
+    "perplexity": "text-generation",
+    "lm-eval": "text-generation",
+}
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What a card holds beside the merge itself.
+
+    Attributes:
+        report_section: Markdown with the report's figures.
+        evaluation: an evaluation, as `read_evaluation` gives it.
+        known_hub: ids of the Hub among the models, where an earlier card tells; see `names.is_hub_id`.
+        cache_dir: the Hub's cache.
+    """
+
+    report_section: str | None = None
+    evaluation: dict[str, Any] | None = None
+    known_hub: Collection[str] | None = None
+    cache_dir: str | None = None
+
+
+@dataclass
+class Card:
+    """A card and what the user should know about it."""
+
+    text: str
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_card(
+    configuration: MergeConfiguration, source: str, name: str, place: Path, options: CardOptions | None = None
+) -> Card:
+    """Write the card of a merge.
+
+    Args:
+        configuration: of the merge.
+        source: the YAML's text.
+        name: what the result is called.
+        place: directory of the result; what lies there tells a model from an adapter.
+        options: see `CardOptions`.
+    """
+    options = options or CardOptions()
+    names = ModelNames(configuration, options.known_hub)
+    models = _models(configuration)
+    adapter = (place / "adapter_config.json").exists()
+    licences = find_licences(_paths(models), names.labels, options.cache_dir)
+    citation = citation_of(configuration.merge_method)
+    bases = names.hub
+    if adapter and configuration.base_model is not None:
+        bases = [path for path in bases if path == configuration.base_model.model.path]
+    data = huggingface_hub.ModelCardData(
+        base_model=bases or None,
+        base_model_relation=("adapter" if adapter else "merge") if bases else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=pipeline_tag(place),
+        tags=["mergekit", "merge", "mergekit-neuron", configuration.merge_method, *(["lora"] if adapter else [])],
+        datasets=profiled_datasets(configuration) or None,
+        license=licences.inherited.id if licences.inherited else None,
+        license_name=licences.inherited.name if licences.inherited else None,
+        license_link=licences.inherited.link if licences.inherited else None,
+        model_name=name if options.evaluation else None,
+        eval_results=_eval_results(options.evaluation) if options.evaluation else None,
+        ignore_metadata_errors=True,
+    )
+    sections = [
+        f"---\n{data.to_yaml(line_break=chr(10))}\n---",
+        f"# {name}",
+        _opening(configuration, names, models, adapter),
+        *_licence_section(licences),
+        _method_section(citation),
+        *([options.report_section.strip()] if options.report_section else []),
+        *([_evaluation_section(options.evaluation)] if options.evaluation else []),
+        f"## How to load it\n\n{loading_snippet(place)}",
+        f"## Configuration\n\n```yaml\n{reduced_yaml(source.strip(), names)}\n```",
+        f"Made with {_versions()}.",
+        f"## Citation\n\n```bibtex\n{chr(10).join(c.bibtex for c in (citation, MERGEKIT) if c.bibtex)}\n```",
+    ]
+    return Card("\n\n".join(sections) + "\n", [licences.conflict] if licences.conflict else [])
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read the JSON of `mergekit-neuron evaluate`.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no JSON"
+        raise UserError(f"--evaluation {path}: cannot be read ({reason})") from None
+    if not isinstance(content, dict) or content.get("format") != _EVALUATION_FORMAT:
+        raise UserError(f"--evaluation {path}: no file of `mergekit-neuron evaluate` (format {_EVALUATION_FORMAT!r})")
+    tasks = content.get("tasks")
+    complete = isinstance(tasks, list) and all(
+        isinstance(task, dict) and {"name", "kind", "metric", "score"} <= task.keys() for task in tasks
+    )
+    if content.get("version") != 1 or not complete:
+        raise UserError(f"--evaluation {path}: of another version, or damaged; evaluate again")
+    return content
+
+
+def citation_of(method: str) -> Citation:
+    """The method's paper; of a method that is not in our table, what mergekit knows of it."""
+    if method in CITATIONS:
+        return CITATIONS[method]
+    spec = registry.get(method).spec
+    name = spec.pretty_name or spec.name
+    return Citation(name, "It is described where the link leads.", "", spec.reference_url or "", "")
+
+
+def with_model_id(card: str, repository: str) -> str:
+    """The card with the id of its repository in the lines that load the model."""
+    return re.sub(r'^model_id = ".*?".*$', f'model_id = "{repository}"', card, flags=re.MULTILINE)
+
+
+def _models(configuration: MergeConfiguration) -> list[ModelReference]:
+    base = [configuration.base_model] if configuration.base_model is not None else []
+    return list(dict.fromkeys([*base, *models_in_order(configuration)]))
+
+
+def _paths(models: list[ModelReference]) -> list[ModelPath]:
+    return list(dict.fromkeys(part for m in models for part in (m.model, m.lora) if part is not None))
+
+
+def _opening(configuration: MergeConfiguration, names: ModelNames, models: list[ModelReference], adapter: bool) -> str:
+    method = citation_of(configuration.merge_method)
+    linked = f"[{method.name}]({method.url})" if method.url else method.name
+    what = "This LoRA adapter is the update of a merge" if adapter else "This is a merge of fine-tuned models"
+    base = configuration.base_model
+    on_base = f" on the base {names.markdown(base)}" if base is not None else ""
+    merged = [model for model in models if model != base]
+    lines = [
+        f"{what} by {linked}{on_base}, made with [mergekit](https://github.com/arcee-ai/mergekit) and mergekit-neuron.",
+        "",
+        "Merged:",
+        "",
+        *(f"- {names.markdown(model)}" for model in merged),
+    ]
+    return "\n".join(lines)
+
+
+def _licence_section(licences: Licences) -> list[str]:
+    if licences.conflict is None:
+        return []
+    found = "\n".join(f"> - {model}: {licence}" for model, licence in licences.found.items())
+    return [
+        "> [!WARNING]\n> The merged models are under different licences, so this card names none. Find out what holds "
+        f"before you use or share the merge.\n>\n{found}"
+    ]
+
+
+def _method_section(citation: Citation) -> str:
+    paper = f"\n\n[{citation.paper}]({citation.url})" if citation.paper else f"\n\n{citation.url}".rstrip()
+    return f"## Method: {citation.name}\n\n{citation.text}{paper}"
+
+
+def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult]:
+    return [
+        huggingface_hub.EvalResult(
+            task_type=_TASK_TYPES.get(task["kind"], task["kind"]),
+            dataset_type=_source_name(task),
+            dataset_name=task["name"],
+            dataset_split=task.get("split"),
+            metric_type=task["metric"],
+            metric_value=round(float(task["score"]), 6),
+        )
+        for task in evaluation["tasks"]
+    ]
+
+
+def _source_name(task: dict[str, Any]) -> str:
+    """The data's id where it is on the Hub, else the task's name: a local path is nobody else's business."""
+    source = str(task.get("source") or "")
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+    local = source.rpartition(".")[2] in ("jsonl", "json", "parquet", "csv", "tsv", "txt", "gz")
+    known = task.get("hub", hub and not local and not source.startswith("data/") and not Path(source).exists())
+    return source if known else re.sub(r"[^\w.-]+", "-", str(task["name"]))
+
+
+def _evaluation_section(evaluation: dict[str, Any]) -> str:
+    rows = []
+    for task in evaluation["tasks"]:
+        interval = ""
+        if task.get("low") is not None and task.get("high") is not None:
+            interval = f"{_shown(task, task['low'])} to {_shown(task, task['high'])}"
+        count = task.get("count", "")
+        rows.append(f"| {task['name']} | {task['metric']} | {_shown(task, task['score'])} | {interval} | {count} |")
+    head = "| task | metric | score | 95 % interval | examples |\n|---|---|---|---|---|"
+    return f"## Evaluation\n\n{head}\n" + "\n".join(rows)
+
+
+def _shown(task: dict[str, Any], score: float) -> str:
+    return f"{score:.2f}" if task["metric"] == "perplexity" else f"{100 * score:.1f} %"
+
+
+def _versions() -> str:
+    found = [f"mergekit-neuron {__version__}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join([*found, f"Python {platform.python_version()}"])

@@ -1,0 +1,111 @@
+"""The licence a merge inherits, as far as the cards of its models tell without asking the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from mergekit.common import ModelPath
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence as a card's front matter has it: an id of the Hub, with name and link where the id is `other`."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.id} ({self.name})" if self.name else self.id
+
+
+@dataclass
+class Licences:
+    """What the models of a merge say.
+
+    Attributes:
+        inherited: the base's, where no other model says something else; None: not known, or in conflict.
+        found: model -> its licence, of those that have one.
+        silent: models whose card is not here or names none.
+    """
+
+    inherited: Licence | None = None
+    found: dict[str, Licence] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+
+    @property
+    def conflict(self) -> str | None:
+        """One sentence for card and summary where licences differ, else None."""
+        if len(set(self.found.values())) < 2:
+            return None
+        said = "; ".join(f"{model}: {licence}" for model, licence in self.found.items())
+        return f"the models are under different licences ({said}), so the card names none: find out what holds"
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The YAML between the two `---` lines that a card begins with; {} where there is none or it is broken."""
+    lines = text.lstrip("\ufeff").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
+    try:
+        content = yaml.safe_load("\n".join(lines[1:end])) if end else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_card(model: ModelPath, cache_dir: str | None = None) -> dict[str, Any]:
+    """Front matter of a model's card: in its directory, or in the Hub's cache. Never asks the network."""
+    place: Any = os.path.join(model.path, "README.md")
+    if not os.path.isdir(model.path):
+        try:
+            place = try_to_load_from_cache(model.path, "README.md", cache_dir=cache_dir, revision=model.revision)
+        except HFValidationError:
+            return {}
+    if not isinstance(place, str) or not os.path.isfile(place):
+        return {}
+    with open(place, encoding="utf-8", errors="replace") as file:
+        return front_matter(file.read())
+
+
+def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | None:
+    """The licence on a model's card, None where it says none."""
+    card = read_card(model, cache_dir)
+    identity = card.get("license")
+    if isinstance(identity, list):
+        identity = identity[0] if len(identity) == 1 else ", ".join(map(str, identity)) or None
+    if not isinstance(identity, str) or not identity.strip() or identity == "unknown":
+        return None
+    return Licence(identity.strip().lower(), _text(card.get("license_name")), _text(card.get("license_link")))
+
+
+def find_licences(models: Sequence[ModelPath], labels: Mapping[str, str], cache_dir: str | None = None) -> Licences:
+    """Licences of a merge's models.
+
+    Args:
+        models: the base first; adapters, too.
+        labels: path -> the name the card calls it by.
+        cache_dir: the Hub's cache, None for the default.
+    """
+    licences = Licences()
+    for model in models:
+        found = read_licence(model, cache_dir)
+        if found is None:
+            licences.silent.append(labels[model.path])
+        else:
+            licences.found[labels[model.path]] = found
+    base = licences.found.get(labels[models[0].path]) if models else None
+    if base is not None and licences.conflict is None:
+        licences.inherited = base
+    return licences
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

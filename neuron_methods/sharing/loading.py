@@ -1,0 +1,92 @@
+"""How to load what lies in a directory: a model, an adapter or a routed model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROUTED_CONFIG = "routed_config.json"
+
+# First match decides: end of the architecture's name, auto class, auto class of its inputs, task on the Hub.
+_KINDS = (
+    ("ForCausalLM", "AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
+    ("LMHeadModel", "AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
+    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM", "AutoTokenizer", "text2text-generation"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification", "AutoTokenizer", "text-classification"),
+    ("ForImageClassification", "AutoModelForImageClassification", "AutoImageProcessor", "image-classification"),
+    ("CLIPVisionModel", "CLIPVisionModel", "AutoImageProcessor", "image-feature-extraction"),
+    (
+        "CLIPVisionModelWithProjection",
+        "CLIPVisionModelWithProjection",
+        "AutoImageProcessor",
+        "image-feature-extraction",
+    ),
+    ("CLIPModel", "AutoModel", "AutoProcessor", "zero-shot-image-classification"),
+)
+_INPUT_FILES = {
+    "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "spiece.model"),
+    "AutoImageProcessor": ("preprocessor_config.json", "processor_config.json"),
+    "AutoProcessor": ("preprocessor_config.json", "processor_config.json"),
+}
+
+
+def architecture_of(place: Path) -> str:
+    """The model's class by its config, "" where there is none."""
+    architectures = _json(place / "config.json").get("architectures") or [""]
+    return str(architectures[0])
+
+
+def pipeline_tag(place: Path) -> str | None:
+    """The task of the Hub that a model serves; None where its class does not tell."""
+    return next((task for end, _, _, task in _KINDS if architecture_of(place).endswith(end)), None)
+
+
+def loading_snippet(place: Path) -> str:
+    """A Python block that loads the directory; `model_id` is to be replaced where it is uploaded."""
+    if (place / ROUTED_CONFIG).exists():
+        lines = ["from neuron_methods.routing import NeuronRoutedModel", "", _MODEL_ID]
+        return _block([*lines, "model = NeuronRoutedModel.from_pretrained(model_id)"])
+    if (place / "adapter_config.json").exists():
+        return _block(_adapter(place))
+    architecture = architecture_of(place)
+    _, auto, inputs, _ = next((k for k in _KINDS if architecture.endswith(k[0])), ("", "AutoModel", "", ""))
+    found = inputs if any((place / name).exists() for name in _INPUT_FILES.get(inputs, ())) else ""
+    lines = [f"from transformers import {', '.join(sorted(filter(None, (auto, found))))}", "", _MODEL_ID]
+    lines.append(f'model = {auto}.from_pretrained(model_id, dtype="auto")')
+    if found:
+        variable = "tokenizer" if found == "AutoTokenizer" else "processor"
+        lines.append(f"{variable} = {found}.from_pretrained(model_id)")
+    return _block(lines)
+
+
+_MODEL_ID = 'model_id = "."  # this directory'
+
+
+def _adapter(place: Path) -> list[str]:
+    config = _json(place / "adapter_config.json")
+    task = {
+        "CAUSAL_LM": "AutoPeftModelForCausalLM",
+        "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+        "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    }.get(str(config.get("task_type")))
+    if task is not None:
+        return [f"from peft import {task}", "", _MODEL_ID, f"model = {task}.from_pretrained(model_id)"]
+    return [
+        "from peft import PeftModel",
+        "",
+        _MODEL_ID,
+        "model = PeftModel.from_pretrained(base, model_id)  # base: the model that the adapter was made for, loaded",
+    ]
+
+
+def _block(lines: list[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

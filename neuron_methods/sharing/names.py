@@ -1,0 +1,183 @@
+"""What models are called where others read it: repositories of the Hub by id, local directories by a short name.
+
+A path of this machine says nothing to others and may say too much, and `experts/math` on a card would pass for a
+repository. So whatever is published shows of a local path only the last component that tells it from the others, and
+in a YAML with `./` before it, which no repository's id begins with.
+"""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+from neuron_methods.plugin.inputs import looks_local
+from neuron_methods.plugin.registration import models_in_order
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_ABSOLUTE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:\\|/)[^\s'\"#,;()\[\]{}<>]*[/\\][^\s'\"#,;()\[\]{}<>]*")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
+
+
+def is_hub_id(path: str, known: Collection[str] | None = None) -> bool:
+    """Whether a model's path in a YAML names a repository of the Hub.
+
+    Args:
+        path: as the YAML has it, without revision.
+        known: the ids among the merge's models, where that is on record; else a path that exists here is local.
+    """
+    if looks_local(path) or _WINDOWS.match(path) or not _HUB_ID.fullmatch(path):
+        return False
+    return path in known if known is not None else not os.path.exists(path)
+
+
+def paths_of(models: Iterable[ModelReference]) -> list[str]:
+    """Paths of models and adapters, each once, in order."""
+    return list(dict.fromkeys(part.path for m in models for part in (m.model, m.lora) if part is not None))
+
+
+def local_names(paths: Iterable[str]) -> dict[str, str]:
+    """Short names for local paths: the last component, or the last that tells those apart which end alike.
+
+    `experts/math/full` and `experts/code/full` become `math` and `code`.
+    """
+    paths = list(dict.fromkeys(paths))
+    names = {path: _components(path)[-1] for path in paths}
+    for name in set(names.values()):
+        alike = [path for path in paths if names[path] == name]
+        if len(alike) > 1:
+            names.update(_told_apart(alike))
+    for index, path in enumerate(paths):  # whatever is still alike
+        if names[path] in [names[other] for other in paths[:index]]:
+            names[path] = f"{names[path]}-{index + 1}"
+    return names
+
+
+def _told_apart(paths: list[str]) -> dict[str, str]:
+    parts = {path: _components(path) for path in paths}
+    for depth in range(2, max(map(len, parts.values())) + 1):
+        found = {path: own[-min(depth, len(own))] for path, own in parts.items()}
+        if len(set(found.values())) == len(paths):
+            return found
+    return {path: own[-1] for path, own in parts.items()}
+
+
+def _components(path: str) -> list[str]:
+    drive, rest = ntpath.splitdrive(path)
+    parts = re.split(r"[\\/]", rest if drive.endswith(":") else path)
+    return [part for part in parts if part not in ("", ".", "..", "~")] or ["model"]
+
+
+class ModelNames:
+    """What each model of a merge is called.
+
+    Attributes:
+        hub: ids of the Hub among the models' paths, base first.
+        labels: path -> id or short name.
+    """
+
+    def __init__(self, configuration: MergeConfiguration, known: Collection[str] | None = None) -> None:
+        """Name the models; `known` as in `is_hub_id`."""
+        models = models_in_order(configuration)
+        base = configuration.base_model
+        paths = paths_of([base, *models] if base is not None else models)
+        self.hub = [path for path in paths if is_hub_id(path, known)]
+        self.labels = {path: path for path in self.hub}
+        self.labels |= local_names(path for path in paths if path not in self.labels)
+
+    def is_hub(self, path: str) -> bool:
+        """Whether a path is a repository."""
+        return path in self.hub
+
+    def of(self, model: ModelReference) -> str:
+        """A model's name in running text and figures; an adapter goes by its own."""
+        return self.labels[(model.lora or model.model).path]
+
+    def markdown(self, model: ModelReference) -> str:
+        """A model's name on a card: linked where it is a repository, marked as local where it is not."""
+        parts = [part for part in (model.model, model.lora) if part is not None]
+        return " + ".join(
+            f"[{part.path}](https://huggingface.co/{part.path})"
+            if self.is_hub(part.path)
+            else f"`{self.labels[part.path]}` (a local directory)"
+            for part in parts
+        )
+
+
+def reduced_yaml(source: str, names: ModelNames) -> str:
+    """The YAML with every local path cut down; its order, comments and layout stay.
+
+    Args:
+        source: text of a merge configuration.
+        names: of its models.
+    """
+    pieces: list[str] = []
+    end = 0
+    for node in sorted(_scalars(yaml.compose(source)), key=lambda n: n.start_mark.index):
+        pieces.append(reduced_text(source[end : node.start_mark.index]))
+        text = source[node.start_mark.index : node.end_mark.index]
+        value = reduced_value(node.value, names)
+        pieces.append(text if value == node.value else text.replace(node.value, value))
+        end = node.end_mark.index
+    pieces.append(reduced_text(source[end:]))
+    return "".join(pieces)
+
+
+def reduced_value(value: str, names: ModelNames) -> str:
+    """A value of the YAML with its local paths cut down to `./name`."""
+    parts = [part.partition("@") for part in value.split("+")]
+    if all(path in names.labels for path, _, _ in parts):
+        return "+".join(
+            path + at + revision if names.is_hub(path) else f"./{names.labels[path]}" for path, at, revision in parts
+        )
+    lines = value.count("\n") + value.count(" ")
+    if not lines and ("/" in value or "\\" in value):
+        reads_local = looks_local(value) or bool(_WINDOWS.match(value)) or os.path.exists(value)
+        return f"./{_components(value)[-1]}" if reads_local else value
+    return reduced_text(value)
+
+
+def reduced_text(text: str) -> str:
+    """Free text, such as comments, with absolute paths cut down to their last component."""
+    return _ABSOLUTE.sub(lambda match: _components(match.group())[-1], text)
+
+
+def reduced_json(content: object, labels: Mapping[str, str] | None = None) -> object:
+    """A JSON document with every string that is a local path cut down to its name.
+
+    Args:
+        content: as `json.loads` gives it.
+        labels: path -> name of paths that do not look local by themselves.
+    """
+    if isinstance(content, dict):
+        return {key: reduced_json(value, labels) for key, value in content.items()}
+    if isinstance(content, list):
+        return [reduced_json(value, labels) for value in content]
+    if isinstance(content, str):
+        if labels and content in labels:
+            return labels[content]
+        if len(content) < 4096 and "\n" not in content and " " not in content and _is_absolute(content):
+            return _components(content)[-1]
+    return content
+
+
+def _is_absolute(text: str) -> bool:
+    rooted = text.startswith(("/", "~/")) or bool(_WINDOWS.match(text))
+    return rooted and len(_components(text)) + (not text.startswith("/")) >= 2
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _scalars(child)
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for child in pair:
+                yield from _scalars(child)

@@ -1,0 +1,202 @@
+"""The card of a merge, read by huggingface_hub as the Hub would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click.testing
+import huggingface_hub
+import pytest
+import yaml
+from mergekit.common import ModelPath
+
+import neuron_methods
+from neuron_methods.cli import main
+from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.sharing.card import CardOptions, make_card, with_model_id
+from neuron_methods.sharing.citations import CITATIONS
+from neuron_methods.sharing.licences import Licence, find_licences, front_matter, read_licence
+from tests.support.checkpoints import configuration
+
+HUB = """merge_method: neuro_merging
+base_model: org/base
+models:
+  - model: org/math@v2
+  - model: org/base+org/code-lora
+  - model: /data/models/law
+"""
+
+
+def card(source=HUB, place=Path("nowhere"), **options):
+    neuron_methods.register()
+    made = make_card(read_configuration(source), source, "my-merge", place, CardOptions(**options))
+    return huggingface_hub.ModelCard(made.text), made
+
+
+def write_card(folder: Path, **front: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n# A model\n")
+
+
+def test_front_matter_is_what_the_hub_reads():
+    read, _ = card()
+    assert read.data.base_model == ["org/base", "org/math", "org/code-lora"]
+    assert read.data.base_model_relation == "merge"
+    assert read.data.library_name == "transformers"
+    assert read.data.tags == ["mergekit", "merge", "mergekit-neuron", "neuro_merging"]
+    assert read.data.license is None
+    text = read.text
+    assert text.index("# my-merge") < text.index("[org/math](https://huggingface.co/org/math)")
+    assert "`law` (a local directory)" in text and "/data" not in text
+
+
+def test_local_models_leave_no_trace_in_the_front_matter():
+    read, _ = card(configuration(folder="/data/secret"))
+    assert read.data.base_model is None
+    assert "base_model_relation" not in read.data.to_dict()
+    assert "/data" not in read.content and "secret" not in read.content
+
+
+@pytest.mark.parametrize("method", ["neuro_merging", "min_merging", "neuron_merge", "ties", "linear", "slerp"])
+def test_the_method_is_told_with_its_paper(method):
+    source = f"merge_method: {method}\nbase_model: org/base\nmodels:\n  - model: org/a\n"
+    parameters = {"slerp": "parameters: {t: 0.5}\n", "linear": "parameters: {weight: 1}\n"}.get(method, "")
+    read, _ = card(source + parameters)
+    if method in CITATIONS:
+        assert CITATIONS[method].url in read.text and CITATIONS[method].bibtex in read.text
+        assert CITATIONS[method].text.count(". ") == 2, "three sentences"
+    assert "goddard-etal-2024-arcees" in read.text
+    assert f"merge_method: {method}" in read.text
+
+
+def test_every_method_of_ours_has_its_paper():
+    from mergekit.merge_methods import registry
+
+    neuron_methods.register()
+    ours = [m.spec for m in registry.registered_methods() if type(m).__module__.startswith("neuron_methods")]
+    assert {spec.name: spec.reference_url for spec in ours} == {spec.name: CITATIONS[spec.name].url for spec in ours}
+
+
+def test_the_licence_comes_from_the_base(tmp_path):
+    for name, licence in (("base", "apache-2.0"), ("expert-a", "Apache-2.0"), ("expert-b", None)):
+        write_card(tmp_path / name, **({"license": licence} if licence else {"language": "en"}))
+    read, made = card(configuration(folder=tmp_path))
+    assert read.data.license == "apache-2.0"
+    assert made.warnings == []
+
+
+def test_licences_in_conflict_are_told_and_none_is_claimed(tmp_path):
+    write_card(tmp_path / "base", license="apache-2.0")
+    write_card(tmp_path / "expert-a", license="other", license_name="my-terms", license_link="https://example.org")
+    read, made = card(configuration(folder=tmp_path))
+    assert read.data.license is None
+    assert (
+        "[!WARNING]" in read.text and "- base: apache-2.0" in read.text and "- expert-a: other (my-terms)" in read.text
+    )
+    assert len(made.warnings) == 1 and "different licences" in made.warnings[0]
+
+
+def test_a_licence_of_its_own_keeps_name_and_link(tmp_path):
+    write_card(tmp_path / "base", license="other", license_name="my-terms", license_link="https://example.org")
+    read, _ = card(configuration(folder=tmp_path))
+    assert (read.data.license, read.data.license_name) == ("other", "my-terms")
+    assert read.data.license_link == "https://example.org"
+
+
+def test_a_licence_in_the_hubs_cache_is_found_without_asking(tmp_path):
+    cache = tmp_path / "models--org--base"
+    write_card(cache / "snapshots" / "abc", license="mit")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    assert read_licence(ModelPath(path="org/base"), str(tmp_path)) == Licence("mit")
+    found = find_licences(
+        [ModelPath(path="org/base"), ModelPath(path="org/x")], {"org/base": "org/base", "org/x": "org/x"}, str(tmp_path)
+    )
+    assert (found.inherited, found.silent) == (Licence("mit"), ["org/x"])
+
+
+@pytest.mark.parametrize("text", ["", "# no front matter", "---\nlicense: [", "---\n- a\n---\n", "---\nlicense: mit\n"])
+def test_cards_without_front_matter_say_nothing(text):
+    assert front_matter(text) == {}
+
+
+EVALUATION = {
+    "format": "mergekit-neuron-evaluation",
+    "version": 1,
+    "model": "/data/merged",
+    "tasks": [
+        {
+            "name": "grade school",
+            "kind": "generation",
+            "metric": "exact_match",
+            "score": 0.625,
+            "low": 0.55,
+            "high": 0.7,
+            "count": 200,
+            "source": "openai/gsm8k",
+            "split": "test",
+        },
+        {"name": "my text", "kind": "perplexity", "metric": "perplexity", "score": 12.5, "source": "/data/t.jsonl"},
+    ],
+    "mean": 0.6,
+}
+
+
+def test_an_evaluation_becomes_a_model_index():
+    read, _ = card(evaluation=EVALUATION)
+    results = {result.dataset_name: result for result in read.data.eval_results}
+    first = results["grade school"]
+    assert (first.task_type, first.dataset_type, first.dataset_split) == ("text-generation", "openai/gsm8k", "test")
+    assert (first.metric_type, first.metric_value) == ("exact_match", 0.625)
+    assert results["my text"].dataset_type == "my-text"
+    assert "/data" not in read.content
+    assert "| grade school | exact_match | 62.5 % | 55.0 % to 70.0 % | 200 |" in read.text
+    assert "| my text | perplexity | 12.50 |" in read.text
+
+
+def test_the_repository_replaces_the_directory_where_the_card_loads_it():
+    _, made = card()
+    text = with_model_id(made.text, "me/my-merge")
+    assert 'model_id = "me/my-merge"' in text and 'model_id = "."' not in text
+
+
+def run(*arguments: str) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize("family", ["vit", "t5-gated"])
+def test_the_command_writes_a_card_that_loads_the_model(workspace, monkeypatch, family):
+    folder = workspace(family)
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    for method in ("neuro_merging", "ties"):
+        (folder / "merge.yaml").write_text(configuration(method, parameters={"density": 0.5, "weight": 0.5}))
+        done = run("merge", "merge.yaml", method, "--quiet", "--evaluation", "evaluation.json")
+        assert (done.exit_code, done.stderr) == (0, "")
+        read = huggingface_hub.ModelCard.load(folder / method / "README.md")
+        assert len(read.data.eval_results) == 2
+        snippet = read.text.split("```python\n")[1].split("```")[0]
+        monkeypatch.chdir(folder / method)
+        loaded: dict = {}
+        exec(snippet, loaded)
+        assert type(loaded["model"]).__name__ == json.loads(Path("config.json").read_text())["architectures"][0]
+        monkeypatch.chdir(folder)
+
+
+def test_an_evaluation_that_is_none_is_refused_before_the_merge(workspace):
+    folder = workspace("vit")
+    (folder / "merge.yaml").write_text(configuration())
+    (folder / "other.json").write_text('{"format": "something"}')
+    for file, said in (("other.json", "no file of `mergekit-neuron evaluate`"), ("gone.json", "cannot be read")):
+        done = run("merge", "merge.yaml", "out", "--evaluation", file)
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+        assert said in done.stderr and not (folder / "out").exists()
+
+
+def test_conflicting_licences_are_told_by_the_command(workspace):
+    folder = workspace("vit")
+    write_card(folder / "base", license="mit")
+    write_card(folder / "expert-b", license="cc-by-nc-4.0")
+    (folder / "merge.yaml").write_text(configuration())
+    done = run("merge", "merge.yaml", "out", "--quiet")
+    assert (done.exit_code, "different licences (base: mit; expert-b: cc-by-nc-4.0)" in done.stderr) == (0, True)
