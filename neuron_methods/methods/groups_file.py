@@ -8,17 +8,16 @@ JSON, made by `mergekit-neuron groups`. `labels` holds one number per neuron, an
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuron_methods.errors import UserError
+from neuron_methods.json_files import read_json, write_json
 from neuron_methods.neurons import NeuronMap
 
 FORMAT = "mergekit-neuron groups"
@@ -66,15 +65,7 @@ class NeuronGroups:
             "made_from": dict(self.made_from),
             "labels": {layer: labels.tolist() for layer, labels in self.labels.items()},
         }
-        path = Path(path)
-        beside = path.with_name(path.name + ".writing")
-        try:
-            beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(path, content)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> NeuronGroups:
@@ -84,18 +75,7 @@ class NeuronGroups:
             UserError: it is missing, no groups file, of another version, or truncated or damaged.
         """
         again = "make it again with `mergekit-neuron groups`"
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"groups {path}: cannot be read ({error.strerror or error}); check the path") from None
-        except ValueError:
-            raise UserError(f"groups {path}: truncated, or no JSON; {again}") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(f"groups {path}: no file of `mergekit-neuron groups`; make one with it")
-        if content.get("version") != VERSION:
-            raise UserError(
-                f"groups {path}: version {content.get('version')!r}, this release reads version {VERSION}; {again}"
-            )
+        content = read_json(path, "groups", format=FORMAT, version=VERSION, again=again)
         try:
             groups = tuple(map(str, content["groups"]))
             labels = {layer: torch.tensor(values, dtype=torch.int64) for layer, values in content["labels"].items()}

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, current_context, merge_context
 from neuron_methods.methods.neuron_layout import experts_of
 
 
@@ -88,9 +88,41 @@ class CompositeMethod(PlannedMethod):
     def inner_merges(self, tensors: Sequence[PlannedTensor]) -> list[InnerMerge]:
         """The inner methods at work on a plan."""
 
+    @abstractmethod
+    def merge_neurons(
+        self,
+        name: str,
+        base: Tensor,
+        experts: Mapping[Hashable, Tensor],
+        context: MergeContext,
+        parameters: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Merge a tensor that ours merges itself; None for one that `context.state.rest` has."""
+
     def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
         """Whether an inner method reads tensors in advance."""
         return any(inner.measures() for inner in self.inner_merges(tensors))
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor: by this method's own steps, by the method of `rest`, or as the base has it.
+
+        Args:
+            group: base and experts, all of one shape and device.
+            **parameters: as the spec declares them.
+
+        Returns:
+            The merged tensor in the dtype mergekit asked for, else the base's.
+        """
+        context = current_context() or MergeContext()
+        name, base = group.metadata.name or "tensor", group.base.tensor
+        experts = {entry.id: entry.tensor for entry in group.non_base}
+        merged = self.merge_neurons(name, base, experts, context, parameters)
+        if merged is not None:
+            return merged
+        inner = context.state.rest.get(name)
+        if inner is None:
+            return copy_base(base, context)
+        return inner.merge(name, base, experts, context, vocabulary_axis=group.metadata.vocabulary_axis)
 
 
 def method_name(slot: str, *words: str) -> Any:

@@ -17,7 +17,7 @@ no neuron is merged by the method that `rest` names.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +29,12 @@ from mergekit.merge_methods.base import (
     OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
-    TensorGroup,
 )
 from torch import Tensor
 
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.select import CONFLICTS, combine_slices, conflict_coefficients
-from neuron_methods.methods.contract import MergeContext, PlannedTensor, choice, current_context, number
+from neuron_methods.methods.contract import MergeContext, PlannedTensor, choice, number
 from neuron_methods.methods.inner import CompositeMethod, InnerMerge, copy_base, method_name, rest_merges
 from neuron_methods.methods.neuron_importance import measure_norms, read_importance, select
 from neuron_methods.methods.neuron_layout import NeuronLayout, agreed, experts_of
@@ -237,26 +236,19 @@ class MinMerging(CompositeMethod):
         ]
         return [*lines, f"MLP neurons that several experts keep: {state.contested:,}"] if lines else []
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Step 4 for one tensor, or the method of `rest`.
-
-        Args:
-            group: base and experts, all of one shape and device.
-            **parameters: as the table of `PARAMETERS` declares them.
-
-        Returns:
-            The merged tensor in the dtype mergekit asked for, else the base's.
-        """
-        context = current_context() or MergeContext()
+    def merge_neurons(
+        self,
+        name: str,
+        base: Tensor,
+        experts: Mapping[Hashable, Tensor],
+        context: MergeContext,
+        parameters: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Step 4 for a tensor of neurons or of attention rows."""
         selection: Selection = context.state
-        name, base = group.metadata.name or "tensor", group.base.tensor
-        experts = {entry.id: entry.tensor for entry in group.non_base}
         slices = selection.layout.slices.get(name)
         if slices is None:
-            inner = selection.rest.get(name)
-            if inner is None:
-                return copy_base(base, context)
-            return inner.merge(name, base, experts, context, vocabulary_axis=group.metadata.vocabulary_axis)
+            return None
         coefficients = selection.coefficients.get(slices.block)
         if coefficients is None:
             return copy_base(base, context)

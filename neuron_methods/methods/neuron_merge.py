@@ -16,7 +16,7 @@ measures the whole model first (`neuro_merging`) measures one group at a time.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,6 @@ from mergekit.merge_methods.base import (
     OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
-    TensorGroup,
 )
 from torch import Tensor
 
@@ -36,12 +35,11 @@ from neuron_methods.errors import UserError
 from neuron_methods.kernels.groups import group_coefficient
 from neuron_methods.kernels.select import combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector, fill_task_vector
-from neuron_methods.methods.contract import MergeContext, PlannedTensor, current_context, number
+from neuron_methods.methods.contract import MergeContext, PlannedTensor, number
 from neuron_methods.methods.groups_file import NeuronGroups
 from neuron_methods.methods.inner import (
     CompositeMethod,
     InnerMerge,
-    copy_base,
     find_method,
     is_floating,
     method_name,
@@ -199,26 +197,19 @@ class NeuronMerge(CompositeMethod):
         total = {group: sum(layer[group] for layer in counts) for group in state.groups.groups}
         return ["MLP neurons by group: " + ", ".join(f"{count:,} {group}" for group, count in total.items())]
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Step 3 for a tensor of MLP neurons, step 4 for any other.
-
-        Args:
-            group: base and experts, all of one shape and device.
-            **parameters: as the table of `PARAMETERS` declares them.
-
-        Returns:
-            The merged tensor in the dtype mergekit asked for, else the base's.
-        """
-        context = current_context() or MergeContext()
+    def merge_neurons(
+        self,
+        name: str,
+        base: Tensor,
+        experts: Mapping[Hashable, Tensor],
+        context: MergeContext,
+        parameters: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Step 3 for a tensor of MLP neurons; step 4 has any other."""
         plan: GroupedPlan = context.state
-        name, base = group.metadata.name or "tensor", group.base.tensor
-        experts = {entry.id: entry.tensor for entry in group.non_base}
         slices = plan.layout.slices.get(name)
         if slices is None or slices.kind != "mlp":
-            inner = plan.rest.get(name)
-            if inner is None:
-                return copy_base(base, context)
-            return inner.merge(name, base, experts, context, vocabulary_axis=group.metadata.vocabulary_axis)
+            return None
         slices.check_shape(name, base)
         merged = torch.empty_like(base, dtype=context.out_dtype or base.dtype)
         scale = parameters["lambda"]

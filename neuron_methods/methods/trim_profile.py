@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from neuron_methods.errors import UserError
+from neuron_methods.json_files import read_json
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
 from neuron_methods.methods.contract import MergeContext, PlannedTensor
@@ -132,23 +132,12 @@ class TrimProfile:
         Raises:
             UserError: the file is missing, not a trim profile, of another version, or of another merge.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"profile {path}: cannot be read ({error.strerror}); check the path") from None
-        except ValueError:
-            raise UserError(f"profile {path}: not valid JSON; write it again with --profile-out") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(f"profile {path}: not a trim profile; write one with --profile-out")
-        if content.get("version") != VERSION:
-            raise UserError(
-                f"profile {path}: version {content.get('version')!r}, but this release reads version {VERSION}; "
-                "write it again with --profile-out"
-            )
+        again = "write it again with --profile-out"
+        content = read_json(path, "profile", format=FORMAT, version=VERSION, again=again)
         try:
             profile = cls._checked(path, content, tensors, experts)
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"profile {path}: damaged or incomplete; write it again with --profile-out") from None
+            raise UserError(f"profile {path}: damaged or incomplete; {again}") from None
         profile.voting = list(voting)
         return profile
 

@@ -239,7 +239,7 @@ def test_groups_that_cannot_be_read_are_refused(llama: Any, tmp_path: Path) -> N
     path.write_text(text[: len(text) // 2])
     assert "truncated" in refusal(llama, {"groups": str(path)})
     path.write_text('{"format": "something else"}')
-    assert "no file of `mergekit-neuron groups`" in refusal(llama, {"groups": str(path)})
+    assert "not a file of the format 'mergekit-neuron groups'" in refusal(llama, {"groups": str(path)})
 
     def changed(**keys: Any) -> str:
         path.write_text(json.dumps({**json.loads(text), **keys}))

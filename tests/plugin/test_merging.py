@@ -412,7 +412,11 @@ def test_a_profile_that_cannot_be(workspace, method, parameters, place, message)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "not valid JSON"), ("{}", "not a trim profile")],
+    [
+        (None, "cannot be read"),
+        ("{", "truncated, or not valid JSON"),
+        ("{}", "not a file of the format 'mergekit-neuron/trim-profile'"),
+    ],
 )
 def test_a_profile_that_is_none(workspace, content, message):
     workspace("llama-tied")
