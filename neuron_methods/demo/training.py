@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuron_methods.demo.model import quiet_transformers
 from neuron_methods.demo.tasks import Example
+from neuron_methods.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from neuron_methods.evaluation.kinds.harness import run_harness
 from neuron_methods.evaluation.models import ModelSpec, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.profiling.models import quiet_transformers
 from neuron_methods.profiling.processes import process_state
+from neuron_methods.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from neuron_methods.profiling.image_inputs import ImageFeeder, ImageTextFeeder
 from neuron_methods.profiling.inputs import Feeder
 from neuron_methods.profiling.processes import process_state
 from neuron_methods.profiling.text_inputs import TextFeeder, TextToTextFeeder
+from neuron_methods.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -217,19 +218,3 @@ def load_processor(kind: type, name: ModelName, what: str) -> Any:
         raise UserError(f"model {name.shown}: its {what} needs another package: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model {name.shown}: cannot load its {what}: {error}") from error
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows neither bars nor warnings: profiling has bars of its own."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
