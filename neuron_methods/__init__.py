@@ -9,12 +9,13 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it, imported on first use.
 _EXPORTS = {
+    "NeuronRoutedModel": "neuron_methods.routing.model",
     "UserError": "neuron_methods.errors",
     "merge_adapters": "neuron_methods.adapters.combine",
     "register": "neuron_methods.plugin.registration",
 }
 
-__all__ = ["UserError", "__version__", "merge_adapters", "register"]
+__all__ = ["NeuronRoutedModel", "UserError", "__version__", "merge_adapters", "register"]
 
 
 def __getattr__(name: str) -> object:

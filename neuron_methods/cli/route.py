@@ -1,0 +1,91 @@
+"""`mergekit-neuron route`: make a routed model of adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+EPILOG = """\b
+Example: routed.yaml, whose relative paths are relative to itself
+  base_model: ./base
+  experts:
+    - name: math
+      adapter: ./math-lora
+      data: {source: math.jsonl, columns: {input: question, target: answer}}
+    - name: german
+      adapter: ./german-lora
+      data: {source: org/german, split: train, columns: {input: de, target: en}}
+      calibration: {source: org/german, split: validation, columns: {input: de, target: en}}
+
+\b
+  mergekit-neuron route routed.yaml ./routed --dry-run
+  mergekit-neuron route routed.yaml ./routed
+  mergekit-neuron generate ./routed --prompt "Was kostet ein Haus?"
+
+\b
+Sources are json, jsonl, parquet, csv, tsv files, image folders, directories of data sets, and
+hub ids. Columns: input and target (or text alone) for text, image and label for images.
+
+\b
+Further keys, with their defaults
+  dtype: auto            of the base; float32, bfloat16, float16
+  check_base: true       refuse adapters that name another base
+  batch_size: 16
+  text:
+    max_length: 512      tokens of input and target; longer ones are refused
+    separator: " "       between a decoder's input and target, as the experts were trained
+    end_of_sequence: true
+  enhancement:           per expert, on its calibration data
+    enabled: true
+    tolerance: 0.01      rise of the loss, in nats, that dropping may cost in all
+    patience: 3          refused layers before dropping ends
+    density: 0.5         share of a core layer's neurons that keep their update
+    importance: magnitude   or activation, taylor
+    samples: 64
+  router:
+    layer: null          hidden states behind so many layers; null: half of them
+    pooling: mean        or first, last
+    hidden: 128
+    top_k: 2
+    temperature: 1.0
+    ood_score: distance  or probability (the paper's), energy
+    in_domain_share: 0.95   of calibration inputs that pass as in domain
+    ood_margin: 0.0      lowers the threshold by so many times its gap to their median
+    samples: 400         of each expert
+    holdout: 0.25        share of them for calibration, where none is given
+    epochs: 200
+    patience: 20
+    learning_rate: 0.001
+    seed: 0
+  merging:
+    redundant: router    or random (ablation), none: what redundant layers get
+    seed: 0              of random
+
+\b
+An interrupted run goes on where it was, when it is started again: finished experts are kept
+beside OUT, or in --work-dir, where they also serve the next run with other router settings.
+"""
+
+
+@click.command("route", epilog=EPILOG)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Load and check everything, show the plan, write nothing.")
+@click.option("--force", is_flag=True, help="Replace OUT if a routed model is there.")
+@click.option("--device", help="Where to compute: cpu, cuda, cuda:1, auto.  [default: an accelerator if any]")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Keep finished stages here.  [default: beside OUT]")
+@debug_option
+def route(config: Path, out: Path, dry_run: bool, force: bool, device: str | None, work_dir: Path | None) -> None:
+    """Make OUT, a routed model, as the YAML CONFIG says: adapters, a router, layers merged per input.
+
+    Three stages of MIN-Merging (arXiv:2510.17890): every expert is stripped of what its own calibration data do not
+    miss; a router is trained to tell whose an input is; at run time an expert's core layers come from it alone, its
+    redundant ones from the other chosen experts, and an input that is nobody's is left to the base.
+    """
+    from neuron_methods.routing.build import Options, build_routed_model
+
+    options = Options(dry_run=dry_run, force=force, device=device, work_dir=work_dir)
+    build_routed_model(config, out, options, report=click.echo)

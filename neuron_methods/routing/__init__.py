@@ -1,0 +1,31 @@
+"""MIN-Merging's routed model: experts stay adapters, a router looks at the input, layers are merged for it.
+
+Liang, arXiv:2510.17890. `build_routed_model` makes one from a YAML (enhancement of every expert, router, out-of-domain
+threshold), `NeuronRoutedModel` loads and runs it. `is_routed` tells whether a directory holds one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuron_methods.routing.build import build_routed_model
+    from neuron_methods.routing.files import is_routed
+    from neuron_methods.routing.model import NeuronRoutedModel
+    from neuron_methods.routing.routes import Routing
+
+__all__ = ["NeuronRoutedModel", "Routing", "build_routed_model", "is_routed"]
+
+_EXPORTS = {
+    "NeuronRoutedModel": "neuron_methods.routing.model",
+    "Routing": "neuron_methods.routing.routes",
+    "build_routed_model": "neuron_methods.routing.build",
+    "is_routed": "neuron_methods.routing.files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: who only asks whether a directory is routed needs no torch."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_EXPORTS[name]), name)

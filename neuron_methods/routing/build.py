@@ -1,0 +1,278 @@
+"""`mergekit-neuron route`: enhancement, router, threshold, and one directory that holds it all, complete or absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from neuron_methods import __version__
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.output import (
+    check_target,
+    give_ordinary_permissions,
+    move_into_place,
+    staging_directory,
+)
+from neuron_methods.routing.base import input_device, kind_of, load_base, load_processor, placement
+from neuron_methods.routing.config import RouteConfig, read_config
+from neuron_methods.routing.data import CalibrationLoss, ExpertSamples
+from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
+from neuron_methods.routing.experts import (
+    adapter_directories,
+    check_adapter,
+    check_bases,
+    load_experts,
+    save_expert,
+    stored_dtype,
+)
+from neuron_methods.routing.files import (
+    ADAPTERS,
+    CONFIG_NAME,
+    ENHANCEMENT_NAME,
+    ROUTER_NAME,
+    RoutedConfig,
+    RoutedExpert,
+    RouterShape,
+    reference_to,
+)
+from neuron_methods.routing.mixing import AdapterMixer
+from neuron_methods.routing.model import NeuronRoutedModel
+from neuron_methods.routing.pooling import pooled_states, resolve_layer
+from neuron_methods.routing.report import describe_enhancement, describe_plan, describe_router
+from neuron_methods.routing.router import Router
+from neuron_methods.routing.stages import WorkDirectory, fingerprint
+from neuron_methods.routing.training import Inputs, RouterReport, train_router
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes about it; nothing here changes the outcome.
+
+    Attributes:
+        dry_run: say what would be done, and write nothing.
+        force: replace an earlier output.
+        device: where to compute: ``cpu``, ``cuda``, ``auto``, …
+        work_dir: where finished stages are kept, also after the run; None: beside OUT, and removed with success.
+        progress: show bars.
+    """
+
+    dry_run: bool = False
+    force: bool = False
+    device: str | None = None
+    work_dir: Path | None = None
+    progress: bool = True
+
+
+def build_routed_model(
+    configuration: Path, out: Path, options: Options = Options(), report: Callable[[str], None] = lambda text: None
+) -> None:
+    """Make a routed model.
+
+    Args:
+        configuration: the YAML; see `config`.
+        out: directory to write. What is there before is replaced at the very end, and with `force` only.
+        options: see there.
+        report: called with texts for the user.
+
+    Raises:
+        UserError: anything is wrong with the configuration, the models, the data or `out`.
+    """
+    config = read_config(configuration)
+    directories = adapter_directories({expert.name: expert.adapter for expert in config.experts})
+    target = check_target(out, options.force or options.dry_run, (config.base_model, *directories.values()))
+    if options.force and target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
+        raise UserError(f"{out}: holds no routed model, so --force does not replace it; choose another name")
+    run = _Run(config, configuration, directories, options, report)
+    report(
+        describe_plan(
+            config, run.mixer.layers, [(len(s.train), len(s.calibration)) for s in run.samples.values()], run.layer
+        )
+    )
+    if options.dry_run:
+        return
+    work = WorkDirectory(options.work_dir or target.parent / f".{target.name}.work")
+    train, calibration = run.inputs(work)
+    router, figures = train_router(train, calibration, config.router)
+    report(
+        describe_router(
+            figures, list(run.samples), config.router.ood_score, router.threshold, config.router.in_domain_share
+        )
+    )
+    enhanced = {name: run.enhance(name, work) for name in run.samples}
+    with staging_directory(target) as staging:
+        run.write(staging, target, router, figures, enhanced)
+        _verify(staging, config, run.reference(target), calibration, router)
+        give_ordinary_permissions(staging)
+        move_into_place(staging, target, options.force)
+    if options.work_dir is None:
+        work.remove()
+    report(f"complete and verified: {out}")
+
+
+class _Run:
+    """One run: the models in memory, the samples, and the stages."""
+
+    def __init__(
+        self,
+        config: RouteConfig,
+        where: Path,
+        directories: dict[str, str],
+        options: Options,
+        report: Callable[[str], None],
+    ) -> None:
+        self.config, self.where, self.directories = config, str(where), directories
+        self.options, self.report = options, report
+        adapters = {name: check_adapter(d, f"{where}: adapter of {name}") for name, d in directories.items()}
+        if config.check_base:
+            check_bases(adapters, config.base_model, self.where)
+        base = load_base(
+            config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=placement(options.device)
+        )
+        self.kind = kind_of(base, f"{where}: base_model")
+        self.layer = resolve_layer(base, config.router.layer, f"{where}: router.layer")
+        self.processor = load_processor(config.base_model, self.kind, f"{where}: base_model")
+        self.peft_model = load_experts(base, directories, self.where)
+        self.mixer = AdapterMixer(self.peft_model, list(directories))
+        self.base = base
+        self.samples = {
+            expert.name: ExpertSamples(expert, config, base, self.processor, self.kind) for expert in config.experts
+        }
+        self.models_key = [fingerprint(config.base_model), config.dtype]
+
+    def reference(self, target: Path) -> str:
+        """How the base is named in `target`."""
+        return reference_to(self.config.base_model, target)
+
+    def inputs(self, work: WorkDirectory) -> tuple[Inputs, Inputs]:
+        """Pooled hidden states of all training and all calibration samples."""
+        parts: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
+        labels: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
+        for number, (name, samples) in enumerate(self.samples.items()):
+            states = self._states(name, samples, work)
+            for part in parts:
+                parts[part].append(states[part])
+                labels[part].append(torch.full((len(states[part]),), number))
+        train, calibration = (Inputs(torch.cat(parts[part]), torch.cat(labels[part])) for part in parts)
+        return train, calibration
+
+    def _states(self, name: str, samples: ExpertSamples, work: WorkDirectory) -> dict[str, torch.Tensor]:
+        pooling = self.config.router.pooling
+        key = [*self.models_key, samples.fingerprint(), self.layer, pooling]
+
+        def build(place: Path) -> dict[str, Any]:
+            tensors = {}
+            total = len(samples.train) + len(samples.calibration)
+            with tqdm(total=total, desc=f"{name}: inputs", unit="sample", disable=not self.options.progress) as bar:
+                for part in ("train", "calibration"):
+                    pooled = []
+                    for inputs in samples.inputs(part):
+                        pooled.append(pooled_states(self.base, inputs, self.layer, pooling).cpu())
+                        bar.update(len(pooled[-1]))
+                    tensors[part] = torch.cat(pooled)
+            save_file(tensors, place / "states.safetensors")
+            return {}
+
+        place, _, _ = work.stage(f"inputs-{name}", key, build)
+        return load_file(place / "states.safetensors")
+
+    def enhance(self, name: str, work: WorkDirectory) -> tuple[Enhanced, Path]:
+        """The expert's enhancement and the directory of its adapter."""
+        settings = self.config.enhancement
+        samples = self.samples[name]
+        text = self.config.text.model_dump()
+        key = [
+            *self.models_key,
+            fingerprint(self.directories[name]),
+            settings.model_dump(),
+            text,
+            samples.fingerprint(),
+        ]
+
+        def build(place: Path) -> dict[str, Any]:
+            if settings.enabled:
+                loss = CalibrationLoss(*samples.labelled(settings.samples))
+                with tqdm(desc=f"{name}: layers", unit="layer", disable=not self.options.progress) as bar:
+
+                    def progress(done: int, total: int) -> None:
+                        bar.total = total
+                        bar.update(done - bar.n)
+
+                    enhanced = enhance_expert(self.base, self.mixer, name, loss, settings, progress)
+            else:
+                enhanced = untouched(self.mixer, name)
+            paths = kept_paths(self.mixer, enhanced)
+            save_expert(self.peft_model, name, place / "adapter", paths, stored_dtype(self.directories[name]))
+            return enhanced.to_json()
+
+        place, content, there = work.stage(f"expert-{name}", key, build)
+        enhanced = Enhanced.from_json(content)
+        if settings.enabled:
+            self.report(("(done before) " if there else "") + describe_enhancement(enhanced))
+        return enhanced, place / "adapter"
+
+    def write(
+        self,
+        staging: Path,
+        target: Path,
+        router: Router,
+        figures: RouterReport,
+        enhanced: dict[str, tuple[Enhanced, Path]],
+    ) -> None:
+        """Fill the output directory."""
+        import shutil
+
+        settings = self.config.router
+        shape = RouterShape(
+            layer=self.layer,
+            pooling=settings.pooling,
+            width=len(router.mean),
+            hidden=settings.hidden,
+            axes=router.axes.shape[1],
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            ood_score=settings.ood_score,
+            ood_threshold=router.threshold,
+        )
+        versions = {name: version(name) for name in ("transformers", "peft", "torch")}
+        config = RoutedConfig(
+            base_model=self.reference(target),
+            experts=tuple(RoutedExpert(name, e.redundant) for name, (e, _) in enhanced.items()),
+            router=shape,
+            redundant=self.config.merging.redundant,
+            seed=self.config.merging.seed,
+            report={"router": figures.to_json(), "made_with": {"mergekit-neuron": __version__, **versions}},
+        )
+        for name, (_, adapter) in enhanced.items():
+            shutil.copytree(adapter, staging / ADAPTERS / name)
+        save_file(dict(router.state_dict()), staging / ROUTER_NAME, metadata={"format": "pt"})
+        trace = {
+            "settings": self.config.enhancement.model_dump(),
+            "experts": [e.to_json() for e, _ in enhanced.values()],
+        }
+        text = json.dumps(trace, indent=1, ensure_ascii=False) + "\n"
+        (staging / ENHANCEMENT_NAME).write_text(text, encoding="utf-8")
+        self.processor.save_pretrained(staging)
+        config.write(staging)
+
+
+def _verify(staging: Path, config: RouteConfig, reference: str, calibration: Inputs, router: Router) -> None:
+    """Load what was written, and make sure that its router says what the trained one says.
+
+    Raises:
+        UserError: it does not.
+    """
+    loaded = NeuronRoutedModel.from_pretrained(staging, base_model=config.base_model, dtype=config.dtype)
+    some = calibration.states[:: max(1, len(calibration) // 16)]
+    with torch.no_grad():
+        (expected, scores), (found, found_scores) = router(some), loaded.router.cpu()(some)
+    same = torch.allclose(expected, found, atol=1e-5) and torch.allclose(scores, found_scores, atol=1e-4)
+    if not same or loaded.routed_config.base_model != reference or input_device(loaded.base) is None:
+        raise UserError("verification failed: the routed model does not route as it was trained to; run again")

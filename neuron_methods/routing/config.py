@@ -1,0 +1,285 @@
+"""The YAML of `mergekit-neuron route`: what it may say, and one clear error for what it may not.
+
+Relative paths are relative to the YAML. Every key is documented at its field; a key that is not there is refused with
+its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from neuron_methods.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """Labelled samples.
+
+    Attributes:
+        source: a file (json, jsonl, parquet, csv, tsv), an image folder, a directory of a data set, or a hub id.
+        name: the configuration of a data set of the hub.
+        split: by default the only one a file has, or ``train``.
+        columns: what a sample is made of: ``input`` and ``target`` (or ``text`` alone) for text, ``image`` and
+            ``label`` for images; by default the columns are called so.
+    """
+
+    source: str
+    name: str | None = None
+    split: str | None = None
+    columns: dict[Literal["input", "target", "text", "image", "label"], str] = Field(default_factory=dict)
+
+
+class Expert(_Section):
+    """One adapter.
+
+    Attributes:
+        name: what the routing calls it; of letters, digits, ``_`` and ``-``.
+        adapter: a LoRA adapter in peft's format, directory or hub id.
+        data: samples of the expert's task, for router and calibration.
+        calibration: samples for calibration and held-out accuracy alone; by default ``router.holdout`` of `data` is.
+    """
+
+    name: str
+    adapter: str
+    data: Data
+    calibration: Data | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is no name: use letters, digits, '_' and '-'")
+        return value
+
+
+class Text(_Section):
+    """How texts become tokens.
+
+    Attributes:
+        max_length: of input and target together; longer ones are refused.
+        separator: stands between input and target of a decoder, as the experts were trained; tokenized with the target.
+        end_of_sequence: whether a decoder's target ends with the end-of-sequence token.
+    """
+
+    max_length: int = Field(512, ge=2)
+    separator: str = " "
+    end_of_sequence: bool = True
+
+
+class Enhancement(_Section):
+    """Stage 1; see `enhancement`.
+
+    Attributes:
+        enabled: without it every layer of every expert is a core layer.
+        tolerance: how much the calibration loss may rise over the original expert's, in nats.
+        patience: greedy dropping ends after so many refused layers.
+        density: share of a core layer's neurons whose update is kept (raised where the tolerance asks for it).
+        importance: of neurons and layers: ``magnitude`` of the update relative to the base, mean ``activation`` ×
+            norm of the outgoing weights, or ``taylor``: mean |activation × gradient of the loss|.
+        samples: of calibration data, per expert.
+    """
+
+    enabled: bool = True
+    tolerance: float = Field(0.01, ge=0)
+    patience: int = Field(3, ge=1)
+    density: float = Field(0.5, gt=0, le=1)
+    importance: Literal["magnitude", "activation", "taylor"] = "magnitude"
+    samples: int = Field(64, ge=1)
+
+
+class RouterSettings(_Section):
+    """Stage 2; see `router` and `training`.
+
+    Attributes:
+        layer: the router reads the hidden states behind so many layers of the base (of the encoder, where there is
+            one); negative counts from the end; None: half of them.
+        pooling: ``mean`` over the real tokens, the ``first`` (class token) or the ``last``.
+        hidden: width of the MLP.
+        top_k: experts chosen per input.
+        temperature: divides the logits.
+        ood_score: what tells whether an input is in domain: ``distance`` to the nearest expert's calibration inputs,
+            largest ``probability`` (the paper's), or ``energy`` of the logits.
+        in_domain_share: of in-domain calibration inputs, that pass the threshold.
+        ood_margin: lowers the threshold by so many times its gap to the calibration inputs' median score.
+        samples: of each expert's data.
+        holdout: share of them that is kept out of training, where there is no calibration data.
+        epochs: at most.
+        patience: training ends after so many epochs without a better held-out loss.
+        learning_rate: of AdamW.
+        seed: of samples, weights and order.
+    """
+
+    layer: int | None = None
+    pooling: Literal["mean", "first", "last"] = "mean"
+    hidden: int = Field(128, ge=1)
+    top_k: int = Field(2, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    ood_score: Literal["distance", "probability", "energy"] = "distance"
+    in_domain_share: float = Field(0.95, gt=0, le=1)
+    ood_margin: float = Field(0.0, ge=0)
+    samples: int = Field(400, ge=8)
+    holdout: float = Field(0.25, gt=0, lt=1)
+    epochs: int = Field(200, ge=1)
+    patience: int = Field(20, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class Merging(_Section):
+    """Stage 3; see `routes`.
+
+    Attributes:
+        redundant: what an input's first expert's redundant layers get: the ``router``-weighted sum of the other chosen
+            experts' updates, those of one other expert drawn at ``random`` per layer (ablation), or ``none``.
+        seed: of ``random``.
+    """
+
+    redundant: Literal["router", "random", "none"] = "router"
+    seed: int = 0
+
+
+class RouteConfig(_Section):
+    """The whole YAML.
+
+    Attributes:
+        base_model: directory or hub id.
+        experts: two or more.
+        dtype: of the base: ``auto`` (as stored), ``float32``, ``bfloat16``, ``float16``.
+        check_base: refuse adapters that name another base than `base_model`.
+        batch_size: samples per forward pass.
+        text, enhancement, router, merging: see there.
+    """
+
+    base_model: str
+    experts: tuple[Expert, ...]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    check_base: bool = True
+    batch_size: int = Field(16, ge=1)
+    text: Text = Text()
+    enhancement: Enhancement = Enhancement()
+    router: RouterSettings = RouterSettings()
+    merging: Merging = Merging()
+
+    @model_validator(mode="after")
+    def _experts_make_sense(self) -> RouteConfig:
+        names = [expert.name for expert in self.experts]
+        if len(names) < 2:
+            raise ValueError(f"experts: a router needs two or more to choose from, found {len(names)}")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"experts: two are called {twice!r}; give each a name of its own")
+        if self.router.top_k > len(names):
+            raise ValueError(f"router.top_k: {self.router.top_k} of {len(names)} experts cannot be chosen")
+        return self
+
+
+def read_config(path: Path) -> RouteConfig:
+    """Read and check the YAML; local paths in it become absolute.
+
+    Raises:
+        UserError: naming the file, the line and the key.
+    """
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    try:
+        node, content = yaml.compose(source, yaml.SafeLoader), yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{path}{where}: not readable as YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected the keys base_model and experts; see mergekit-neuron route --help")
+    _refuse_repeated_keys(node, path)
+    try:
+        config = RouteConfig.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}{_describe(error, node)}") from None
+    return _located(config, path.resolve().parent)
+
+
+def _describe(error: ValidationError, node: yaml.Node) -> str:
+    """`, line 3: experts[0].adaptor: ...` of the first problem, an unknown key before what is missing by its fault."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    location = tuple(part for part in first["loc"] if part != "[key]")
+    shown = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).removeprefix(".")
+    where = f", line {_line(node, location)}: {shown}: " if location else ": "
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
+        return f"{where}unknown key{hint}"
+    if first["type"] == "missing":
+        return f"{where}missing"
+    message = first["msg"].removeprefix("Value error, ")
+    found = first.get("input")
+    return where + message + (f", found {found!r}" if isinstance(found, (str, int, float)) and location else "")
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = RouteConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _line(node: yaml.Node, location: Sequence[str | int]) -> int:
+    """The line of the deepest part of `location` that is there."""
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _refuse_repeated_keys(node: yaml.Node, path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise UserError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} appears twice")
+            seen.add(key.value)
+            _refuse_repeated_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated_keys(value, path)
+
+
+def _located(config: RouteConfig, folder: Path) -> RouteConfig:
+    """The same with paths that exist made absolute; what does not exist is left for the hub to know."""
+
+    def place(text: str) -> str:
+        return str(folder / text) if (folder / text).exists() else text
+
+    def data(section: Data | None) -> Data | None:
+        return section and section.model_copy(update={"source": place(section.source)})
+
+    experts = tuple(
+        e.model_copy(update={"adapter": place(e.adapter), "data": data(e.data), "calibration": data(e.calibration)})
+        for e in config.experts
+    )
+    return config.model_copy(update={"base_model": place(config.base_model), "experts": experts})

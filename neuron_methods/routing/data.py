@@ -1,0 +1,229 @@
+"""Every expert's samples: drawn, split into training and calibration, and laid out for the base model."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_methods.errors import UserError
+from neuron_methods.profiling.image_inputs import ImageFeeder
+from neuron_methods.profiling.inputs import Batch, Feeder
+from neuron_methods.profiling.sources import DataSource, Sample, SourceReader
+from neuron_methods.profiling.text_inputs import TextFeeder, TextToTextFeeder, pad, target_loss
+from neuron_methods.routing.base import Kind, context_length, input_device
+from neuron_methods.routing.config import Data, Expert, RouteConfig, Text
+
+FEWEST = 4  # calibration samples that can be halved and still hold something
+
+
+class _Refusing(TextFeeder):
+    """Refuses texts that it would have to cut off."""
+
+    def tokenize(self, texts: list[str], special: bool = True) -> list[list[int]]:
+        """Token ids; raises UserError for a text of more than `max_length`."""
+        sequences = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        for text, tokens in zip(texts, sequences, strict=True):
+            self.refuse_long(text, len(tokens))
+        return sequences
+
+    def refuse_long(self, text: str, tokens: int) -> None:
+        """Raise UserError if so many tokens are too many."""
+        if tokens > self.max_length:
+            raise UserError(
+                f"{self.reader.label}: a sample is {tokens} tokens long ({text[:30]!r}...), and {self.max_length} is "
+                "the limit (text.max_length, or the base model's context); shorten it or raise the limit"
+            )
+
+
+class TargetFeeder(_Refusing, TextToTextFeeder):
+    """Text-to-text models: input for the encoder, target for the decoder."""
+
+
+class PromptFeeder(_Refusing):
+    """A decoder's input and target as one sequence; the loss is over the target."""
+
+    columns = ("input", "target")
+    columns_for_loss = 2
+
+    def __init__(self, tokenizer: Any, text: Text, max_length: int) -> None:
+        """Feed texts of up to `max_length` tokens, joined and ended as `text` says."""
+        super().__init__(tokenizer, max_length, context=0, causal=True, separator=text.separator)
+        self.end = [tokenizer.eos_token_id] if text.end_of_sequence and tokenizer.eos_token_id is not None else []
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Input, separator with target, and the end of the sequence."""
+        texts = self.texts(samples, 0)
+        prompts = self.tokenize(texts)
+        if len(self.reader.columns) < 2:
+            return self.sequences(prompts, [1] * len(prompts), samples)
+        answers = self.tokenize([self.separator + text for text in self.texts(samples, 1)], special=False)
+        both = [prompt + answer + self.end for prompt, answer in zip(prompts, answers, strict=True)]
+        for text, tokens in zip(texts, both, strict=True):
+            self.refuse_long(text, len(tokens))
+        return self.sequences(both, [len(prompt) for prompt in prompts], samples)
+
+
+class ExpertSamples:
+    """The samples of one expert.
+
+    Attributes:
+        name: the expert's.
+        train: what the router learns from.
+        calibration: what is held out of that.
+        batch_size: samples per forward pass.
+    """
+
+    def __init__(self, expert: Expert, config: RouteConfig, model: Any, processor: Any, kind: Kind) -> None:
+        """Open the sources and draw.
+
+        Raises:
+            UserError: a source cannot be read, a column is missing, or too few samples are there.
+        """
+        self.name = expert.name
+        self.kind = kind
+        self.batch_size = config.batch_size
+        settings = config.router
+        needs_loss = config.enhancement.enabled
+
+        def feeder(data: Data, what: str) -> Feeder:
+            made = _feeder(kind, config.text, model, processor)
+            reader = SourceReader(_source(f"{expert.name}{what}", data), _defaults(kind, data, made))
+            _refuse_unlabelled(reader, kind, data, needs_loss)
+            made.start(reader, False)
+            return made
+
+        self._train = self._calibration = feeder(expert.data, "")
+        drawn = list(self._train.reader.samples(settings.samples, settings.seed))
+        if expert.calibration is None:
+            held = max(round(settings.holdout * len(drawn)), min(FEWEST, len(drawn)))
+            self.calibration, self.train = drawn[:held], drawn[held:]
+        else:
+            self._calibration = feeder(expert.calibration, ".calibration")
+            wanted = max(round(settings.holdout * settings.samples), config.enhancement.samples)
+            self.train, self.calibration = drawn, list(self._calibration.reader.samples(wanted, settings.seed))
+        for part, samples, source in (
+            ("training", self.train, self._train),
+            ("calibration", self.calibration, self._calibration),
+        ):
+            if len(samples) < FEWEST:
+                raise UserError(
+                    f"expert {expert.name!r}: {len(samples)} {part} samples from {source.reader.label} that are not "
+                    f"empty; {FEWEST} are needed at least"
+                )
+
+    def inputs(self, part: str) -> Iterator[dict[str, Tensor]]:
+        """What the router sees of the samples of ``train`` or ``calibration``, in batches: no targets."""
+        feeder = self._train if part == "train" else self._calibration
+        for samples in _batches(getattr(self, part), self.batch_size):
+            if isinstance(feeder, ImageFeeder):
+                yield {"pixel_values": feeder.pixels(samples)}
+            else:
+                ids, mask = pad(feeder.tokenize(feeder.texts(samples, 0)))
+                yield {"input_ids": ids, "attention_mask": mask.long()}
+
+    def labelled(self, count: int) -> tuple[Feeder, list[Batch]]:
+        """Batches with targets of the first `count` calibration samples, those of like length together."""
+        samples = self.calibration[:count]
+        if self.kind != "image-classification":
+            samples = sorted(samples, key=lambda sample: sum(map(len, map(str, sample.values))))
+        return self._calibration, [self._calibration.batch(some) for some in _batches(samples, self.batch_size)]
+
+    def fingerprint(self) -> str:
+        """Tells apart samples that differ."""
+        digest = hashlib.sha256()
+        for sample in (*self.train, None, *self.calibration):
+            _update(digest, sample and sample.values)
+        return digest.hexdigest()[:16]
+
+
+def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    for start in range(0, len(samples), size):
+        yield list(samples[start : start + size])
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            _update(digest, part)
+    elif isinstance(value, dict):
+        _update(digest, sorted(value.items(), key=lambda item: item[0]))
+    else:
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+        digest.update(b"\0")
+
+
+def _source(name: str, data: Data) -> DataSource:
+    local = Path(data.source).exists()
+    if not local and (Path(data.source).suffix in (".jsonl", ".json", ".csv", ".txt", ".parquet", ".tsv")):
+        raise UserError(f"expert {name!r}: data.source: there is no file {data.source}")
+    if not local and data.split is None:
+        raise UserError(
+            f"expert {name!r}: data.source: there is no file or folder {data.source}, and a data set of the hub needs "
+            "a split"
+        )
+    columns = tuple(data.columns[key] for key in ("text", "input", "image", "target", "label") if key in data.columns)
+    return DataSource(name, data.source, local, data.name, data.split, columns)
+
+
+def _defaults(kind: Kind, data: Data, feeder: Feeder) -> tuple[str, ...]:
+    wanted = {"image", "label"} if kind == "image-classification" else {"input", "target", "text"}
+    wrong = next((key for key in data.columns if key not in wanted), None)
+    if wrong is not None:
+        raise UserError(f"data.columns: {wrong!r} says nothing to a {kind} model (known: {', '.join(sorted(wanted))})")
+    return feeder.columns
+
+
+def _refuse_unlabelled(reader: SourceReader, kind: Kind, data: Data, needs_loss: bool) -> None:
+    if len(reader.columns) >= 2 or not needs_loss or (kind == "causal" and "text" in data.columns):
+        return
+    label = "label" if kind == "image-classification" else "target"
+    raise UserError(
+        f"{reader.label}: labels are missing: no column {label!r}, and enhancement needs a loss; name the column as "
+        f"data.columns.{label}, or set enhancement.enabled: false"
+    )
+
+
+def _feeder(kind: Kind, text: Text, model: Any, processor: Any) -> Feeder:
+    if kind == "image-classification":
+        return ImageFeeder(processor, model.config, has_loss=True)
+    limit = min(text.max_length, context_length(model) or text.max_length)
+    if kind == "text-to-text":
+        return TargetFeeder(processor, limit, 0, model)
+    return PromptFeeder(processor, text, limit)
+
+
+@dataclass(frozen=True)
+class CalibrationLoss:
+    """The mean over calibration samples of each one's loss (mean over its targets), in nats."""
+
+    feeder: Feeder
+    batches: list[Batch]
+
+    @property
+    def samples(self) -> int:
+        """How many samples it is over."""
+        return sum(len(next(iter(batch.inputs.values()))) for batch in self.batches)
+
+    def __call__(self, model: Any) -> float:
+        """Measure `model` as it stands."""
+        device = input_device(model)
+        # Logits are formed where there is something to predict alone: a large vocabulary costs as much as some layers.
+        sparse = "logits_to_keep" in inspect.signature(model.forward).parameters
+        total = 0.0
+        with torch.no_grad():
+            for batch in self.batches:
+                batch = batch.to(device)
+                if sparse and batch.targets is not None:
+                    kept = (batch.targets != -100).any(0).nonzero().squeeze(1)
+                    output = model(**batch.inputs, use_cache=False, logits_to_keep=kept)
+                    total += float(target_loss(output.logits, batch.targets[:, kept]))
+                else:
+                    total += float(self.feeder.loss(model(**batch.inputs), batch))
+        return total / self.samples

@@ -1,0 +1,212 @@
+"""Stage 1 of MIN-Merging: what of an expert's update helps, found on its own calibration data.
+
+Greedy: from the least important layer up, a layer's update is dropped; it stays dropped if the calibration loss is not
+above the original expert's by more than `tolerance`, and after `patience` refusals the rest is kept. The dropped layers
+are the expert's *redundant* ones, the others its *core*. Within the core, the update of the `density` most important
+neurons is kept; where the loss does not allow that, a larger density is tried, up to all of them. So an enhanced expert
+is never worse than the original by more than `tolerance` on its calibration data. Every step is in the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_methods.routing.config import Enhancement
+from neuron_methods.routing.data import CalibrationLoss
+from neuron_methods.routing.importance import ExpertImportance, factor_masks, measure_importance
+from neuron_methods.routing.mixing import AdapterMixer, layer_of
+
+_DENSITY_TRIALS = 4  # halving the distance to 1 each time, before all neurons are kept
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was tried.
+
+    Attributes:
+        what: ``base``, ``original``, ``drop``, ``density``, or ``enhanced`` for the outcome.
+        layer: which one was dropped.
+        importance: of that layer; None outside the layers, and where nothing was dropped.
+        density: share of the core's neurons kept.
+        loss: on the calibration data, nats.
+        kept: whether what was tried stays.
+    """
+
+    what: str
+    loss: float
+    kept: bool
+    layer: str | None = None
+    importance: float | None = None
+    density: float | None = None
+
+
+@dataclass(frozen=True)
+class Enhanced:
+    """An enhanced expert; its adapter's factors in memory are masked.
+
+    Attributes:
+        expert: its name.
+        core, redundant: layers, in the model's order. Layers that the expert never touched are in neither.
+        density: share of the core's neurons kept.
+        samples: of calibration data.
+        trace: every step with its loss.
+    """
+
+    expert: str
+    core: tuple[str, ...]
+    redundant: tuple[str, ...]
+    density: float
+    samples: int
+    trace: tuple[Step, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Enhanced:
+        """What `to_json` made."""
+        trace = tuple(Step(**step) for step in content["trace"])
+        return cls(**{**content, "trace": trace, **{k: tuple(content[k]) for k in ("core", "redundant")}})
+
+
+def enhance_expert(
+    model: Any,
+    mixer: AdapterMixer,
+    expert: str,
+    loss: CalibrationLoss,
+    settings: Enhancement,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Enhanced:
+    """Find an expert's core and mask its adapter's factors to the neurons that are kept.
+
+    Args:
+        model: the base with the mixer's seam in it.
+        mixer: of the adapters.
+        expert: its name.
+        loss: on the expert's calibration data.
+        settings: see there.
+        progress: called with layers tried and layers there are.
+    """
+    place = mixer.experts.index(expert)
+    own = [path for path, module in mixer.modules.items() if expert in module.lora_A]
+    layers = list(dict.fromkeys(layer_of(path) for path in own))
+    coefficients = mixer.only(expert).clone()
+
+    def measure() -> float:
+        with mixer.using(coefficients):
+            return loss(model)
+
+    def switch(layer: str, on: bool) -> None:
+        coefficients[0, mixer.layers.index(layer), place] = float(on)
+
+    with mixer.using(None):
+        trace = [Step("base", loss(model), kept=False)]
+    limit = measure()
+    trace.append(Step("original", limit, kept=True))
+    limit += settings.tolerance
+    by_neuron = settings.density < 1
+    importance = measure_importance(model, mixer, expert, settings.importance, loss, by_neuron=by_neuron)
+    redundant: list[str] = []
+    refusals = 0
+    for tried, layer in enumerate(sorted(layers, key=lambda key: importance.layers[key])):
+        progress(tried, len(layers))
+        if refusals == settings.patience or len(redundant) == len(layers) - 1:  # an expert keeps one layer at least
+            break
+        switch(layer, False)
+        measured = measure()
+        kept = measured <= limit
+        value = importance.layers[layer]
+        trace.append(Step("drop", measured, kept, layer, value if value < float("inf") else None))
+        if kept:
+            redundant.append(layer)
+        else:
+            refusals += 1
+            switch(layer, True)
+    progress(len(layers), len(layers))
+    density = _choose_density(mixer, expert, importance, redundant, settings, limit, measure, trace)
+    trace.append(Step("enhanced", measure(), kept=True, density=density))
+    core = tuple(layer for layer in layers if layer not in redundant)
+    dropped = tuple(layer for layer in layers if layer in redundant)
+    return Enhanced(expert, core, dropped, density, loss.samples, tuple(trace))
+
+
+def _choose_density(
+    mixer: AdapterMixer,
+    expert: str,
+    importance: ExpertImportance,
+    redundant: list[str],
+    settings: Enhancement,
+    limit: float,
+    measure: Callable[[], float],
+    trace: list[Step],
+) -> float:
+    """Mask the factors at the smallest density tried that stays within `limit`; returns it."""
+    density = settings.density
+    for _ in range(_DENSITY_TRIALS):
+        if density >= 1:
+            break
+        masks = factor_masks(importance, density, mixer)
+        with _masked(mixer, expert, masks, redundant) as settle:
+            measured = measure()
+            kept = measured <= limit
+            trace.append(Step("density", measured, kept, density=density))
+            if kept:
+                settle()
+                return density
+        density = (1 + density) / 2
+    return 1.0
+
+
+@contextmanager
+def _masked(
+    mixer: AdapterMixer, expert: str, masks: dict[str, tuple[str, Tensor]], redundant: list[str]
+) -> Iterator[Callable[[], None]]:
+    """Inside, an expert's factors are masked; afterwards they are as before, unless what is yielded was called."""
+    before: list[tuple[Tensor, Tensor]] = []
+    settled = False
+
+    def settle() -> None:
+        nonlocal settled
+        settled = True
+
+    for path, (factor, mask) in masks.items():
+        if layer_of(path) in redundant:
+            continue
+        module = mixer.modules[path]
+        weight = (module.lora_B if factor == "B" else module.lora_A)[expert].weight.data
+        before.append((weight, weight.clone()))
+        weight.mul_(mask.to(weight).unsqueeze(1 if factor == "B" else 0))
+    try:
+        yield settle
+    finally:
+        if not settled:
+            for weight, values in before:
+                weight.copy_(values)
+
+
+def untouched(mixer: AdapterMixer, expert: str) -> Enhanced:
+    """An expert as it is, for a routed model without enhancement: every layer it changes is core."""
+    own = [path for path, module in mixer.modules.items() if expert in module.lora_A]
+    return Enhanced(expert, tuple(dict.fromkeys(layer_of(path) for path in own)), (), 1.0, 0, ())
+
+
+def kept_paths(mixer: AdapterMixer, enhanced: Enhanced) -> list[str]:
+    """The modules whose updates an enhanced expert still has."""
+    return [
+        path
+        for path, module in mixer.modules.items()
+        if enhanced.expert in module.lora_A and layer_of(path) in enhanced.core
+    ]
+
+
+def core_layers(mixer: AdapterMixer, experts: list[Enhanced]) -> Tensor:
+    """Bool (L, E): True where a layer is not redundant for an expert."""
+    redundant = torch.tensor([[layer in enhanced.redundant for enhanced in experts] for layer in mixer.layers])
+    return ~redundant

@@ -1,0 +1,358 @@
+"""The routed model: base, adapters and router in one, used like a model of transformers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_methods.errors import UserError
+from neuron_methods.routing.base import context_length, input_device, kind_of, load_base
+from neuron_methods.routing.experts import load_experts, save_expert
+from neuron_methods.routing.files import (
+    ADAPTERS,
+    ROUTER_NAME,
+    RoutedConfig,
+    reference_to,
+    routed_directory,
+)
+from neuron_methods.routing.mixing import AdapterMixer
+from neuron_methods.routing.pooling import pooled_states
+from neuron_methods.routing.router import Router
+from neuron_methods.routing.routes import Routing, chosen_weights, layer_coefficients
+
+# What a router can look at; the rest of a model's inputs (labels, caches, what was generated so far) is not the prompt.
+_PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")
+
+
+class NeuronRoutedModel(nn.Module):
+    """MIN-Merging's routed model (Liang, arXiv:2510.17890): every sample is computed with experts of its own.
+
+    `forward` and `generate` take what the base's take. Both route first, on the base alone, and hold that routing: what
+    is generated does not change it. Give `routing` (of `route`) to use one made before.
+
+    Attributes:
+        peft_model: the base with all adapters.
+        mixer: the seam that mixes them per sample.
+        router: the MLP.
+        routed_config: what is stored about all of it.
+        kind: ``causal``, ``text-to-text`` or ``image-classification``.
+    """
+
+    def __init__(self, peft_model: Any, router: Router, routed_config: RoutedConfig, base: str) -> None:
+        """Put the parts together.
+
+        Args:
+            peft_model: of `experts.load_experts`.
+            router: trained.
+            routed_config: names the experts in the router's order.
+            base: where the base came from.
+        """
+        super().__init__()
+        self.peft_model = peft_model
+        self.router = router
+        self.routed_config = routed_config
+        self.base_reference = base
+        names = [expert.name for expert in routed_config.experts]
+        self.mixer = AdapterMixer(peft_model, names)
+        self.kind = kind_of(self.base)
+        redundant = [expert.redundant_layers for expert in routed_config.experts]
+        self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
+        self.router.to(input_device(self.base))
+
+    @property
+    def base(self) -> Any:
+        """The base model, with peft's layers in it; by itself it computes without any expert."""
+        return self.peft_model.get_base_model()
+
+    @property
+    def config(self) -> Any:
+        """The base model's config."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's."""
+        return self.base.generation_config
+
+    @property
+    def main_input_name(self) -> str:
+        """The base model's."""
+        return self.base.main_input_name
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return input_device(self.base)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's."""
+        return self.base.dtype
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Their names."""
+        return self.mixer.experts
+
+    def can_generate(self) -> bool:
+        """Whether the base generates text."""
+        return self.base.can_generate()
+
+    @torch.no_grad()
+    def route(self, **inputs: Any) -> Routing:
+        """Route a batch; one pass through the lower layers of the base.
+
+        Args:
+            **inputs: ``input_ids`` (B, tokens) with ``attention_mask``, or ``pixel_values`` (B, channels, height,
+                width), as the base takes them. Without a mask, padding tokens are told by their id, as `generate` does.
+
+        Raises:
+            UserError: nothing in `inputs` can be routed by, or the prompt is longer than the model's context.
+        """
+        prompt = {key: inputs[key] for key in _PROMPT if inputs.get(key) is not None}
+        if not prompt.keys() & {"input_ids", "inputs_embeds", "pixel_values"}:
+            raise UserError("a routed model routes on input_ids or pixel_values; give them, or routing=")
+        if "attention_mask" not in prompt and "input_ids" in prompt:
+            mask = self._mask_of(prompt["input_ids"])
+            if mask is not None:
+                prompt["attention_mask"] = mask
+        self._refuse_long(prompt)
+        shape = self.routed_config.router
+        with self.mixer.using(None):
+            states = pooled_states(self.base, prompt, shape.layer, shape.pooling)
+        probabilities, scores = self.router(states)
+        weights = chosen_weights(probabilities.float(), shape.top_k, scores >= self.router.threshold)
+        coefficients = layer_coefficients(weights, self._core, self.routed_config.redundant, self.routed_config.seed)
+        return Routing(self.experts, probabilities.float(), weights, scores, self.router.threshold, coefficients)
+
+    def forward(self, *, routing: Routing | None = None, return_routing: bool = False, **inputs: Any) -> Any:
+        """The base's forward, each sample with its experts.
+
+        Args:
+            routing: of `route`; by default the inputs are routed (all tokens of them: to score an answer behind a
+                prompt, route the prompt and give its routing).
+            return_routing: return (output, routing) instead of the output.
+            **inputs: as the base takes them, by keyword.
+
+        Raises:
+            UserError: as `route`; or a cache of earlier tokens is given, and no routing that goes with it.
+        """
+        if routing is None:
+            if inputs.get("past_key_values") is not None or inputs.get("encoder_outputs") is not None:
+                raise UserError("what follows a prompt is not routed anew: give the prompt's routing=model.route(...)")
+            routing = self.route(**inputs)
+        with self.mixer.using(routing.coefficients):
+            output = self.base(**inputs)
+        return (output, routing) if return_routing else output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        routing: Routing | None = None,
+        return_routing: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The base's generate: routes once on the prompt, then holds.
+
+        Args:
+            inputs: ``input_ids``, if not given by name.
+            routing: of `route`; by default the prompt is routed.
+            return_routing: return (what `generate` returns, routing).
+            **options: as the base's `generate` takes them. Beams and several sequences per prompt follow its routing.
+
+        Raises:
+            UserError: as `route`; or the base does not generate, or the prompt fills the context.
+        """
+        if self.kind == "image-classification":
+            raise UserError(f"{type(self.base).__name__} classifies images and generates nothing; call forward")
+        if inputs is not None:
+            options["input_ids"] = inputs
+        self._refuse_long(options, room=1)
+        routing = self.route(**options) if routing is None else routing
+        with self.mixer.using(routing.coefficients):
+            output = self.base.generate(**options)
+        return (output, routing) if return_routing else output
+
+    @torch.no_grad()
+    def as_static(self, weights: Mapping[str, float] | Tensor) -> Any:
+        """The plain model of fixed coefficients: θ₀ + Σ_e c_e τ_e; no adapter, no router, no routing.
+
+        Args:
+            weights: one coefficient per expert, the same in all layers; or float (L, E), one per layer and expert, such
+                as a sample's ``routing.coefficients[i]``.
+
+        Returns:
+            A model of transformers, with weights of its own.
+
+        Raises:
+            UserError: an expert that is not there, a tensor of another shape, or a quantised base.
+        """
+        if isinstance(weights, Mapping):
+            unknown = sorted(set(weights) - set(self.experts))
+            if unknown:
+                raise UserError(f"as_static: no expert {unknown[0]!r}; the model has: {', '.join(self.experts)}")
+            row = torch.tensor([float(weights.get(name, 0)) for name in self.experts])
+            weights = row.expand(len(self.mixer.layers), -1)
+        expected = (len(self.mixer.layers), len(self.experts))
+        if tuple(weights.shape) != expected:
+            raise UserError(f"as_static: coefficients of shape {tuple(weights.shape)}, expected {expected}")
+        if getattr(self.base, "is_quantized", False):
+            raise UserError("as_static: the base is quantised; load the routed model with a base that is not")
+        plain = copy.deepcopy(self.peft_model).unload()
+        for path in self.mixer.modules:
+            target = plain.get_submodule(path).weight
+            merged = target.float()
+            for name, value in zip(self.experts, weights[self.mixer.index_of(path)].tolist(), strict=True):
+                delta = self.mixer.delta(path, name) if value else None
+                if delta is not None:
+                    merged = merged + value * delta.to(merged.device)
+            target.copy_(merged)
+        return plain.eval()
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+        """Write the routed model; the base stays where it is and is named.
+
+        Args:
+            directory: is made where it is not there.
+            base_model: how to name the base; by default where it was loaded from.
+        """
+        from dataclasses import replace
+
+        from safetensors.torch import save_file
+
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in self.experts:
+            place = target / ADAPTERS / name
+            if place.exists():
+                shutil.rmtree(place)
+            paths = [path for path, module in self.mixer.modules.items() if name in module.lora_A]
+            save_expert(self.peft_model, name, place, paths, None)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.router.state_dict().items()}
+        save_file(state, target / ROUTER_NAME, metadata={"format": "pt"})
+        replace(self.routed_config, base_model=base_model or reference_to(self.base_reference, target)).write(target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload routed model",
+    ) -> str:
+        """Upload the routed model to a repository of the hub, which is made where it is not there.
+
+        Args:
+            repo_id: of the repository.
+            base_model: the base's hub id, where it was loaded from a directory.
+            private: whether a new repository is.
+            token: of the hub; by default the one that is logged in.
+            commit_message: of the upload.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            UserError: the base is a directory of this machine, and no `base_model` is given.
+        """
+        import tempfile
+
+        from huggingface_hub import create_repo, upload_folder
+
+        if base_model is None and os.path.isdir(self.base_reference):
+            raise UserError(
+                f"push_to_hub: the base is the local directory {self.base_reference}, which nobody else has; name its "
+                "repository: base_model="
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, base_model=base_model)
+            create_repo(repo_id, private=private, token=token, exist_ok=True)
+            done = upload_folder(repo_id=repo_id, folder_path=folder, token=token, commit_message=commit_message)
+        return done.commit_url
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        base_model: str | None = None,
+        device_map: Any = None,
+        dtype: str = "auto",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+    ) -> NeuronRoutedModel:
+        """Load a routed model and its base.
+
+        Args:
+            path_or_repo: what `save_pretrained` or `mergekit-neuron route` wrote, or a repository of the hub.
+            base_model: another place of the base than the one that is noted: directory or hub id.
+            device_map: where the base goes, as transformers takes it; the adapters follow.
+            dtype: of the base; ``auto``: as stored.
+            revision: of the repository.
+            cache_dir: of the hub.
+
+        Raises:
+            UserError: there is no routed model, of a format that is known here, or its base is not to be had.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        where = os.fspath(path_or_repo)
+        directory = routed_directory(where, revision, cache_dir)
+        config = RoutedConfig.read(directory)
+        reference = base_model or config.base_reference(directory)
+        if base_model is None and config.base_is_local and not os.path.isdir(reference):
+            raise UserError(
+                f"{where}: its base model was the directory {config.base_model}, which is not there; name "
+                "another place: base_model="
+            )
+        base = load_base(reference, where, dtype=dtype, device_map=device_map)
+        directories = {expert.name: str(directory / ADAPTERS / expert.name) for expert in config.experts}
+        shape = config.router
+        router = Router(
+            shape.width,
+            len(config.experts),
+            hidden=shape.hidden,
+            axes=shape.axes,
+            temperature=shape.temperature,
+            ood_score=shape.ood_score,
+            threshold=shape.ood_threshold,
+        )
+        try:
+            router.load_state_dict(load_file(directory / ROUTER_NAME))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{directory / ROUTER_NAME}: cannot be read ({reason}); download or make it again"
+            ) from None
+        model = cls(load_experts(base, directories, where), router.requires_grad_(False), config, reference)
+        return model.eval()
+
+    def _mask_of(self, input_ids: Tensor) -> Tensor | None:
+        pad = getattr(self.base.generation_config, "pad_token_id", None)
+        pad = getattr(self.config, "pad_token_id", None) if pad is None else pad
+        if pad is None or pad == getattr(self.config, "eos_token_id", None) or not bool((input_ids == pad).any()):
+            return None
+        return (input_ids != pad).long()
+
+    def _refuse_long(self, inputs: Mapping[str, Any], room: int = 0) -> None:
+        limit = context_length(self.base)
+        if limit is None or inputs.get("input_ids") is None:
+            return
+        mask = inputs.get("attention_mask")
+        length = int(mask.sum(1).max()) if mask is not None else inputs["input_ids"].shape[1]
+        if length + room > limit:
+            raise UserError(
+                f"the prompt is {length} tokens long, and the context of {type(self.base).__name__} has {limit}; "
+                "shorten it"
+            )

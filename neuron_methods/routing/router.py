@@ -1,0 +1,131 @@
+"""Stage 2: the router, a small MLP on pooled hidden states, and how it tells what is out of domain.
+
+The paper sends an input to the plain base when no expert's probability reaches a threshold. A softmax is sure of
+itself far away from everything it was trained on, so that there are two more scores to choose from:
+
+- ``probability``: max_e p_e, the paper's;
+- ``energy``: T · log Σ_e exp(z_e / T) of the logits z at temperature T (Liu et al., arXiv:2010.03759);
+- ``distance``: minus the root mean square distance to the nearest expert's mean in the pooled hidden states, measured
+  in the metric of the scatter within experts (after Lee et al., arXiv:1807.03888): axes of large scatter count little.
+  The covariance is that of probabilistic PCA: the leading axes with their variances, the rest with one variance.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+OodScore = Literal["distance", "probability", "energy"]
+
+
+class Router(nn.Module):
+    """Tells from pooled hidden states (B, width) which expert an input belongs to.
+
+    Attributes:
+        temperature: divides the logits.
+        ood_score: which score `scores` gives.
+        threshold: inputs with a lower score are out of domain.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        *,
+        hidden: int,
+        axes: int,
+        temperature: float = 1.0,
+        ood_score: OodScore = "distance",
+        threshold: float = float("-inf"),
+    ) -> None:
+        """An untrained router.
+
+        Args:
+            width: of the hidden states.
+            experts: how many.
+            hidden: width of the MLP.
+            axes: leading axes of the scatter within experts that are kept.
+            temperature: see the attributes.
+            ood_score: likewise.
+            threshold: likewise.
+        """
+        super().__init__()
+        self.temperature, self.ood_score, self.threshold = temperature, ood_score, threshold
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, experts)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("centres", torch.zeros(experts, width))
+        self.register_buffer("axes", torch.zeros(width, axes))
+        self.register_buffer("variances", torch.ones(axes))
+        self.register_buffer("rest_variance", torch.ones(()))
+
+    def standardised(self, states: Tensor) -> Tensor:
+        """Hidden states with mean 0 and deviation 1 over the training inputs, in the router's dtype and place."""
+        return (states.to(self.mean) - self.mean) / self.scale
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(B, experts), not yet divided by the temperature."""
+        return self.outer(functional.gelu(self.inner(self.standardised(states))))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (B, experts), and scores (B,) of which larger ones look more in domain."""
+        logits = self.logits(states) / self.temperature
+        return logits.softmax(dim=1), self.scores(states, logits, self.ood_score)
+
+    def scores(self, states: Tensor, logits: Tensor, kind: OodScore) -> Tensor:
+        """How much in domain inputs look, (B,); `logits` are divided by the temperature."""
+        if kind == "probability":
+            return logits.softmax(dim=1).amax(1)
+        if kind == "energy":
+            return self.temperature * logits.logsumexp(dim=1)
+        return -self._distances(states).amin(1)
+
+    def _distances(self, states: Tensor) -> Tensor:
+        """To every expert's centre, (B, experts); about 1 for the inputs they were fitted to."""
+        gaps = self.standardised(states).unsqueeze(1) - self.centres  # (B, E, width)
+        along = gaps @ self.axes
+        rest = (gaps.square().sum(2) - along.square().sum(2)).clamp(min=0)
+        squares = (along.square() / self.variances).sum(2) + rest / self.rest_variance
+        return (squares / gaps.shape[2]).sqrt()
+
+    @torch.no_grad()
+    def fit_scatter(self, states: Tensor, labels: Tensor) -> None:
+        """Set the standardisation, the centres and the metric from training inputs.
+
+        Args:
+            states: float32 (n, width).
+            labels: int64 (n,), each expert at least once.
+        """
+        self.mean.copy_(states.mean(0))
+        # What never varies carries nothing, and must not be blown up where it does vary.
+        spread = states.std(0)
+        self.scale.copy_(spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12))
+        normal = self.standardised(states)
+        for expert in range(len(self.centres)):
+            self.centres[expert] = normal[labels == expert].mean(0)
+        within = normal - self.centres[labels]
+        _, singular, axes = torch.linalg.svd(within.double(), full_matrices=False)
+        variances = singular.square() / len(within)
+        kept = self.axes.shape[1]
+        self.axes.copy_(axes[:kept].T)
+        rest = float(variances[kept:].sum()) / max(normal.shape[1] - kept, 1)
+        floor = 1e-3 * float(variances.sum()) / normal.shape[1] + 1e-12
+        self.variances.copy_(variances[:kept].clamp(min=floor))
+        self.rest_variance.fill_(max(rest, floor))
+
+
+def axes_for(inputs: int, width: int) -> int:
+    """How many axes of the scatter that many inputs can tell: an eighth as many, 64 at most."""
+    return max(1, min(64, inputs // 8, width - 1))
+
+
+def threshold_for(scores: Tensor, share: float, margin: float = 0.0) -> float:
+    """The largest threshold that at least `share` of the scores reach, less `margin` × its gap to their median."""
+    ordered = scores.sort(descending=True).values
+    needed = max(1, min(len(ordered), int(-(-share * len(ordered) // 1))))
+    threshold = ordered[needed - 1]
+    return float(threshold - margin * (scores.median() - threshold).clamp(min=0))

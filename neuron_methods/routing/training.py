@@ -1,0 +1,128 @@
+"""Training the router: early stopping on held-out inputs, accuracy and threshold on inputs it has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from neuron_methods.routing.config import RouterSettings
+from neuron_methods.routing.router import Router, axes_for, threshold_for
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Pooled hidden states float32 (n, width) and the expert each belongs to, int64 (n,)."""
+
+    states: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def halves(self) -> tuple[Inputs, Inputs]:
+        """Every expert's inputs dealt out to two, the odd one to the first."""
+        turn = torch.empty_like(self.labels)
+        for expert in self.labels.unique():
+            places = (self.labels == expert).nonzero().squeeze(1)
+            turn[places] = torch.arange(len(places)) % 2
+        return tuple(Inputs(self.states[turn == half], self.labels[turn == half]) for half in (0, 1))
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """What came of the training.
+
+    Attributes:
+        epochs: trained for.
+        accuracy: share of held-out inputs whose first expert is their own.
+        accuracies: the same per expert, in the experts' order.
+        held_out: how many inputs that is.
+        in_domain: share of the held-out inputs that pass the threshold.
+        training: how many inputs it was trained on.
+    """
+
+    epochs: int
+    accuracy: float
+    accuracies: list[float]
+    held_out: int
+    in_domain: float
+    training: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def train_router(train: Inputs, calibration: Inputs, settings: RouterSettings) -> tuple[Router, RouterReport]:
+    """Train a router.
+
+    Half of the calibration inputs decide when training ends and where the out-of-domain threshold lies; the other half
+    has no say in anything, and is what accuracy and share in domain are reported on.
+
+    Args:
+        train: what to learn from; every expert is there, and counts the same however many inputs it has.
+        calibration: held-out inputs, at least two of each expert.
+        settings: see there.
+    """
+    decide, held_out = calibration.halves()
+    experts = int(train.labels.max()) + 1
+    width = train.states.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        router = Router(
+            width,
+            experts,
+            hidden=settings.hidden,
+            axes=axes_for(len(train), width),
+            temperature=settings.temperature,
+            ood_score=settings.ood_score,
+        )
+        router.fit_scatter(train.states, train.labels)
+        epochs = _fit(router, train, decide, settings)
+    router.requires_grad_(False).eval()
+    probabilities, scores = router(decide.states)
+    router.threshold = threshold_for(scores, settings.in_domain_share, settings.ood_margin)
+    probabilities, scores = router(held_out.states)
+    right = probabilities.argmax(1) == held_out.labels
+    report = RouterReport(
+        epochs=epochs,
+        accuracy=float(right.float().mean()),
+        accuracies=[float(right[held_out.labels == e].float().mean()) for e in range(experts)],
+        held_out=len(held_out),
+        in_domain=float((scores >= router.threshold).float().mean()),
+        training=len(train),
+    )
+    return router, report
+
+
+def _fit(router: Router, train: Inputs, decide: Inputs, settings: RouterSettings) -> int:
+    """Train in place and keep the weights of the best epoch; returns how many epochs were trained."""
+    counts = torch.bincount(train.labels, minlength=len(router.centres)).float()
+    balance = counts.sum() / (len(counts) * counts)
+    optimizer = torch.optim.AdamW(
+        [*router.inner.parameters(), *router.outer.parameters()], lr=settings.learning_rate, weight_decay=0.01
+    )
+    best, best_loss, since = None, float("inf"), 0
+    epoch = 0
+    while epoch < settings.epochs and since < settings.patience:
+        epoch += 1
+        for places in torch.randperm(len(train)).split(_BATCH):
+            loss = functional.cross_entropy(router.logits(train.states[places]), train.labels[places], weight=balance)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            held = float(functional.cross_entropy(router.logits(decide.states), decide.labels, weight=balance))
+        if held < best_loss:
+            best = {key: value.clone() for key, value in router.state_dict().items()}
+            best_loss, since = held, 0
+        else:
+            since += 1
+    router.load_state_dict(best)
+    return epoch

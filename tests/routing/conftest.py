@@ -1,0 +1,52 @@
+"""Tiny routed models, built once per kind; and a cheap router for tests that are not about routers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from tests.routing.tiny import make_workspace, settings
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`made("llama")`: a folder with base, adapters, data and a routed model of them; to be left as it is."""
+    from neuron_methods.routing.build import Options, build_routed_model
+
+    known: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in known:
+            folder = make_workspace(kind, tmp_path_factory.mktemp(kind))
+            (folder / "routed.yaml").write_text(yaml.safe_dump(settings(kind)))
+            build_routed_model(folder / "routed.yaml", folder / "routed", Options(progress=False))
+            known[kind] = folder
+        return known[kind]
+
+    return get
+
+
+@pytest.fixture
+def workspace(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A copy of such a folder to work in, and the current directory from then on."""
+
+    def copy(kind: str) -> Path:
+        folder = tmp_path / "work"
+        shutil.copytree(made(kind), folder)
+        monkeypatch.chdir(folder)
+        return folder
+
+    return copy
