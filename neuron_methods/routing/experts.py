@@ -17,6 +17,8 @@ from neuron_methods.adapters.placement import target_names
 from neuron_methods.errors import UserError
 from neuron_methods.routing.base import quiet
 
+_SAMPLE = 1 << 16  # bytes compared at a few places of each file
+
 # What changes the model otherwise than by s·B·A on a linear layer, and what to do instead.
 _REFUSED = {
     "use_dora": "DoRA rescales the base weights",
@@ -58,8 +60,8 @@ def check_adapter(directory: str, where: str) -> AdapterConfig:
 def check_bases(configs: Mapping[str, AdapterConfig], base: str, where: str) -> None:
     """Make sure that all adapters name the same base model as the YAML.
 
-    Names of local directories are compared as places where both exist, otherwise by their last part: a base may have
-    been moved or downloaded since.
+    Where both names are directories that exist, their weights are compared (by size and samples of the files),
+    otherwise the last parts of the names: a base may have been moved or downloaded since.
 
     Args:
         configs: expert -> its adapter's config.
@@ -87,11 +89,24 @@ def check_bases(configs: Mapping[str, AdapterConfig], base: str, where: str) -> 
 
 
 def _same_model(one: str, other: str) -> bool:
-    if one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)):
+    if one == other:
         return True
     if os.path.isdir(one) and os.path.isdir(other):
-        return False
+        return os.path.samefile(one, other) or _weights(one) == _weights(other)
     return Path(one).name.lower() == Path(other).name.lower()
+
+
+def _weights(directory: str) -> list[Any]:
+    """Name, size and some bytes of every file of weights."""
+    found: list[Any] = []
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            found += [path.name, size]
+            for place in (0, size // 3, size // 2, max(0, size - _SAMPLE)):
+                file.seek(place)
+                found.append(file.read(_SAMPLE))
+    return found
 
 
 def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
@@ -111,21 +126,20 @@ def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
     model = None
     for name, directory in directories.items():
         label = f"{where}: adapter of {name}"
-        file = AdapterWeights(directory, label)
+        AdapterWeights(directory, label)  # says more clearly than peft what is wrong with a file
         try:
             with quiet():
                 if model is None:
                     model = PeftModel.from_pretrained(base, directory, adapter_name=name)
-                else:
-                    model.load_adapter(directory, adapter_name=name)
+                result = model.load_adapter(directory, adapter_name=name)  # also the first: it tells what was missing
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
             raise UserError(f"{label} does not fit the base model: {reason}") from None
-        placed = sum(1 for key, _ in model.named_parameters() if f".{name}." in key and ".lora_" in key)
-        if placed != len(file.shapes):
+        lost = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+        if lost:
             raise UserError(
-                f"{label} holds {len(file.shapes)} tensors, but {placed} found a place in the base model; was it "
-                "trained on another one?"
+                f"{label} does not fit the base model: {len(lost)} of its tensors found no place or are missing, such "
+                f"as {lost[0]}; was it trained on another one?"
             )
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and not _is_linear(module):
