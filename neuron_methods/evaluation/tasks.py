@@ -63,9 +63,20 @@ class Rows:
 
     def overlaps(self, other: Rows) -> bool:
         """Whether both have rows in common."""
-        same = all(getattr(self, k) == getattr(other, k) for k in ("location", "local", "config", "split"))
         ends = [rows.stop if rows.stop is not None else float("inf") for rows in (self, other)]
-        return same and max(self.start, other.start) < min(ends)
+        return self._holds(other) and max(self.start, other.start) < min(ends)
+
+    def _holds(self, other: Rows) -> bool:
+        """Whether both are of the same data; a file within a folder counts as the split that it is named after."""
+        if not (self.local and other.local):
+            return all(getattr(self, key) == getattr(other, key) for key in ("location", "local", "config", "split"))
+        here, there = (Path(rows.location).resolve() for rows in (self, other))
+        if here == there:
+            return self.split == other.split
+        for folder, file, split in ((here, there, self.split), (there, here, other.split)):
+            if folder.is_dir() and folder in file.parents and split is not None:
+                return split in re.split(r"[^a-zA-Z0-9]+", str(file.relative_to(folder)))
+        return False
 
 
 @dataclass(frozen=True)

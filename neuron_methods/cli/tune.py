@@ -1,0 +1,110 @@
+"""`mergekit-neuron tune`: search parameters of a merge on validation data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+EPILOG = """\b
+--search says what is searched and where:
+  lambda_orthogonal=0.5:4:0.25     from, to, step
+  lambda_orthogonal=0.5:4          a range, for random and cma
+  density=0.1,0.2,0.3              values
+  trim=model,tensor                words
+  weight@german=0.5:1.5:0.25       one expert's: by its number in models, or a part of its path
+
+\b
+Examples:
+  mergekit-neuron tune merge.yaml --task tasks.yml --search lambda_orthogonal=0.5:4:0.25 -o tuned
+  mergekit-neuron tune merge.yaml --task tasks.yml --search lambda_parallel=-1:1 \\
+      --search lambda_orthogonal=0.5:4 --strategy cma --budget 60 --objective relative --test -o tuned
+  mergekit-yaml tuned/best.yml ./merged
+
+\b
+Every task needs validation data that is not its test data:
+  data: {source: data/sums, split: test, validation_split: validation}
+
+\b
+Parameters that enter linearly (every lambda; in neuron_merge without a method within groups also
+general, in_group, out_group; weights there and in task_arithmetic) cost no merge per point: the
+parts are merged once, in float32, held to one more merge, and recombined in memory. Where the merge
+turns out not to be linear in them, that is said, and every point is merged.
+
+\b
+OUT holds best.yml, trace.jsonl (every point with its scores), tune.json, and scores.png (with the
+extra report). Run again to go on: points in the trace are not tried again.
+"""
+
+
+@click.command("tune", epilog=EPILOG)
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--task", "tasks", required=True, type=click.Path(path_type=Path), metavar="TASKS.yml", help="File of tasks."
+)
+@click.option("--search", multiple=True, required=True, metavar="NAME=RANGE", help="May be repeated.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Directory.")
+@click.option("--strategy", type=click.Choice(["grid", "random", "cma"]), default="grid", show_default=True)
+@click.option("--budget", type=click.IntRange(1), help="Points at most.  [default: the whole grid, else 40]")
+@click.option(
+    "--objective",
+    type=click.Choice(["mean", "relative", "minimum"]),
+    default="mean",
+    show_default=True,
+    help="Over the tasks' scores; relative: mean share of the experts' own.",
+)
+@click.option("--only", multiple=True, metavar="NAME", help="This task of the file alone; may be repeated.")
+@click.option("--limit", type=click.IntRange(1), help="Examples per task at most.")
+@click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of draws under a limit.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: as merged; float32 on a CPU.",
+)
+@click.option("--test", is_flag=True, help="Score the best point on test data, once, at the end.")
+@click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
+@click.option("--merge-every-point", is_flag=True, help="Do not recombine parts.")
+@click.option("--overwrite", is_flag=True, help="Forget what OUT holds.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@debug_option
+def tune(
+    config: Path,
+    tasks: Path,
+    search: tuple[str, ...],
+    out: Path,
+    only: tuple[str, ...],
+    batch_size: int | None,
+    merge_every_point: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Search parameters of the merge in CONFIG for the best scores on the validation data of tasks."""
+    from neuron_methods.errors import UserError
+    from neuron_methods.evaluation.tasks import choose_tasks, load_tasks
+    from neuron_methods.evaluation.tuning.run import TuneSettings, report_lines
+    from neuron_methods.evaluation.tuning.run import tune as search_best
+
+    try:
+        source = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: cannot read it: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    chosen = choose_tasks(load_tasks(tasks), only, batch_size)
+    result = search_best(
+        source,
+        chosen,
+        search,
+        out,
+        TuneSettings(shortcut=not merge_every_point, progress=not quiet, **settings),
+        config_name=str(config),
+        say=click.echo,
+    )
+    metrics = {task.name: task.metric for task in chosen}
+    for line in report_lines(result, out, metrics, settings["objective"]):
+        click.echo(line)
+    click.echo(f"written: {out / 'best.yml'}")

@@ -1,0 +1,267 @@
+"""The model that every point is tried on: its weights are replaced in place, its tasks' inputs are made once."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Examples
+from neuron_methods.evaluation.models import computing_dtype, open_model
+from neuron_methods.evaluation.run import RunningTask, TaskResult, start_task
+from neuron_methods.evaluation.tasks import Task
+from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, find_parts
+from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
+from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Bench:
+    """Tries points of a recipe on tasks.
+
+    Attributes:
+        merges: merges run so far, those for parts and checks among them.
+        merge_seconds: time they took, with loading what they wrote.
+        tried: points tried.
+        recombined: those of them that cost no merge.
+        parts_bytes: memory that the parts take, at most.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tasks: Sequence[tuple[Task, Examples]],
+        *,
+        dtype: str = "auto",
+        seed: int = 0,
+        shortcut: bool = True,
+        progress: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Nothing is merged or loaded before the first point.
+
+        Args:
+            recipe: what is merged.
+            tasks: with their examples of the validation split.
+            dtype: the model computes in; ``auto`` as for `open_model`.
+            seed: of intervals.
+            shortcut: recombine parts where parameters enter linearly.
+            progress: show bars.
+            say: takes lines for the user.
+        """
+        self.recipe, self.tasks, self.seed = recipe, tasks, seed
+        self.shortcut, self.progress, self.say = shortcut, progress, say
+        self.merges = self.recombined = self.tried = self.parts_bytes = 0
+        self.merge_seconds = 0.0
+        self._dtype = dtype
+        self._out_dtype: torch.dtype | None = None
+        self._open = ExitStack()
+        self._model: Any = None
+        self._running: list[RunningTask] = []
+        self._parts: Parts | None = None
+        self._parts_of = ""
+        self._not_affine: set[str] = set()
+
+    def __enter__(self) -> Bench:
+        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="mergekit-neuron-tune-")))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._model, self._running, self._parts = None, [], None
+        self._open.close()
+
+    def try_points(self, points: Sequence[Point], expected: int = 0) -> Iterator[tuple[Point, list[TaskResult], str]]:
+        """Score points, those that share parts one after the other.
+
+        Args:
+            points: to try.
+            expected: how many more may come, to tell whether parts are worth their merges.
+
+        Yields:
+            (point, results, ``recombined`` or ``merged``).
+        """
+        groups: dict[str, list[Point]] = {}
+        for point in points:
+            _, others = split_point(point, self._linear(point))
+            groups.setdefault(key_of(others), []).append(point)
+        for key, group in groups.items():
+            linear = self._linear(group[0])
+            _, others = split_point(group[0], linear)
+            sharing = len(group) + (expected if not others else 0)
+            worth_it = sharing > len(linear) + 2 or (self._parts is not None and self._parts_of == key)
+            for point in group:
+                self.tried += 1
+                numbers, _ = split_point(point, linear)
+                affine = linear and worth_it and all(map(is_number, numbers.values()))
+                if affine and self._find(key, linear, others, group):
+                    self._put(self._parts.combine({k: float(v) for k, v in numbers.items()}))
+                    self.recombined += 1
+                    yield point, self.score(), "recombined"
+                else:
+                    with self.merged(point) as tensors:
+                        self._put(tensors.items())
+                    yield point, self.score(), "merged"
+
+    def confirm(
+        self, point: Point, test: Sequence[tuple[Task, Examples]] = ()
+    ) -> tuple[dict[str, float], float | None, list[TaskResult]]:
+        """Merge a point for real, and score that.
+
+        Args:
+            point: the best one.
+            test: tasks with their test examples.
+
+        Returns:
+            (validation scores by task, the largest difference of a weight from its recombined value in shares of its
+            tensor's largest weight or None without parts, results on the test examples).
+        """
+        linear = self._linear(point)
+        numbers, others = split_point(point, linear)
+        known = self._parts is not None and self._parts_of == key_of(others) and all(map(is_number, numbers.values()))
+        with self.merged(point) as tensors:
+            difference = 0.0 if known else None
+            if known:
+                for name, tensor in self._parts.combine({k: float(v) for k, v in numbers.items()}):
+                    rounded = self._rounded(tensor)
+                    largest = max(float(rounded.abs().max()), torch.finfo(torch.float32).tiny)
+                    off = float((rounded.float() - tensors[name].cpu().float()).abs().max())
+                    difference = max(difference, off / largest)
+            self._put(tensors.items())
+        scores = {result.name: result.score for result in self.score()}
+        arguments: dict[str, Any] = {"device": self._device, "seed": self.seed}
+        results = [
+            start_task(self._model, self._processor, task, "test", examples=examples, **arguments).run(self.progress)
+            for task, examples in test
+        ]
+        return scores, difference, results
+
+    def score(self) -> list[TaskResult]:
+        """The model as it stands, on every task."""
+        return [running.run(self.progress) for running in self._running]
+
+    @contextmanager
+    def merged(self, point: Mapping[str, Any], exact: bool = False) -> Iterator[StateDict]:
+        """The tensors of a real merge, by the names of the model in memory, while the block lasts."""
+        from neuron_methods.plugin.merging import merge_to_directory
+
+        started = time.perf_counter()
+        out = self._folder / f"merge-{self.merges}"
+        source = self.recipe.source_at(point, exact)
+        merge_to_directory(source, out, progress=False, config_name=self.recipe.name)
+        self.merges += 1
+        try:
+            with open_model(str(out), "float32" if exact else self._dtype) as opened:
+                tensors = distinct_tensors(opened.model)
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    raise UserError("the model does not fit into memory: tune needs all of its weights there")
+                if self._model is None:
+                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+                    self._adopt(opened)
+                self.merge_seconds += time.perf_counter() - started
+                yield tensors
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def _linear(self, point: Point) -> list[str]:
+        """The parameters to find parts for at a point."""
+        if not self.shortcut:
+            return []
+        linear = self.recipe.linear(list(point), point)
+        return [] if ",".join(linear) in self._not_affine else linear
+
+    def _find(self, key: str, linear: list[str], others: Point, group: Sequence[Point]) -> bool:
+        """Have the parts of a group at hand; False, and said aloud, where the merge is no sum of parts."""
+        if self._parts_of == key and self._parts is not None:
+            return True
+        if ",".join(linear) in self._not_affine:
+            return False
+        self._parts = None
+
+        def merged_at(values: dict[str, float]) -> StateDict:
+            with self.merged({**others, **values}, exact=True) as tensors:
+                return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
+
+        # The largest value of each is where a deviation shows most; all different, to tell sums from products.
+        check_at = {}
+        for number, name in enumerate(linear):
+            tried = [abs(point[name]) for point in group if is_number(point[name])]
+            check_at[name] = max(2.0, *tried) + 0.25 * number
+        before = self.merges
+        try:
+            self._parts = find_parts(linear, merged_at, check_at)
+        except NotAffine as error:
+            self._not_affine.add(",".join(linear))
+            self.say(
+                f"no shortcut: the merge is not linear in {', '.join(linear)} ({error}); "
+                "every point is merged by itself"
+            )
+            return False
+        self._parts_of = key
+        self.parts_bytes = max(self.parts_bytes, self._parts.bytes)
+        where = f" at {show_point(others)}" if others else ""
+        self.say(
+            f"linear in {', '.join(linear)}{where}: parts found and checked by {self.merges - before} merges, "
+            f"{self._parts.bytes / 1e6:.0f} MB"
+        )
+        return True
+
+    def _adopt(self, opened: Any) -> None:
+        """Make a model that was just loaded the one that all points are tried on."""
+        self._model, self._processor, self._device = opened.model, opened.processor, opened.device
+        base_dtype = _stored_dtype(self.recipe.base)
+        self._out_dtype = _DTYPES.get(self.recipe.out_dtype or "", base_dtype)
+        computing = _DTYPES.get(computing_dtype(self._dtype), self._out_dtype)
+        if computing is not None:
+            self._model.to(computing)
+        for task, examples in self.tasks:
+            started = start_task(
+                opened.model,
+                opened.processor,
+                task,
+                "validation",
+                examples=examples,
+                device=opened.device,
+                seed=self.seed,
+            )
+            self._running.append(started)
+
+    @torch.no_grad()
+    def _put(self, tensors: Any) -> None:
+        """Replace weights, rounded as the merge would write them."""
+        own = distinct_tensors(self._model)
+        for name, tensor in tensors:
+            own[name].copy_(self._rounded(tensor))
+
+    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as the merge writes it."""
+        if self._out_dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self._out_dtype)
+
+
+def distinct_tensors(model: Any) -> StateDict:
+    """A model's parameters and saved buffers; what is tied stands once, under its first name."""
+    seen: set[tuple[int, torch.Size]] = set()
+    tensors: StateDict = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.is_meta or place not in seen:
+            seen.add(place)
+            tensors[name] = tensor
+    return tensors
+
+
+def _stored_dtype(model: str) -> torch.dtype | None:
+    """What a model is stored in, by its config; None where it does not say."""
+    from neuron_methods.evaluation.models import ModelSpec
+
+    found = getattr(ModelSpec.parse(model).config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else _DTYPES.get(str(found))

@@ -1,0 +1,321 @@
+"""A whole search: check everything, try points, write the best configuration, score it on test data once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Examples
+from neuron_methods.evaluation.models import ModelSpec, open_model
+from neuron_methods.evaluation.report import format_score, table, task_record
+from neuron_methods.evaluation.run import Evaluation, prepare_tasks, start_task
+from neuron_methods.evaluation.tasks import Task
+from neuron_methods.evaluation.tuning.bench import Bench
+from neuron_methods.evaluation.tuning.objective import OBJECTIVES, check_experts, experts_of_task, goodness, objective
+from neuron_methods.evaluation.tuning.plot import can_plot, plot_search
+from neuron_methods.evaluation.tuning.recipe import Recipe
+from neuron_methods.evaluation.tuning.search import (
+    DEFAULT_BUDGET,
+    CmaEs,
+    Parameter,
+    Point,
+    Strategy,
+    key_of,
+    make_strategy,
+    parse_search,
+    show_point,
+)
+from neuron_methods.evaluation.tuning.trace import (
+    Trace,
+    Trial,
+    fingerprint_of_examples,
+    fingerprint_of_models,
+    replace_text,
+)
+from neuron_methods.plugin.merging import plan_merge
+from neuron_methods.profiling.processes import process_state
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """How to search.
+
+    Attributes:
+        strategy: ``grid``, ``random`` or ``cma``.
+        budget: points at most.
+        objective: ``mean``, ``relative`` or ``minimum``.
+        seed: of draws and strategies.
+        limit: examples per task at most.
+        dtype: the model computes in.
+        shortcut: recombine parts where parameters enter linearly, instead of merging every point.
+        allow_same_split: validation and test data may be the same.
+        test: score the best point on test data, once, at the end.
+        overwrite: forget what OUT holds.
+        progress: show bars.
+    """
+
+    strategy: str = "grid"
+    budget: int | None = None
+    objective: str = "mean"
+    seed: int = 0
+    limit: int | None = None
+    dtype: str = "auto"
+    shortcut: bool = True
+    allow_same_split: bool = False
+    test: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+
+@dataclass
+class TuneResult:
+    """What a search found.
+
+    Attributes:
+        best: the best point.
+        objective: its objective.
+        scores: its scores on validation data, by task.
+        trials: all, in the order in which they were run.
+        points: how many this run tried; the others were in the trace.
+        merges: how many merges this run took for them.
+        recombined: how many of its points took none.
+        merge_seconds: time spent merging.
+        seconds: time of this run.
+        confirmed: validation scores of a real merge at the best point, where points were recombined.
+        difference: largest difference there between a weight as recombined and as merged, in shares of the largest
+            weight of its tensor; None where the parts are gone.
+        test: the best point on test data, if that was asked for.
+    """
+
+    best: Point
+    objective: float
+    scores: dict[str, float]
+    trials: list[Trial]
+    points: int = 0
+    merges: int = 0
+    recombined: int = 0
+    merge_seconds: float = 0.0
+    seconds: float = 0.0
+    confirmed: dict[str, float] | None = None
+    difference: float | None = None
+    test: Evaluation | None = None
+
+
+def tune(
+    source: str,
+    tasks: Sequence[Task],
+    search: Sequence[str],
+    out: Path,
+    settings: TuneSettings = TuneSettings(),
+    *,
+    config_name: str = "the configuration",
+    say: Callable[[str], None] = lambda line: None,
+) -> TuneResult:
+    """Search parameters of a merge for the best scores on validation data.
+
+    Args:
+        source: text of a mergekit YAML.
+        tasks: from `load_tasks`.
+        search: as ``--search`` takes them.
+        out: directory for best.yml, trace.jsonl, tune.json and scores.png; resumed if it holds the same search.
+        settings: see `TuneSettings`.
+        config_name: file name for messages.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: anything is wrong with configuration, search, tasks, data or models.
+    """
+    started = time.perf_counter()
+    if process_state().num_processes > 1:
+        raise UserError("tune runs as one process; accelerate launch is for evaluate")
+    if settings.objective not in OBJECTIVES:
+        raise UserError(f"--objective {settings.objective!r}: expected {', '.join(OBJECTIVES)}")
+    parameters = parse_search(search)
+    strategy = make_strategy(settings.strategy, parameters, settings.budget, settings.seed)
+    tasks = [with_validation(task, settings.allow_same_split) for task in tasks]
+    recipe = Recipe(source, config_name, parameters)
+    plan_merge(recipe.source_at({p.name: p.extremes[0] for p in parameters}), config_name=config_name)
+    if not can_plot():
+        say("scores.png will not be drawn: it needs matplotlib: pip install 'mergekit-neuron[report]'")
+    spec = ModelSpec.parse(recipe.base)
+    prepared = prepare_tasks(tasks, spec, "validation", settings.seed, settings.limit)
+    if settings.test:  # what is wrong with the test data must not come out after the search
+        prepare_tasks(tasks, spec, "test", settings.seed, settings.limit)
+    trace = Trace(out, _identity(recipe, parameters, prepared, settings), settings.overwrite)
+    metrics = {task.name: task.metric for task in tasks}
+    experts = _experts(recipe, prepared, trace, settings, say) if settings.objective == "relative" else None
+
+    def value_of(trial: Trial) -> float:
+        return objective(settings.objective, trial.scores, metrics, experts)
+
+    arguments: dict[str, Any] = {"dtype": settings.dtype, "seed": settings.seed, "shortcut": settings.shortcut}
+    with Bench(recipe, prepared, **arguments, progress=settings.progress, say=say) as bench:
+        _search(strategy, bench, trace, value_of, settings)
+        trials = list(trace.trials.values())
+        best = max(trials, key=value_of)
+        note = f"# {settings.objective} {value_of(best):.4f} on validation data, the best of {len(trials)} points\n"
+        replace_text(out / "best.yml", note + recipe.source_at(best.point))
+        result = TuneResult(best.point, value_of(best), best.scores, trials)
+        if settings.test or bench.recombined:
+            test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
+            result.confirmed, result.difference, scored = bench.confirm(best.point, test)
+            result.test = Evaluation("best.yml", scored, settings.seed) if settings.test else None
+        result.points, result.recombined = bench.tried, bench.recombined
+        result.merges, result.merge_seconds = bench.merges, bench.merge_seconds
+    if can_plot():
+        plot_search(trials, [value_of(t) for t in trials], parameters, settings.objective, out / "scores.png")
+    result.seconds = time.perf_counter() - started
+    trace.finish(_summary(result, settings, experts))
+    return result
+
+
+def with_validation(task: Task, allow_same_split: bool = False) -> Task:
+    """The task, if its validation data is not its test data.
+
+    Args:
+        task: from `load_tasks`.
+        allow_same_split: take the test data where there is no other.
+
+    Raises:
+        UserError: it has no validation data, or some of its rows are the test's.
+    """
+    if task.test is None:
+        raise UserError(f"task {task.name!r}: kind {task.kind} has no validation split; leave it away to tune")
+    if task.validation is None:
+        if allow_same_split:
+            return replace(task, validation=task.test)
+        raise UserError(
+            f"task {task.name!r}: data: there is no validation_split to tune on, and test data does not tune; name "
+            "one, or give --allow-same-split"
+        )
+    if task.validation.overlaps(task.test) and not allow_same_split:
+        raise UserError(
+            f"task {task.name!r}: data: validation_split {task.validation.split_shown!r} and split "
+            f"{task.test.split_shown!r} share rows, and test data does not tune; name another, or give "
+            "--allow-same-split"
+        )
+    return task
+
+
+def _search(
+    strategy: Strategy, bench: Bench, trace: Trace, value_of: Callable[[Trial], float], settings: TuneSettings
+) -> None:
+    """Try what the strategy proposes and the trace does not know."""
+    bar = tqdm(desc="points", unit="point", disable=None if settings.progress else True)
+    with bar:
+        for batch in strategy.batches():
+            new = {key_of(point): point for point in batch if trace.get(point) is None}
+            # Whoever proposes generations goes on after this one.
+            expected = settings.budget or DEFAULT_BUDGET if isinstance(strategy, CmaEs) else 0
+            bar.total = (bar.total or 0) + len(new)
+            started = time.perf_counter()
+            for point, results, how in bench.try_points(list(new.values()), expected):
+                scores = {result.name: result.score for result in results}
+                trace.add(Trial(point, scores, how, round(time.perf_counter() - started, 3)))
+                bar.set_postfix_str(f"best {max(map(value_of, trace.trials.values())):.4f}", refresh=False)
+                bar.update()
+                started = time.perf_counter()
+            strategy.tell(batch, [value_of(trace.get(point)) for point in batch])
+
+
+def _experts(
+    recipe: Recipe,
+    prepared: Sequence[tuple[Task, Examples]],
+    trace: Trace,
+    settings: TuneSettings,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """The score of each task's best expert, on the examples that points are scored on; each is scored once."""
+    wanted = {task.name: experts_of_task(task, recipe.experts) for task, _ in prepared}
+    for expert in recipe.experts:
+        new = [(t, e) for t, e in prepared if expert in wanted[t.name] and expert not in trace.experts.get(t.name, {})]
+        if not new:
+            continue
+        with open_model(expert, settings.dtype) as opened:
+            for task, examples in new:
+                arguments: dict[str, Any] = {"examples": examples, "device": opened.device, "seed": settings.seed}
+                running = start_task(opened.model, opened.processor, task, "validation", **arguments)
+                trace.add_expert(task.name, expert, running.run(settings.progress).score)
+    best = {}
+    for task, _ in prepared:
+        found = {expert: trace.experts[task.name][expert] for expert in wanted[task.name]}
+        leading = max(found, key=lambda expert: goodness(found[expert], task.metric))
+        best[task.name] = found[leading]
+        say(f"expert on {task.name}: {leading}, {format_score(found[leading], task.metric)}")
+    check_experts(best)
+    return best
+
+
+def _identity(
+    recipe: Recipe,
+    parameters: Sequence[Parameter],
+    prepared: Sequence[tuple[Task, Examples]],
+    settings: TuneSettings,
+) -> dict[str, Any]:
+    """What a point's scores depend on, named as messages name it."""
+    names = [parameter.name for parameter in parameters]
+    return {
+        "set of parameters": sorted(names),
+        "configuration": recipe.source_at(dict.fromkeys(names)),
+        "state of the models' files": fingerprint_of_models([recipe.base, *recipe.experts]),
+        "set of tasks": [
+            {"name": t.name, "kind": t.kind, "metric": t.metric, "settings": dict(t.settings)} for t, _ in prepared
+        ],
+        "set of validation examples": {t.name: [fingerprint_of_examples(e), len(e)] for t, e in prepared},
+        "--dtype": settings.dtype,
+    }
+
+
+def _summary(result: TuneResult, settings: TuneSettings, experts: Mapping[str, float] | None) -> dict[str, Any]:
+    """What tune.json tells besides the search's identity."""
+    return {
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("progress", "overwrite")},
+        "best": {"point": result.best, "objective": result.objective, "scores": result.scores},
+        "experts": experts,
+        "confirmed": result.confirmed,
+        "largest_difference": result.difference,
+        "last_run": {
+            "points": result.points,
+            "recombined": result.recombined,
+            "merges": result.merges,
+            "merge_seconds": round(result.merge_seconds, 1),
+            "seconds": round(result.seconds, 1),
+        },
+        "test": None
+        if result.test is None
+        else {"tasks": [task_record(task) for task in result.test.tasks], "mean": result.test.mean},
+    }
+
+
+def report_lines(result: TuneResult, out: Path, metrics: Mapping[str, str], objective_name: str) -> list[str]:
+    """What the user is told at the end."""
+    scores = ", ".join(f"{name} {format_score(score, metrics[name])}" for name, score in result.scores.items())
+    plain = result.points - result.recombined
+    lines = [
+        f"best: {show_point(result.best)}",
+        f"  validation: {scores}; objective ({objective_name}) {result.objective:.4f}, of {len(result.trials)} points",
+    ]
+    if result.points:
+        lines.append(
+            f"{result.points} points tried: {result.recombined} recombined in memory, {plain} merged; {result.merges} "
+            f"merges in {result.merge_seconds:.1f} s, {result.seconds:.1f} s in all"
+        )
+    else:
+        lines.append(f"0 points tried: all of them are in {out / 'trace.jsonl'}")
+    if result.recombined and result.merges:
+        each = result.merge_seconds / result.merges
+        spared = result.points + 1 - result.merges
+        lines.append(f"  one merge per point would have been {max(spared, 0)} merges more, about {spared * each:.0f} s")
+    if result.confirmed is not None:
+        again = ", ".join(f"{name} {format_score(score, metrics[name])}" for name, score in result.confirmed.items())
+        off = "" if result.difference is None else f"; weights differ by {result.difference:.1e} of a tensor's largest"
+        lines.append(f"best.yml merged: {again}{off}")
+    if result.test is not None:
+        lines += ["test data, scored once:", *(f"  {line}" for line in table(result.test))]
+    return lines

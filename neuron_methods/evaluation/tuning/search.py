@@ -1,0 +1,245 @@
+"""What is searched, ``NAME=LOW:HIGH:STEP`` and its kin, and in which order: grid, random, CMA-ES."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from neuron_methods.errors import UserError
+
+#: One setting of the searched parameters.
+Point = dict[str, Any]
+
+_SYNTAX = "NAME=LOW:HIGH:STEP, NAME=LOW:HIGH or NAME=VALUE,VALUE,..."
+_MOST_POINTS = 100_000
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched parameter: a list of values, or a range.
+
+    Attributes:
+        name: as the YAML has it; ``weight@EXPERT`` for one expert's.
+        values: to choose from; None for a range without steps.
+        low: lower end of a range.
+        high: upper end.
+        step: of a range with steps.
+    """
+
+    name: str
+    values: tuple[Any, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+
+    @property
+    def is_range(self) -> bool:
+        """Whether it was given as a range, which values in between belong to."""
+        return self.low is not None
+
+    def at(self, share: float) -> Any:
+        """The value at a share, 0 to 1, of the way through; on a step, where there are steps."""
+        if not self.is_range:
+            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+        if self.values is not None:
+            return self.values[round(share * (len(self.values) - 1))]
+        return round(self.low + share * (self.high - self.low), 6)
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that stand for all in a check."""
+        return (self.low, self.high) if self.values is None else self.values
+
+
+def parse_search(texts: Sequence[str]) -> list[Parameter]:
+    """Read ``--search``.
+
+    Raises:
+        UserError: one is not readable or empty, or two name the same parameter.
+    """
+    parameters = [_parse(text) for text in texts]
+    if not parameters:
+        raise UserError(f"--search: name a parameter and where to look: {_SYNTAX}")
+    names = [parameter.name for parameter in parameters]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--search {twice}: given twice; one range or list per parameter")
+    return parameters
+
+
+def _parse(text: str) -> Parameter:
+    name, equals, given = text.partition("=")
+    name, given = name.strip(), given.strip()
+    if not equals or not name or not given:
+        raise UserError(f"--search {text!r}: expected {_SYNTAX}")
+    if "," not in given and given.count(":") in (1, 2):
+        return _range(text, name, given.split(":"))
+    values = [yaml.safe_load(part) if part.strip() else None for part in given.split(",")]
+    for value in values:
+        if value is None or not isinstance(value, (str, int, float, bool)):
+            raise UserError(f"--search {text!r}: {value!r} is no value; expected {_SYNTAX}")
+    if len({json.dumps(value) for value in values}) < len(values):
+        raise UserError(f"--search {text!r}: a value appears twice")
+    return Parameter(name, tuple(values))
+
+
+def _range(text: str, name: str, ends: list[str]) -> Parameter:
+    try:
+        low, high, *step = map(float, ends)
+    except ValueError:
+        raise UserError(f"--search {text!r}: a range is of numbers: {_SYNTAX}") from None
+    if not all(map(math.isfinite, (low, high, *step))):
+        raise UserError(f"--search {text!r}: a range is of finite numbers")
+    if high < low or (step and step[0] <= 0) or (not step and high == low):
+        raise UserError(f"--search {text!r}: an empty range; expected LOW below HIGH, and a STEP above 0")
+    if not step:
+        return Parameter(name, None, low, high)
+    count = math.floor((high - low) / step[0] + 1e-9) + 1
+    if count > _MOST_POINTS:
+        raise UserError(f"--search {text!r}: {count} values; give a larger step")
+    values = tuple(round(low + i * step[0], 10) for i in range(count))
+    return Parameter(name, values, low, high, step[0])
+
+
+def key_of(point: Mapping[str, Any]) -> str:
+    """Tells points apart, whatever the order of their parameters; 1 and 1.0 are one value."""
+    same = {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in point.items()}
+    return json.dumps(same, sort_keys=True)
+
+
+def show_point(point: Mapping[str, Any]) -> str:
+    """A point in a line of text."""
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
+    )
+
+
+class Strategy:
+    """Proposes points, batch after batch, and hears what they were worth."""
+
+    def batches(self) -> Iterator[list[Point]]:
+        """Batches of points; `tell` is called between them."""
+        raise NotImplementedError
+
+    def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:
+        """Hear the objective of a batch's points."""
+
+
+class Grid(Strategy):
+    """Every combination, the first parameter slowest."""
+
+    def __init__(self, parameters: Sequence[Parameter], budget: int | None) -> None:
+        """Refuse ranges without steps, and more points than the budget allows."""
+        for parameter in parameters:
+            if parameter.values is None:
+                raise UserError(
+                    f"--search {parameter.name}: a grid needs steps: {parameter.low:g}:{parameter.high:g}:STEP "
+                    "(or --strategy random or cma)"
+                )
+        count = math.prod(len(parameter.values) for parameter in parameters)
+        if count > (budget or _MOST_POINTS):
+            raise UserError(
+                f"--budget {budget or _MOST_POINTS}: the grid has {count} points; take larger steps, or "
+                "--strategy random"
+            )
+        self._parameters = parameters
+
+    def batches(self) -> Iterator[list[Point]]:
+        """All at once."""
+        names = [parameter.name for parameter in self._parameters]
+        combined = itertools.product(*(parameter.values for parameter in self._parameters))
+        yield [dict(zip(names, values, strict=True)) for values in combined]
+
+
+class Random(Strategy):
+    """Points drawn at random, each once."""
+
+    def __init__(self, parameters: Sequence[Parameter], budget: int, seed: int) -> None:
+        self._parameters, self._budget, self._seed = parameters, budget, seed
+
+    def batches(self) -> Iterator[list[Point]]:
+        """All at once; fewer than the budget where there are no more."""
+        generator = random.Random(self._seed)
+        points: dict[str, Point] = {}
+        for _ in range(50 * self._budget):
+            point = {parameter.name: self._draw(parameter, generator) for parameter in self._parameters}
+            points.setdefault(key_of(point), point)
+            if len(points) == self._budget:
+                break
+        yield list(points.values())
+
+    @staticmethod
+    def _draw(parameter: Parameter, generator: random.Random) -> Any:
+        if parameter.values is not None:
+            return generator.choice(parameter.values)
+        return parameter.at(generator.random())
+
+
+class CmaEs(Strategy):
+    """The covariance matrix adaptation evolution strategy of the library `cma` (Hansen, arXiv:1604.00772)."""
+
+    def __init__(self, parameters: Sequence[Parameter], budget: int, seed: int) -> None:
+        """Refuse parameters that are no ranges.
+
+        Raises:
+            UserError: one is a list, or the library is not installed.
+        """
+        for parameter in parameters:
+            if not parameter.is_range:
+                raise UserError(f"--search {parameter.name}: cma needs a range LOW:HIGH, not a list of values")
+        try:
+            import cma  # noqa: F401
+        except ImportError:
+            raise UserError("--strategy cma needs the package cma: pip install 'mergekit-neuron[tune]'") from None
+        self._parameters, self._budget, self._seed = parameters, budget, seed
+
+    def batches(self) -> Iterator[list[Point]]:
+        """One generation after the other, until the budget is spent or the search has converged."""
+        import cma
+
+        options = {"bounds": [0, 1], "seed": self._seed + 1, "verbose": -9, "verb_log": 0, "verb_disp": 0}
+        self._search = cma.CMAEvolutionStrategy([0.5] * len(self._parameters), 0.25, options)
+        left = self._budget
+        while left > 0 and not self._search.stop():
+            self._asked = self._search.ask()
+            points = [
+                {
+                    parameter.name: parameter.at(float(share))
+                    for parameter, share in zip(self._parameters, asked, strict=True)
+                }
+                for asked in self._asked
+            ]
+            if len(points) > left:  # a part of a generation tells the search nothing, but may hold the best point
+                yield points[:left]
+                return
+            left -= len(points)
+            yield points
+
+    def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:
+        """Let the generation compete; the library minimises."""
+        if len(values) == len(self._asked):
+            self._search.tell(self._asked, [-value for value in values])
+
+
+#: Points tried by strategies that could go on for ever, unless a budget is given.
+DEFAULT_BUDGET = 40
+
+
+def make_strategy(name: str, parameters: Sequence[Parameter], budget: int | None, seed: int) -> Strategy:
+    """The strategy called ``grid``, ``random`` or ``cma``.
+
+    Raises:
+        UserError: it cannot search these parameters within the budget.
+    """
+    if name == "grid":
+        return Grid(parameters, budget)
+    if name not in ("random", "cma"):
+        raise UserError(f"--strategy {name!r}: expected grid, random or cma")
+    return (Random if name == "random" else CmaEs)(parameters, budget or DEFAULT_BUDGET, seed)

@@ -1,0 +1,144 @@
+"""The directory of a search: what was tried, resumable; the best configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation.examples import Examples
+from neuron_methods.evaluation.tuning.search import Point, key_of
+
+FORMAT = "mergekit-neuron-tune"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point and what it scored on validation data.
+
+    Attributes:
+        point: the parameters.
+        scores: by task.
+        weights: ``recombined`` or ``merged``.
+        seconds: time it took.
+    """
+
+    point: Point
+    scores: dict[str, float]
+    weights: str
+    seconds: float
+
+
+class Trace:
+    """All trials of a search, in the order in which they were run, and in a file."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+        """Open a directory, with what an earlier run of the same search left there.
+
+        Args:
+            folder: made if it is not there.
+            identity: what the scores depend on, besides the point.
+            overwrite: forget what is there.
+
+        Raises:
+            UserError: it holds something else, or the trials of another search.
+        """
+        self.folder = folder
+        self._identity = json.loads(json.dumps(identity))
+        self.trials: dict[str, Trial] = {}
+        self.experts: dict[str, dict[str, float]] = {}
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"-o {folder}: a file; name a directory")
+        if overwrite or not folder.exists() or not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("trace.jsonl", "experts.json", "best.yml", "scores.png"):
+                (folder / name).unlink(missing_ok=True)
+            self._write("tune.json", {"format": FORMAT, "version": VERSION, "search": self._identity})
+            return
+        self._resume()
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial; it is on disk when this returns."""
+        self.trials[key_of(trial.point)] = trial
+        with (self.folder / "trace.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(trial), ensure_ascii=False) + "\n")
+
+    def get(self, point: Point) -> Trial | None:
+        """What a point scored, if it was tried."""
+        return self.trials.get(key_of(point))
+
+    def add_expert(self, task: str, expert: str, score: float) -> None:
+        """Keep an expert's score."""
+        self.experts.setdefault(task, {})[expert] = score
+        self._write("experts.json", self.experts)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary of the search."""
+        self._write("tune.json", {"format": FORMAT, "version": VERSION, "search": self._identity, **summary})
+
+    def _resume(self) -> None:
+        file = self.folder / "tune.json"
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            search = known["search"] if known["format"] == FORMAT and known["version"] == VERSION else None
+        except (OSError, ValueError, KeyError, TypeError):
+            search = None
+        if search is None:
+            raise UserError(f"-o {self.folder}: holds files that tune did not write; name another directory")
+        changed = [key for key in self._identity if search.get(key) != self._identity[key]]
+        if changed:
+            raise UserError(
+                f"-o {self.folder}: holds a search with another {' and another '.join(changed)}; name another "
+                "directory, or give --overwrite"
+            )
+        trace = self.folder / "trace.jsonl"
+        lines = trace.read_text(encoding="utf-8").splitlines() if trace.exists() else []
+        sound = []
+        for number, line in enumerate(lines, 1):
+            try:
+                trial = Trial(**json.loads(line))
+            except (ValueError, TypeError):
+                if number < len(lines):
+                    raise UserError(f"{trace}, line {number}: not a trial of tune; give --overwrite") from None
+                break  # the last line of a run that was killed while it wrote
+            self.trials[key_of(trial.point)] = trial
+            sound.append(line)
+        if len(sound) < len(lines):
+            replace_text(trace, "".join(f"{line}\n" for line in sound))
+        experts = self.folder / "experts.json"
+        if experts.exists():
+            self.experts = json.loads(experts.read_text(encoding="utf-8"))
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        replace_text(self.folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(place: Path, text: str) -> None:
+    """Write a file whole, or leave it as it was."""
+    staged = place.with_name(place.name + ".part")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, place)
+
+
+def fingerprint_of_examples(examples: Examples) -> str:
+    """Tells whether the same questions with the same answers are asked."""
+    digest = hashlib.sha256()
+    for sample in examples.samples:
+        digest.update(repr((sample.row, sample.values)).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of_models(models: Sequence[str]) -> str:
+    """Tells whether models' files were written anew; a model of the hub is known by its name."""
+    facts = []
+    for model in models:
+        for part in model.split("+"):
+            files = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
+            facts.append((part, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
