@@ -32,6 +32,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with a routed model; show the routing."),
     "push": Subcommand("neuron_methods.cli.push", "Upload a merge to the Hugging Face Hub."),
     "evaluate": Subcommand("neuron_methods.cli.evaluate", "Score a model on tasks, with 95 % intervals."),
+    "tune": Subcommand("neuron_methods.cli.tune", "Search merge parameters on validation data."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }
 
