@@ -17,6 +17,7 @@ from neuron_methods.profiling.models import (
     ModelName,
     load_checkpoint,
     load_processor,
+    quiet_transformers,
     read_architecture,
     read_config,
 )
@@ -63,14 +64,14 @@ class ModelSpec:
     """MODEL as the user names it, looked up but not loaded.
 
     Attributes:
-        name: path, hub id, or base+adapter.
-        routed: whether it is a routed model's directory.
+        name: path, hub id, or base+adapter; the base of a routed model.
+        routed: directory of a routed model; None: it is none.
         config: of the model (of the base, if routed).
         architecture: class of transformers.
     """
 
     name: ModelName
-    routed: bool
+    routed: Path | None
     config: Any
     architecture: str
 
@@ -78,12 +79,22 @@ class ModelSpec:
     def parse(cls, text: str) -> ModelSpec:
         """Find out what MODEL is; raises UserError where there is no such model."""
         name = ModelName.parse(text)
-        if name.adapter is None and (Path(name.base) / ROUTED_FILE).is_file():
-            return cls(name, True, *_routed_config(name))
+        directory = Path(name.base)
+        if name.adapter is None and (directory / ROUTED_FILE).is_file():
+            from neuron_methods.routing.files import RoutedConfig
+
+            base = ModelName(RoutedConfig.read(directory).base_reference(directory))
+            config = read_config(base)
+            return cls(base, directory, config, read_architecture(base, config))
         if Path(name.base).is_dir() and not (Path(name.base) / "config.json").is_file():
             name = _adapter_by_itself(name)
         config = read_config(name)
-        return cls(name, False, config, read_architecture(name, config))
+        return cls(name, None, config, read_architecture(name, config))
+
+    @property
+    def shown(self) -> str:
+        """The model's name without the directories of local paths."""
+        return self.name.shown if self.routed is None else self.routed.resolve().name
 
     @property
     def processors(self) -> Processors:
@@ -133,9 +144,22 @@ def _adapter_by_itself(name: ModelName) -> ModelName:
     return ModelName(base, name.base)
 
 
-def _routed_config(name: ModelName) -> tuple[Any, str]:
-    raise UserError(f"model {name.shown}: a routed model, which this version cannot evaluate")
-
-
 def _open_routed(spec: ModelSpec, dtype: str) -> OpenedModel:
-    raise UserError(f"model {spec.name.shown}: a routed model, which this version cannot evaluate")
+    from neuron_methods.routing import NeuronRoutedModel
+
+    state = process_state()
+    placement: Any = None if state.device.type == "cpu" else {"": state.device}
+    if placement is not None and state.num_processes == 1:
+        placement = "auto"
+    with quiet_transformers():
+        model = NeuronRoutedModel.from_pretrained(str(spec.routed), device_map=placement, dtype=computing_dtype(dtype))
+    return OpenedModel(model.eval(), spec.processors, state.device)
+
+
+def architecture_of(model: Any) -> str:
+    """The class of transformers that a model in memory is, under the wrappers of peft and routing."""
+    if hasattr(model, "routed_config"):
+        model = model.base
+    elif hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return type(model).__name__

@@ -16,7 +16,7 @@ from neuron_methods.evaluation.examples import Examples, Outcome, by_length, rea
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.base import processor_part
 from neuron_methods.evaluation.kinds.harness import run_harness
-from neuron_methods.evaluation.models import ModelSpec, open_model
+from neuron_methods.evaluation.models import ModelSpec, architecture_of, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.profiling.processes import process_state
@@ -118,12 +118,8 @@ def start_task(
         UserError: as `evaluate_model`.
     """
     kind = KINDS[task.kind]
-    architecture = type(model).__name__
-    if hasattr(model, "get_base_model"):  # peft's wrapper
-        architecture = type(model.get_base_model()).__name__
-    architecture = getattr(model, "evaluated_as", architecture)
     shown = Path(getattr(model, "name_or_path", "") or "in memory").name
-    kind.check_model(task, model.config, architecture, shown)
+    kind.check_model(task, model.config, architecture_of(model), shown)
     if not kind.reads_data:
         return HarnessTask(model, processor_part(processor, "tokenizer"), task, seed)
     if examples is None:
@@ -260,7 +256,7 @@ def evaluate(
             )
             results.append(running.run(progress))
             report(results[-1])
-    return Evaluation(spec.name.shown, results, seed)
+    return Evaluation(spec.shown, results, seed)
 
 
 def prepare_tasks(
@@ -272,7 +268,7 @@ def prepare_tasks(
         UserError: a task does not fit the model, its data cannot be read, or the model has no processor for it.
     """
     for task in tasks:
-        KINDS[task.kind].check_model(task, spec.config, spec.architecture, spec.name.shown)
+        KINDS[task.kind].check_model(task, spec.config, spec.architecture, spec.shown)
     prepared = []
     processors = spec.processors
     for task in tasks:

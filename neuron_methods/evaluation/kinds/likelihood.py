@@ -123,13 +123,19 @@ class MultipleChoice(Scorer):
 
     def _continued(self, batch: list[tuple[list[int], list[int]]]) -> list[float]:
         sequences = [before + after for before, after in batch]
-        return causal_log_likelihoods(self.model, sequences, [len(before) for before, _ in batch], self.device)
+        starts = [len(before) for before, _ in batch]
+        options = {}
+        if hasattr(self.model, "route"):  # by what is given alone: the choices of a question go the same way
+            ids, mask = pad_right([before for before, _ in batch], self.device)
+            options["routing"] = self.model.route(input_ids=ids, attention_mask=mask)
+        return causal_log_likelihoods(self.model, sequences, starts, self.device, **options)
 
     def _encoded(self, batch: list[tuple[list[int], list[int]]]) -> list[float]:
         ids, mask = pad_right([before for before, _ in batch], self.device)
         said, said_mask = pad_right([after for _, after in batch], self.device)
         labels = said.masked_fill(said_mask == 0, -100)
-        decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels)
+        plain = self.model.base if hasattr(self.model, "route") else self.model
+        decoder_ids = plain.prepare_decoder_input_ids_from_labels(labels)
         output = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
         return [_sum(logits, ids, 0) for logits, ids in zip(output.logits, [after for _, after in batch], strict=True)]
 
@@ -186,7 +192,7 @@ class Perplexity(Scorer):
 
 
 def causal_log_likelihoods(
-    model: Any, sequences: Sequence[list[int]], starts: Sequence[int], device: torch.device
+    model: Any, sequences: Sequence[list[int]], starts: Sequence[int], device: torch.device, **options: Any
 ) -> list[float]:
     """Log-likelihood of each sequence's tokens from its `start` on, in nats, given those before; summed in float64.
 
@@ -195,9 +201,10 @@ def causal_log_likelihoods(
         sequences: token ids, of any lengths.
         starts: from 1 on.
         device: where the model's inputs go.
+        **options: more for the model.
     """
     ids, mask = pad_right(sequences, device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return [
         _sum(row[start - 1 : len(tokens) - 1], tokens[start:], 0)
         for row, tokens, start in zip(logits, sequences, starts, strict=True)
