@@ -88,6 +88,7 @@ def write_evaluation(evaluation: Evaluation, output: Path) -> None:
         "tasks": [task_record(task) for task in evaluation.tasks],
         "mean": evaluation.mean,
         "seed": evaluation.seed,
+        "processes": evaluation.processes,
         "outcomes": outcomes_file(output).name,
         "made_with": {name: version(name) for name in ("transformers", "torch", "datasets")}
         | {"mergekit-neuron": __version__},

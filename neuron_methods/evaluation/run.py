@@ -63,6 +63,7 @@ class Evaluation:
     model: str
     tasks: list[TaskResult]
     seed: int = 0
+    processes: int = 1
 
     @property
     def mean(self) -> float | None:
@@ -256,7 +257,7 @@ def evaluate(
             )
             results.append(running.run(progress))
             report(results[-1])
-    return Evaluation(spec.shown, results, seed)
+    return Evaluation(spec.shown, results, seed, process_state().num_processes)
 
 
 def prepare_tasks(

@@ -1,0 +1,64 @@
+"""Metrics by hand, intervals against what is known of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from neuron_methods.evaluation.scores import bootstrap_interval, exact_match, mean_score, token_f1
+
+
+def test_exact_match_ignores_blanks_around_and_nothing_else():
+    assert exact_match(" two cats\n", ["two cats"]) == 1.0
+    assert exact_match("Two cats", ["two cats"]) == 0.0
+    assert exact_match("b", ["a", "b"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "targets", "value"),
+    [
+        ("two red cats", ["two cats"], 2 * (2 / 3) * 1 / (2 / 3 + 1)),
+        ("Cats, two!", ["two cats"], 1.0),
+        ("cats cats", ["cats"], 2 * 0.5 * 1 / 1.5),
+        ("dog", ["two cats"], 0.0),
+        ("", ["two cats"], 0.0),
+        ("", [""], 1.0),
+        ("red dog", ["two cats", "a red dog"], 0.8),
+    ],
+)
+def test_token_f1(said, targets, value):
+    assert token_f1(said, targets) == pytest.approx(value)
+
+
+def test_perplexity_weighs_by_tokens():
+    assert mean_score([2 * math.log(8), 6 * math.log(2)], [2, 6], "perplexity") == pytest.approx(2 ** ((6 + 6) / 8))
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial():
+    scores = [1.0] * 300 + [0.0] * 100
+    low, high = bootstrap_interval(scores, [1.0] * 400, "accuracy")
+    wide = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert low == pytest.approx(0.75 - wide, abs=0.005)
+    assert high == pytest.approx(0.75 + wide, abs=0.005)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        low, high = bootstrap_interval(generator.random(100) < 0.6, np.ones(100), "accuracy")
+        inside += low <= 0.6 <= high
+    assert 180 <= inside <= 199
+
+
+def test_the_interval_of_perplexity_contains_it_and_follows_the_seed():
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(1, 30, 50)
+    losses = tokens * generator.normal(3, 0.5, 50)
+    score = mean_score(losses, tokens, "perplexity")
+    low, high = bootstrap_interval(losses, tokens, "perplexity", seed=3)
+    assert low < score < high
+    assert (low, high) == bootstrap_interval(losses, tokens, "perplexity", seed=3)
+    assert (low, high) != bootstrap_interval(losses, tokens, "perplexity", seed=4)
