@@ -1,0 +1,176 @@
+"""The zoo's scripts at a tiny scale: complete, the same for the same seed, kept when run again, clear when wrong."""
+
+import json
+import random
+from pathlib import Path
+
+import common
+import glyphs
+import numpy as np
+import pytest
+import scenes
+import t5
+import text_tasks
+import torch
+import vision_tasks
+import vit
+from datasets import load_dataset
+from safetensors.torch import load_file
+
+from neuron_methods.errors import UserError
+from neuron_methods.evaluation import load_tasks, open_model
+
+TINY_VIT = vit.Settings(
+    tasks=("digits-latin", "shapes", "counts"),
+    scripts=("pillow",),
+    latin_faces=(glyphs.PILLOW,),
+    width=16,
+    layers=1,
+    pretraining_steps=3,
+    pretraining_batch=8,
+    steps=2,
+    batch=4,
+    train=12,
+    validation=6,
+    test=10,
+)
+TINY_T5 = t5.Settings(
+    tasks=("sort", "plural", "sum"),
+    width=16,
+    layers=1,
+    pretraining_steps=3,
+    pretraining_batch=4,
+    steps=2,
+    batch=4,
+    train=12,
+    validation=6,
+    test=10,
+)
+FAMILIES = {"vit": (vit, TINY_VIT), "t5": (t5, TINY_T5)}
+
+
+def build(family, out, seed=0, **options):
+    module, settings = FAMILIES[family]
+    said = []
+    module.build_zoo(out, settings, seed, say=said.append, progress=False, **options)
+    return said
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def zoo(request, tmp_path_factory):
+    """(family, directory, what was said)."""
+    out = tmp_path_factory.mktemp("zoo") / request.param
+    return request.param, out, build(request.param, out, lora=True)
+
+
+def weights(out: Path, place: str) -> dict[str, torch.Tensor]:
+    return load_file(next((out / place).glob("*.safetensors")))
+
+
+def test_holds_what_merging_tuning_and_routing_need(zoo):
+    family, out, said = zoo
+    settings = FAMILIES[family][1]
+    tasks = load_tasks(out / "tasks.yml")
+    assert [task.name for task in tasks] == list(settings.tasks)
+    for task in tasks:
+        for split, count in (("train", 12), ("validation", 6), ("test", 10)):
+            rows = load_dataset(str(out / "data" / task.name), split=split, cache_dir=str(out.parent / "cache"))
+            assert len(rows) == count
+        with open_model(f"{out / 'base'}+{out / 'adapters' / task.name}") as adapted:
+            assert adapted.model.config.model_type == family
+        base, expert = weights(out, "base"), weights(out, f"experts/{task.name}")
+        assert base.keys() == expert.keys()
+        assert any(not base[name].equal(expert[name]) for name in base)
+    stored = json.loads((out / "checks.json").read_text())
+    assert set(stored["scores"]["by_task"]) == set(settings.tasks)
+    assert len(stored["met"]) == 3
+    assert str(common.Checks(**stored["scores"])) == said[-1]
+
+
+def test_the_vision_head_is_frozen_and_each_task_has_its_labels(zoo):
+    family, out, _ = zoo
+    if family != "vit":
+        assert not any("classifier" in name for name in weights(out, "base"))
+        return
+    tasks = load_tasks(out / "tasks.yml")
+    assert [list(task.settings["labels"]) for task in tasks] == [[*range(10)], [*range(10, 20)], [*range(20, 26)]]
+    for task in tasks:
+        for name in ("classifier.weight", "classifier.bias"):
+            assert weights(out, "base")[name].equal(weights(out, f"experts/{task.name}")[name])
+
+
+def test_run_again_keeps_everything(zoo):
+    family, out, _ = zoo
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    said = build(family, out, lora=True)
+    assert all(line.endswith("kept") for line in said[:-1])
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_same_seed_same_zoo_other_seed_another(zoo, tmp_path):
+    family, out, _ = zoo
+    last = f"experts/{FAMILIES[family][1].tasks[-1]}"
+    build(family, tmp_path / "same", checks=False)
+    build(family, tmp_path / "other", seed=1, checks=False)
+    for name, tensor in weights(out, last).items():
+        assert tensor.equal(weights(tmp_path / "same", last)[name]), name
+    assert any(not tensor.equal(weights(tmp_path / "other", last)[name]) for name, tensor in weights(out, last).items())
+    parts = [(place / "data" / FAMILIES[family][1].tasks[0] / "test.parquet") for place in (out, tmp_path / "same")]
+    assert parts[0].read_bytes() == parts[1].read_bytes()
+
+
+def test_missing_fonts_name_the_package(tmp_path):
+    with pytest.raises(UserError, match=r"NotoSans-Regular.ttf .*apt-get install fonts-noto-core"):
+        vit.build_zoo(tmp_path / "zoo", vit.Settings(), fonts=tmp_path, say=lambda line: None)
+    assert not (tmp_path / "zoo" / "base").exists()
+
+
+def test_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that no zoo's script wrote"):
+        build("t5", tmp_path)
+
+
+def test_images_are_in_range_and_show_their_class():
+    for task in vision_tasks.vision_tasks(("shapes", "textures", "counts"), glyphs.NOTO):
+        labels = torch.arange(len(task.classes))
+        for paint in (task.paint, task.paint_clean):
+            images = paint(labels, common.generator("test"))
+            assert images.shape == (len(labels), 3, scenes.IMAGE, scenes.IMAGE)
+            assert images.min() >= 0
+            assert images.max() <= 1
+    discs = scenes.scattered_discs(torch.tensor([1, 6]), common.generator("discs"))
+    assert discs[1].sum() > 3 * discs[0].sum()
+
+
+def test_rules_of_the_text_tasks():
+    rng = random.Random(0)
+    assert [text_tasks.plural(word) for word in ("cat", "box", "baby", "day", "knife", "dish")] == [
+        *("cats", "boxes", "babies", "days", "knives", "dishes")
+    ]
+    assert [text_tasks.in_words(number) for number in (0, 13, 40, 99)] == ["zero", "thirteen", "forty", "ninety nine"]
+    for task in text_tasks.TASKS.values():
+        splits = text_tasks.draw(task, {"train": 200, "validation": 20, "test": 50}, 0)
+        prompts = [prompt for pairs in splits.values() for prompt, _ in pairs]
+        assert len(prompts) == len(set(prompts))
+        assert all(set(answer) <= set(text_tasks.CHARACTERS) for pairs in splits.values() for _, answer in pairs)
+        assert all(prompt.startswith(f"{task.name}: ") for prompt in prompts)
+        assert task.make(rng)[1]
+
+
+def test_tokenizer_reads_and_writes_every_answer(zoo):
+    family, out, _ = zoo
+    if family == "t5":
+        with open_model(str(out / "base")) as opened:
+            for text in ("zwölf kühe", "forty two", "a<b"):
+                ids = opened.processor.tokenizer(text).input_ids
+                assert ids[-1] == opened.model.config.eos_token_id
+                decoded = opened.processor.tokenizer.decode(ids, skip_special_tokens=True)
+                assert decoded == text.replace("<", "")
+
+
+def test_paired_error_counts_examples_that_differ():
+    one = {"a": np.array([1.0, 1, 0, 0]), "b": np.array([1.0, 1, 1, 1])}
+    other = {"a": np.array([1.0, 0, 0, 0]), "b": np.array([1.0, 1, 1, 1])}
+    gaps = np.array([0.0, 1, 0, 0])
+    assert common.paired_error(one, other) == pytest.approx(np.sqrt(gaps.var(ddof=1) / 4) / 2)
