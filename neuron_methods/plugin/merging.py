@@ -234,15 +234,24 @@ def plan_merge(
         UserError: what the merge itself would refuse before it starts.
     """
     run = MergeRun(config_source, config_name, options)
+    plan_only(run, run.inspect)
+    return run.plan
 
-    def look(planner: Any) -> None:
-        run.inspect(planner)
+
+def plan_only(run: MergeRun, look: Callable[[Any], None], *, quiet: bool = True) -> None:
+    """Let mergekit plan a run and show `look` its planner, the models held open; nothing is merged or written.
+
+    Raises:
+        UserError: what the merge itself would refuse before it starts, and what `look` refuses.
+    """
+
+    def end_there(planner: Any) -> None:
+        look(planner)
         raise _PlanOnly
 
     # mergekit's planner writes nothing; its writer makes the directory when the first task runs.
     with run.opened(), suppress(_PlanOnly):
-        run.execute(Path(os.devnull), MergeSession(on_plan=look, quiet=True))
-    return run.plan
+        run.execute(Path(os.devnull), MergeSession(on_plan=end_there, quiet=quiet))
 
 
 class MergeRun:

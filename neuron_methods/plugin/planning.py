@@ -263,7 +263,7 @@ def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMeth
 
     def load() -> tuple[Tensor | None, dict[Hashable, Tensor]]:
         # mergekit-pytorch hands out None for what a model lacks.
-        found = _evaluate(task.gather_tensors, plan.known_values)
+        found = evaluate_task(task.gather_tensors, plan.known_values)
         tensors = {model: tensor for model, tensor in found.items() if tensor is not None}
         if plan.device != "cpu":
             tensors = {model: tensor.to(plan.device) for model, tensor in tensors.items()}
@@ -298,11 +298,11 @@ def repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set[
     return True
 
 
-def _evaluate(task: Task, known: Mapping[Task, Any]) -> Any:
-    """Run a task and what it depends on, outside of an executor."""
+def evaluate_task(task: Task, known: Mapping[Task, Any]) -> Any:
+    """Run a task and what it depends on, outside of an executor; what is `known` is not run again."""
     if task in known:
         return known[task]
-    return task.execute(**{name: _evaluate(needed, known) for name, needed in task.arguments().items()})
+    return task.execute(**{name: evaluate_task(needed, known) for name, needed in task.arguments().items()})
 
 
 def _without_input_dtype(task: ExecuteMergeMethodTask) -> ExecuteMergeMethodTask:

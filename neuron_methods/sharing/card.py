@@ -23,6 +23,7 @@ from mergekit.merge_methods import registry
 from neuron_methods import __version__
 from neuron_methods.errors import UserError
 from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.sharing.card_sections import with_section
 from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.datasets import profiled_datasets
 from neuron_methods.sharing.licences import Licences, find_licences
@@ -151,6 +152,14 @@ def citation_of(method: str) -> Citation:
 def with_model_id(card: str, repository: str) -> str:
     """The card with the id of its repository in the lines that load the model."""
     return re.sub(r'^model_id = ".*?".*$', f'model_id = "{repository}"', card, flags=re.MULTILINE)
+
+
+def with_evaluation(card: str, evaluation: dict[str, Any], name: str) -> str:
+    """The card with an evaluation: in its front matter as model-index, and as a section."""
+    read = huggingface_hub.ModelCard(with_section(card, _evaluation_section(evaluation)), ignore_metadata_errors=True)
+    read.data.model_name = name
+    read.data.eval_results = _eval_results(evaluation)
+    return str(read)
 
 
 def _models(configuration: MergeConfiguration) -> list[ModelReference]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from neuron_methods.errors import UserError
 from neuron_methods.plugin.merging import CONFIG_NAME, Companion, MergeRun
-from neuron_methods.sharing.card import CardOptions, make_card, read_evaluation
+from neuron_methods.sharing.card import CardOptions, make_card, read_evaluation, with_evaluation
+from neuron_methods.sharing.card_sections import with_section
+from neuron_methods.sharing.hub_copy import known_hub_ids
+from neuron_methods.sharing.names import ModelNames
+from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
+from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
+from neuron_methods.sharing.report.writing import FOLDER, require_matplotlib, write_report
+from neuron_methods.sharing.verification import verify_directory
 
 
 @dataclass(frozen=True)
@@ -31,14 +43,90 @@ def merge_companion(extras: Extras | None = None) -> Companion:
     """
     extras = extras or Extras()
     evaluation = read_evaluation(extras.evaluation) if extras.evaluation is not None else None
+    collector: Collector | None = None
+    if extras.report:
+        require_matplotlib()
 
-    def finish(run: MergeRun, staging: Path, name: str, _state: Any) -> list[str]:
+    def on_plan(run: MergeRun, planner: Any) -> None:
+        nonlocal collector
+        collector = collector_for(run, ROWS_IN_PASSING)
+
+    def on_tensor(name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> None:
+        assert collector is not None
+        collector.add(name, inputs, merged)
+
+    def finish(run: MergeRun, staging: Path, name: str, state: Any) -> list[str]:
+        section = None
+        if collector is not None:
+            names = ModelNames(run.configuration)
+            section = write_report(document_of(collector, run, names, state), staging, name)
         if not run.options.write_model_card:
             return []
-        options = CardOptions(evaluation=evaluation, cache_dir=run.options.transformers_cache)
+        options = CardOptions(section, evaluation, cache_dir=run.options.transformers_cache)
         card = make_card(run.configuration, run.source, name, staging, options)
         (staging / CONFIG_NAME).write_text(run.source, encoding="utf-8")
         (staging / "README.md").write_text(card.text, encoding="utf-8")
         return card.warnings
 
-    return Companion(finish)
+    return Companion(finish, on_plan, on_tensor) if extras.report else Companion(finish)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How `mergekit-neuron report` goes about it.
+
+    Attributes:
+        config: the YAML, where it is not the one in the output.
+        rows: neurons looked at per weight; None: all.
+        evaluation: JSON of `mergekit-neuron evaluate` for the card.
+        new_card: write the card anew instead of changing its sections.
+        progress: show progress bars.
+    """
+
+    config: Path | None = None
+    rows: int | None = None
+    evaluation: Path | None = None
+    new_card: bool = False
+    progress: bool = True
+
+
+def report_directory(place: Path, options: ReportOptions, merge_options: MergeOptions | None = None) -> Path:
+    """Write the report of a merge that is done, and put it into the card.
+
+    Args:
+        place: what `mergekit-neuron merge` or another command of mergekit has written.
+        options: see `ReportOptions`.
+        merge_options: mergekit's, for where models are kept.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        UserError: output, YAML or models are not there or do not belong together, or matplotlib is missing.
+    """
+    require_matplotlib()
+    evaluation = read_evaluation(options.evaluation) if options.evaluation is not None else None
+    config = options.config or place / CONFIG_NAME
+    if not place.is_dir():
+        raise UserError(f"{place}: no such directory")
+    try:
+        source = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"{config}: cannot be read; name the YAML that the merge was made with: --config FILE"
+        ) from None
+    verify_directory(place)
+    run = MergeRun(source, str(config), merge_options)
+    known = known_hub_ids(place)
+    names = ModelNames(run.configuration, known)
+    document = report_from_files(place, run, names, limit=options.rows, progress=options.progress)
+    name = place.resolve().name
+    section = write_report(document, place, name)
+    card = place / "README.md"
+    if options.new_card or not card.exists():
+        made = make_card(run.configuration, source, name, place, CardOptions(section, evaluation, known))
+        card.write_text(made.text, encoding="utf-8")
+    else:
+        text = with_section(card.read_text(encoding="utf-8"), section)
+        card.write_text(with_evaluation(text, evaluation, name) if evaluation else text, encoding="utf-8")
+    return place / FOLDER / "report.html"

@@ -1,0 +1,50 @@
+"""`mergekit-neuron report`: what a merge did to the neurons, in figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from neuron_methods.cli.common import debug_option
+
+EPILOG = """\b
+Examples:
+  mergekit-neuron report ./merged
+  mergekit-neuron report ./merged --rows 64                      a sample, for large models
+  mergekit-neuron report ./merged --evaluation scores.json       scores into the card, too
+  mergekit-neuron merge merge.yaml ./merged --report             a sample, measured while merging
+
+\b
+Writes OUT/report/: report.html (one page that needs no network), a PNG per figure, report.json with the numbers;
+and puts the figures into OUT/README.md, the model card. Needs matplotlib: pip install 'mergekit-neuron[report]'.
+"""
+
+
+@click.command("report", epilog=EPILOG)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The YAML that OUT was made with.  [default: OUT/mergekit_config.yml]",
+)
+@click.option("--rows", type=click.IntRange(min=1), help="Look at this many neurons of each weight.  [default: all]")
+@click.option(
+    "--evaluation",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON of `mergekit-neuron evaluate`, for the card.",
+)
+@click.option("--new-card", is_flag=True, help="Write README.md anew instead of changing its sections.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@debug_option
+def report(
+    out: Path, config: Path | None, rows: int | None, evaluation: Path | None, new_card: bool, quiet: bool
+) -> None:
+    """Draw what the merge in OUT did to the neurons, from the models it was made of and what it has written.
+
+    Per layer and kind of weight: parallel and orthogonal parts of the updates, agreement and conflict of the experts,
+    what is kept of each, what the merge is closest to, the singular spectrum; and what the method measured.
+    """
+    from neuron_methods.sharing.publishing import ReportOptions, report_directory
+
+    click.echo(report_directory(out, ReportOptions(config, rows, evaluation, new_card, not quiet)))

@@ -1,0 +1,37 @@
+"""Put a section into a card that is there, and leave the rest of it as its author has it."""
+
+from __future__ import annotations
+
+import re
+
+
+def with_section(card: str, section: str, before: str = "## How to load it") -> str:
+    """The card with a section of level two put in, in place of an earlier one with the same heading.
+
+    Args:
+        card: text of the card.
+        section: Markdown that begins with its heading, `## …`.
+        before: heading of the section that a new one goes before; at the end where there is none.
+    """
+    heading = section.strip().splitlines()[0]
+    parts = re.split(r"^(?=## )", _masked(card), flags=re.MULTILINE)
+    starts, position = [], 0
+    for part in parts:
+        starts.append(position)
+        position += len(part)
+    texts = [card[start : start + len(part)] for start, part in zip(starts, parts, strict=True)]
+    placed = [index for index, text in enumerate(texts) if text.startswith(heading + "\n") or text.strip() == heading]
+    if placed:
+        texts[placed[0]] = section.strip() + "\n\n"
+        return "".join(texts).rstrip() + "\n"
+    place = next((index for index, text in enumerate(texts) if text.startswith(before)), len(texts))
+    texts[:place] = ["".join(texts[:place]).rstrip() + "\n\n"]
+    texts.insert(1, section.strip() + "\n\n")
+    return "".join(texts).rstrip() + "\n"
+
+
+def _masked(card: str) -> str:
+    """The card with code blocks blanked out, so that a `## ` in them is no heading; of the same length."""
+    return re.sub(
+        r"^```.*?^```", lambda block: re.sub(r"[^\n]", " ", block.group()), card, flags=re.MULTILINE | re.DOTALL
+    )

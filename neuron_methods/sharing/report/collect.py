@@ -1,0 +1,234 @@
+"""From tensors to the report's JSON: statistics of every weight, summed up by layer and kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_methods.kernels.task_vectors import TaskVector
+from neuron_methods.plugin.registration import register
+from neuron_methods.sharing.report.statistics import (
+    WeightStatistics,
+    cosines,
+    distances,
+    overlap,
+    top_share,
+    weight_statistics,
+)
+
+# mergekit's registry imports all methods when it is imported; a method imported before it meets itself half made.
+register()
+from neuron_methods.methods.min_merging import Selection  # noqa: E402
+from neuron_methods.methods.neuro_merging import is_packed  # noqa: E402
+from neuron_methods.methods.neuron_merge import GroupedPlan  # noqa: E402
+from neuron_methods.methods.trim_profile import TrimProfile  # noqa: E402
+from neuron_methods.plugin.describe import kind_of  # noqa: E402
+
+FORMAT, VERSION = "mergekit-neuron-report", 1
+# Neurons of each weight that are looked at while a merge runs: few enough to take a few per cent of its time.
+ROWS_IN_PASSING = 32
+# An expert's important neurons: this share of them, by the size of the update relative to the base weights.
+IMPORTANT = 0.1
+# A neuron counts as kept where the merge holds at least this share of the expert's update along its direction.
+KEPT = 0.5
+
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+_STACKS = (("vision", "vision"), ("text", "text"), ("encoder", "encoder"), ("decoder", "decoder"))
+
+Place = tuple[str, int | None, str]
+
+
+def place_of(name: str) -> Place:
+    """(stack, layer, kind) of a tensor by its name; the layer is None outside of layers."""
+    match = _LAYER.match(name)
+    kind = kind_of(name)
+    if match is None:
+        return "", None, kind
+    stack = next((shown for part, shown in _STACKS if part in match.group(1)), "layers")
+    return stack, int(match.group(2)), kind
+
+
+class Collector:
+    """Statistics of a merge, tensor by tensor.
+
+    Attributes:
+        base: id of the base among a tensor's inputs.
+        experts: ids of the experts, in order.
+        limit: neurons looked at per weight; None: all.
+        skipped: tensors without rows to look at: points, integers, and what some expert lacks.
+    """
+
+    def __init__(self, base: Hashable, experts: Sequence[Hashable], limit: int | None) -> None:
+        """Begin with nothing."""
+        self.base, self.experts, self.limit = base, list(experts), limit
+        self.skipped = 0
+        self._places: dict[Place, WeightStatistics] = {}
+
+    def add(self, name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> None:
+        """Look at one tensor.
+
+        Args:
+            name: of the output tensor.
+            inputs: {model: tensor or `TaskVector`}.
+            merged: what the merge made of them.
+        """
+        base = inputs.get(self.base)
+        experts = [inputs.get(expert) for expert in self.experts]
+        whole = [tensor for tensor in (base, *experts, merged) if tensor is not None]
+        if (
+            base is None
+            or len(whole) != len(experts) + 2
+            or base.ndim < 2
+            or any(tensor.shape != base.shape or not tensor.is_floating_point() for tensor in whole)
+        ):
+            self.skipped += 1
+            return
+        plain = merged.detach().as_subclass(Tensor) if isinstance(merged, TaskVector) else merged.detach()
+        with torch.no_grad():
+            found = weight_statistics(base, experts, plain, limit=self.limit, packed=is_packed(name))
+        place = place_of(name)
+        self._places[place] = self._places[place] + found if place in self._places else found
+
+    def document(self, method: str, labels: Mapping[Hashable, str], state: Any = None) -> dict[str, Any]:
+        """The report's JSON.
+
+        Args:
+            method: name in the YAML.
+            labels: model -> what it is called.
+            state: what the method measured over the model, for what it tells beside.
+        """
+        experts = [labels[expert] for expert in self.experts]
+        important = self._important()
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": method,
+            "base": labels[self.base],
+            "experts": experts,
+            "rows_per_weight": self.limit,
+            "neurons": sum(found.neurons for found in self._places.values()),
+            "places": [
+                {"stack": stack, "layer": layer, "kind": kind, **_described(found)}
+                for (stack, layer, kind), found in sorted(self._places.items(), key=_in_order)
+            ],
+            "important": important,
+            "trim": _trim(state, labels),
+            "selection": _selection(state, labels),
+            "groups": _groups(state),
+        }
+
+    def _important(self) -> dict[str, Any]:
+        """Which neurons matter most to each expert, over the model, and what became of them."""
+        places = sorted(self._places, key=lambda place: _in_order((place, None)))
+        if not places:
+            return {"share": IMPORTANT, "kept_from": KEPT, "kept": [], "overlap": [], "layers": []}
+        importance = torch.cat([self._places[place].importance for place in places], dim=1)
+        kept = torch.cat([self._places[place].kept for place in places], dim=1) >= KEPT
+        chosen = torch.stack([top_share(row, IMPORTANT) for row in importance])
+        layers: dict[tuple[str, int | None], list[slice]] = {}
+        start = 0
+        for place in places:
+            stop = start + self._places[place].neurons
+            layers.setdefault(place[:2], []).append(slice(start, stop))
+            start = stop
+        return {
+            "share": IMPORTANT,
+            "kept_from": KEPT,
+            "kept": [_share(k[c]) for k, c in zip(kept, chosen, strict=True)],
+            "overlap": [[round(overlap(a, b), 6) for b in chosen] for a in chosen],
+            "layers": [
+                {
+                    "stack": stack,
+                    "layer": layer,
+                    "neurons": [int(sum(c[s].sum() for s in slices)) for c in chosen],
+                    "kept": [
+                        _share(torch.cat([k[s][c[s]] for s in slices])) for k, c in zip(kept, chosen, strict=True)
+                    ],
+                }
+                for (stack, layer), slices in layers.items()
+            ],
+        }
+
+
+def _in_order(item: tuple[Place, Any]) -> tuple[Any, ...]:
+    stack, layer, kind = item[0]
+    stacks = ["", "layers", *(shown for _, shown in _STACKS)]
+    return stacks.index(stack), -1 if layer is None else layer, kind
+
+
+def _described(found: WeightStatistics) -> dict[str, Any]:
+    energy = found.products.diagonal()
+    directions = found.spectrum / max(1, found.with_spectrum)
+    return {
+        "neurons": found.neurons,
+        # Of the experts in their order, then of the merge.
+        "parallel_share": _rounded(torch.where(energy > 0, found.parallel / energy.clamp(min=1e-300), 0.0)),
+        "relative_update": _rounded((energy / max(found.base, 1e-300)).sqrt()),
+        "cosines": [_rounded(row) for row in cosines(found.products)],
+        "conflict_before": round(found.conflict_before / max(1, found.pairs), 6),
+        "conflict_after": round(found.conflict_after / max(1, found.changes), 6),
+        "spectrum": _rounded(directions),
+        # Of the merge to the base, then to the experts, in units of the base's norm.
+        "distances": _rounded(distances(found.products) / max(found.base, 1e-300) ** 0.5),
+    }
+
+
+def _trim(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | None:
+    if not isinstance(state, TrimProfile) or not state.experts:
+        return None
+    return {
+        "experts": [labels.get(key, found.model) for key, found in state.experts.items()],
+        "density": [found.density for found in state.experts.values()],
+        "threshold": [found.threshold for found in state.experts.values()],
+        "sigma": [round(found.sigma, 6) for found in state.experts.values()],
+        "lambda": round(state.automatic_lambda("mean"), 6),
+    }
+
+
+def _selection(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | None:
+    """Of `min_merging`: which share of each layer's MLP neurons goes to nobody, to one expert, to several."""
+    if not isinstance(state, Selection):
+        return None
+    layers = []
+    for block, coefficients in state.coefficients.items():
+        if not any(s.kind == "mlp" and s.block == block for s in state.layout.slices.values()):
+            continue
+        got = coefficients > 0
+        alone = got.sum(dim=0) == 1
+        stack, layer, _ = place_of(block + ".")
+        layers.append(
+            {
+                "stack": stack,
+                "layer": layer,
+                "nobody": _share(got.sum(dim=0) == 0),
+                "alone": [_share(row & alone) for row in got],
+                "shared": _share(got.sum(dim=0) > 1),
+            }
+        )
+    layers.sort(key=lambda entry: _in_order(((entry["stack"], entry["layer"], ""), None)))
+    kept = {labels[expert]: {"kept": k, "of": n} for expert, (k, n) in state.kept.items()}
+    return {"experts": [labels[expert] for expert in state.experts], "kept": kept, "layers": layers}
+
+
+def _groups(state: Any) -> dict[str, Any] | None:
+    """Of `neuron_merge`: how many neurons of each group every layer has."""
+    if not isinstance(state, GroupedPlan):
+        return None
+    layers = []
+    for key, counts in state.groups.counts().items():
+        stack, layer, _ = place_of(key + ".")
+        layers.append({"stack": stack, "layer": layer, "counts": [counts[group] for group in state.groups.groups]})
+    layers.sort(key=lambda entry: _in_order(((entry["stack"], entry["layer"], ""), None)))
+    return {"groups": list(state.groups.groups), "layers": layers}
+
+
+def _share(chosen: Tensor) -> float:
+    return round(float(chosen.double().mean()), 6) if chosen.numel() else 0.0
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]

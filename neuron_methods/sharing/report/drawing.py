@@ -1,0 +1,145 @@
+"""How the report's figures look: colours that the colour-blind tell apart, one theme for light and one for dark pages.
+
+The colours are those of Okabe and Ito (2008) without yellow, which white swallows, then two of Paul Tol's muted ones;
+experts also differ in marker.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from neuron_methods.errors import UserError
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_STYLES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page: background, text, faint lines, and what stands for merge and base."""
+
+    name: str
+    background: str
+    text: str
+    faint: str
+    merge: str
+    base: str
+
+    def expert(self, index: int) -> str:
+        """Colour of an expert."""
+        return _COLOURS[index % len(_COLOURS)]
+
+    def line(self, index: int) -> dict[str, Any]:
+        """How an expert's line looks."""
+        return {
+            "color": self.expert(index),
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _STYLES[index // len(_COLOURS) % len(_STYLES)],
+            "markersize": 3.5,
+            "linewidth": 1.4,
+        }
+
+    @property
+    def merge_line(self) -> dict[str, Any]:
+        """How the merge's line looks."""
+        return {"color": self.merge, "linewidth": 2.2, "linestyle": "-"}
+
+
+LIGHT = Theme("light", "#ffffff", "#1b1f24", "#d0d7de", "#000000", "#6e7781")
+DARK = Theme("dark", "#15191f", "#e6e8eb", "#3a424d", "#ffffff", "#9aa4af")
+
+
+@contextmanager
+def figure(theme: Theme, rows: int = 1, columns: int = 1, *, width: float = 10, height: float = 3.6) -> Iterator[Any]:
+    """A figure with its axes; closed after the block.
+
+    Yields:
+        (figure, list of axes, row by row).
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the report needs matplotlib: pip install 'mergekit-neuron[report]'") from None
+    settings = {
+        "axes.edgecolor": theme.faint,
+        "axes.facecolor": theme.background,
+        "axes.labelcolor": theme.text,
+        "axes.titlecolor": theme.text,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": theme.background,
+        "font.size": 9,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.labelcolor": theme.text,
+        "legend.fontsize": 8.5,
+        "text.color": theme.text,
+        "xtick.color": theme.text,
+        "ytick.color": theme.text,
+    }
+    with rc_context(settings):
+        drawn = Figure(figsize=(width, height * rows), dpi=110, layout="constrained")
+        FigureCanvasAgg(drawn)
+        axes = drawn.subplots(rows, columns, squeeze=False)
+        yield drawn, list(axes.flat)
+
+
+def png(drawn: Any) -> bytes:
+    """A figure as PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    # Not savefig, which lays the figure out twice, and that is most of the time.
+    drawn.canvas.print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class LayerAxis:
+    """Layers of one or several stacks side by side on one axis.
+
+    Attributes:
+        layers: (stack, layer) in order.
+    """
+
+    layers: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[dict[str, Any]]) -> LayerAxis:
+        """The layers that some entries of the report's JSON are about."""
+        found = dict.fromkeys((e["stack"], e["layer"]) for e in entries if e["layer"] is not None)
+        return cls(tuple(found))
+
+    def place(self, entry: dict[str, Any]) -> int:
+        """Where an entry is on the axis."""
+        return self.layers.index((entry["stack"], entry["layer"]))
+
+    def decorate(self, axes: Any, theme: Theme) -> None:
+        """Label the axis: layer numbers, and where one stack ends and the next begins."""
+        step = next(s for s in (1, 2, 4, 5, 10, 20, 50) if len(self.layers) / s <= 16)
+        ticks = [i for i, (_, layer) in enumerate(self.layers) if layer % step == 0]
+        axes.set_xticks(ticks, [str(self.layers[i][1]) for i in ticks])
+        axes.set_xlim(-0.6, len(self.layers) - 0.4)
+        axes.grid(axis="x", visible=False)
+        stacks = list(dict.fromkeys(stack for stack, _ in self.layers))
+        if len(stacks) == 1:
+            axes.set_xlabel("layer")
+            return
+        for stack in stacks:
+            places = [i for i, (own, _) in enumerate(self.layers) if own == stack]
+            if places[0]:
+                axes.axvline(places[0] - 0.5, color=theme.base, linewidth=1)
+        axes.set_xlabel("layer of " + ", then ".join(stacks))

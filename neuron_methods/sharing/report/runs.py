@@ -1,0 +1,127 @@
+"""The report of a run of mergekit: while it merges, or afterwards from the files of the models and of the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelPath, ModelReference
+from mergekit.io.tasks import LoadTensor
+from torch import Tensor
+from tqdm import tqdm
+
+from neuron_methods.errors import UserError
+from neuron_methods.plugin.merging import MergeRun, plan_only
+from neuron_methods.plugin.planning import PlannedMergeTask, evaluate_task
+from neuron_methods.sharing.names import ModelNames
+from neuron_methods.sharing.report.collect import Collector
+
+
+def collector_for(run: MergeRun, limit: int | None) -> Collector:
+    """A collector for the models of a run.
+
+    Raises:
+        UserError: there is no base to take differences from, or nothing beside it.
+    """
+    base = run.configuration.base_model
+    if base is None:
+        raise UserError(f"{run.name}: the report tells how models differ from their base; name it as base_model")
+    experts = experts_of(run)
+    if not experts:
+        raise UserError(f"{run.name}: the report compares experts with the base, and there is none")
+    return Collector(base, experts, limit)
+
+
+def experts_of(run: MergeRun) -> list[ModelReference]:
+    """The models beside the base, in the order of the YAML."""
+    return [model for model in run.configuration.referenced_models() if model != run.configuration.base_model]
+
+
+def document_of(collector: Collector, run: MergeRun, names: ModelNames, state: Any) -> dict[str, Any]:
+    """The report's JSON of a run, once every tensor was looked at."""
+    labels = {model: names.of(model) for model in (collector.base, *collector.experts)}
+    return collector.document(run.configuration.merge_method, labels, state)
+
+
+@dataclass
+class _Found:
+    """What looking at a plan leaves behind."""
+
+    collector: Collector | None = None
+    state: Any = None
+
+
+def report_from_files(
+    place: Path, run: MergeRun, names: ModelNames, *, limit: int | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """The report's JSON of a merge that is done, from the models it was made of and what it has written.
+
+    Args:
+        place: the output: a model, or an adapter on the base.
+        run: of the same configuration.
+        names: of its models.
+        limit: neurons looked at per weight; None: all.
+        progress: show progress bars.
+
+    Raises:
+        UserError: models or output are not there, or do not belong together.
+    """
+    found = _Found()
+
+    def look(planner: Any) -> None:
+        run.inspect(planner)
+        found.collector = collector_for(run, limit)
+        output = _output_reference(place, run)
+        known = _known(planner)
+        found.state = _measured(planner, known)
+        tensors = [(weight, task) for weight, task in planner._tensors if isinstance(task, PlannedMergeTask)]
+        bar = tqdm(tensors, desc="Looking at the neurons", unit="tensor", disable=not progress)
+        matched = 0
+        for weight, task in bar:
+            if task.copy_of is not None:
+                matched += 1
+                continue
+            merged = _load(output, weight)
+            if merged is None:
+                continue
+            matched += 1
+            inputs = evaluate_task(task.gather_tensors, known)
+            found.collector.add(weight.name, {k: v for k, v in inputs.items() if v is not None}, merged)
+        if not matched:
+            raise UserError(f"{place}: none of the tensors of {run.name} is in it; do they belong together?")
+
+    plan_only(run, look, quiet=not progress)
+    assert found.collector is not None
+    return document_of(found.collector, run, names, found.state)
+
+
+def _output_reference(place: Path, run: MergeRun) -> ModelReference:
+    if (place / "adapter_config.json").exists() and not (place / "config.json").exists():
+        base = run.configuration.base_model
+        assert base is not None
+        return ModelReference(model=base.model, lora=ModelPath(path=str(place)))
+    return ModelReference(model=ModelPath(path=str(place)))
+
+
+def _measured(planner: Any, known: dict[Any, Any]) -> Any:
+    """What our method measures over the model; None for mergekit's own."""
+    measures = [task.measure for _, task in planner._tensors if getattr(task, "measure", None) is not None]
+    if not measures:
+        return None
+    measures[0].plan.known_values.update(known)
+    return measures[0].plan.measure().state
+
+
+def _known(planner: Any) -> dict[Any, Any]:
+    """The tokenizer, where embeddings have to be aligned before they can be compared."""
+    task = planner._tokenizer_task
+    return {} if task is None else {task: evaluate_task(task, {})}
+
+
+def _load(output: ModelReference, weight: WeightInfo) -> Tensor | None:
+    load = LoadTensor(
+        model=output, tensor=weight.name, optional=True, aliases=weight.aliases, tied_names=weight.tied_names
+    )
+    return load.execute()
