@@ -26,7 +26,7 @@ class Parts:
     """The parts of a merge, float32 on the CPU.
 
     Attributes:
-        origin: every tensor that the parameters change, with all of them at 0.
+        origin: every tensor of the merge, with all of the parameters at 0.
         directions: parameter -> what 1 of it adds, by tensor; a tensor it does not change is missing.
         deviation: the largest difference found between a recombined and a merged tensor, in tolerances: at most 1.
     """
@@ -36,7 +36,9 @@ class Parts:
     deviation: float = 0.0
 
     def combine(self, values: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
-        """The changed tensors at a point, one after the other, float32.
+        """The tensors at a point, one after the other, float32.
+
+        They are all there, also what these parameters do not change: a model may hold that as another merge left it.
 
         Args:
             values: a number for every parameter.
@@ -83,7 +85,6 @@ def find_parts(
             if update.any():
                 directions[name][key] = update
         del at_one
-    changed = {key for direction in directions.values() for key in direction}
     deviation = 0.0
     for key, tensor in merged_at({name: float(check_at[name]) for name in names}).items():
         sum_of_parts, reach = origin[key].clone(), 0.0
@@ -99,4 +100,4 @@ def find_parts(
             raise NotAffine(f"{key} differs by {difference:.2g} at {at}, of an update of {reach:.2g}")
         if allowed:
             deviation = max(deviation, difference / allowed)
-    return Parts({key: origin[key] for key in sorted(changed)}, directions, deviation)
+    return Parts(origin, directions, deviation)

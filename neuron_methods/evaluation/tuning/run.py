@@ -316,6 +316,11 @@ def report_lines(result: TuneResult, out: Path, metrics: Mapping[str, str], obje
         again = ", ".join(f"{name} {format_score(score, metrics[name])}" for name, score in result.confirmed.items())
         off = "" if result.difference is None else f"; weights differ by {result.difference:.1e} of a tensor's largest"
         lines.append(f"best.yml merged: {again}{off}")
+        if (result.difference or 0.0) > 2**-7:
+            lines.append(
+                "  more than writing in 16 bits explains: mergekit's own methods compute in dtype, tune in float32; "
+                "with dtype: float32 and out_dtype: bfloat16 the merge is what was searched"
+            )
     if result.test is not None:
         lines += ["test data, scored once:", *(f"  {line}" for line in table(result.test))]
     return lines

@@ -81,7 +81,10 @@ def _parse(text: str) -> Parameter:
         raise UserError(f"--search {text!r}: expected {_SYNTAX}")
     if "," not in given and given.count(":") in (1, 2):
         return _range(text, name, given.split(":"))
-    values = [yaml.safe_load(part) if part.strip() else None for part in given.split(",")]
+    try:
+        values = [yaml.safe_load(part) if part.strip() else None for part in given.split(",")]
+    except yaml.YAMLError:
+        raise UserError(f"--search {text!r}: expected {_SYNTAX}") from None
     for value in values:
         if value is None or not isinstance(value, (str, int, float, bool)):
             raise UserError(f"--search {text!r}: {value!r} is no value; expected {_SYNTAX}")
@@ -205,14 +208,15 @@ class CmaEs(Strategy):
         import cma
 
         options = {"bounds": [0, 1], "seed": self._seed + 1, "verbose": -9, "verb_log": 0, "verb_disp": 0}
-        self._search = cma.CMAEvolutionStrategy([0.5] * len(self._parameters), 0.25, options)
+        # cma 4.5 fails in one dimension: a second one, which nothing depends on, does no harm.
+        self._search = cma.CMAEvolutionStrategy([0.5] * max(len(self._parameters), 2), 0.25, options)
         left = self._budget
         while left > 0 and not self._search.stop():
             self._asked = self._search.ask()
             points = [
                 {
                     parameter.name: parameter.at(float(share))
-                    for parameter, share in zip(self._parameters, asked, strict=True)
+                    for parameter, share in zip(self._parameters, asked, strict=False)
                 }
                 for asked in self._asked
             ]
