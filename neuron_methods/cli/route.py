@@ -34,6 +34,7 @@ Further keys, with their defaults
   dtype: auto            of the base; float32, bfloat16, float16
   check_base: true       refuse adapters that name another base
   batch_size: 16
+  background: []         sources of inputs that no expert is for (as under data; optional)
   text:
     max_length: 512      tokens of input and target; longer ones are refused
     separator: " "       between a decoder's input and target, as the experts were trained
@@ -46,12 +47,13 @@ Further keys, with their defaults
     importance: magnitude   or activation, taylor
     samples: 64
   router:
-    layer: null          hidden states behind so many layers; null: half of them
-    pooling: mean        or first, last
-    hidden: 128
+    layer: null          reads the hidden states behind so many layers: one number or several;
+                         null: 0, a quarter and half of them
+    pooling: moments     or mean, first, last
+    hidden: 256
     top_k: 2
     temperature: 1.0
-    ood_score: distance  or probability (the paper's), energy
+    ood_score: combined  or probability (the paper's), energy, distance
     in_domain_share: 0.95   of calibration inputs that pass as in domain
     ood_margin: 0.0      lowers the threshold by so many times its gap to their median
     samples: 400         of each expert

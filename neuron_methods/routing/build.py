@@ -23,7 +23,7 @@ from neuron_methods.plugin.output import (
 )
 from neuron_methods.routing.base import input_device, kind_of, load_base, load_processor, placement
 from neuron_methods.routing.config import RouteConfig, read_config
-from neuron_methods.routing.data import CalibrationLoss, ExpertSamples
+from neuron_methods.routing.data import BackgroundSamples, CalibrationLoss, ExpertSamples
 from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import (
     adapter_directories,
@@ -45,7 +45,7 @@ from neuron_methods.routing.files import (
 )
 from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.model import NeuronRoutedModel
-from neuron_methods.routing.pooling import pooled_states, resolve_layer
+from neuron_methods.routing.pooling import pooled_states, resolve_layers
 from neuron_methods.routing.report import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.stages import WorkDirectory, fingerprint
@@ -93,14 +93,14 @@ def build_routed_model(
     run = _Run(config, configuration, directories, options, report)
     report(
         describe_plan(
-            config, run.mixer.layers, [(len(s.train), len(s.calibration)) for s in run.samples.values()], run.layer
+            config, run.mixer.layers, [(len(s.train), len(s.calibration)) for s in run.samples.values()], run.read
         )
     )
     if options.dry_run:
         return
     work = WorkDirectory(options.work_dir or target.parent / f".{target.name}.work")
     train, calibration = run.inputs(work)
-    router, figures = train_router(train, calibration, config.router)
+    router, figures = train_router(train, calibration, config.router, run.background_inputs(work))
     report(
         describe_router(
             figures, list(run.samples), config.router.ood_score, router.threshold, config.router.in_domain_share
@@ -137,7 +137,7 @@ class _Run:
             config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=placement(options.device)
         )
         self.kind = kind_of(base, f"{where}: base_model")
-        self.layer = resolve_layer(base, config.router.layer, f"{where}: router.layer")
+        self.read = resolve_layers(base, config.router.layer, f"{where}: router.layer")
         self.processor = load_processor(config.base_model, self.kind, f"{where}: base_model")
         self.peft_model = load_experts(base, directories, self.where)
         self.mixer = AdapterMixer(self.peft_model, list(directories))
@@ -145,6 +145,10 @@ class _Run:
         self.samples = {
             expert.name: ExpertSamples(expert, config, base, self.processor, self.kind) for expert in config.experts
         }
+        self.background = [
+            BackgroundSamples(data, number, config, base, self.processor, self.kind)
+            for number, data in enumerate(config.background)
+        ]
         self.models_key = [fingerprint(config.base_model), config.dtype]
 
     def reference(self, target: Path) -> str:
@@ -163,18 +167,23 @@ class _Run:
         train, calibration = (Inputs(torch.cat(parts[part]), torch.cat(labels[part])) for part in parts)
         return train, calibration
 
+    def background_inputs(self, work: WorkDirectory) -> torch.Tensor | None:
+        """Pooled hidden states of what no expert is for, None if there is nothing."""
+        found = [self._states(samples.name, samples, work)["train"] for samples in self.background]
+        return torch.cat(found) if found else None
+
     def _states(self, name: str, samples: ExpertSamples, work: WorkDirectory) -> dict[str, torch.Tensor]:
         pooling = self.config.router.pooling
-        key = [*self.models_key, samples.fingerprint(), self.layer, pooling]
+        key = [*self.models_key, samples.fingerprint(), self.read, pooling]
 
         def build(place: Path) -> dict[str, Any]:
             tensors = {}
             total = len(samples.train) + len(samples.calibration)
             with tqdm(total=total, desc=f"{name}: inputs", unit="sample", disable=not self.options.progress) as bar:
-                for part in ("train", "calibration"):
+                for part in samples.parts:
                     pooled = []
                     for inputs in samples.inputs(part):
-                        pooled.append(pooled_states(self.base, inputs, self.layer, pooling).cpu())
+                        pooled.append(pooled_states(self.base, inputs, self.read, pooling).cpu())
                         bar.update(len(pooled[-1]))
                     tensors[part] = torch.cat(pooled)
             save_file(tensors, place / "states.safetensors")
@@ -231,7 +240,7 @@ class _Run:
 
         settings = self.config.router
         shape = RouterShape(
-            layer=self.layer,
+            layers=self.read,
             pooling=settings.pooling,
             width=len(router.mean),
             hidden=settings.hidden,

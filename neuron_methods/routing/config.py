@@ -104,13 +104,14 @@ class RouterSettings(_Section):
 
     Attributes:
         layer: the router reads the hidden states behind so many layers of the base (of the encoder, where there is
-            one); negative counts from the end; None: half of them.
-        pooling: ``mean`` over the real tokens, the ``first`` (class token) or the ``last``.
+            one), one number or several; negative counts from the end; None: 0, a quarter and half of them.
+        pooling: ``mean`` over the real tokens, ``moments`` (mean and standard deviation), the ``first`` (class token)
+            or the ``last``.
         hidden: width of the MLP.
         top_k: experts chosen per input.
         temperature: divides the logits.
-        ood_score: what tells whether an input is in domain: ``distance`` to the nearest expert's calibration inputs,
-            largest ``probability`` (the paper's), or ``energy`` of the logits.
+        ood_score: what tells whether an input is in domain: largest ``probability`` (the paper's), ``energy`` of the
+            logits, ``distance`` to the nearest expert's inputs, or the lower of the last two, ``combined``.
         in_domain_share: of in-domain calibration inputs, that pass the threshold.
         ood_margin: lowers the threshold by so many times its gap to the calibration inputs' median score.
         samples: of each expert's data.
@@ -121,12 +122,12 @@ class RouterSettings(_Section):
         seed: of samples, weights and order.
     """
 
-    layer: int | None = None
-    pooling: Literal["mean", "first", "last"] = "mean"
-    hidden: int = Field(128, ge=1)
+    layer: int | tuple[int, ...] | None = None
+    pooling: Literal["moments", "mean", "first", "last"] = "moments"
+    hidden: int = Field(256, ge=1)
     top_k: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
-    ood_score: Literal["distance", "probability", "energy"] = "distance"
+    ood_score: Literal["combined", "distance", "probability", "energy"] = "combined"
     in_domain_share: float = Field(0.95, gt=0, le=1)
     ood_margin: float = Field(0.0, ge=0)
     samples: int = Field(400, ge=8)
@@ -159,6 +160,7 @@ class RouteConfig(_Section):
         dtype: of the base: ``auto`` (as stored), ``float32``, ``bfloat16``, ``float16``.
         check_base: refuse adapters that name another base than `base_model`.
         batch_size: samples per forward pass.
+        background: inputs that no expert is for, for the router to learn what to leave to the base; a column is enough.
         text, enhancement, router, merging: see there.
     """
 
@@ -167,6 +169,7 @@ class RouteConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     check_base: bool = True
     batch_size: int = Field(16, ge=1)
+    background: tuple[Data, ...] = ()
     text: Text = Text()
     enhancement: Enhancement = Enhancement()
     router: RouterSettings = RouterSettings()
@@ -282,4 +285,6 @@ def _located(config: RouteConfig, folder: Path) -> RouteConfig:
         e.model_copy(update={"adapter": place(e.adapter), "data": data(e.data), "calibration": data(e.calibration)})
         for e in config.experts
     )
-    return config.model_copy(update={"base_model": place(config.base_model), "experts": experts})
+    background = tuple(data(section) for section in config.background)
+    located = {"base_model": place(config.base_model), "experts": experts, "background": background}
+    return config.model_copy(update=located)

@@ -77,8 +77,11 @@ class ExpertSamples:
         name: the expert's.
         train: what the router learns from.
         calibration: what is held out of that.
+        parts: names of the two.
         batch_size: samples per forward pass.
     """
+
+    parts: tuple[str, ...] = ("train", "calibration")
 
     def __init__(self, expert: Expert, config: RouteConfig, model: Any, processor: Any, kind: Kind) -> None:
         """Open the sources and draw.
@@ -93,11 +96,7 @@ class ExpertSamples:
         needs_loss = config.enhancement.enabled
 
         def feeder(data: Data, what: str) -> Feeder:
-            made = _feeder(kind, config.text, model, processor)
-            reader = SourceReader(_source(f"{expert.name}{what}", data), _defaults(kind, data, made))
-            _refuse_unlabelled(reader, kind, data, needs_loss)
-            made.start(reader, False)
-            return made
+            return _open(f"{expert.name}{what}", data, config, model, processor, kind, needs_loss)
 
         self._train = self._calibration = feeder(expert.data, "")
         drawn = list(self._train.reader.samples(settings.samples, settings.seed))
@@ -141,6 +140,36 @@ class ExpertSamples:
         for sample in (*self.train, None, *self.calibration):
             _update(digest, sample and sample.values)
         return digest.hexdigest()[:16]
+
+
+class BackgroundSamples(ExpertSamples):
+    """Samples that no expert is for: inputs alone, all of them to train on."""
+
+    parts = ("train",)
+
+    def __init__(self, data: Data, number: int, config: RouteConfig, model: Any, processor: Any, kind: Kind) -> None:
+        """Open the source and draw; errors as for an expert's."""
+        self.name = f"background-{number}"
+        self.kind = kind
+        self.batch_size = config.batch_size
+        self._train = _open(self.name, data, config, model, processor, kind, needs_loss=False)
+        self.train = list(self._train.reader.samples(config.router.samples, config.router.seed))
+        self.calibration = []
+        if not self.train:
+            raise UserError(f"{self._train.reader.label}: all its rows are empty")
+
+
+def _open(
+    name: str, data: Data, config: RouteConfig, model: Any, processor: Any, kind: Kind, needs_loss: bool
+) -> Feeder:
+    """The feeder of a source."""
+    made = _feeder(kind, config.text, model, processor)
+    reader = SourceReader(_source(name, data), _defaults(kind, data, made))
+    _refuse_unlabelled(reader, kind, data, needs_loss)
+    # Text-to-text feeders ask for a target even where the loss is not wanted.
+    made.columns_needed = 1
+    made.start(reader, False)
+    return made
 
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

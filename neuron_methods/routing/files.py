@@ -37,7 +37,7 @@ class RoutedExpert:
 class RouterShape:
     """How to make the router that router.safetensors fits into, and what it decides by; see `router.Router`."""
 
-    layer: int
+    layers: tuple[int, ...]
     pooling: str
     width: int
     hidden: int
@@ -96,7 +96,9 @@ class RoutedConfig:
             )
         try:
             experts = tuple(RoutedExpert(e["name"], tuple(e["redundant_layers"])) for e in content.pop("experts"))
-            return cls(experts=experts, router=RouterShape(**content.pop("router")), **content)
+            shape = content.pop("router")
+            router = RouterShape(**{**shape, "layers": tuple(shape["layers"])})
+            return cls(experts=experts, router=router, **content)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); download it or make the routed model again") from None
 

@@ -126,7 +126,7 @@ class NeuronRoutedModel(nn.Module):
         self._refuse_long(prompt)
         shape = self.routed_config.router
         with self.mixer.using(None):
-            states = pooled_states(self.base, prompt, shape.layer, shape.pooling)
+            states = pooled_states(self.base, prompt, shape.layers, shape.pooling)
         probabilities, scores = self.router(states)
         weights = chosen_weights(probabilities.float(), shape.top_k, scores >= self.router.threshold)
         coefficients = layer_coefficients(weights, self._core, self.routed_config.redundant, self.routed_config.seed)

@@ -1,9 +1,9 @@
-"""What the router looks at: hidden states of the frozen base behind one of its layers, pooled over the tokens."""
+"""What the router looks at: hidden states of the frozen base behind some of its layers, pooled over the tokens."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,30 +12,44 @@ from torch import Tensor, nn
 from neuron_methods.errors import UserError
 from neuron_methods.routing.base import body_of, input_device
 
-Pooling = Literal["mean", "first", "last"]
+Pooling = Literal["moments", "mean", "first", "last"]
 
 
 class _Reached(Exception):
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
+    """No error: it ends a forward pass that has gone far enough."""
 
 
-def resolve_layer(model: Any, layer: int | None, where: str = "router.layer") -> int:
-    """How many layers lie before the hidden states that are read, from 0 to the number of layers.
+def resolve_layers(model: Any, layer: int | Sequence[int] | None, where: str = "router.layer") -> tuple[int, ...]:
+    """How many layers lie before each of the hidden states that are read, from 0 to the number of layers.
+
+    Args:
+        model: the base.
+        layer: one or several, negative ones counted from the end; None: what goes into the layers, and what lies
+            behind a quarter and behind half of them.
+        where: for messages.
 
     Raises:
         UserError: there are not so many layers.
     """
     depth = len(body_of(model)[1])
-    resolved = depth // 2 if layer is None else layer + depth + 1 if layer < 0 else layer
-    if not 0 <= resolved <= depth:
-        raise UserError(f"{where}: {layer} is no layer of a model with {depth}; choose 0 to {depth}, or from the end")
-    return resolved
+    if layer is None:
+        return tuple(sorted({0, depth // 4, depth // 2}))
+    resolved = set()
+    for number in [layer] if isinstance(layer, int) else layer:
+        counted = number + depth + 1 if number < 0 else number
+        if not 0 <= counted <= depth:
+            raise UserError(
+                f"{where}: {number} is no layer of a model with {depth}; choose 0 to {depth}, or from the end"
+            )
+        resolved.add(counted)
+    return tuple(sorted(resolved))
 
 
 @torch.no_grad()
-def pooled_states(model: Any, inputs: Mapping[str, Tensor], layer: int, pooling: Pooling = "mean") -> Tensor:
-    """Pooled hidden states; layers behind the one that is read are not computed.
+def pooled_states(
+    model: Any, inputs: Mapping[str, Tensor], layers: Sequence[int], pooling: Pooling = "moments"
+) -> Tensor:
+    """Pooled hidden states, those of the layers side by side; layers behind the last one read are not computed.
 
     Padding does not matter, on whichever side it is: padded tokens are not pooled, and positions count real tokens
     where the model takes positions.
@@ -44,13 +58,14 @@ def pooled_states(model: Any, inputs: Mapping[str, Tensor], layer: int, pooling:
         model: the base, without any adapter at work.
         inputs: ``input_ids`` or ``inputs_embeds`` (with ``attention_mask``, if anything is padded), or
             ``pixel_values``.
-        layer: how many layers lie before; see `resolve_layer`.
-        pooling: over tokens, or over patches with the class token.
+        layers: how many layers lie before each; see `resolve_layers`.
+        pooling: over tokens, or over patches with the class token: ``mean``, ``moments`` (mean and standard
+            deviation), or the ``first`` or ``last`` alone.
 
     Returns:
-        float32 (B, width).
+        float32 (B, layers × width), twice as wide for ``moments``.
     """
-    body, layers = body_of(model)
+    body, modules = body_of(model)
     device = input_device(model)
     keywords: dict[str, Any] = {key: value.to(device) for key, value in inputs.items()}
     mask = keywords.get("attention_mask")
@@ -59,13 +74,23 @@ def pooled_states(model: Any, inputs: Mapping[str, Tensor], layer: int, pooling:
         keywords["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     if "use_cache" in accepted and getattr(model.config, "use_cache", False):
         keywords["use_cache"] = False
-    states = _states_behind(body, layers, layer, keywords).float()
+    states = _states_behind(body, modules, layers, keywords)
+    return torch.cat([_pool(state.float(), mask, pooling).to(device) for state in states], dim=1)
+
+
+def _pool(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """(B, tokens, width) to (B, width), or (B, 2 × width) for moments."""
     if mask is None:
-        return {"mean": states.mean(1), "first": states[:, 0], "last": states[:, -1]}[pooling]
+        mask = torch.ones(states.shape[:2], device=states.device)
     mask = mask.to(states.device).bool()
-    if pooling == "mean":
-        kept = states.masked_fill(~mask.unsqueeze(2), 0)
-        return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    if pooling in ("mean", "moments"):
+        real = mask.unsqueeze(2)
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        mean = states.masked_fill(~real, 0).sum(1) / count
+        if pooling == "mean":
+            return mean
+        variance = (states - mean.unsqueeze(1)).square().masked_fill(~real, 0).sum(1) / count
+        return torch.cat((mean, variance.sqrt()), dim=1)
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     if pooling == "first":
         chosen = places.masked_fill(~mask, mask.shape[1] - 1).amin(1)
@@ -74,23 +99,37 @@ def pooled_states(model: Any, inputs: Mapping[str, Tensor], layer: int, pooling:
     return states[torch.arange(len(states), device=states.device), chosen]
 
 
-def _states_behind(body: nn.Module, layers: nn.ModuleList, layer: int, keywords: dict[str, Any]) -> Tensor:
-    """(B, tokens, width). Ends the forward pass by an exception, before the first layer that is not needed."""
+def _states_behind(
+    body: nn.Module, modules: nn.ModuleList, layers: Sequence[int], keywords: dict[str, Any]
+) -> list[Tensor]:
+    """(B, tokens, width) of each layer. The forward pass ends by an exception, once the last of them is known."""
+    found: dict[int, Tensor] = {}
 
-    def before(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        raise _Reached(arguments[0] if arguments else named["hidden_states"])
+    def keep(layer: int, states: Tensor) -> None:
+        found[layer] = states
+        if layer == max(layers):
+            raise _Reached
 
-    def behind(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
+    def before(layer: int) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            keep(layer, arguments[0] if arguments else named["hidden_states"])
 
-    if layer < len(layers):
-        handle = layers[layer].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = layers[-1].register_forward_hook(behind)
+        return hook
+
+    def behind_all(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        keep(len(modules), output[0] if isinstance(output, tuple) else output)
+
+    handles = [
+        modules[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
+        if layer < len(modules)
+        else modules[-1].register_forward_hook(behind_all)
+        for layer in layers
+    ]
     try:
         body(**keywords)
-    except _Reached as reached:
-        return reached.states
+    except _Reached:
+        return [found[layer] for layer in layers]
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     raise RuntimeError("the layers of the base model were not called")

@@ -56,7 +56,9 @@ def describe_router(report: RouterReport, names: Sequence[str], ood_score: str, 
     )
 
 
-def describe_plan(config: RouteConfig, layers: Sequence[str], counts: Sequence[tuple[int, int]], layer: int) -> str:
+def describe_plan(
+    config: RouteConfig, layers: Sequence[str], counts: Sequence[tuple[int, int]], behind: Sequence[int]
+) -> str:
     """What a run is going to do."""
     rows = [("expert", "training", "calibration")]
     rows += [(e.name, str(train), str(held)) for e, (train, held) in zip(config.experts, counts, strict=True)]
@@ -68,13 +70,14 @@ def describe_plan(config: RouteConfig, layers: Sequence[str], counts: Sequence[t
         else "enhancement: off"
     )
     router = config.router
+    read = ", ".join(map(str, behind))
     return "\n".join(
         (
             f"base: {config.base_model}",
             table(rows),
             first,
-            f"router: {router.pooling} of the hidden states behind layer {layer}, {router.hidden} hidden units, top "
-            f"{router.top_k}, {router.ood_score} for {router.in_domain_share:.0%} in domain",
+            f"router: {router.pooling} of the hidden states behind {read} layers, {router.hidden} "
+            f"hidden units, top {router.top_k}, {router.ood_score} for {router.in_domain_share:.0%} in domain",
             f"merging: redundant layers from {config.merging.redundant}",
         )
     )

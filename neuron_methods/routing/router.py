@@ -1,13 +1,19 @@
 """Stage 2: the router, a small MLP on pooled hidden states, and how it tells what is out of domain.
 
-The paper sends an input to the plain base when no expert's probability reaches a threshold. A softmax is sure of
-itself far away from everything it was trained on, so that there are two more scores to choose from:
+The MLP has one output per expert and one for *nobody*: beside the experts' inputs it is trained on outliers, made from
+the inputs themselves (`training`) or given as background data. Probabilities are over the experts alone.
 
-- ``probability``: max_e p_e, the paper's;
-- ``energy``: T · log Σ_e exp(z_e / T) of the logits z at temperature T (Liu et al., arXiv:2010.03759);
+The paper sends an input to the plain base when no expert's probability reaches a threshold. There are more scores to
+choose from:
+
+- ``probability``: the largest p_e over experts and nobody, the paper's;
+- ``energy``: T · log Σ_e exp(z_e / T) of the experts' logits z at temperature T (Liu et al., arXiv:2010.03759);
 - ``distance``: minus the root mean square distance to the nearest expert's mean in the pooled hidden states, measured
   in the metric of the scatter within experts (after Lee et al., arXiv:1807.03888): axes of large scatter count little.
-  The covariance is that of probabilistic PCA: the leading axes with their variances, the rest with one variance.
+  The covariance is that of probabilistic PCA: the leading axes with their variances, the rest with one variance;
+- ``combined``: the lower of energy and distance, each less its median over in-domain inputs, in units of the gap from
+  there to the score that one in twenty of them fall short of. Text of another kind is far away in distance, and an MLP
+  may still be sure of itself there; images that look alike from afar are told apart by what the MLP has learnt.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-OodScore = Literal["distance", "probability", "energy"]
+OodScore = Literal["combined", "distance", "probability", "energy"]
 
 
 class Router(nn.Module):
@@ -38,7 +44,7 @@ class Router(nn.Module):
         hidden: int,
         axes: int,
         temperature: float = 1.0,
-        ood_score: OodScore = "distance",
+        ood_score: OodScore = "combined",
         threshold: float = float("-inf"),
     ) -> None:
         """An untrained router.
@@ -55,34 +61,49 @@ class Router(nn.Module):
         super().__init__()
         self.temperature, self.ood_score, self.threshold = temperature, ood_score, threshold
         self.inner = nn.Linear(width, hidden)
-        self.outer = nn.Linear(hidden, experts)
+        self.outer = nn.Linear(hidden, experts + 1)  # the last one is nobody's
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.register_buffer("centres", torch.zeros(experts, width))
         self.register_buffer("axes", torch.zeros(width, axes))
         self.register_buffer("variances", torch.ones(axes))
         self.register_buffer("rest_variance", torch.ones(()))
+        # Of energy and distance over in-domain inputs: the median, and its gap to the 5 % quantile.
+        self.register_buffer("usual", torch.zeros(2))
+        self.register_buffer("gap", torch.ones(2))
 
     def standardised(self, states: Tensor) -> Tensor:
         """Hidden states with mean 0 and deviation 1 over the training inputs, in the router's dtype and place."""
         return (states.to(self.mean) - self.mean) / self.scale
 
     def logits(self, states: Tensor) -> Tensor:
-        """(B, experts), not yet divided by the temperature."""
+        """(B, experts + 1), the last one nobody's; not yet divided by the temperature."""
         return self.outer(functional.gelu(self.inner(self.standardised(states))))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (B, experts), and scores (B,) of which larger ones look more in domain."""
         logits = self.logits(states) / self.temperature
-        return logits.softmax(dim=1), self.scores(states, logits, self.ood_score)
+        return logits[:, :-1].softmax(dim=1), self.scores(states, logits, self.ood_score)
 
     def scores(self, states: Tensor, logits: Tensor, kind: OodScore) -> Tensor:
         """How much in domain inputs look, (B,); `logits` are divided by the temperature."""
         if kind == "probability":
-            return logits.softmax(dim=1).amax(1)
+            return logits.softmax(dim=1)[:, :-1].amax(1)
+        if kind == "combined":
+            both = torch.stack([self.scores(states, logits, part) for part in ("energy", "distance")], dim=1)
+            return ((both - self.usual) / self.gap).amin(1)
         if kind == "energy":
-            return self.temperature * logits.logsumexp(dim=1)
+            return self.temperature * logits[:, :-1].logsumexp(dim=1)
         return -self._distances(states).amin(1)
+
+    @torch.no_grad()
+    def fit_scores(self, states: Tensor) -> None:
+        """Set what ``combined`` takes for usual, from in-domain inputs that were not trained on."""
+        logits = self.logits(states) / self.temperature
+        for number, kind in enumerate(("energy", "distance")):
+            scores = self.scores(states, logits, kind)
+            self.usual[number] = scores.median()
+            self.gap[number] = (scores.median() - scores.quantile(0.05)).clamp(min=1e-6)
 
     def _distances(self, states: Tensor) -> Tensor:
         """To every expert's centre, (B, experts); about 1 for the inputs they were fitted to."""

@@ -1,4 +1,9 @@
-"""Training the router: early stopping on held-out inputs, accuracy and threshold on inputs it has not seen."""
+"""Training the router: early stopping on held-out inputs, accuracy and threshold on inputs it has not seen.
+
+With every batch come as many outliers, which are to be nobody's: mixtures of two experts' inputs, and inputs some of
+whose features are those of other inputs. Both lie near the experts' inputs, off what makes them what they are, so that
+the router learns to claim no more than it has seen. Background inputs, if there are any, are outliers too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from torch.nn import functional
 from neuron_methods.routing.config import RouterSettings
 from neuron_methods.routing.router import Router, axes_for, threshold_for
 
-_BATCH = 64
+_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ class RouterReport:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def train_router(train: Inputs, calibration: Inputs, settings: RouterSettings) -> tuple[Router, RouterReport]:
+def train_router(
+    train: Inputs, calibration: Inputs, settings: RouterSettings, background: Tensor | None = None
+) -> tuple[Router, RouterReport]:
     """Train a router.
 
     Half of the calibration inputs decide when training ends and where the out-of-domain threshold lies; the other half
@@ -69,6 +76,7 @@ def train_router(train: Inputs, calibration: Inputs, settings: RouterSettings) -
         train: what to learn from; every expert is there, and counts the same however many inputs it has.
         calibration: held-out inputs, at least two of each expert.
         settings: see there.
+        background: hidden states (n, width) of inputs that no expert is for.
     """
     decide, held_out = calibration.halves()
     experts = int(train.labels.max()) + 1
@@ -84,9 +92,10 @@ def train_router(train: Inputs, calibration: Inputs, settings: RouterSettings) -
             ood_score=settings.ood_score,
         )
         router.fit_scatter(train.states, train.labels)
-        epochs = _fit(router, train, decide, settings)
+        epochs = _fit(router, train, decide, settings, background)
     router.requires_grad_(False).eval()
-    probabilities, scores = router(decide.states)
+    router.fit_scores(decide.states)
+    _, scores = router(decide.states)
     router.threshold = threshold_for(scores, settings.in_domain_share, settings.ood_margin)
     probabilities, scores = router(held_out.states)
     right = probabilities.argmax(1) == held_out.labels
@@ -101,10 +110,12 @@ def train_router(train: Inputs, calibration: Inputs, settings: RouterSettings) -
     return router, report
 
 
-def _fit(router: Router, train: Inputs, decide: Inputs, settings: RouterSettings) -> int:
+def _fit(router: Router, train: Inputs, decide: Inputs, settings: RouterSettings, background: Tensor | None) -> int:
     """Train in place and keep the weights of the best epoch; returns how many epochs were trained."""
-    counts = torch.bincount(train.labels, minlength=len(router.centres)).float()
-    balance = counts.sum() / (len(counts) * counts)
+    experts = len(router.centres)
+    counts = torch.bincount(train.labels, minlength=experts).float()
+    balance = counts.sum() / (experts * counts)
+    weights = torch.cat((balance, torch.ones(1)))
     optimizer = torch.optim.AdamW(
         [*router.inner.parameters(), *router.outer.parameters()], lr=settings.learning_rate, weight_decay=0.01
     )
@@ -113,12 +124,15 @@ def _fit(router: Router, train: Inputs, decide: Inputs, settings: RouterSettings
     while epoch < settings.epochs and since < settings.patience:
         epoch += 1
         for places in torch.randperm(len(train)).split(_BATCH):
-            loss = functional.cross_entropy(router.logits(train.states[places]), train.labels[places], weight=balance)
+            outliers = _outliers(train, places, background)
+            states = torch.cat((train.states[places], outliers))
+            labels = torch.cat((train.labels[places], torch.full((len(outliers),), experts)))
+            loss = functional.cross_entropy(router.logits(states), labels, weight=weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            held = float(functional.cross_entropy(router.logits(decide.states), decide.labels, weight=balance))
+            held = float(functional.cross_entropy(router.logits(decide.states)[:, :-1], decide.labels, weight=balance))
         if held < best_loss:
             best = {key: value.clone() for key, value in router.state_dict().items()}
             best_loss, since = held, 0
@@ -126,3 +140,18 @@ def _fit(router: Router, train: Inputs, decide: Inputs, settings: RouterSettings
             since += 1
     router.load_state_dict(best)
     return epoch
+
+
+def _outliers(train: Inputs, places: Tensor, background: Tensor | None) -> Tensor:
+    """Inputs that are to be nobody's, (about twice as many as `places`, width)."""
+    count, width = len(places), train.states.shape[1]
+    one, other = torch.randint(len(train), (2, count))
+    share = torch.rand(count, 1) * 0.6 + 0.2
+    mixed = (share * train.states[one] + (1 - share) * train.states[other])[train.labels[one] != train.labels[other]]
+    # Every feature of a stranger comes from an input of its own.
+    strangers = train.states[torch.randint(len(train), (count, width)), torch.arange(width)]
+    exchanged = torch.rand(count, width) < torch.rand(count, 1) * 0.9 + 0.1
+    parts = [mixed, torch.where(exchanged, strangers, train.states[places])]
+    if background is not None:
+        parts.append(background[torch.randint(len(background), (count,))])
+    return torch.cat(parts)

@@ -77,7 +77,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(workspace):
     workspace("llama")
     before = sorted(os.listdir())
     output = route(settings("llama"), "--dry-run").output
-    assert "numbers        45           15" in output and "behind layer 1" in output
+    assert "numbers        45           15" in output and "behind 0, 1 layers" in output
     assert sorted(os.listdir()) == sorted([*before, "new.yaml"])
 
 
@@ -151,6 +151,17 @@ def test_calibration_data_of_its_own(workspace):
     content = settings("llama", enhancement={"enabled": False})
     content["experts"][0]["calibration"] = {"source": "data/held.jsonl"}
     assert "numbers        60           15" in route(content, "--dry-run").output
+
+
+def test_background_data_need_one_column(workspace):
+    workspace("llama")
+    Path("data/other.jsonl").write_text("".join(json.dumps({"input": f"house and tree {i}"}) + "\n" for i in range(9)))
+    route(settings("llama", background=[{"source": "data/other.jsonl"}], enhancement={"enabled": False}))
+    line = invoke("generate", "new", "--prompt", "house and tree", "--json").output
+    assert not json.loads(line)["in_domain"]
+    Path("data/other.jsonl").write_text("")
+    content = settings("llama", background=[{"source": "data/other.jsonl"}])
+    assert "'background-0' (other.jsonl): it is empty" in refused(content, "--force")
 
 
 def test_random_assignment_and_the_papers_score_are_stored(workspace):

@@ -74,7 +74,7 @@ def test_few_inputs_of_an_expert_count_as_much_as_many():
     assert (found[test.labels == 2] == 2).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("score", ["distance", "probability", "energy"])
+@pytest.mark.parametrize("score", ["combined", "distance", "probability", "energy"])
 def test_the_threshold_lets_the_share_in_that_was_asked_for(score):
     settings = SETTINGS.model_copy(update={"ood_score": score, "in_domain_share": 0.8})
     calibration = inputs(400, 1, spread=1.2)
@@ -95,12 +95,33 @@ def test_threshold_is_the_largest_that_enough_scores_reach():
 
 
 def test_distance_knows_what_is_far_from_everything_where_the_softmax_is_sure_of_itself():
-    router, _ = train_router(inputs(120, 0), inputs(80, 1), SETTINGS)
     far = torch.zeros(5, WIDTH)
     far[:, 0] = 30  # in the direction of the first expert
-    probabilities, scores = router(far)
-    assert probabilities[:, 0].min() > 0.99
-    assert (scores < router.threshold).all()
+    for score, outside in (("distance", True), ("combined", True), ("probability", False)):
+        settings = SETTINGS.model_copy(update={"ood_score": score})
+        router, _ = train_router(inputs(120, 0), inputs(80, 1), settings)
+        probabilities, scores = router(far)
+        assert probabilities[:, 0].min() > 0.99
+        assert ((scores < router.threshold) == outside).all()
+
+
+def test_what_lies_between_experts_or_lacks_what_makes_them_is_claimed_by_none():
+    settings = SETTINGS.model_copy(update={"ood_score": "energy", "epochs": 200, "patience": 200})
+    train = inputs(300, 0, spread=0.3)
+    router, report = train_router(train, inputs(200, 1, spread=0.3), settings)
+    assert report.in_domain > 0.85
+    between = (train.states[train.labels == 0] + train.states[train.labels == 1]) / 2
+    assert (router(between)[1] >= router.threshold).float().mean() < 0.1
+    assert (router(torch.zeros(1, WIDTH))[1] < router.threshold).all()
+
+
+def test_background_is_left_to_the_base():
+    generator = torch.Generator().manual_seed(3)
+    background = torch.randn(200, WIDTH, generator=generator) * 0.5 + 3 * torch.eye(1, WIDTH).roll(5)
+    settings = SETTINGS.model_copy(update={"ood_score": "probability"})
+    known, _ = train_router(inputs(120, 0), inputs(80, 1), settings, background)
+    assert (known(background)[1] < known.threshold).float().mean() > 0.95
+    assert known(inputs(60, 2).states)[0].shape == (60, 3)
 
 
 def test_distance_is_mahalanobis_where_all_axes_are_kept():
@@ -112,7 +133,8 @@ def test_distance_is_mahalanobis_where_all_axes_are_kept():
     inverse = torch.linalg.inv(within.T @ within / len(within))
     gap = router.standardised(torch.ones(1, WIDTH)) - router.centres
     expected = -((gap @ inverse * gap).sum(1) / WIDTH).sqrt().min()
-    assert torch.allclose(router(torch.ones(1, WIDTH))[1], expected, rtol=1e-3)
+    scores = router.scores(torch.ones(1, WIDTH), torch.zeros(1, 4), "distance")
+    assert torch.allclose(scores, expected, rtol=1e-3)
 
 
 def test_a_feature_that_never_varied_is_not_blown_up():
@@ -121,7 +143,9 @@ def test_a_feature_that_never_varied_is_not_blown_up():
     router, _ = train_router(cloud, cloud, SETTINGS)
     moved = cloud.states.clone()
     moved[:, -1] += 1e-4
-    assert torch.allclose(router(moved)[1], router(cloud.states)[1], atol=0.05)
+    logits = torch.zeros(60, 4)
+    found, expected = (router.scores(states, logits, "distance") for states in (moved, cloud.states))
+    assert torch.allclose(found, expected, atol=0.05)
 
 
 def test_axes_are_no_more_than_the_inputs_can_tell():
