@@ -67,6 +67,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
         for part, items in (("train", task.train), ("held_out", task.held_out)):
             lines = [json.dumps(asdict(example), ensure_ascii=False) for example in items]
             write_text(out / "data" / f"{task.name}.{part}.jsonl", "\n".join(lines) + "\n")
+    write_text(out / "tasks.yml", task_file(tasks))
     demo = _Demo(settings, out, tasks, say)
     base_key = demo.save_base(gguf)
     expert_keys = {task.name: demo.train(task, base_key) for task in tasks}
@@ -97,6 +98,22 @@ def merge_recipe(base: Path, experts: list[str]) -> str:
         "dtype": "bfloat16",
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def task_file(tasks: list[Task]) -> str:
+    """The tasks for `mergekit-neuron evaluate` and `tune`: one half of the held-out examples for each."""
+    entries = []
+    for task in tasks:
+        half = max(len(task.held_out) // 2, 1)
+        data = {
+            "source": f"data/{task.name}.held_out.jsonl",
+            "split": f"[:{half}]",
+            "validation_split": f"[{half}:]",
+        }
+        columns = {"input": "prompt", "target": "answer"}
+        settings = {"max_new_tokens": task.max_new_tokens, "stop": "\n", "batch_size": 40}
+        entries.append({"name": task.name, "kind": "generation", "data": data, "columns": columns, **settings})
+    return yaml.safe_dump({"tasks": entries}, sort_keys=False)
 
 
 def _prepare_directory(settings: DemoSettings) -> Path:

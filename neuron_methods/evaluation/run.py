@@ -193,7 +193,11 @@ class HarnessTask:
         self.model, self.tokenizer, self.task, self.seed = model, tokenizer, task, seed
 
     def run(self, progress: bool = False) -> TaskResult:
-        """Let the harness score it; the interval is 1.96 of its standard errors on either side."""
+        """Let the harness score it.
+
+        The interval is ours where the score is the mean of the examples' scores, else 1.96 of the harness's standard
+        errors on either side.
+        """
         started = time.perf_counter()
         score, error, samples = run_harness(self.model, self.tokenizer, self.task, self.seed)
         outcomes = [
@@ -201,13 +205,17 @@ class HarnessTask:
             for place, sample in enumerate(samples)
             if isinstance(value := sample.get(self.task.metric), (int, float))
         ]
+        low, high = score - 1.96 * error, score + 1.96 * error
+        scores = [outcome.score for outcome in outcomes]
+        if scores and abs(sum(scores) / len(scores) - score) < 1e-6:
+            low, high = bootstrap_interval(scores, [1.0] * len(scores), "", self.seed)
         return TaskResult(
             name=self.task.name,
             kind=self.task.kind,
             metric=self.task.metric or "",
             score=score,
-            low=score - 1.96 * error,
-            high=score + 1.96 * error,
+            low=low,
+            high=high,
             count=len(samples),
             source=self.task.settings["task"],
             split="test",

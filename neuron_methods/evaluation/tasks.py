@@ -184,6 +184,12 @@ def parse_task(entry: Mapping[str, Any], folder: Path, place: str) -> Task:
     source, test, validation = _data(entry.get("data"), folder, place) if scorer.reads_data else (name, None, None)
     if not scorer.reads_data and "data" in entry:
         raise UserError(f"{place}: data: kind {kind} brings its own; remove the key")
+    settings = {key: entry[key] for key in scorer.settings if key in entry}
+    for key in scorer.path_settings:
+        if key in settings:
+            settings[key] = str(folder / str(settings[key]))
+            if not Path(settings[key]).exists():
+                raise UserError(f"{place}: {key}: there is no file or folder {entry[key]!r}")
     task = Task(
         name=name,
         kind=kind,
@@ -194,7 +200,7 @@ def parse_task(entry: Mapping[str, Any], folder: Path, place: str) -> Task:
         metric=metric,
         batch_size=batch_size,
         limit=limit,
-        settings={key: entry[key] for key in scorer.settings if key in entry},
+        settings=settings,
     )
     scorer.check_task(task, place)
     return task

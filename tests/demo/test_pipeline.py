@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from neuron_methods.demo import pipeline
 from neuron_methods.demo.pipeline import DemoSettings, run_demo
 from neuron_methods.errors import UserError
+from neuron_methods.evaluation import evaluate, load_tasks
 
 TASKS = ["arithmetic", "german", "python"]
 
@@ -50,6 +51,19 @@ def finished(tmp_path_factory):
     said: list[str] = []
     report = run_demo(settings(out), said.append)
     return out, report, said
+
+
+def test_its_tasks_score_what_the_demo_scores(finished) -> None:
+    out, report, _ = finished
+    tasks = load_tasks(out / "tasks.yml")
+    assert [task.name for task in tasks] == TASKS
+    answers = {task: [] for task in TASKS}
+    for split in ("test", "validation"):
+        for result in evaluate(str(out / "merged"), tasks, split=split, progress=False).tasks:
+            assert result.count == 2
+            answers[result.name] += [outcome.prediction for outcome in result.outcomes]
+    merge = next(scores for scores in report.scores if scores.name == "merge")
+    assert answers == {task: merge.by_task[task]["answers"] for task in TASKS}
 
 
 def test_everything_is_where_the_report_says(finished, tiny_base) -> None:
@@ -138,7 +152,7 @@ def test_an_interrupted_run_keeps_what_was_finished_and_goes_on_there(tmp_path) 
 
     with pytest.raises(KeyboardInterrupt):
         run_demo(settings(out), interrupt)
-    assert sorted(path.name for path in out.iterdir()) == ["base", "data", "demo.json", "experts"]
+    assert sorted(path.name for path in out.iterdir()) == ["base", "data", "demo.json", "experts", "tasks.yml"]
     assert [path.name for path in (out / "experts").iterdir()] == ["arithmetic"]
     before = files(out / "experts")
     run_demo(settings(out), lambda line: None)

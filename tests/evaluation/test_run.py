@@ -207,7 +207,8 @@ def test_models_that_are_none(folder):
         evaluate(str(folder / "empty"), tasks)
 
 
-def test_the_harness_is_an_extra(model, folder, no_loading):
+def test_the_harness_is_an_extra(model, folder, no_loading, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     (task,) = cases.tasks_of(folder, {"name": "a", "kind": "lm-eval", "task": "hellaswag"})
     with pytest.raises(
         UserError, match=r"kind lm-eval needs the package lm_eval: pip install 'mergekit-neuron\[lm-eval\]'"

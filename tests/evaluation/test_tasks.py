@@ -116,6 +116,14 @@ def test_mistakes_in_settings(folder, task, message):
         cases.tasks_of(folder, {"name": "a", "data": "questions.jsonl", **task})
 
 
+def test_paths_of_the_harness_are_relative_to_the_file(folder, monkeypatch):
+    monkeypatch.chdir("/")
+    (task,) = cases.tasks_of(folder, {"name": "a", "kind": "lm-eval", "task": "x", "include_path": "."})
+    assert task.settings["include_path"] == str(folder)
+    with pytest.raises(UserError, match="include_path: there is no file or folder 'no'"):
+        cases.tasks_of(folder, {"name": "a", "kind": "lm-eval", "task": "x", "include_path": "no"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -20,6 +20,7 @@ class Scorer:
         optional_columns: roles that a task may name besides.
         metrics: names, the default first.
         settings: keys that a task of this kind may have besides the common ones.
+        path_settings: those of them that are paths, relative to the file of tasks.
         batch_size: where the task gives none.
         needs: what the model's processor must hold, ``tokenizer`` and ``image_processor``.
         reads_data: whether the task names its data.
@@ -29,6 +30,7 @@ class Scorer:
     optional_columns: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     settings: ClassVar[tuple[str, ...]] = ()
+    path_settings: ClassVar[tuple[str, ...]] = ()
     batch_size: ClassVar[int] = 32
     needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
     reads_data: ClassVar[bool] = True

@@ -15,6 +15,7 @@ class Harness(Scorer):
 
     metrics = ()
     settings = ("task", "num_fewshot", "include_path")
+    path_settings = ("include_path",)
     reads_data = False
 
     @classmethod

@@ -39,7 +39,7 @@ def plot_search(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 4.5 * len(parameters), 4), layout="constrained")
+    figure = Figure(figsize=(3 + 4.5 * len(parameters), 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(parameters), sharey=True, squeeze=False)[0]
     tasks = list(trials[0].scores)
@@ -80,5 +80,5 @@ def plot_search(
         axis.set_xlabel(parameter.name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score on validation data")
-    axes[-1].legend(fontsize=8, loc="best")
+    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(output, dpi=120)
