@@ -1,0 +1,61 @@
+"""`mergekit-neuron evaluate` and `tune` as installed; the best configuration through mergekit's own command."""
+
+import json
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.evaluation import cases
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+
+
+def run(folder, command, *arguments, code=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    line = [SCRIPTS / command, *map(str, arguments)]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = cases.save_experts(tmp_path_factory.mktemp("tune"))
+    cases.questions(folder)
+    (folder / "merge.yml").write_text(cases.merge_yaml(Path(".")))
+    cases.write_tasks(folder, cases.perplexity_task(), cases.choice_task())
+    return folder
+
+
+def test_the_best_configuration_is_mergekit_s_and_scores_what_tune_said(folder):
+    search = ["--search", "lambda_orthogonal=0.5:3:0.5", "--objective", "relative", "--test", "-o", "tuned"]
+    done = run(folder, "mergekit-neuron", "tune", "merge.yml", "--task", "tasks.yml", *search)
+    assert "6 points tried: 6 recombined in memory, 0 merged; 4 merges in" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(folder / "tuned")) == [
+        "best.yml",
+        "experts.json",
+        "scores.png",
+        "trace.jsonl",
+        "tune.json",
+    ]
+    best = yaml.safe_load((folder / "tuned" / "best.yml").read_text())
+    assert best["merge_method"] == "neuro_merging"
+
+    run(folder, "mergekit-yaml", "tuned/best.yml", "merged")
+    shown = run(folder, "mergekit-neuron", "evaluate", "merged", "--task", "tasks.yml", "-o", "merged.json").stdout
+    told = {task["name"]: task for task in json.loads((folder / "tuned" / "tune.json").read_text())["test"]["tasks"]}
+    for task in json.loads((folder / "merged.json").read_text())["tasks"]:
+        assert task["score"] == pytest.approx(told[task["name"]]["score"], rel=1e-6)
+        assert task["count"] == told[task["name"]]["count"] == 12
+    assert shown.splitlines()[0].startswith("task ")
+    assert len((folder / "merged.examples.jsonl").read_text().splitlines()) == 24
+
+
+def test_a_mistake_is_one_line(folder):
+    done = run(folder, "mergekit-neuron", "evaluate", "base", "--task", "none.yml", code=1)
+    assert (done.stdout, done.stderr) == ("", "error: none.yml: cannot read tasks: No such file or directory\n")
