@@ -27,6 +27,7 @@ def blocks(language):
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 SHORT = " --steps 2 --examples 4"
+SEARCH = ("lambda_orthogonal=0.5:4:0.5 --test", "lambda_orthogonal=1,2 --only german")  # as shown, as run here
 OURS = ("neuro_merging", "min_merging", "neuron_merge")
 DEMO, TESTS = (next(c for c in COMMANDS if c.endswith(end)) for end in ("mergekit-neuron demo", "-m pytest"))
 
@@ -63,7 +64,8 @@ def test_merging_commands_run_on_what_the_demo_wrote(demo):
     directory, _ = demo
     for command in COMMANDS:
         if command not in (DEMO, TESTS):
-            run(command + SHORT if command.startswith("mergekit-neuron demo") else command, directory)
+            short = command + SHORT if command.startswith("mergekit-neuron demo") else command.replace(*SEARCH)
+            run(short, directory)
     weights = {name: (directory / name / "model.safetensors").read_bytes() for name in ("merged", "merged-by-mergekit")}
     assert weights["merged"] == weights["merged-by-mergekit"]
 
