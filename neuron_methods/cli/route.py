@@ -28,6 +28,7 @@ Example: routed.yaml, whose relative paths are relative to itself
 \b
 Sources are json, jsonl, parquet, csv, tsv files, image folders, directories of data sets, and
 hub ids. Columns: input and target (or text alone) for text, image and label for images.
+labels: [0, 1, 2] names the classes of an expert's task, if the head has more.
 
 \b
 Further keys, with their defaults

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +9,7 @@ import torch
 from torch import nn
 
 from neuron_methods.errors import UserError
+from neuron_methods.quiet import quiet_transformers
 
 Kind = Literal["causal", "text-to-text", "image-classification"]
 
@@ -36,7 +34,7 @@ def load_base(reference: str, where: str, *, dtype: str = "auto", device_map: An
         architecture = (config.architectures or [""])[0]
         if not hasattr(transformers, architecture or "-"):
             raise UserError(f"{where}: its architecture {architecture!r} is no class of transformers")
-        with quiet():
+        with quiet_transformers():
             model = getattr(transformers, architecture).from_pretrained(
                 reference, config=config, dtype=dtype, use_safetensors=True, device_map=device_map
             )
@@ -96,25 +94,12 @@ def load_processor(reference: str | Path, kind: Kind, where: str) -> Any:
         )
     )
     try:
-        with quiet():
+        with quiet_transformers():
             return loader.from_pretrained(reference)
     except ImportError as error:
         raise UserError(f"{where}: its {what} needs another package: {error}") from None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{where}: cannot load its {what}: {error}") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, transformers shows neither bars nor warnings, and peft none about itself.
-
-    peft 0.21.2 asks transformers for a property that transformers 5 calls deprecated, for every adapter it loads.
-    """
-    from neuron_methods.quiet import quiet_transformers
-
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def placement(device: str | None) -> str | None:

@@ -142,6 +142,7 @@ class _Run:
         self.peft_model = load_experts(base, directories, self.where)
         self.mixer = AdapterMixer(self.peft_model, list(directories))
         self.base = base
+        self.data = {expert.name: (expert.data, expert.calibration) for expert in config.experts}
         self.samples = {
             expert.name: ExpertSamples(expert, config, base, self.processor, self.kind) for expert in config.experts
         }
@@ -203,6 +204,7 @@ class _Run:
             settings.model_dump(),
             text,
             samples.fingerprint(),
+            *(list(data.labels) for data in self.data[name] if data is not None and data.labels is not None),
         ]
 
         def build(place: Path) -> dict[str, Any]:

@@ -33,12 +33,15 @@ class Data(_Section):
         split: by default the only one a file has, or ``train``.
         columns: what a sample is made of: ``input`` and ``target`` (or ``text`` alone) for text, ``image`` and
             ``label`` for images; by default the columns are called so.
+        labels: indices of the classes of this expert's task, if the head has more than those; the others do not count
+            in the calibration loss.
     """
 
     source: str
     name: str | None = None
     split: str | None = None
     columns: dict[Literal["input", "target", "text", "image", "label"], str] = Field(default_factory=dict)
+    labels: tuple[int, ...] | None = None
 
 
 class Expert(_Section):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from neuron_methods.errors import UserError
 from neuron_methods.profiling.image_inputs import ImageFeeder
@@ -68,6 +69,33 @@ class PromptFeeder(_Refusing):
         for text, tokens in zip(texts, both, strict=True):
             self.refuse_long(text, len(tokens))
         return self.sequences(both, [len(prompt) for prompt in prompts], samples)
+
+
+class TaskImageFeeder(ImageFeeder):
+    """Image classifiers whose head may have more classes than the task at hand."""
+
+    def __init__(self, processor: Any, config: Any, classes: Sequence[int] | None) -> None:
+        """Count `classes` alone in the loss; None: all of the head."""
+        super().__init__(processor, config, has_loss=True)
+        self.classes = classes
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Class of the image, among those of the task."""
+        if self.classes is None:
+            return super().loss(output, batch)
+        logits = output.logits.float()
+        others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        others[list(self.classes)] = False
+        return cross_entropy(logits.masked_fill(others, float("-inf")), batch.targets, reduction="sum")
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Pixels and classes; raises UserError for a class that is none of the task's."""
+        batch = super().batch(samples)
+        if self.classes is not None and batch.targets is not None:
+            strange = [target for target in batch.targets.tolist() if target not in self.classes]
+            if strange:
+                raise UserError(f"{self.reader.label}: class {strange[0]} is none of the expert's data.labels")
+        return batch
 
 
 class ExpertSamples:
@@ -163,7 +191,7 @@ def _open(
     name: str, data: Data, config: RouteConfig, model: Any, processor: Any, kind: Kind, needs_loss: bool
 ) -> Feeder:
     """The feeder of a source."""
-    made = _feeder(kind, config.text, model, processor)
+    made = _feeder(kind, config.text, model, processor, data.labels)
     reader = SourceReader(_source(name, data), _defaults(kind, data, made))
     _refuse_unlabelled(reader, kind, data, needs_loss)
     # Text-to-text feeders ask for a target even where the loss is not wanted.
@@ -219,9 +247,12 @@ def _refuse_unlabelled(reader: SourceReader, kind: Kind, data: Data, needs_loss:
     )
 
 
-def _feeder(kind: Kind, text: Text, model: Any, processor: Any) -> Feeder:
+def _feeder(kind: Kind, text: Text, model: Any, processor: Any, classes: Sequence[int] | None) -> Feeder:
     if kind == "image-classification":
-        return ImageFeeder(processor, model.config, has_loss=True)
+        wrong = next((c for c in classes or () if not 0 <= c < model.config.num_labels), None)
+        if wrong is not None:
+            raise UserError(f"data.labels: {wrong} is none of the model's {model.config.num_labels} classes")
+        return TaskImageFeeder(processor, model.config, classes)
     limit = min(text.max_length, context_length(model) or text.max_length)
     if kind == "text-to-text":
         return TargetFeeder(processor, limit, 0, model)

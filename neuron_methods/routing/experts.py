@@ -15,7 +15,7 @@ from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.files import AdapterWeights, adapter_directory
 from neuron_methods.adapters.placement import target_names
 from neuron_methods.errors import UserError
-from neuron_methods.routing.base import quiet
+from neuron_methods.quiet import quiet_transformers
 
 _SAMPLE = 1 << 16  # bytes compared at a few places of each file
 
@@ -128,7 +128,7 @@ def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
         label = f"{where}: adapter of {name}"
         AdapterWeights(directory, label)  # says more clearly than peft what is wrong with a file
         try:
-            with quiet():
+            with quiet_transformers():
                 if model is None:
                     model = PeftModel.from_pretrained(base, directory, adapter_name=name)
                 result = model.load_adapter(directory, adapter_name=name)  # also the first: it tells what was missing

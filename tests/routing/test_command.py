@@ -258,6 +258,37 @@ def test_labels_missing(workspace):
     route(settings("llama", enhancement={"enabled": False}), "--dry-run")  # a router alone needs none
 
 
+def test_labels_of_a_task_are_all_that_its_loss_counts(workspace):
+    workspace("vit")
+    losses = []
+    for labels in (None, [0, 1, 2]):
+        content = settings("vit")
+        for expert in content["experts"]:
+            expert["data"]["labels"] = labels
+        route(content, "--force")
+        losses.append(first_losses())
+    assert losses[0] == losses[1]  # the head has these three
+    remove_label("tree")
+    for expert in content["experts"]:
+        expert["data"]["labels"] = [0, 1]
+    route(content, "--force")
+    assert all(loss < 0.9 < other for loss, other in zip(first_losses(), losses[0], strict=True))  # ln 2 and ln 3
+    content["experts"][0]["data"]["labels"] = [1, 2]
+    assert "class 0 is none of the expert's data.labels" in refused(content, "--force")
+    content["experts"][0]["data"]["labels"] = [0, 7]
+    assert "data.labels: 7 is none of the model's 3 classes" in refused(content, "--force")
+
+
+def first_losses():
+    return [e["trace"][0]["loss"] for e in json.loads(Path("new/enhancement.json").read_text())["experts"]]
+
+
+def remove_label(name):
+    """Take one label's images out; those left keep the model's numbers by their names."""
+    for topic in ("numbers", "colours", "animals"):
+        shutil.rmtree(Path("data", topic, name))
+
+
 def test_a_column_that_is_not_there(workspace):
     workspace("llama")
     content = settings("llama")

@@ -1,0 +1,160 @@
+"""Measure the routed model of the demo's three adapters, and print tables.
+
+    mergekit-neuron demo --adapters
+    mergekit-neuron route routed.yaml ./routed
+    python examples/routing/measure_text.py routed.yaml ./routed mergekit-neuron-demo
+
+Experts must be called as the demo's tasks: arithmetic, german, python. Out of domain are prose (paragraphs of Python's
+language reference, out of `pydoc_data`: loss and next tokens) and questions for capitals (exact answers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure_images import mean_of, print_times
+from transformers import AutoModelForCausalLM
+from variants import Material, forward_times, show, unpadded_gap
+
+from neuron_methods.demo.scoring import answer_prompts, score_task
+from neuron_methods.demo.tasks import Example, build_tasks
+from neuron_methods.routing.base import load_processor
+
+CAPITALS = {
+    **{"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"},
+    **{"Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana", "India": "New Delhi", "Germany": "Berlin"},
+    **{"Russia": "Moscow", "China": "Beijing", "Kenya": "Nairobi", "Poland": "Warsaw", "Austria": "Vienna"},
+    **{"Portugal": "Lisbon", "Sweden": "Stockholm", "Finland": "Helsinki", "Ireland": "Dublin"},
+}
+# The published defaults, and ties and task arithmetic over a small grid of their scale.
+STATIC: list[tuple[str, dict[str, Any]]] = [
+    ("neuro_merging", {}),
+    ("min_merging", {}),
+    *(("ties", {"density": 0.2, "weight": 1.0, "lambda": scale}) for scale in (1.0, 2.0)),
+]
+
+
+def prose(count: int) -> list[str]:
+    """Paragraphs of 100 to 400 characters."""
+    from pydoc_data.topics import topics
+
+    paragraphs = [" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")]
+    kept = sorted({part for part in paragraphs if 100 < len(part) < 400 and part[0].isupper()})
+    return random.Random(0).sample(kept, count)
+
+
+def padded(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    return {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+
+
+@torch.no_grad()
+def read_prose(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
+    """Mean loss of a token in nats, and the share of next tokens that are the likeliest."""
+    loss = right = count = 0.0
+    for start in range(0, len(texts), 10):
+        inputs = padded(tokenizer, texts[start : start + 10])
+        logits = model(**inputs).logits[:, :-1]
+        real = inputs["attention_mask"][:, 1:].bool()
+        targets = inputs["input_ids"][:, 1:][real]
+        loss += float(torch.nn.functional.cross_entropy(logits[real], targets, reduction="sum"))
+        right += float((logits[real].argmax(1) == targets).sum())
+        count += len(targets)
+    return {"loss": loss / count, "next token": right / count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("routed", type=Path)
+    parser.add_argument("demo", type=Path, help="directory of the demo: data/TASK.held_out.jsonl")
+    parser.add_argument("--examples", type=int, default=100, help="held-out examples of each task")
+    parser.add_argument("--ablation-examples", type=int, default=100)
+    parser.add_argument("--no-static", action="store_true")
+    arguments = parser.parse_args()
+    material = Material(arguments.config, arguments.routed)
+    tokenizer = load_processor(material.config.base_model, "causal", "base_model")
+    names = material.routed.experts
+    tasks = {task.name: read_held_out(task, arguments.demo, arguments.examples) for task in build_tasks(1, 0)}
+
+    def answers(model: Any, name: str, count: int) -> float:
+        task = replace(tasks[name], held_out=tasks[name].held_out[:count])
+        return score_task(model, tokenizer, task, description=name, progress=False).accuracy
+
+    def score(model: Any, count: int = arguments.examples) -> dict[str, float]:
+        return {name: answers(model, name, count) for name in names}
+
+    right = inside = total = 0
+    for name, task in tasks.items():
+        routing = material.routed.route(**padded(tokenizer, [example.prompt for example in task.held_out]))
+        right += int((routing.probabilities.argmax(1) == names.index(name)).sum())
+        inside += int(routing.in_domain.sum())
+        total += len(routing)
+    print(
+        f"router on {total} held-out prompts: {right / total:.1%} to their own expert, {inside / total:.1%} in domain"
+    )
+    mixed = padded(tokenizer, [example.prompt for task in tasks.values() for example in task.held_out[:8]])
+    print(f"mixed batch of {len(mixed['input_ids'])}: at most {unpadded_gap(material.routed, mixed):.1e} from alone")
+    print_times(forward_times(material, mixed))
+
+    rows: dict[str, dict[str, float]] = {}
+
+    def add(label: str, scores: dict[str, float]) -> None:
+        rows[label] = scores
+        print(f"{label}: {scores}", flush=True)
+
+    for label, model in (("experts, each on its own task", material.plain), ("enhanced experts", material.routed)):
+        own = {name: answers(material.fixed(model, {name: 1.0}), name, arguments.examples) for name in names}
+        add(label, own)
+    add("routed", score(material.routed))
+    add("routed, without enhancement", score(material.plain))
+    few = arguments.ablation_examples
+    drawn = []
+    for seed in range(2):
+        with material.redundant(material.routed, "random", seed) as model:
+            drawn.append(score(model, few))
+    add("routed, redundant layers to a random expert (2 draws)", mean_of(drawn))
+    drawn = []
+    for seed in range(2):
+        with material.random_core(seed) as model:
+            drawn.append(score(model, few))
+    add("routed, as many layers redundant at random (2 draws)", mean_of(drawn))
+
+    texts = prose(60)
+    questions = [Example(f"Question: What is the capital of {c}?\nAnswer:", a) for c, a in CAPITALS.items()]
+    for label, model in (("base", material.fixed(material.routed, {})), ("routed", material.routed)):
+        found = answer_prompts(model, tokenizer, [question.prompt for question in questions], 12)
+        capitals = statistics.mean(q.answer in answer for q, answer in zip(questions, found, strict=True))
+        print(f"out of domain, {label}: {read_prose(model, tokenizer, texts)}, capitals {capitals:.1%}", flush=True)
+    for label, some in (("prose", texts), ("capitals", [question.prompt for question in questions])):
+        left = (~material.routed.route(**padded(tokenizer, some)).in_domain).float().mean()
+        print(f"out of domain, {label}: {float(left):.1%} left to the base", flush=True)
+
+    for weight in (0.4, 0.7):
+        merged = material.fixed(material.plain, dict.fromkeys(names, weight))
+        add(f"static, task_arithmetic, weight {weight}", score(merged, few))
+    if not arguments.no_static:
+        with tempfile.TemporaryDirectory() as folder:
+            for method, parameters in STATIC:
+                path = material.merged(Path(folder), method, **parameters)
+                merged = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+                add(f"static, {method} {parameters or '(defaults)'}", score(merged, few))
+    print(f"\n{show(rows)}")
+
+
+def read_held_out(task: Any, demo: Path, count: int) -> Any:
+    lines = (demo / "data" / f"{task.name}.held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    return replace(task, held_out=tuple(Example(**json.loads(line)) for line in lines[:count]))
+
+
+if __name__ == "__main__":
+    main()
