@@ -30,6 +30,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "linearity": Subcommand("neuron_methods.cli.linearity", "Measure how linearly outputs follow merged weights."),
     "route": Subcommand("neuron_methods.cli.route", "Make a routed model: a router over adapters."),
     "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with a routed model; show the routing."),
+    "recipes": Subcommand("neuron_methods.cli.recipes", "Show merge configurations to start from."),
     "report": Subcommand("neuron_methods.cli.report", "Draw what a merge did to the neurons."),
     "push": Subcommand("neuron_methods.cli.push", "Upload a merge to the Hugging Face Hub."),
     "evaluate": Subcommand("neuron_methods.cli.evaluate", "Score a model on tasks, with 95 % intervals."),

@@ -7,7 +7,6 @@ in a YAML with `./` before it, which no repository's id begins with.
 
 from __future__ import annotations
 
-import ntpath
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from mergekit.config import MergeConfiguration
 
 from neuron_methods.plugin.inputs import looks_local
 from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.sharing.local_names import components, local_names
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ABSOLUTE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:\\|/)[^\s'\"#,;()\[\]{}<>]*[/\\][^\s'\"#,;()\[\]{}<>]*")
@@ -39,38 +39,6 @@ def is_hub_id(path: str, known: Collection[str] | None = None) -> bool:
 def paths_of(models: Iterable[ModelReference]) -> list[str]:
     """Paths of models and adapters, each once, in order."""
     return list(dict.fromkeys(part.path for m in models for part in (m.model, m.lora) if part is not None))
-
-
-def local_names(paths: Iterable[str]) -> dict[str, str]:
-    """Short names for local paths: the last component, or the last that tells those apart which end alike.
-
-    `experts/math/full` and `experts/code/full` become `math` and `code`.
-    """
-    paths = list(dict.fromkeys(paths))
-    names = {path: _components(path)[-1] for path in paths}
-    for name in set(names.values()):
-        alike = [path for path in paths if names[path] == name]
-        if len(alike) > 1:
-            names.update(_told_apart(alike))
-    for index, path in enumerate(paths):  # whatever is still alike
-        if names[path] in [names[other] for other in paths[:index]]:
-            names[path] = f"{names[path]}-{index + 1}"
-    return names
-
-
-def _told_apart(paths: list[str]) -> dict[str, str]:
-    parts = {path: _components(path) for path in paths}
-    for depth in range(2, max(map(len, parts.values())) + 1):
-        found = {path: own[-min(depth, len(own))] for path, own in parts.items()}
-        if len(set(found.values())) == len(paths):
-            return found
-    return {path: own[-1] for path, own in parts.items()}
-
-
-def _components(path: str) -> list[str]:
-    drive, rest = ntpath.splitdrive(path)
-    parts = re.split(r"[\\/]", rest if drive.endswith(":") else path)
-    return [part for part in parts if part not in ("", ".", "..", "~")] or ["model"]
 
 
 class ModelNames:
@@ -138,13 +106,13 @@ def reduced_value(value: str, names: ModelNames) -> str:
     lines = value.count("\n") + value.count(" ")
     if not lines and ("/" in value or "\\" in value):
         reads_local = looks_local(value) or bool(_WINDOWS.match(value)) or os.path.exists(value)
-        return f"./{_components(value)[-1]}" if reads_local else value
+        return f"./{components(value)[-1]}" if reads_local else value
     return reduced_text(value)
 
 
 def reduced_text(text: str) -> str:
     """Free text, such as comments, with absolute paths cut down to their last component."""
-    return _ABSOLUTE.sub(lambda match: _components(match.group())[-1], text)
+    return _ABSOLUTE.sub(lambda match: components(match.group())[-1], text)
 
 
 def reduced_json(content: object, labels: Mapping[str, str] | None = None) -> object:
@@ -162,13 +130,13 @@ def reduced_json(content: object, labels: Mapping[str, str] | None = None) -> ob
         if labels and content in labels:
             return labels[content]
         if len(content) < 4096 and "\n" not in content and " " not in content and _is_absolute(content):
-            return _components(content)[-1]
+            return components(content)[-1]
     return content
 
 
 def _is_absolute(text: str) -> bool:
     rooted = text.startswith(("/", "~/")) or bool(_WINDOWS.match(text))
-    return rooted and len(_components(text)) + (not text.startswith("/")) >= 2
+    return rooted and len(components(text)) + (not text.startswith("/")) >= 2
 
 
 def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:

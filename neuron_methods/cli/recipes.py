@@ -1,0 +1,73 @@
+"""`mergekit-neuron recipes`: merge configurations to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from neuron_methods.cli.common import debug_option
+from neuron_methods.errors import UserError
+
+EPILOG = """\b
+Examples:
+  mergekit-neuron recipes list
+  mergekit-neuron recipes show vit/neuro_merging-clip-vit-b-32 > merge.yml
+  mergekit-neuron recipes new llama neuro_merging --base ./base --expert ./math --expert ./code -o merge.yml
+  mergekit-neuron merge merge.yml ./merged --dry-run
+"""
+
+
+@click.group("recipes", invoke_without_command=True, epilog=EPILOG)
+@debug_option
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """List merge configurations to start from, show one, or fill in your own models."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_recipes)
+
+
+@recipes.command("list")
+@debug_option
+def list_recipes() -> None:
+    """List all recipes; those marked * have places for your own models."""
+    from neuron_methods.sharing.recipes import all_recipes
+
+    found = all_recipes()
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        click.echo(f"{recipe.name:<{width}} {' ' if recipe.is_filled else '*'} {recipe.title}")
+
+
+@recipes.command("show")
+@click.argument("name")
+@debug_option
+def show_recipe(name: str) -> None:
+    """Print the recipe NAME."""
+    from neuron_methods.sharing.recipes import find_recipe
+
+    click.echo(find_recipe(name).text, nl=False)
+
+
+@recipes.command("new")
+@click.argument("family")
+@click.argument("method")
+@click.option("--base", required=True, help="Path or id of the model that the experts were fine-tuned from.")
+@click.option("--expert", "experts", multiple=True, required=True, help="Path or id of an expert, or base+adapter.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file.")
+@debug_option
+def new_recipe_command(family: str, method: str, base: str, experts: tuple[str, ...], output: Path | None) -> None:
+    """Print a recipe for FAMILY (llama, t5, vit) by METHOD, with your models in it."""
+    from neuron_methods.sharing.recipes import new_recipe
+
+    text = new_recipe(family, method, base, experts)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{output}: exists already; choose another name") from None
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,156 @@
+"""The recipes that ship with the package: find them, show them, fill in somebody's own models.
+
+A recipe is `FAMILY/METHOD-WHAT.yml`, a merge configuration whose comments teach; its first line says what it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import neuron_methods
+from neuron_methods.errors import UserError
+from neuron_methods.sharing.local_names import local_names
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe.
+
+    Attributes:
+        name: FAMILY/FILE without its ending.
+        path: of the file.
+        text: of the file.
+    """
+
+    name: str
+    path: Path
+    text: str
+
+    @property
+    def family(self) -> str:
+        """llama, t5 or vit."""
+        return self.name.partition("/")[0]
+
+    @property
+    def title(self) -> str:
+        """Its first comment line."""
+        return self.text.splitlines()[0].lstrip("# ").rstrip(".")
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """Its configurations: one, but for those of `mergekit-multi`."""
+        return list(yaml.safe_load_all(self.text))
+
+    @property
+    def method(self) -> str:
+        """Name of the method; of several stages the last one's."""
+        return str(self.stages[-1]["merge_method"])
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all models are named, and no place is left for the user's own."""
+        return "path/to/your/" not in self.text
+
+
+def recipes_directory() -> Path:
+    """Where the recipes are: in the installed package, or beside it in a checkout."""
+    package = Path(neuron_methods.__file__).parent
+    for place in (package / "recipes", package.parent / "recipes"):
+        if place.is_dir():
+            return place
+    raise UserError(f"{package}: installed without recipes; install mergekit-neuron again")
+
+
+def all_recipes() -> list[Recipe]:
+    """All recipes, by family and name."""
+    place = recipes_directory()
+    return [
+        Recipe(str(path.relative_to(place).with_suffix("").as_posix()), path, path.read_text(encoding="utf-8"))
+        for path in sorted(place.glob("*/*.yml"))
+    ]
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name, with or without its family and its ending.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    wanted = name.removesuffix(".yml").removeprefix("recipes/")
+    recipes = all_recipes()
+    found = [r for r in recipes if r.name == wanted] or [r for r in recipes if r.name.partition("/")[2] == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"recipe {name}: there are several: {', '.join(r.name for r in found)}")
+    close = difflib.get_close_matches(wanted, [r.name for r in recipes], n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"no recipe {name}{hint} (`mergekit-neuron recipes list` shows all)")
+
+
+def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:
+    """A recipe of a family and a method with somebody's own models in it; its comments stay.
+
+    Args:
+        family: llama, t5 or vit.
+        method: name in the YAML.
+        base: path or id of the base.
+        experts: paths or ids of the experts, base+adapter among them.
+
+    Returns:
+        The YAML.
+
+    Raises:
+        UserError: no such recipe, or no expert.
+    """
+    families = list(dict.fromkeys(recipe.family for recipe in all_recipes()))
+    if family not in families:
+        raise UserError(f"no recipes for {family}; there are: {', '.join(families)}")
+    of_family = [r for r in all_recipes() if r.family == family and len(r.stages) == 1]
+    methods = list(dict.fromkeys(r.method for r in of_family))
+    if method not in methods:
+        raise UserError(f"no recipe for {family} by {method}; there are: {', '.join(methods)}")
+    if not experts:
+        raise UserError("a merge needs experts: --expert PATH-OR-ID, once for each")
+    adapters = "+" in experts[0]
+    fitting = [r for r in of_family if r.method == method]
+    # One that takes the same kind of experts, and rather a published set-up than the small one.
+    recipe = min(fitting, key=lambda r: (("+" in str(r.stages[0]["models"])) != adapters, "small" in r.name))
+    return _filled(recipe, base, experts)
+
+
+def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
+    lines = recipe.text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("models:"))
+    end = next((i for i in range(start + 1, len(lines)) if re.match(r"[\w#]", lines[i])), len(lines))
+    filled = [*lines[:start], "models:", *_expert_lines(recipe, experts), *lines[end:]]
+    body = next(i for i, line in enumerate(filled) if not line.startswith("#"))
+    head = [f"# After the recipe {recipe.name}; what it says of models below is about its own.", "#"]
+    text = "\n".join([*head, *filled[:body], *filled[body:]]) + "\n"
+    return re.sub(r"^base_model: .*$", lambda _: f"base_model: {_scalar(base)}", text, flags=re.MULTILINE)
+
+
+def _expert_lines(recipe: Recipe, experts: Sequence[str]) -> list[str]:
+    """The list of models; parameters that every expert has in the recipe (its group) are kept as places to fill."""
+    grouped = all("group" in (entry.get("parameters") or {}) for entry in recipe.stages[0]["models"])
+    names = local_names([expert.rpartition("+")[2] for expert in experts])
+    lines = []
+    for expert in experts:
+        lines.append(f"  - model: {_scalar(expert)}")
+        if grouped:
+            group = re.sub(r"[^\w-]+", "-", names[expert.rpartition("+")[2]]).strip("-")
+            lines.append(
+                f"    parameters: {{group: {_scalar(group)}}}   # as its data was called when groups were made"
+            )
+    return lines
+
+
+def _scalar(text: str) -> str:
+    return yaml.safe_dump(text, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
