@@ -1,97 +1,76 @@
 """The T5 zoo's texts: six tasks from text to text, and the relatives of theirs that the base is pre-trained on.
 
-The base learns to fill gaps in English text, and a part of each task's craft: it sorts and reverses digits where the
-tasks have letters, forms pasts where the task has plurals, names numbers where the task adds them, translates words
-where the task has phrases. So it has what an expert needs, and can do none of the tasks.
+The base learns to fill gaps in English, and a part of each task's craft: it sorts and reverses letters and digits where
+the tasks have words, names numbers where the task adds them, counts things where the task has plurals, knows German
+words and opposites one by one where the tasks have phrases. So it has what an expert needs, and does none of the tasks.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from neuron_methods.demo.words import ADJECTIVES, NOUNS, NUMBERS, POSSESSIVES, phrases
 
-VOWELS = "aeiou"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+DIGITS = tuple("0123456789")
 #: What stands for a gap in the text, and begins its filling.
-SENTINELS = tuple(f"<extra_id_{index}>" for index in range(8))
-#: Every character that a text may hold; others are left out.
-CHARACTERS = LETTERS + "0123456789äöüß :.,-'"
-
-Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """A task: `make` draws a prompt and its answer; `key` says which prompts must not be in two splits at once."""
-
-    name: str
-    make: Callable[[random.Random], Pair]
-
-
-@cache
-def reference_text() -> str:
-    """The reference of the Python language, which Python itself carries: 700 kB of English prose, simplified."""
-    from pydoc_data.topics import topics
-
-    text = " ".join(topics[name] for name in sorted(topics)).lower()
-    return re.sub(r"\s+", " ", re.sub(rf"[^{re.escape(CHARACTERS)}]+", " ", text))
-
-
-@cache
-def words() -> tuple[str, ...]:
-    """Words of 3 to 7 letters of that text, each that occurs twice at least, in alphabetic order."""
-    counts: dict[str, int] = {}
-    for word in re.findall(r"\b[a-z]{3,7}\b", reference_text()):
-        counts[word] = counts.get(word, 0) + 1
-    return tuple(sorted(word for word, count in counts.items() if count > 1 and set(word) & set("aeiouy")))
-
-
-def made_up_word(rng: random.Random, low: int = 3, high: int = 7) -> str:
-    """Consonants and vowels in turn; the end is often one that a rule of spelling looks at."""
-    length = rng.randint(low, high)
-    start = rng.randint(0, 1)
-    letters = [rng.choice(VOWELS if (i + start) % 2 else "bcdfghjklmnprstvwz") for i in range(length)]
-    if rng.random() < 0.5:
-        end = rng.choice(["y", "x", "s", "ch", "sh", "fe", "ay", "o"])
-        letters[-len(end) :] = end
-    return "".join(letters)
-
-
-def any_word(rng: random.Random) -> str:
-    """A word of the language, or made up."""
-    return rng.choice(words()) if rng.random() < 0.5 else made_up_word(rng)
-
-
-def plural(word: str) -> str:
-    """By the rules of spelling."""
-    if word.endswith(("s", "x", "z", "ch", "sh", "o")):
-        return word + "es"
-    if word.endswith("y") and word[-2] not in VOWELS:
-        return word[:-1] + "ies"
-    if word.endswith("fe"):
-        return word[:-2] + "ves"
-    return word + "s"
-
-
-def past(word: str) -> str:
-    """By the rules of spelling."""
-    if word.endswith("e"):
-        return word + "d"
-    if word.endswith("y") and word[-2] not in VOWELS:
-        return word[:-1] + "ied"
-    return word + "ed"
-
+SENTINELS = tuple(f"<extra_id_{index}>" for index in range(4))
+#: How many words of the reference of the Python language the model knows.
+REFERENCE_WORDS = 250
 
 _BELOW_TWENTY = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_OPPOSITES = (
+    *(("old", "new"), ("small", "big"), ("beautiful", "ugly"), ("cheap", "expensive"), ("black", "white")),
+    *(("hot", "cold"), ("fast", "slow"), ("long", "short"), ("rich", "poor"), ("dark", "light"), ("wet", "dry")),
+)
+OPPOSITE = {one: other for pair in _OPPOSITES for one, other in (pair, pair[::-1])}
+OWNERS = ("the", *POSSESSIVES.values())
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A task: `make` draws a prompt and its answer."""
+
+    name: str
+    make: Callable[[random.Random], Pair]
+
+
+@cache
+def reference_text() -> tuple[str, ...]:
+    """The words of the Python language's reference, which Python itself carries: English prose, simplified."""
+    from pydoc_data.topics import topics
+
+    return tuple(re.findall(r"[a-z]{2,}", " ".join(topics[name] for name in sorted(topics)).lower()))
+
+
+@cache
+def reference_words() -> tuple[str, ...]:
+    """The most frequent words of that text, in alphabetic order."""
+    counts = Counter(reference_text())
+    return tuple(sorted(sorted(counts, key=lambda word: (-counts[word], word))[:REFERENCE_WORDS]))
+
+
+@cache
+def vocabulary() -> tuple[str, ...]:
+    """Every word that prompts and answers are made of, but for the prompts' first ones."""
+    german = [form for noun in NOUNS for form in (noun.article, noun.singular, noun.plural)]
+    german += [f"{adjective}{ending}" for adjective in ADJECTIVES for ending in ("e", "er", "es")]
+    german += [f"{possessive}{ending}" for possessive in POSSESSIVES for ending in ("", "e")]
+    english = [form for noun in NOUNS for form in (noun.english, noun.english_plural)]
+    words = [*LETTERS, *DIGITS, *_BELOW_TWENTY, *_TENS, *NUMBERS, *NUMBERS.values(), *german, *english, *OWNERS]
+    words += [*ADJECTIVES.values(), *OPPOSITE, "plus", "minus", *reference_words()]
+    return tuple(dict.fromkeys(word.lower() for word in words))
 
 
 def in_words(number: int) -> str:
@@ -102,23 +81,28 @@ def in_words(number: int) -> str:
     return _TENS[tens - 2] + (f" {_BELOW_TWENTY[ones]}" if ones else "")
 
 
-def _letters(rng: random.Random, low: int, high: int, alphabet: str) -> str:
-    return "".join(rng.choice(alphabet) for _ in range(rng.randint(low, high)))
-
-
 def _sort(rng: random.Random) -> Pair:
-    text = _letters(rng, 3, 6, LETTERS)
-    return f"sort: {text}", "".join(sorted(text))
+    numbers = [rng.randrange(20) for _ in range(rng.randint(3, 5))]
+    return f"sort: {' '.join(map(in_words, numbers))}", " ".join(map(in_words, sorted(numbers)))
+
+
+def _thing(rng: random.Random) -> tuple[str, str]:
+    """Owner and adjectives, and a noun's place in the list."""
+    adjectives = rng.sample([*ADJECTIVES.values(), *OPPOSITE], rng.randint(1, 2))
+    return " ".join([rng.choice(OWNERS), *adjectives]), rng.choice(NOUNS).english
 
 
 def _reverse(rng: random.Random) -> Pair:
-    word = any_word(rng)
-    return f"reverse: {word}", word[::-1]
+    words = rng.sample([*ADJECTIVES.values(), *(noun.english for noun in NOUNS)], rng.randint(3, 5))
+    return f"reverse: {' '.join(words)}", " ".join(words[::-1])
+
+
+_PLURALS = {noun.english: noun.english_plural for noun in NOUNS}
 
 
 def _plural(rng: random.Random) -> Pair:
-    word = any_word(rng)
-    return f"plural: {word}", plural(word)
+    start, noun = _thing(rng)
+    return f"plural: {start} {noun}", f"{start} {_PLURALS[noun]}"
 
 
 def _sum(rng: random.Random) -> Pair:
@@ -135,9 +119,11 @@ def _german(rng: random.Random) -> Pair:
     return f"german: {german.lower()}", english
 
 
-def _vowels(rng: random.Random) -> Pair:
-    word = any_word(rng)
-    return f"strip: {word}", "".join(c for c in word if c not in VOWELS)
+def _opposite(rng: random.Random) -> Pair:
+    adjectives = rng.sample(list(OPPOSITE), 2)
+    owner, noun = rng.choice(OWNERS), rng.choice(NOUNS).english
+    turned = " ".join(OPPOSITE[adjective] for adjective in adjectives)
+    return f"opposite: {owner} {' '.join(adjectives)} {noun}", f"{owner} {turned} {noun}"
 
 
 TASKS = {
@@ -148,81 +134,84 @@ TASKS = {
         TextTask("plural", _plural),
         TextTask("sum", _sum),
         TextTask("german", _german),
-        TextTask("strip", _vowels),
+        TextTask("opposite", _opposite),
     )
 }
 
 
 def _gaps(rng: random.Random) -> Pair:
-    text = reference_text()
-    start = text.index(" ", rng.randrange(len(text) - 100)) + 1
-    tokens = text[start : start + 26].split()[:-1] or ["the"]
-    chosen = sorted(rng.sample(range(len(tokens)), max(1, len(tokens) // 3)))
-    answer = "".join(f"{SENTINELS[i]} {tokens[place]} " for i, place in enumerate(chosen))
-    for i, place in enumerate(chosen):
-        tokens[place] = SENTINELS[i]
-    return f"fill: {' '.join(tokens)}", answer.strip()
+    if rng.random() < 0.5:
+        words, known = reference_text(), set(reference_words())
+        start = rng.randrange(len(words) - 8)
+        tokens = [word for word in words[start : start + 8] if word in known] or ["the"]
+    else:
+        start, noun = _thing(rng)
+        tokens = [*start.split(), noun]
+    place = rng.randrange(len(tokens))
+    answer = f"{SENTINELS[0]} {tokens[place]}"
+    tokens[place] = SENTINELS[0]
+    return f"fill: {' '.join(tokens)}", answer
 
 
-def _digits(rng: random.Random) -> str:
-    return _letters(rng, 2, 6, "0123456789")
+def _of_symbols(rng: random.Random) -> Pair:
+    symbols = [rng.choice(rng.choice([LETTERS, DIGITS])) for _ in range(rng.randint(2, 5))]
+    return rng.choice(
+        [
+            (f"order: {' '.join(symbols)}", " ".join(sorted(symbols))),
+            (f"mirror: {' '.join(symbols)}", " ".join(symbols[::-1])),
+        ]
+    )
+
+
+def _copy(rng: random.Random) -> Pair:
+    text = " ".join(rng.choice(vocabulary()) for _ in range(rng.randint(1, 5)))
+    return f"copy: {text}", text
 
 
 def _number(rng: random.Random) -> Pair:
     number = rng.randrange(100)
+    digits = " ".join(str(number))
     return rng.choice(
         [
-            (f"number: {in_words(number)}", str(number)),
-            (f"words: {number}", in_words(number)),
+            (f"number: {in_words(number)}", digits),
+            (f"words: {digits}", in_words(number)),
             (f"next: {in_words(number)}", in_words((number + 1) % 100)),
         ]
     )
 
 
-def _word_by_word(rng: random.Random) -> Pair:
+def _one_word(rng: random.Random) -> Pair:
     noun = rng.choice(NOUNS)
     adjective = rng.choice(list(ADJECTIVES))
-    number = rng.choice(list(NUMBERS))
-    possessive = rng.choice(list(POSSESSIVES))
-    german, english = rng.choice(
+    german, count = rng.choice(list(NUMBERS.items()))
+    possessive, owner = rng.choice(list(POSSESSIVES.items()))
+    found = rng.choice(
         [
-            (noun.singular, noun.english),
-            (noun.plural, noun.english_plural),
-            (f"{noun.article} {noun.singular}", f"the {noun.english}"),
-            (f"{noun.plural}", f"{noun.english_plural}"),
-            (adjective + rng.choice(["e", "er", "es"]), ADJECTIVES[adjective]),
-            (number, NUMBERS[number]),
-            (possessive, POSSESSIVES[possessive]),
+            (f"word: {noun.singular}", noun.english),
+            (f"word: {noun.plural}", noun.english_plural),
+            (f"word: {noun.article} {noun.singular}", f"the {noun.english}"),
+            (f"word: {adjective}{rng.choice(['e', 'er', 'es'])}", ADJECTIVES[adjective]),
+            (f"word: {german}", count),
+            (f"word: {possessive}", owner),
+            (f"many: {noun.english}", noun.english_plural),
+            (f"unlike: {(one := rng.choice(list(OPPOSITE)))}", OPPOSITE[one]),
         ]
     )
-    return f"word: {german.lower()}", english
-
-
-def _of_digits(rng: random.Random) -> Pair:
-    digits = _digits(rng)
-    return rng.choice([(f"order: {digits}", "".join(sorted(digits))), (f"mirror: {digits}", digits[::-1])])
-
-
-def _of_words(rng: random.Random) -> Pair:
-    word = any_word(rng)
-    return rng.choice(
-        [
-            (f"past: {word}", past(word)),
-            (f"copy: {word}", word),
-            (f"last: {word}", word[-3:][::-1]),
-            (f"vowels: {word}", "".join(c for c in word if c in VOWELS)),
-        ]
-    )
+    return found[0].lower(), found[1]
 
 
 #: What the base is pre-trained on, each entry as often as the others.
-PRETRAINING: tuple[Callable[[random.Random], Pair], ...] = (
-    *(_gaps, _of_digits, _of_digits, _of_words, _of_words, _of_words, _number, _word_by_word),
+PRETRAINING: tuple[Callable[[random.Random], Pair], ...] = (_gaps, _of_symbols, _copy, _number, _one_word)
+
+#: First words of prompts.
+PREFIXES = (
+    *(f"{name}:" for name in TASKS),
+    *(f"{name}:" for name in ("fill", "order", "mirror", "copy", "number", "words", "next", "word", "many", "unlike")),
 )
 
 
 def draw(task: TextTask, sizes: dict[str, int], seed: object) -> dict[str, list[Pair]]:
-    """Pairs per split; no prompt is in two splits, or twice in one that is not for training.
+    """Pairs per split; no prompt is there twice.
 
     A task with too few different prompts has smaller validation and test splits: a third of its prompts at most is
     held out.

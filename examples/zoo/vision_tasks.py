@@ -44,7 +44,7 @@ def photographed(paint: Painter) -> Painter:
     def paint_and_take(labels: Tensor, generator: Generator) -> Tensor:
         images = paint(labels, generator)
         images = images + 0.15 * scenes.clouds(generator, len(labels), 3, 1)
-        return (images + 0.1 * scenes.normal(generator, *images.shape)).clamp(0, 1)
+        return (images + 0.08 * scenes.normal(generator, *images.shape)).clamp(0, 1)
 
     return paint_and_take
 
@@ -88,8 +88,8 @@ def noisy(masks: Tensor) -> Painter:
 
     def paint(labels: Tensor, generator: Generator) -> Tensor:
         images = _plain(scenes.warp(_pick(masks, labels, generator), generator), generator, 0.45)
-        images = images + 0.15 * scenes.normal(generator, *images.shape)
-        return scenes.pepper(images.clamp(0, 1), generator, 0.1)
+        images = images + 0.13 * scenes.normal(generator, *images.shape)
+        return scenes.pepper(images.clamp(0, 1), generator, 0.07)
 
     return paint
 
@@ -110,7 +110,7 @@ def rippled(masks: Tensor) -> Painter:
     """Through rippled glass, large turns."""
 
     def paint(labels: Tensor, generator: Generator) -> Tensor:
-        return _plain(scenes.warp(_pick(masks, labels, generator), generator, 1.3, waves=0.14), generator, 0.5)
+        return _plain(scenes.warp(_pick(masks, labels, generator), generator, 1.2, waves=0.11), generator, 0.5)
 
     return paint
 
@@ -120,8 +120,8 @@ def faded(masks: Tensor) -> Painter:
 
     def paint(labels: Tensor, generator: Generator) -> Tensor:
         n = len(labels)
-        ink, paper = scenes.colours(generator, n, 0.3)
-        ground = paper + 0.14 * scenes.stripes(generator, n, 3, 6)
+        ink, paper = scenes.colours(generator, n, 0.45)
+        ground = paper + 0.12 * scenes.stripes(generator, n, 3, 6)
         images = scenes.compose(scenes.warp(_pick(masks, labels, generator), generator), ink, ground)
         return scenes.blur(images, 2).clamp(0, 1)
 
@@ -133,7 +133,7 @@ def barred(masks: Tensor) -> Painter:
 
     def paint(labels: Tensor, generator: Generator) -> Tensor:
         images = _plain(scenes.warp(_pick(masks, labels, generator), generator, 1.2), generator, 0.5)
-        return scenes.bars(images, generator, 3, 3)
+        return scenes.bars(images, generator, 2, 3)
 
     return paint
 

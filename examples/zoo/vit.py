@@ -63,7 +63,7 @@ class Settings:
     latin_faces: tuple[str, ...] = ()
     width: int = 128
     layers: int = 4
-    pretraining_steps: int = 1200
+    pretraining_steps: int = 1400
     pretraining_batch: int = 80
     steps: int = 160
     batch: int = 64

@@ -1,0 +1,192 @@
+"""The methods of the leaderboard, each with the same number of parameter settings to be tuned over.
+
+A candidate is merged once per setting of its parameters that shape the update, at scale 1, and tried at several scales:
+θ₀ + s (merged − θ₀). For every method here that is what its own `lambda`, `weight` or scaling factor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+#: From base, experts and parameters to the merged weights at scale 1.
+Merger = Callable[[Weights, Mapping[str, Weights], Mapping[str, Any]], Weights]
+
+#: Our methods, which the registry holds too.
+OURS = ("neuro_merging", "min_merging", "neuron_merge")
+#: Points on validation data that every tuned method has.
+BUDGET = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method as the leaderboard runs it.
+
+    Attributes:
+        name: of the row.
+        origin: ``mergekit``, ``ours`` or ``fusion-bench``.
+        method: mergekit's name of it, or a key of `MERGERS`.
+        settings: parameters that shape the update.
+        scales: factors of the update tried for each of them; (1.0,) with one setting: nothing is tuned.
+        note: what is special about the row.
+    """
+
+    name: str
+    origin: str
+    method: str
+    settings: tuple[dict[str, Any], ...] = ({},)
+    scales: tuple[float, ...] = (1.0,)
+    note: str = field(default="", compare=False)
+
+    @property
+    def points(self) -> int:
+        """How many settings are scored on validation data."""
+        return len(self.settings) * len(self.scales)
+
+
+#: Scales for an update that averages experts.
+_MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
+
+
+def ablations(experts: int) -> list[Candidate]:
+    """`neuro_merging` with one step changed at a time, λ₂ tuned."""
+    sums = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.5, 5.0, 7.0))
+
+    def row(name: str, scales: tuple[float, ...] = _MEANS, **settings: Any) -> Candidate:
+        fixed = {"density": 0.15, "lambda_orthogonal": 1.0, **settings}
+        return Candidate(name, "ours", "neuro_merging", (fixed,), scales)
+
+    untouched = {"weight": 1.0, "density": 0.15, "gamma": 0.0}
+    return [
+        row("the published steps"),
+        row("trimmed per tensor", trim="tensor"),
+        row("density 0.5", density=0.5),
+        row("nothing trimmed", density=1.0),
+        row("parallel part kept", lambda_parallel=1.0),
+        row("half of the singular vectors' energy", rank_energy=0.5),
+        row("summed, not averaged", sums, consensus="sum"),
+        row("summed, nothing trimmed", sums, consensus="sum", density=1.0),
+        Candidate("no election: trimmed per tensor and added up", "ours", "breadcrumbs", (untouched,), sums),
+    ]
+
+
+def candidates(experts: int) -> list[Candidate]:
+    """All rows for a zoo with so many experts; every tuned one has `BUDGET` points."""
+    few = tuple(round(x / experts, 4) for x in (1.0, 1.75, 2.5, 4.0))
+    many = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
+    means = (0.8, 1.4, 2.2, 3.2)
+    fine_means = _MEANS
+
+    def densities(*values: float, **fixed: Any) -> tuple[dict[str, Any], ...]:
+        return tuple({"density": value, **fixed} for value in values)
+
+    weighted = {"weight": 1.0}
+    mergekit = [
+        Candidate("task_arithmetic", "mergekit", "task_arithmetic", (weighted,), many),
+        Candidate("ties", "mergekit", "ties", densities(0.2, 0.6, **weighted), means),
+        Candidate("dare_linear", "mergekit", "dare_linear", densities(0.5, 0.8, **weighted), few),
+        Candidate("dare_ties", "mergekit", "dare_ties", densities(0.5, 0.8, **weighted), few),
+        Candidate("breadcrumbs", "mergekit", "breadcrumbs", densities(0.4, 0.8, gamma=0.01, **weighted), few),
+        Candidate("breadcrumbs_ties", "mergekit", "breadcrumbs_ties", densities(0.4, 0.8, gamma=0.01, **weighted), few),
+        Candidate("della", "mergekit", "della", densities(0.4, 0.7, epsilon=0.15, **weighted), means),
+        Candidate("della_linear", "mergekit", "della_linear", densities(0.4, 0.7, epsilon=0.15, **weighted), few),
+        Candidate("sce", "mergekit", "sce", ({"select_topk": 0.5}, {"select_topk": 1.0}), means),
+        Candidate("model_stock", "mergekit", "model_stock", ({"filter_wise": False}, {"filter_wise": True}), means),
+        Candidate("multislerp", "mergekit", "multislerp", (weighted,), fine_means),
+        Candidate("ram", "mergekit", "ram", ({},), fine_means),
+        Candidate("ramplus_tl", "mergekit", "ramplus_tl", ({"r": 0.1, "alpha": 0.2}, {"r": 0.3, "alpha": 0.2}), means),
+    ]
+    one = {"lambda_orthogonal": 1.0}
+    both = {"lambda_parallel": 1.0, **one}
+    ours = [
+        Candidate("neuro_merging", "ours", "neuro_merging", note="as published: density 0.15, automatic λ₂"),
+        Candidate("neuro_merging, λ₂ tuned", "ours", "neuro_merging", densities(0.15, 0.5, **one), means),
+        Candidate("neuro_merging, sum", "ours", "neuro_merging", densities(0.3, 0.7, consensus="sum", **one), few),
+        Candidate("min_merging", "ours", "min_merging", densities(0.3, 0.7, conflict="sum"), few),
+        Candidate(
+            "neuro_merging, sum, both parts", "ours", "neuro_merging", densities(0.5, 1.0, consensus="sum", **both), few
+        ),
+    ]
+    peers = [
+        Candidate("TSV-M", "fusion-bench", "tsv_m", scales=(0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)),
+        Candidate("Iso-C", "fusion-bench", "iso_c", scales=(0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 1.9, 2.5)),
+    ]
+    return [*mergekit, *ours, *peers]
+
+
+def untried(rows: Sequence[Candidate]) -> list[str]:
+    """Methods of mergekit that take a base and more than two experts and have no row."""
+    from mergekit.merge_methods import registered_methods
+    from mergekit.merge_methods.base import BasePolicy
+
+    have = {row.method for row in rows}
+    found = []
+    for method in registered_methods():
+        contract = method.spec.contract
+        unbounded = contract.max_inputs is None and contract.max_non_base is None
+        if contract.base is not BasePolicy.IGNORED and unbounded and method.spec.name not in {*have, *OURS}:
+            found.append(method.spec.name)
+    return found
+
+
+def merge(candidate: Candidate, base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+    """The merged weights at scale 1, in float32. Tensors that no expert changed are left out of the merge."""
+    changed = [name for name in base if any(not expert[name].equal(base[name]) for expert in experts.values())]
+    merged = MERGERS.get(candidate.method, _by_mergekit(candidate.method))(
+        {name: base[name] for name in changed},
+        {key: {name: expert[name] for name in changed} for key, expert in experts.items()},
+        settings,
+    )
+    return {name: merged.get(name, base[name]) for name in base}
+
+
+def scaled(base: Weights, merged: Weights, scale: float) -> Weights:
+    """θ₀ + scale (merged − θ₀)."""
+    return {name: weights + scale * (merged[name] - weights) for name, weights in base.items()}
+
+
+def _by_mergekit(method: str) -> Merger:
+    def run(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+        import torch
+        from mergekit.merge_methods import merge_state_dicts
+
+        torch.manual_seed(0)  # DARE and DELLA draw what they drop
+        # Under a name of its own: a task may be called "base".
+        models = {"the base": base, **experts}
+        if method.startswith("della"):
+            # mergekit 0.1.5 ranks entries along axis 1, and divides 0 by 0 where that has one, as in a class token.
+            models = {key: {name: _vector_at_least(t) for name, t in one.items()} for key, one in models.items()}
+        merged = merge_state_dicts(models, method, base="the base", parameters=dict(settings))
+        return {name: tensor.view_as(base[name]) for name, tensor in merged.items()}
+
+    return run
+
+
+def _vector_at_least(tensor: Tensor) -> Tensor:
+    return tensor.flatten() if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor
+
+
+def _tsv_m(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+    from fusion_bench.method.task_singular_vector.utils import TSVM_utils
+
+    update = TSVM_utils.compute_and_sum_svd_mem_reduction(_task_vectors(base, experts), accelerator="cpu")
+    return {name: base[name] + update[name] for name in base}
+
+
+def _iso_c(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+    from fusion_bench.method.isotropic_merging.iso_utils import iso_c
+
+    update = iso_c(_task_vectors(base, experts), accelerator="cpu")
+    return {name: base[name] + update[name] for name in base}
+
+
+def _task_vectors(base: Weights, experts: Mapping[str, Weights]) -> list[Weights]:
+    return [{name: expert[name] - base[name] for name in base} for expert in experts.values()]
+
+
+#: Methods that are not mergekit's: FusionBench's own functions, from its pip package.
+MERGERS: dict[str, Merger] = {"tsv_m": _tsv_m, "iso_c": _iso_c}

@@ -1,0 +1,195 @@
+"""The leaderboard's table, figure and figures in JSON, from the rows of its zoos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from candidates import BUDGET, Candidate
+
+from neuron_methods.demo.stages import write_text
+
+FAMILIES = {"vit": "ViT", "t5": "T5", "llama": "Llama"}
+COLOURS = {"mergekit": "#8da0b6", "ours": "#c4462f", "fusion-bench": "#d9b44a"}
+RESAMPLES = 2000
+
+#: Right or wrong per example, per task, per seed.
+Outcomes = list[dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean score over seeds, tasks and examples, with its 95 % interval; all from 0 to 1."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """In percent."""
+        return f"{100 * self.mean:.1f} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+
+
+def interval(outcomes: Outcomes, seed: int = 0) -> Score:
+    """Bootstrap over examples, within each task and seed.
+
+    Right and wrong answers drawn again with replacement are a binomial number of right ones.
+    """
+    rng = np.random.default_rng(seed)
+    cells = [(len(values), values.mean()) for one in outcomes for values in one.values()]
+    drawn = np.mean([rng.binomial(count, share, RESAMPLES) / count for count, share in cells], axis=0)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Score(float(np.mean([share for _, share in cells])), float(low), float(high))
+
+
+def difference(one: Outcomes, other: Outcomes) -> tuple[float, float]:
+    """Difference of two mean scores on the same examples, and its standard error, paired."""
+    gaps = [a[name].astype(float) - b[name] for a, b in zip(one, other, strict=True) for name in a]
+    error = np.sqrt(sum(gap.var(ddof=1) / len(gap) for gap in gaps)) / len(gaps)
+    return float(np.mean([gap.mean() for gap in gaps])), float(error)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its outcomes by family, and the points chosen, per seed."""
+
+    name: str
+    origin: str
+    points: int
+    note: str
+    outcomes: dict[str, Outcomes]
+    chosen: dict[str, list[dict[str, Any]]]
+
+
+def collect(
+    results: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]
+) -> tuple[list[Row], dict[str, dict[str, Outcomes]]]:
+    """Rows, and the outcomes of base and experts, by family; seeds of one family side by side."""
+    references: dict[str, dict[str, Outcomes]] = {"base": {}, "experts": {}}
+    for result in results:
+        for name, by_family in references.items():
+            by_family.setdefault(result["family"], []).append(unpack(result["references"][name]))
+    rows = []
+    for candidate in candidates:
+        row = Row(candidate.name, candidate.origin, candidate.points, candidate.note, {}, {})
+        for result in results:
+            if (found := result["rows"].get(candidate.name)) is not None:
+                row.outcomes.setdefault(result["family"], []).append(unpack(found["test"]))
+                row.chosen.setdefault(result["family"], []).append(found["chosen"])
+        rows.append(row)
+    return rows, references
+
+
+def unpack(packed: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Strings of ones and zeros per task, as numbers."""
+    return {name: np.frombuffer(text.encode(), dtype=np.uint8) - ord("0") for name, text in packed.items()}
+
+
+def write_report(
+    results: Sequence[Mapping[str, Any]], out: Path, candidates: Sequence[Candidate], name: str = "results.md"
+) -> None:
+    """The table under `name`; for ``results.md`` also ``leaderboard.svg`` and ``results.json``."""
+    rows, references = collect(results, candidates)
+    families = [family for family in FAMILIES if family in references["base"]]
+    write_text(out / name, markdown(rows, references, families))
+    if name != "results.md":
+        return
+    content = {
+        "rows": [
+            {
+                "name": row.name,
+                "origin": row.origin,
+                "scores": {f: vars(interval(o)) for f, o in row.outcomes.items()},
+                "by_task": {
+                    f: [{k: round(float(v.mean()), 4) for k, v in o.items()} for o in s]
+                    for f, s in row.outcomes.items()
+                },
+                "chosen": {f: [{k: p[k] for k in ("settings", "scale")} for p in c] for f, c in row.chosen.items()},
+            }
+            for row in rows
+        ],
+        "references": {n: {f: vars(interval(o)) for f, o in by.items()} for n, by in references.items()},
+    }
+    write_text(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    draw(rows, references, families, out / "leaderboard.svg")
+
+
+def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str]) -> str:
+    """The table, and how the best of ours stands to the best of mergekit's."""
+    seeds = {family: len(references["base"][family]) for family in families}
+    heads = [FAMILIES[f] + (f", {seeds[f]} seeds" if seeds[f] > 1 else "") for f in families]
+    lines = [
+        "Mean over tasks (and seeds) of the share of right answers in percent, with bootstrap 95 % intervals; "
+        f"test data. Every tuned method had {BUDGET} points on validation data.",
+        "",
+        f"| method | from | points | {' | '.join(heads)} |",
+        "|---|---|---|" + "---|" * len(families),
+    ]
+    for name, label in (("base", "base"), ("experts", "each expert on its own task")):
+        scores = [str(interval(references[name][f])) for f in families]
+        lines.append(f"| *{label}* | | | {' | '.join(scores)} |")
+    order = sorted(
+        rows, key=lambda row: -interval(row.outcomes[families[0]]).mean if row.outcomes.get(families[0]) else 1
+    )
+    for row in order:
+        scores = [str(interval(row.outcomes[f])) if f in row.outcomes else "–" for f in families]
+        points = str(row.points) if row.points > 1 else "0"
+        lines.append(f"| {row.name} | {row.origin} | {points} | {' | '.join(scores)} |")
+    lines.append("")
+    for family in families:
+        best = {
+            origin: max(
+                (row for row in rows if row.origin == origin and family in row.outcomes),
+                key=lambda row: interval(row.outcomes[family]).mean,
+                default=None,
+            )
+            for origin in COLOURS
+        }
+        ours, theirs = best["ours"], best["mergekit"]
+        if ours is None or theirs is None:
+            continue
+        gap, error = difference(ours.outcomes[family], theirs.outcomes[family])
+        lines.append(
+            f"- {FAMILIES[family]}: the best of ours, {ours.name}, is {100 * gap:+.1f} points (standard error of the "
+            f"paired difference {100 * error:.1f}) from the best of mergekit's own, {theirs.name}."
+        )
+    notes = [f"- {row.name}: {row.note}." for row in rows if row.note]
+    return "\n".join([*lines, *notes]) + "\n"
+
+
+def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str], path: Path) -> None:
+    """One panel per family: bars by score, base and experts as lines."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "leaderboard"  # the same file for the same figures
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(families), figsize=(4.6 * len(families), 6), squeeze=False)
+    for panel, family in zip(panels[0], families, strict=True):
+        scored = [(interval(row.outcomes[family]), row) for row in rows if family in row.outcomes]
+        scored.sort(key=lambda pair: pair[0].mean)
+        means = np.array([100 * score.mean for score, _ in scored])
+        errors = np.array([[100 * (s.mean - s.low), 100 * (s.high - s.mean)] for s, _ in scored]).T
+        panel.barh(
+            [row.name for _, row in scored],
+            means,
+            xerr=errors,
+            color=[COLOURS[row.origin] for _, row in scored],
+            error_kw={"linewidth": 0.8},
+        )
+        for name, style in (("base", ":"), ("experts", "--")):
+            panel.axvline(100 * interval(references[name][family]).mean, color="black", linestyle=style, linewidth=1)
+        panel.set_title(f"{FAMILIES[family]} (dotted: base, dashed: experts)", fontsize=9)
+        panel.set_xlabel("right answers, %", fontsize=8)
+        panel.tick_params(labelsize=7)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, list(COLOURS), loc="lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

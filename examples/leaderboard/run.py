@@ -1,0 +1,171 @@
+"""Every method that merges a base and more than two experts, on the zoos, with one tuning budget; a table and a figure.
+
+    python examples/leaderboard/run.py OUT [--zoo DIR ...]
+
+A method has eight points on validation data; the best is scored once on test data. Without ``--zoo``, the five zoos
+(ViT with three seeds, T5, Llama) are made under OUT/zoos first. Finished rows are kept: run it again to resume. Methods
+of FusionBench are scored where its package is installed (pip install fusion-bench), and named as missing where it is
+not.
+
+Writes OUT/results.md, OUT/leaderboard.svg and OUT/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ZOO = Path(__file__).resolve().parents[1] / "zoo"
+sys.path.insert(0, str(ZOO))
+
+from candidates import Candidate, ablations, candidates, merge, scaled, untried  # noqa: E402
+from common import MARK, ZooModels, mean_score  # noqa: E402
+from report import unpack, write_report  # noqa: E402
+
+from neuron_methods.demo.stages import write_text  # noqa: E402
+
+#: Family and seeds of the zoos that are made where none is named.
+ZOOS = (("vit", 0), ("vit", 1), ("vit", 2), ("t5", 0), ("llama", 0))
+
+
+def make_zoos(out: Path) -> list[Path]:
+    """Run the zoo's scripts, each of which keeps what is finished."""
+    found = []
+    for family, seed in ZOOS:
+        directory = out / "zoos" / f"{family}-{seed}"
+        subprocess.run([sys.executable, ZOO / f"{family}.py", directory, "--seed", str(seed)], check=True)
+        found.append(directory)
+    return found
+
+
+def score_candidate(models: ZooModels, candidate: Candidate) -> dict[str, Any]:
+    """Tune on validation data, and score the best point on test data."""
+    started = time.perf_counter()
+    trace = []
+    best: tuple[float, dict[str, Any]] | None = None
+    merged: dict[int, Any] = {}
+    for index, settings in enumerate(candidate.settings):
+        with contextlib.redirect_stdout(io.StringIO()):  # FusionBench's functions print as they go
+            merged[index] = merge(candidate, models.base, models.experts, settings)
+        for scale in candidate.scales:
+            point = {"settings": settings, "scale": scale, "merge": index}
+            if candidate.points > 1:
+                weights = scaled(models.base, merged[index], scale)
+                point["validation"] = mean_score(models.outcomes(weights, "validation"))
+            trace.append(point)
+            if best is None or point.get("validation", 0.0) > best[0]:
+                best = (point.get("validation", 0.0), point)
+    assert best is not None
+    point = best[1]
+    outcomes = models.outcomes(scaled(models.base, merged[point["merge"]], point["scale"]), "test")
+    return {"chosen": point, "trace": trace, "test": pack(outcomes), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def pack(outcomes: dict[str, np.ndarray]) -> dict[str, str]:
+    """Right or wrong per example, as a string of ones and zeros per task."""
+    return {name: "".join("1" if value else "0" for value in values) for name, values in outcomes.items()}
+
+
+def score_references(models: ZooModels) -> dict[str, dict[str, str]]:
+    """Base, and every expert on its own task."""
+    own: dict[str, np.ndarray] = {}
+    for name in models.names:
+        own |= models.outcomes(models.experts[name], "test", [name])
+    return {"base": pack(models.outcomes(models.base, "test")), "experts": pack(own)}
+
+
+def has_fusion_bench() -> bool:
+    """Whether its package is installed. Once imported it has no spec to find."""
+    return "fusion_bench" in sys.modules or importlib.util.find_spec("fusion_bench") is not None
+
+
+def run_zoo(
+    directory: Path,
+    out: Path,
+    say: Callable[[str], None] = print,
+    only: Sequence[str] | None = None,
+    rows_for: Callable[[int], list[Candidate]] = candidates,
+) -> dict[str, Any]:
+    """All rows of one zoo, or those named by `only`.
+
+    Returns:
+        ``family``, ``seed``, ``references`` and ``rows`` by name; rows of methods whose package is missing are None.
+    """
+    mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
+    checks = directory / "checks.json"
+    stamp = {"zoo": mark, "checks": json.loads(checks.read_text(encoding="utf-8")) if checks.is_file() else None}
+    folder = out / "rows" / f"{mark['family']}-{mark['seed']}"
+    loaded: list[ZooModels] = []
+
+    def models() -> ZooModels:
+        if not loaded:
+            say(f"{folder.name}: loading {directory}")
+            loaded.append(ZooModels(directory))
+        return loaded[0]
+
+    def kept(name: str, key: Any, build: Callable[[], Any]) -> Any:
+        path = folder / (re.sub(r"[^\w-]+", "_", name) + ".json")
+        key = json.loads(json.dumps(key))
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["key"] == key:
+                return stored["result"]
+        result = build()
+        write_text(path, json.dumps({"key": key, "result": result}) + "\n")
+        return result
+
+    references = kept("references", stamp, lambda: score_references(models()))
+    rows: dict[str, Any] = {}
+    for candidate in rows_for(len(references["experts"])):
+        if only is not None and candidate.name not in only:
+            continue
+        if candidate.origin == "fusion-bench" and not has_fusion_bench():
+            say(f"{folder.name}: {candidate.name} left out: pip install fusion-bench")
+            rows[candidate.name] = None
+            continue
+        row = kept(
+            candidate.name,
+            {**stamp, "candidate": asdict(candidate) | {"note": ""}},
+            lambda candidate=candidate: score_candidate(models(), candidate),
+        )
+        rows[candidate.name] = row
+        say(f"{folder.name}: {candidate.name:34}{100 * mean_score(unpack(row['test'])):6.2f}  ({row['seconds']:.0f} s)")
+    return {**mark, "references": references, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory of results (and zoos, where none is named)")
+    parser.add_argument("--zoo", type=Path, action="append", help="a finished zoo (may be given several times)")
+    parser.add_argument(
+        "--ablation", action="store_true", help="steps of neuro_merging one at a time, into ablation.md"
+    )
+    arguments = parser.parse_args()
+    import neuron_methods
+
+    neuron_methods.register()
+    if missing := untried(candidates(3)):
+        print(f"mergekit has methods that the leaderboard does not know: {', '.join(missing)}")
+    rows_for = ablations if arguments.ablation else candidates
+    zoos = arguments.zoo or make_zoos(arguments.out)
+    found = [run_zoo(directory, arguments.out, rows_for=rows_for) for directory in zoos]
+    name = "ablation.md" if arguments.ablation else "results.md"
+    write_report(found, arguments.out, rows_for(3), name)
+    print((arguments.out / name).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
