@@ -26,7 +26,9 @@ Examples:
 
 \b
 Every task needs validation data that is not its test data:
-  data: {source: data/sums, split: test, validation_split: validation}
+  data: {source: data/sums, split: test, validation_split: validation}   # a folder or a hub id
+  data: {source: sums.jsonl, split: '[:200]', validation_split: '[200:]'}  # rows of a file
+  data: {source: test.jsonl, validation_source: dev.jsonl}
 
 \b
 Parameters that enter linearly (every lambda; in neuron_merge without a method within groups also

@@ -235,10 +235,14 @@ def test_cma_recombines_all_its_generations(experts, folder, merges):
 
 def test_what_is_in_the_trace_is_not_tried_again(experts, folder, merges):
     source, out = cases.merge_yaml(experts("llama")), folder / "out"
-    first = tune(source, words(folder), ["lambda_orthogonal=1:3:0.5"], out, QUIET)
+    first = tune(source, words(folder), ["lambda_orthogonal=1:3:0.5"], out, settings(test=True))
     count = len(merges)
+    told = json.loads((out / "tune.json").read_text())
+    (out / ".mergekit-neuron-tune-x").mkdir()  # as a killed run leaves it
     again = tune(source, words(folder), ["lambda_orthogonal=1:3:0.5"], out, QUIET)
     assert (again.points, again.best, len(merges)) == (0, first.best, count)
+    assert json.loads((out / "tune.json").read_text())["test"] == told["test"] is not None
+    assert sorted(path.name for path in out.iterdir()) == ["best.yml", "scores.png", "trace.jsonl", "tune.json"]
     wider = tune(source, words(folder), ["lambda_orthogonal=0:3:0.5"], out, QUIET)
     assert (wider.points, len(wider.trials)) == (2, 7)
 

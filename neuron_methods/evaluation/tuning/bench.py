@@ -23,6 +23,8 @@ from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+_WORK = ".mergekit-neuron-tune-"
+
 
 class Bench:
     """Tries points of a recipe on tasks.
@@ -43,6 +45,7 @@ class Bench:
         dtype: str = "auto",
         seed: int = 0,
         shortcut: bool = True,
+        folder: Path | None = None,
         progress: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -54,6 +57,7 @@ class Bench:
             dtype: the model computes in; ``auto`` as for `open_model`.
             seed: of intervals.
             shortcut: recombine parts where parameters enter linearly.
+            folder: where merges are written and removed again; None: where temporary files go.
             progress: show bars.
             say: takes lines for the user.
         """
@@ -61,7 +65,7 @@ class Bench:
         self.shortcut, self.progress, self.say = shortcut, progress, say
         self.merges = self.recombined = self.tried = self.parts_bytes = 0
         self.merge_seconds = 0.0
-        self._dtype = dtype
+        self._dtype, self._within = dtype, folder
         self._out_dtype: torch.dtype | None = None
         self._open = ExitStack()
         self._model: Any = None
@@ -71,7 +75,10 @@ class Bench:
         self._not_affine: set[str] = set()
 
     def __enter__(self) -> Bench:
-        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="mergekit-neuron-tune-")))
+        for left_by_a_killed_run in self._within.glob(f"{_WORK}*") if self._within else ():
+            shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix=_WORK, dir=self._within, ignore_cleanup_errors=True)
+        self._folder = Path(self._open.enter_context(folder))
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -155,7 +155,7 @@ def tune(
         return objective(settings.objective, trial.scores, metrics, experts)
 
     arguments: dict[str, Any] = {"dtype": settings.dtype, "seed": settings.seed, "shortcut": settings.shortcut}
-    with Bench(recipe, prepared, **arguments, progress=settings.progress, say=say) as bench:
+    with Bench(recipe, prepared, **arguments, folder=out, progress=settings.progress, say=say) as bench:
         _search(strategy, bench, trace, value_of, settings)
         trials = list(trace.trials.values())
         best = max(trials, key=value_of)
@@ -171,7 +171,7 @@ def tune(
     if can_plot():
         plot_search(trials, [value_of(t) for t in trials], parameters, settings.objective, out / "scores.png")
     result.seconds = time.perf_counter() - started
-    trace.finish(_summary(result, settings, experts))
+    trace.finish(_summary(result, settings, experts, trace.summary))
     return result
 
 
@@ -272,9 +272,11 @@ def _identity(
     }
 
 
-def _summary(result: TuneResult, settings: TuneSettings, experts: Mapping[str, float] | None) -> dict[str, Any]:
-    """What tune.json tells besides the search's identity."""
-    return {
+def _summary(
+    result: TuneResult, settings: TuneSettings, experts: Mapping[str, float] | None, earlier: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What tune.json tells besides the search's identity; `earlier` is what it told before this run."""
+    summary: dict[str, Any] = {
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("progress", "overwrite")},
         "best": {"point": result.best, "objective": result.objective, "scores": result.scores},
         "experts": experts,
@@ -291,6 +293,10 @@ def _summary(result: TuneResult, settings: TuneSettings, experts: Mapping[str, f
         if result.test is None
         else {"tasks": [task_record(task) for task in result.test.tasks], "mean": result.test.mean},
     }
+    if earlier.get("best", {}).get("point") == result.best:  # what was found out about this point still holds
+        for key in ("confirmed", "largest_difference", "test"):
+            summary[key] = earlier.get(key) if summary[key] is None else summary[key]
+    return summary
 
 
 def report_lines(result: TuneResult, out: Path, metrics: Mapping[str, str], objective_name: str) -> list[str]:

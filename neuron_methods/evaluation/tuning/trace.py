@@ -36,7 +36,14 @@ class Trial:
 
 
 class Trace:
-    """All trials of a search, in the order in which they were run, and in a file."""
+    """All trials of a search, in the order in which they were run, and in a file.
+
+    Attributes:
+        folder: where.
+        trials: by the key of their point.
+        experts: task -> {expert: score}.
+        summary: what an earlier run told at its end.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         """Open a directory, with what an earlier run of the same search left there.
@@ -53,6 +60,7 @@ class Trace:
         self._identity = json.loads(json.dumps(identity))
         self.trials: dict[str, Trial] = {}
         self.experts: dict[str, dict[str, float]] = {}
+        self.summary: dict[str, Any] = {}
         if folder.exists() and not folder.is_dir():
             raise UserError(f"-o {folder}: a file; name a directory")
         if overwrite or not folder.exists() or not any(folder.iterdir()):
@@ -91,6 +99,7 @@ class Trace:
             search = None
         if search is None:
             raise UserError(f"-o {self.folder}: holds files that tune did not write; name another directory")
+        self.summary = known
         changed = [key for key in self._identity if search.get(key) != self._identity[key]]
         if changed:
             raise UserError(
