@@ -11,7 +11,7 @@ from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import debug_option
-from neuron_methods.cli.push import push_options
+from neuron_methods.cli.push import push_and_tell, push_options, pushing
 from neuron_methods.errors import UserError
 
 EPILOG = """\b
@@ -141,9 +141,6 @@ def merge(
             raise click.UsageError(f"{name} goes with --as-adapter")
     if as_adapter and profile_out is not None:
         raise click.UsageError("--profile-out does not go with --as-adapter")
-    for name, value in push.items():
-        if value and push_to_hub is None:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with --push-to-hub")
     from neuron_methods.plugin.describe import describe_plan
     from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 
@@ -157,11 +154,7 @@ def merge(
         return
     from neuron_methods.sharing.publishing import Extras, merge_companion
 
-    if push_to_hub is not None:
-        from neuron_methods.sharing.hub import PushOptions, check_access
-
-        push_to = PushOptions(**push)
-        check_access(push_to_hub, push_to)
+    push_to = pushing(push_to_hub, push)
     companion = merge_companion(Extras(report=report, evaluation=evaluation))
     if as_adapter:
         from neuron_methods.plugin.adapter_output import adapter_precision, merge_to_adapter
@@ -199,13 +192,8 @@ def merge(
         notes = summary.notes
     for note in notes if options.quiet else ():
         click.echo(f"note: {note}", err=True)
-    if push_to_hub is not None:
-        from neuron_methods.sharing.hub import push_directory
-
-        pushed = push_directory(Path(out), push_to_hub, push_to, progress=not options.quiet)
-        for note in pushed.notes:
-            click.echo(f"note: {note}", err=True)
-        click.echo(pushed.url)
+    if push_to is not None and push_to_hub is not None:
+        push_and_tell(Path(out), push_to_hub, push_to, quiet=options.quiet)
 
 
 def _options(merge_options: MergeOptions) -> MergeOptions:

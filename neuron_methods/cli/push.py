@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from neuron_methods.cli.common import debug_option
+
+if TYPE_CHECKING:
+    from neuron_methods.sharing.hub import PushOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,6 +43,34 @@ def push_options(command: F) -> F:
     return command
 
 
+def pushing(repository: str | None, options: dict[str, Any]) -> PushOptions | None:
+    """What `--push-to-hub` asks of a command that makes something first, the token already checked; None: nothing.
+
+    Raises:
+        UserError: the token may not write there.
+    """
+    if repository is None:
+        for name, value in options.items():
+            if value:
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with --push-to-hub")
+        return None
+    from neuron_methods.sharing.hub import PushOptions, check_access
+
+    found = PushOptions(**options)
+    check_access(repository, found)
+    return found
+
+
+def push_and_tell(out: Path, repository: str, options: PushOptions, *, quiet: bool = False) -> None:
+    """Upload, and print notes and the address."""
+    from neuron_methods.sharing.hub import push_directory
+
+    pushed = push_directory(out, repository, options, progress=not quiet)
+    for note in pushed.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(pushed.url)
+
+
 @click.command("push", epilog=EPILOG)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="USER/NAME")
@@ -48,9 +79,6 @@ def push_options(command: F) -> F:
 @debug_option
 def push(out: Path, repository: str, quiet: bool, **options: Any) -> None:
     """Upload OUT, a merge, an adapter or a routed model, to the repository USER/NAME of the Hugging Face Hub."""
-    from neuron_methods.sharing.hub import PushOptions, push_directory
+    from neuron_methods.sharing.hub import PushOptions
 
-    pushed = push_directory(out, repository, PushOptions(**options), progress=not quiet)
-    for note in pushed.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(pushed.url)
+    push_and_tell(out, repository, PushOptions(**options), quiet=quiet)

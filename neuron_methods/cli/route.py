@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.push import push_and_tell, push_options, pushing
 
 EPILOG = """\b
 Example: routed.yaml, whose relative paths are relative to itself
@@ -80,8 +82,19 @@ beside OUT, or in --work-dir, where they also serve the next run with other rout
 @click.option("--force", is_flag=True, help="Replace OUT if a routed model is there.")
 @click.option("--device", help="Where to compute: cpu, cuda, cuda:1, auto.  [default: an accelerator if any]")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keep finished stages here.  [default: beside OUT]")
+@click.option("--push-to-hub", metavar="USER/NAME", help="Upload OUT; the token is checked first.")
+@push_options
 @debug_option
-def route(config: Path, out: Path, dry_run: bool, force: bool, device: str | None, work_dir: Path | None) -> None:
+def route(
+    config: Path,
+    out: Path,
+    dry_run: bool,
+    force: bool,
+    device: str | None,
+    work_dir: Path | None,
+    push_to_hub: str | None,
+    **push: Any,
+) -> None:
     """Make OUT, a routed model, as the YAML CONFIG says: adapters, a router, layers merged per input.
 
     Three stages of MIN-Merging (arXiv:2510.17890): every expert is stripped of what its own calibration data do not
@@ -90,5 +103,12 @@ def route(config: Path, out: Path, dry_run: bool, force: bool, device: str | Non
     """
     from neuron_methods.routing.build import Options, build_routed_model
 
+    push_to = pushing(push_to_hub, push)
+    if push_to is not None and push_to_hub is not None:
+        from neuron_methods.sharing.publishing import check_base_of_route
+
+        check_base_of_route(config, push_to)
     options = Options(dry_run=dry_run, force=force, device=device, work_dir=work_dir)
     build_routed_model(config, out, options, report=click.echo)
+    if push_to is not None and push_to_hub is not None and not dry_run:
+        push_and_tell(out, push_to_hub, push_to)

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 
 from neuron_methods.errors import UserError
-from neuron_methods.sharing.hub_copy import unloadable_base, upload_copy
+from neuron_methods.sharing.hub_copy import check_base, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
 
 # The class that errors of the connection share, whichever HTTP library this huggingface_hub is built on.
@@ -105,6 +105,7 @@ def push_directory(
     """
     options = options or PushOptions()
     kind = verify_directory(place)
+    check_base(place, options.base_model)
     check_access(repository, options)
     api = HfApi()
     message = options.commit_message or f"Upload {'merge' if kind == 'model' else kind} with mergekit-neuron"

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import yaml
@@ -17,7 +18,9 @@ from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.merging import CONFIG_NAME
 from neuron_methods.sharing.card import with_model_id
 from neuron_methods.sharing.licences import front_matter
+from neuron_methods.sharing.loading import ROUTED_CONFIG
 from neuron_methods.sharing.names import ModelNames, is_hub_id, reduced_json, reduced_yaml
+from neuron_methods.sharing.routed_card import make_routed_card
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")
@@ -52,6 +55,7 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
     Raises:
         UserError: an adapter's base is not to be found by others, or `base_model` goes with no adapter.
     """
+    check_base(place, base_model)
     labels = _local_labels(place)
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-upload-") as temporary:
         copy = Path(temporary)
@@ -66,9 +70,28 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
                 os.symlink(file.resolve(), target)
             else:
                 target.write_text(text, encoding="utf-8")
-        if base_model is not None and not (copy / _ADAPTER_CONFIG).exists():
-            raise UserError(f"--base-model: {place} is no adapter, it needs no base")
+        if (place / ROUTED_CONFIG).exists() and not (copy / "README.md").exists():
+            named = base_model or str(_read(place / ROUTED_CONFIG)["base_model"])
+            card = make_routed_card(place, repository.partition("/")[2], named)
+            (copy / "README.md").write_text(with_model_id(card, repository), encoding="utf-8")
         yield copy
+
+
+def check_base(place: Path, base_model: str | None) -> None:
+    """Make sure that a base is named where one is needed, and only there.
+
+    Raises:
+        UserError: a routed model's base is a directory of this machine, or `base_model` goes with a whole model.
+    """
+    if (place / ROUTED_CONFIG).exists():
+        named = str(_read(place / ROUTED_CONFIG).get("base_model") or ".")
+        if base_model is None and (named.startswith(".") or os.path.isabs(named)):
+            raise UserError(
+                f"{place}: its base is a local directory, which nobody else has; give the id it has on the Hub with "
+                "--base-model"
+            )
+    elif base_model is not None and not (place / _ADAPTER_CONFIG).exists():
+        raise UserError(f"--base-model: {place} is no adapter and no routed model, it needs no base")
 
 
 def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
@@ -76,7 +99,7 @@ def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
     file = place / _ADAPTER_CONFIG
     if base_model is not None or not file.exists():
         return None
-    named = str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    named = str(_read(file).get("base_model_name_or_path") or "")
     if is_hub_id(named, known_hub_ids(place)):
         return None
     return (
@@ -104,9 +127,18 @@ def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str]
     except ValueError:
         return None
     reduced = reduced_json(content, labels)
-    if base_model is not None and relative == Path(_ADAPTER_CONFIG) and isinstance(reduced, dict):
-        reduced["base_model_name_or_path"] = base_model
+    key = {_ADAPTER_CONFIG: "base_model_name_or_path", ROUTED_CONFIG: "base_model"}.get(relative.name)
+    if base_model is not None and key is not None and isinstance(reduced, dict):
+        reduced[key] = base_model
     return None if reduced == content else json.dumps(reduced, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{file}: cannot be read as JSON") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _with_base(card: str, base_model: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mergekit.options import MergeOptions
 from torch import Tensor
 
@@ -14,8 +15,9 @@ from neuron_methods.errors import UserError
 from neuron_methods.plugin.merging import CONFIG_NAME, Companion, MergeRun
 from neuron_methods.sharing.card import CardOptions, make_card, read_evaluation, with_evaluation
 from neuron_methods.sharing.card_sections import with_section
+from neuron_methods.sharing.hub import PushOptions
 from neuron_methods.sharing.hub_copy import known_hub_ids
-from neuron_methods.sharing.names import ModelNames
+from neuron_methods.sharing.names import ModelNames, is_hub_id
 from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
 from neuron_methods.sharing.report.writing import FOLDER, require_matplotlib, write_report
@@ -130,3 +132,20 @@ def report_directory(place: Path, options: ReportOptions, merge_options: MergeOp
         text = with_section(card.read_text(encoding="utf-8"), section)
         card.write_text(with_evaluation(text, evaluation, name) if evaluation else text, encoding="utf-8")
     return place / FOLDER / "report.html"
+
+
+def check_base_of_route(config: Path, options: PushOptions) -> None:
+    """Make sure, before a routed model is made, that the one to be uploaded will have a base that others find.
+
+    Raises:
+        UserError: its base is a local directory, and no id is given for it.
+    """
+    try:
+        named = str(yaml.safe_load(config.read_text(encoding="utf-8"))["base_model"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return  # refused in a moment, with better words
+    if options.base_model is None and (not is_hub_id(named) or (config.parent / named).exists()):
+        raise UserError(
+            f"{config}: its base is a local directory, which nobody else has; give the id it has on the Hub with "
+            "--base-model"
+        )

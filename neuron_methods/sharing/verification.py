@@ -46,11 +46,13 @@ def _check_safetensors(place: Path) -> None:
 
 
 def _check_routed(place: Path) -> None:
-    config = _read(place / ROUTED_CONFIG)
-    if config.get("format") != "mergekit-neuron-routed":
-        raise UserError(f"{place / ROUTED_CONFIG}: not written by `mergekit-neuron route`; route again")
-    if not any(place.rglob("*.safetensors")):
-        raise UserError(f"{place}: no weights in it; route again")
+    from neuron_methods.routing.files import ADAPTERS, ROUTER_NAME, RoutedConfig
+
+    config = RoutedConfig.read(place)
+    if not (place / ROUTER_NAME).is_file():
+        raise UserError(f"{place / ROUTER_NAME}: missing; route again")
+    for expert in config.experts:
+        _check_adapter(place / ADAPTERS / expert.name)
 
 
 def _check_adapter(place: Path) -> None:

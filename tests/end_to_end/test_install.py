@@ -73,6 +73,8 @@ def test_wheel_holds_the_package_and_the_hook_and_nothing_else(built):
         assert archive.read(PTH) == (ROOT / "neuron_methods" / PTH).read_bytes()
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / "neuron_methods").rglob("*.py")}
         assert sources <= set(names)
+        recipes = {f"neuron_methods/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yml")}
+        assert {name for name in names if name.endswith(".yml")} == recipes != set()
 
 
 class Environment:

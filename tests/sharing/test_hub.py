@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+import yaml
 from peft import AutoPeftModelForCausalLM
 
 from neuron_methods.cli import main
@@ -256,3 +257,55 @@ def test_an_output_that_is_not_whole_is_refused(standin, out, made, tmp_path):
     (adapter / "adapter_model.safetensors").unlink()
     refused(adapter, "adapter_model.safetensors")
     assert standin.repositories == {}
+
+
+@pytest.fixture
+def routed(tmp_path):
+    """A small routed model; what made it is gone."""
+    from tests.routing.tiny import make_workspace, settings
+
+    (tmp_path / "made").mkdir()
+    folder = make_workspace("llama", tmp_path / "made")
+    (folder / "route.yml").write_text(yaml.safe_dump(settings("llama", router={"epochs": 2})))
+    done = click.testing.CliRunner().invoke(
+        main, ["route", str(folder / "route.yml"), str(tmp_path / "routed")], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    return tmp_path / "routed"
+
+
+def test_a_routed_model_is_pushed_and_loads_again(standin, routed, tmp_path):
+    from neuron_methods.routing import NeuronRoutedModel
+
+    base = Path(json.loads((routed / "routed_config.json").read_text())["base_model"])
+    told = command("push", str(routed), "alice/routed", "--quiet")
+    assert (told.exit_code, "--base-model" in told.stderr) == (1, True)
+    assert command("push", str(routed / base), "alice/base", "--quiet").exit_code == 0
+    done = command("push", str(routed), "alice/routed", "--quiet", "--base-model", "alice/base")
+    assert (done.exit_code, done.stdout) == (0, f"{standin.url}/alice/routed\n"), done.output
+    for name, content in standin.files("alice/routed").items():
+        assert str(tmp_path).encode() not in content, name
+    card = huggingface_hub.ModelCard(standin.files("alice/routed")["README.md"].decode())
+    assert card.data.base_model == ["alice/base"] and "from_pretrained(model_id)" in card.text
+    model = NeuronRoutedModel.from_pretrained("alice/routed", cache_dir=str(tmp_path / "cache"))
+    assert set(model.experts) == {path.name for path in (routed / "adapters").iterdir()}
+    (routed / "router.safetensors").unlink()
+    refused = command("push", str(routed), "alice/routed", "--quiet", "--base-model", "alice/base")
+    assert (refused.exit_code, "router.safetensors" in refused.stderr) == (1, True)
+
+
+def test_route_checks_the_token_first_and_pushes(standin, tmp_path, monkeypatch):
+    from tests.routing.tiny import make_workspace, settings
+
+    (tmp_path / "made").mkdir()
+    folder = make_workspace("llama", tmp_path / "made")
+    config, out = folder / "route.yml", tmp_path / "routed"
+    config.write_text(yaml.safe_dump(settings("llama", router={"epochs": 2, "samples": 20})))
+    push = ("--push-to-hub", "alice/routed")
+    for told, arguments in (("no member of bob", ("--push-to-hub", "bob/x")), ("--base-model", push)):
+        refused = command("route", str(config), str(out), *arguments)
+        assert (refused.exit_code, told in refused.stderr, out.exists()) == (1, True, False), refused.output
+    done = command("route", str(config), str(out), *push, "--base-model", "alice/base")
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, f"{standin.url}/alice/routed"), done.output
+    assert "routed_config.json" in standin.files("alice/routed")
+    assert command("route", str(config), str(out), "--private").exit_code == 2

@@ -1,0 +1,43 @@
+"""The model card of a routed model, for one that comes without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+
+from neuron_methods.routing.files import RoutedConfig
+from neuron_methods.sharing.citations import CITATIONS
+from neuron_methods.sharing.loading import loading_snippet
+
+
+def make_routed_card(place: Path, name: str, base_model: str) -> str:
+    """Write the card.
+
+    Args:
+        place: what `mergekit-neuron route` wrote.
+        name: what the model is called.
+        base_model: the base's id on the Hub.
+
+    Raises:
+        UserError: routed_config.json is damaged.
+    """
+    config = RoutedConfig.read(place)
+    citation = CITATIONS["min_merging"]
+    data = huggingface_hub.ModelCardData(
+        base_model=[base_model],
+        base_model_relation="merge",
+        library_name="mergekit-neuron",
+        tags=["mergekit-neuron", "merge", "min_merging", "routed", "lora"],
+    )
+    sections = [
+        f"---\n{data.to_yaml(line_break=chr(10))}\n---",
+        f"# {name}",
+        f"A routed model: adapters on [{base_model}](https://huggingface.co/{base_model}), and a router that tells "
+        f"from each input which of them it needs, by [{citation.name}]({citation.url}); made with mergekit-neuron. An "
+        "input that no expert claims goes to the plain base model.",
+        "\n".join(["Experts:", "", *(f"- {e.name}, without {len(e.redundant_layers)} layers" for e in config.experts)]),
+        f"## How to load it\n\n{loading_snippet(place)}",
+        f"## Citation\n\n[{citation.paper}]({citation.url})\n\n```bibtex\n{citation.bibtex}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
