@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,10 @@ def _inject_adapter(model: PreTrainedModel, name: ModelName) -> None:
     from peft import PeftModel
 
     try:
-        wrapper = PeftModel.from_pretrained(model, name.adapter)
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 for checkpointing under a name that is to go.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapper = PeftModel.from_pretrained(model, name.adapter)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model {name.shown}: cannot load the adapter: {error}") from error
     if any(config.is_prompt_learning for config in wrapper.peft_config.values()):
