@@ -137,6 +137,8 @@ class Bench:
             difference = 0.0 if known else None
             if known:
                 for name, tensor in self._parts.combine({k: float(v) for k, v in numbers.items()}):
+                    if not tensor.numel():
+                        continue
                     rounded = self._rounded(tensor)
                     largest = max(float(rounded.abs().max()), torch.finfo(torch.float32).tiny)
                     off = float((rounded.float() - tensors[name].cpu().float()).abs().max())
