@@ -29,7 +29,7 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 SHORT = " --steps 2 --examples 4"
 SEARCH = ("lambda_orthogonal=0.5:4:0.5 --test", "lambda_orthogonal=1,2 --only german")  # as shown, as run here
 OURS = ("neuro_merging", "min_merging", "neuron_merge")
-DEMO, TESTS = (next(c for c in COMMANDS if c.endswith(end)) for end in ("mergekit-neuron demo", "-m pytest"))
+DEMO, TESTS = (next(c for c in COMMANDS if part in c and "pip" in c) for part in ("mergekit-neuron demo", "-m pytest"))
 
 
 def run(command, cwd):
