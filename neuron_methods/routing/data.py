@@ -144,6 +144,8 @@ class ExpertSamples:
                     f"expert {expert.name!r}: {len(samples)} {part} samples from {source.reader.label} that are not "
                     f"empty; {FEWEST} are needed at least"
                 )
+        if needs_loss:
+            self.labelled(config.enhancement.samples)  # what is wrong with them is better known now than in an hour
 
     def inputs(self, part: str) -> Iterator[dict[str, Tensor]]:
         """What the router sees of the samples of ``train`` or ``calibration``, in batches: no targets."""

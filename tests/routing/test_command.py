@@ -35,6 +35,7 @@ def refused(content, *options):
     """The one line of the error; nothing is left behind."""
     write(content)
     before = sorted(os.listdir())
+    assert ".new.work" not in before
     result = route(content, *options, code=1)
     (line,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
     assert "Traceback" not in result.stderr
