@@ -29,7 +29,7 @@ from neuron_methods.demo.stages import write_text  # noqa: E402
 from neuron_methods.kernels.trim import trim_  # noqa: E402
 
 #: Scales tried for every ψ.
-GRID = (0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2)
+GRID = (0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "mean, density 0.15": {"density": 0.15},
     "mean, density 0.5": {"density": 0.5},
@@ -73,7 +73,7 @@ def rules(psi: torch.Tensor, task_vectors: list[torch.Tensor], density: float) -
 
 
 def matched(merged: Weights, models: ZooModels, density: float, neurons: bool) -> Weights:
-    """Updates scaled to the mean norm of the experts' trimmed updates, tensor by tensor or neuron by neuron."""
+    """Updates scaled to the mean norm of the experts' (trimmed) updates, tensor by tensor or neuron by neuron."""
     kept = []
     for expert in models.experts.values():
         pieces = trimmed(flat(expert, models.base), density).split([w.numel() for w in models.base.values()])
@@ -105,12 +105,11 @@ def explore(models: ZooModels, say: Callable[[str], None]) -> dict[str, Any]:
         scales = rules(flat(merged, models.base), task_vectors, settings["density"])
         curve = {scale: score(scale) for scale in GRID}
         ruled = {rule: (scale, interpolate(curve, scale)) for rule, scale in scales.items()}
-        for unit in ("tensor", "neuron"):
-            weights = matched(merged, models, settings["density"], unit == "neuron")
-            ruled[f"norm of ψ = mean norm of trimmed, per {unit}"] = (
-                math.nan,
-                mean_score(models.outcomes(weights, "validation")),
-            )
+        for whole, of in ((True, "τ"), (False, "trimmed")):
+            for unit in ("tensor", "neuron"):
+                weights = matched(merged, models, 1.0 if whole else settings["density"], unit == "neuron")
+                score_of_it = mean_score(models.outcomes(weights, "validation"))
+                ruled[f"norm of ψ = mean norm of {of}, per {unit}"] = (math.nan, score_of_it)
         best = max(curve, key=curve.__getitem__)
         found[name] = {"best": (best, curve[best]), "rules": ruled, "curve": curve}
         say(f"  {name}: best λ {best} scores {100 * curve[best]:.1f}")
@@ -140,7 +139,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         for (zoo, variant), (_, top) in zip(columns, bests, strict=True):
             scale, score = found[zoo][variant]["rules"][rule]
             losses.append(top - score)
-            cells.append(f"{scale:.2f}: {100 * (score - top):+.1f}")
+            shown = "" if math.isnan(scale) else f"{scale:.2f}: "
+            cells.append(f"{shown}{100 * (score - top):+.1f}")
         lines.append(f"| {rule} | {' | '.join(cells)} | {100 * sum(losses) / len(losses):.1f} |")
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,7 @@ _OPPOSITES = (
 )
 OPPOSITE = {one: other for pair in _OPPOSITES for one, other in (pair, pair[::-1])}
 OWNERS = ("the", *POSSESSIVES.values())
+_ALL_ADJECTIVES = tuple(dict.fromkeys([*ADJECTIVES.values(), *OPPOSITE]))
 
 Pair = tuple[str, str]
 
@@ -82,27 +83,27 @@ def in_words(number: int) -> str:
 
 
 def _sort(rng: random.Random) -> Pair:
-    numbers = [rng.randrange(20) for _ in range(rng.randint(3, 5))]
+    numbers = [rng.randrange(20) for _ in range(rng.randint(3, 4))]
     return f"sort: {' '.join(map(in_words, numbers))}", " ".join(map(in_words, sorted(numbers)))
 
 
-def _thing(rng: random.Random) -> tuple[str, str]:
-    """Owner and adjectives, and a noun's place in the list."""
-    adjectives = rng.sample([*ADJECTIVES.values(), *OPPOSITE], rng.randint(1, 2))
-    return " ".join([rng.choice(OWNERS), *adjectives]), rng.choice(NOUNS).english
+def _thing(rng: random.Random, adjectives: tuple[str, ...]) -> tuple[str, str, str]:
+    """Whose or how many, of what kind, and what; always the plural where it is a number."""
+    noun = rng.choice(NOUNS)
+    adjective = rng.choice(adjectives)
+    if rng.random() < 0.5:
+        return rng.choice(tuple(NUMBERS.values())), adjective, noun.english_plural
+    return rng.choice(OWNERS), adjective, noun.english
 
 
 def _reverse(rng: random.Random) -> Pair:
-    words = rng.sample([*ADJECTIVES.values(), *(noun.english for noun in NOUNS)], rng.randint(3, 5))
+    words = _thing(rng, _ALL_ADJECTIVES)
     return f"reverse: {' '.join(words)}", " ".join(words[::-1])
 
 
-_PLURALS = {noun.english: noun.english_plural for noun in NOUNS}
-
-
 def _plural(rng: random.Random) -> Pair:
-    start, noun = _thing(rng)
-    return f"plural: {start} {noun}", f"{start} {_PLURALS[noun]}"
+    owner, adjective, noun = rng.choice(OWNERS), rng.choice(_ALL_ADJECTIVES), rng.choice(NOUNS)
+    return f"plural: {owner} {adjective} {noun.english}", f"{owner} {adjective} {noun.english_plural}"
 
 
 def _sum(rng: random.Random) -> Pair:
@@ -120,10 +121,8 @@ def _german(rng: random.Random) -> Pair:
 
 
 def _opposite(rng: random.Random) -> Pair:
-    adjectives = rng.sample(list(OPPOSITE), 2)
-    owner, noun = rng.choice(OWNERS), rng.choice(NOUNS).english
-    turned = " ".join(OPPOSITE[adjective] for adjective in adjectives)
-    return f"opposite: {owner} {' '.join(adjectives)} {noun}", f"{owner} {turned} {noun}"
+    first, adjective, noun = _thing(rng, tuple(OPPOSITE))
+    return f"opposite: {first} {adjective} {noun}", f"{first} {OPPOSITE[adjective]} {noun}"
 
 
 TASKS = {
@@ -145,8 +144,7 @@ def _gaps(rng: random.Random) -> Pair:
         start = rng.randrange(len(words) - 8)
         tokens = [word for word in words[start : start + 8] if word in known] or ["the"]
     else:
-        start, noun = _thing(rng)
-        tokens = [*start.split(), noun]
+        tokens = [*_thing(rng, _ALL_ADJECTIVES)]
     place = rng.randrange(len(tokens))
     answer = f"{SENTINELS[0]} {tokens[place]}"
     tokens[place] = SENTINELS[0]
@@ -154,7 +152,7 @@ def _gaps(rng: random.Random) -> Pair:
 
 
 def _of_symbols(rng: random.Random) -> Pair:
-    symbols = [rng.choice(rng.choice([LETTERS, DIGITS])) for _ in range(rng.randint(2, 5))]
+    symbols = [rng.choice(rng.choice([LETTERS, DIGITS])) for _ in range(rng.randint(2, 4))]
     return rng.choice(
         [
             (f"order: {' '.join(symbols)}", " ".join(sorted(symbols))),
@@ -164,7 +162,7 @@ def _of_symbols(rng: random.Random) -> Pair:
 
 
 def _copy(rng: random.Random) -> Pair:
-    text = " ".join(rng.choice(vocabulary()) for _ in range(rng.randint(1, 5)))
+    text = " ".join(_thing(rng, _ALL_ADJECTIVES)) if rng.random() < 0.7 else rng.choice(vocabulary())
     return f"copy: {text}", text
 
 
