@@ -200,3 +200,28 @@ def test_conflicting_licences_are_told_by_the_command(workspace):
     (folder / "merge.yaml").write_text(configuration())
     done = run("merge", "merge.yaml", "out", "--quiet")
     assert (done.exit_code, "different licences (base: mit; expert-b: cc-by-nc-4.0)" in done.stderr) == (0, True)
+
+
+def test_data_sets_of_profiles_are_named_where_others_have_them(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from neuron_methods.profiling import Settings, measure_profile
+    from tests.profiling import tiny
+
+    profile = tmp_path / "p.safetensors"
+    base, texts = tiny.save_model("llama", tmp_path / "base"), tiny.write_texts(tmp_path / "texts.jsonl", 8)
+    measure_profile(str(base), [f"a={texts}"], profile, Settings(top=0))
+    source = configuration(
+        "min_merging",
+        folder=tmp_path,
+        models=[{"model": "org/a", "parameters": {"profile": str(profile)}}, {"model": "org/b"}],
+    )
+    assert card(source)[0].data.datasets is None, "a local file is nobody else's"
+    with safe_open(profile, "pt") as file:
+        metadata = file.metadata()
+    metadata["profile"] = metadata["profile"].replace('"texts.jsonl"', '"openai/gsm8k@main:train"')
+    save_file(load_file(profile), profile, metadata=metadata)
+    assert card(source)[0].data.datasets == ["openai/gsm8k"]
+    profile.unlink()
+    assert card(source)[0].data.datasets is None
