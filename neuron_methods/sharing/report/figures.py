@@ -302,11 +302,14 @@ def draw_closest(document: Document, theme: Theme) -> bytes:
             )
             for index, expert in enumerate(document["experts"]):
                 _line(here, axis, entries, lambda e, i=index: 100 * e["distances"][i + 1], expert, **theme.line(index))
-            top = 100 * max(value for e in entries for value in e["distances"]) or 1.0
+            values = [100 * value for e in entries for value in e["distances"]]
+            span = max(values) - min(values) or max(values) or 1.0
             colours = [theme.base, *(theme.expert(i) for i in range(len(document["experts"])))]
             for entry in entries:
-                here.bar(axis.place(entry), 0.05 * top, bottom=-0.09 * top, width=0.95, color=colours[_closest(entry)])
-            here.set_ylim(-0.1 * top, 1.08 * top)
+                place, colour = axis.place(entry), colours[_closest(entry)]
+                # Below the lines, in parts of the axes' height.
+                here.bar(place, 0.06, bottom=0.01, width=0.95, color=colour, transform=here.get_xaxis_transform())
+            here.set_ylim(max(0.0, min(values) - 0.2 * span), max(values) + 0.08 * span)
             here.set_title(f"{kind}: distance of the merge, % of base norm")
             axis.decorate(here, theme)
         _legend(drawn, axes[0])
