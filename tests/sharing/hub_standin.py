@@ -31,6 +31,7 @@ class StandIn:
     Attributes:
         users: token -> what whoami answers.
         fail: called with (method, path) before each answer; a number is the status to fail with, "drop" hangs up.
+        says: the message of a failure that was asked for.
         asked: (method, path) of every request.
     """
 
@@ -39,6 +40,7 @@ class StandIn:
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     fail: Callable[[str, str], int | str | None] = lambda _method, _path: None
+    says: str = "made to fail"
     asked: list[tuple[str, str]] = field(default_factory=list)
 
     def count(self, method: str, part: str) -> int:
@@ -77,7 +79,7 @@ def hub() -> Iterator[StandIn]:
                 self.connection.close()
                 return
             if isinstance(failure, int):
-                status, headers, content = failure, {}, b'{"error": "made to fail"}'
+                status, headers, content = _error(failure, state.says)
             else:
                 status, headers, content = _answer(state, self, path, query, body)
             self.send_response(status)

@@ -220,6 +220,13 @@ def test_the_server_has_the_last_word_on_rights(standin, out):
     assert (done.exit_code, "the token may not write there" in done.stderr) == (1, True)
 
 
+def test_a_server_that_quotes_the_token_does_not_get_it_printed(standin, out):
+    standin.fail = lambda _method, path: 400 if path == "/api/repos/create" else None
+    standin.says = f"malformed: Bearer {TOKEN}"
+    done = command("push", str(out), "alice/merged", "--quiet")
+    assert (done.exit_code, "malformed: Bearer ***" in done.stderr) == (1, True)
+
+
 def test_merge_and_push_in_one_command(standin, made, tmp_path):
     done = command("merge", str(made / "merge.yaml"), str(tmp_path / "new"), "--quiet", "--push-to-hub", "lab/new")
     assert (done.exit_code, done.stdout) == (0, f"{standin.url}/lab/new\n"), done.output
