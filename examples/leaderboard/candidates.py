@@ -48,6 +48,7 @@ class Candidate:
         return len(self.settings) * len(self.scales)
 
 
+_NORM = "density 0.5, λ₂ by the norm of every neuron's update, nothing tuned"
 #: Scales for an update that averages experts.
 _MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
 
@@ -104,6 +105,14 @@ def candidates(experts: int) -> list[Candidate]:
     both = {"lambda_parallel": 1.0, **one}
     ours = [
         Candidate("neuro_merging", "ours", "neuro_merging", note="as published: density 0.15, automatic λ₂"),
+        Candidate("neuro_merging, norm", "ours", "neuro_merging", densities(0.5, lambda_orthogonal="norm"), note=_NORM),
+        Candidate(
+            "neuro_merging, norm, tuned",
+            "ours",
+            "neuro_merging",
+            densities(0.3, 0.6, lambda_orthogonal="norm"),
+            (0.8, 1.0, 1.3, 1.7),
+        ),
         Candidate("neuro_merging, λ₂ tuned", "ours", "neuro_merging", densities(0.15, 0.5, **one), means),
         Candidate("neuro_merging, sum", "ours", "neuro_merging", densities(0.3, 0.7, consensus="sum", **one), few),
         Candidate("min_merging", "ours", "min_merging", densities(0.3, 0.7, conflict="sum"), few),

@@ -62,7 +62,7 @@ class Settings:
     lora_learning_rate: float = 4e-3
     train: int = 6000
     validation: int = 300
-    test: int = 2500
+    test: int = 1500
 
 
 def build_zoo(

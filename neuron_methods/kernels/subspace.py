@@ -50,12 +50,14 @@ class MergeCoefficients(NamedTuple):
     Attributes:
         parallel: c_t, shape (neurons, experts), float64.
         orthogonal: a_t, shape (neurons, experts), float64.
+        gram: τ_⊥,s · τ_⊥,t, shape (neurons, experts, experts), float64.
         parallel_energy: Σ ‖τ_∥,t‖² over neurons and experts.
         orthogonal_energy: Σ ‖τ_⊥,t‖² likewise.
     """
 
     parallel: Tensor
     orthogonal: Tensor
+    gram: Tensor
     parallel_energy: float
     orthogonal_energy: float
 
@@ -79,9 +81,31 @@ def merge_coefficients(rows: Tensor, *, rank_energy: float = 1.0, consensus: str
     return MergeCoefficients(
         parallel,
         combination_coefficients(left, rows, parallel, consensus),
+        orthogonal,
         float((energies - own).sum()),
         float(own.sum()),
     )
+
+
+def matching_scales(coefficients: Tensor, gram: Tensor, count: int) -> Tensor:
+    """Scale per neuron that gives ψ_⊥ the mean norm of the experts' orthogonal parts: Σ_t ‖τ_⊥,t‖ / (T ‖ψ_⊥‖).
+
+    Merging shortens: an average of T updates that have nothing in common is √T times shorter than each of them.
+
+    Args:
+        coefficients: a_t, shape (neurons, experts), float64.
+        gram: inner products of the orthogonal parts, shape (neurons, experts, experts), float64.
+        count: T, the experts that take part: those whose weight is not 0.
+
+    Returns:
+        Shape (neurons,), float64; 0 where ψ_⊥ is nothing but rounding.
+    """
+    wanted = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    squares = torch.einsum("ns,nst,nt->n", coefficients, gram, coefficients).clamp(min=0)
+    # Of contributions that cancel out, rounding is left.
+    largest = (coefficients.abs() * wanted).sum(dim=1)
+    merged = squares.sqrt()
+    return torch.where(merged > ROUNDING**0.5 * largest, wanted.sum(dim=1) / (count * merged), 0.0)
 
 
 def gram_matrices(rows: Tensor) -> Tensor:

@@ -228,15 +228,16 @@ def choice(name: str, *values: str) -> Any:
     return Annotated[str, BeforeValidator(validate)]
 
 
-def number_or(name: str, word: str) -> Any:
-    """Type of a parameter that takes a finite number or one word."""
+def number_or(name: str, *words: str) -> Any:
+    """Type of a parameter that takes a finite number or one of some words."""
+    shown = " or ".join(map(repr, words))
 
     def validate(value: Any) -> float | str:
-        if value == word:
-            return word
+        if isinstance(value, str) and value in words:
+            return value
         try:
             return _number(name, value, -float("inf"), float("inf"), True)
         except UserError:
-            raise UserError(f"{name} must be a finite number or {word!r}; got {value!r}") from None
+            raise UserError(f"{name} must be a finite number or {shown}; got {value!r}") from None
 
     return Annotated[float | str, BeforeValidator(validate)]

@@ -10,6 +10,10 @@ Merging", EMNLP 2025, arXiv:2503.05320. The six steps, each in the kernel that c
 5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
 6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
 
+One choice is ours: with `lambda_orthogonal: norm`, λ₂ differs by neuron. It gives ψ_⊥ the mean norm of the experts'
+trimmed τ_⊥ in that neuron (of the whole tensor for points): data-free as the published one, but of a size that neither
+the number of experts nor the kind of consensus changes.
+
 The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
 asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
 """
@@ -34,7 +38,7 @@ from torch import Tensor
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
-from neuron_methods.kernels.subspace import gram_matrices, merge_coefficients, split_gram
+from neuron_methods.kernels.subspace import gram_matrices, matching_scales, merge_coefficients, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import trim_
 from neuron_methods.methods.contract import (
@@ -79,9 +83,9 @@ PARAMETERS = (
     ),
     ParameterSpec(
         "lambda_orthogonal",
-        number_or("lambda_orthogonal", "auto"),
+        number_or("lambda_orthogonal", "auto", "norm"),
         default="auto",
-        description="scale of the merged orthogonal part; auto is 1 / (1 - sigma)",
+        description="scale of the merged orthogonal part; auto: 1 / (1 - sigma); norm: to the experts' mean norm",
         scope=ParameterScope.SHARED,
     ),
     ParameterSpec(
@@ -231,7 +235,7 @@ def merge_points(
     *,
     thresholds: Sequence[float],
     weights: Sequence[float],
-    lambda_orthogonal: float,
+    lambda_orthogonal: float | str,
     consensus: str,
     allow_nonfinite: bool = False,
 ) -> None:
@@ -243,7 +247,7 @@ def merge_points(
         merged: receives θ₀ + λ₂ ψ; shape of the base, any float dtype.
         thresholds: smallest kept magnitude per expert.
         weights: factor per expert after trimming.
-        lambda_orthogonal: λ₂.
+        lambda_orthogonal: λ₂, or ``norm``.
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
         allow_nonfinite: treat a NaN or infinite update as no update.
     """
@@ -252,6 +256,9 @@ def merge_points(
     for row, expert, threshold, weight in zip(task_vectors, experts, thresholds, weights, strict=True):
         _trimmed_task_vector(row, expert.reshape(-1), origin, threshold, weight, allow_nonfinite)
     psi = elect_and_reduce(task_vectors, consensus)
+    if lambda_orthogonal == "norm":
+        norm = psi.norm().item() * _voting(weights)
+        lambda_orthogonal = task_vectors.norm(dim=1).sum().item() / norm if norm > 0 else 0.0
     merged.view(-1).copy_(origin.add(psi, alpha=lambda_orthogonal))
 
 
@@ -262,7 +269,7 @@ def merge_neurons(
     *,
     thresholds: Sequence[float],
     weights: Sequence[float],
-    lambda_orthogonal: float,
+    lambda_orthogonal: float | str,
     lambda_parallel: float = 0.0,
     rank_energy: float = 1.0,
     consensus: str = "mean",
@@ -277,7 +284,7 @@ def merge_neurons(
         merged: receives θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; shape of the base, any float dtype.
         thresholds: smallest kept magnitude per expert.
         weights: factor per expert after trimming.
-        lambda_orthogonal: λ₂.
+        lambda_orthogonal: λ₂, or ``norm``: see `neuron_methods.kernels.subspace.matching_scales`.
         lambda_parallel: λ₁; 0 spares step 3.
         rank_energy: see `neuron_methods.kernels.subspace.combination_coefficients`.
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
@@ -318,10 +325,15 @@ def merge_neurons(
         rows = trimmed(block)
         solved = merge_coefficients(rows, rank_energy=rank_energy, consensus=consensus)
         # θ₀ + λ₂ Σ_t a_t (τ_t − c_t w) + λ₁ c w, as one combination of the rows τ_1 … τ_T, w.
-        of_base = 1.0 - lambda_orthogonal * (solved.orthogonal * solved.parallel).sum(dim=1)
+        if lambda_orthogonal == "norm":
+            scales = matching_scales(solved.orthogonal, solved.gram, _voting(weights))
+            of_experts = scales.unsqueeze(1) * solved.orthogonal
+        else:
+            of_experts = lambda_orthogonal * solved.orthogonal
+        of_base = 1.0 - (of_experts * solved.parallel).sum(dim=1)
         if reduced_parallel is not None:
             of_base += lambda_parallel * reduced_parallel[block]
-        factors = torch.cat([lambda_orthogonal * solved.orthogonal, of_base.unsqueeze(1)], dim=1)
+        factors = torch.cat([of_experts, of_base.unsqueeze(1)], dim=1)
         merged[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
         if allow_nonfinite:
             broken = ~base[block].isfinite()
@@ -340,6 +352,11 @@ def _trimmed_task_vector(
     trim_(out, threshold)
     if weight != 1.0:
         out.mul_(weight)
+
+
+def _voting(weights: Sequence[float]) -> int:
+    """How many experts take part; one at least, to divide by."""
+    return max(1, sum(weight != 0 for weight in weights))
 
 
 def _with(tensors: Sequence[PlannedTensor], expert: Hashable) -> list[PlannedTensor]:

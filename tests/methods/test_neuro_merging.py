@@ -259,6 +259,45 @@ def test_step_6_scale_of_an_unchanged_model_is_one() -> None:
     assert_agree(merge_models(base, [base, base]), base, 1e-12)
 
 
+@pytest.mark.parametrize("consensus", ["mean", "sum"])
+def test_step_6_scale_may_match_the_norm_of_every_neuron(consensus: str) -> None:
+    base, *experts = randoms((6, 32), 4)
+    updates = torch.stack([expert - base for expert in experts])
+    along = (updates * base).sum(dim=2, keepdim=True) / base.square().sum(dim=1)[:, None] * base
+    wanted = (updates - along).norm(dim=2).mean(dim=0)
+    settings = {"density": 1.0, "consensus": consensus}
+    matched = merge(base, *experts, **settings, lambda_orthogonal="norm") - base
+    assert torch.allclose(matched.norm(dim=1), wanted, rtol=1e-5)
+    plain = merge(base, *experts, **settings, lambda_orthogonal=1.0) - base
+    assert torch.allclose(torch.nn.functional.cosine_similarity(matched, plain), torch.ones(6))
+    doubled = merge(base, *experts, **settings, lambda_orthogonal="norm", weight=2.0) - base
+    assert torch.allclose(doubled, 2 * matched, atol=1e-5)
+
+
+def test_step_6_norm_of_points_is_matched_over_the_tensor() -> None:
+    base, first, second = torch.zeros(2), torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    merged = merge(base, first, second, density=1.0, lambda_orthogonal="norm")
+    assert merged.tolist() == pytest.approx([2.1, 2.8])  # 3.5 long
+
+
+def test_step_6_norm_is_of_the_experts_that_take_part() -> None:
+    base, *experts = randoms((5, 16), 3)
+    settings = {"density": 1.0, "lambda_orthogonal": "norm"}
+    alone = merge(base, experts[0], **settings)
+    assert torch.allclose(merge(base, *experts, weight=[1.0, 0.0], **settings), alone, atol=1e-6)
+    points = [tensor[0] for tensor in (base, *experts)]
+    assert torch.allclose(merge(*points, weight=[1.0, 0.0], **settings), points[1], atol=1e-6)
+
+
+def test_step_6_norm_of_experts_that_cancel_out_or_changed_nothing_is_nothing() -> None:
+    base, update = randoms((5, 16), 2)
+    for experts in ([base + update, base - update], [base, base]):
+        for tensors in ([base, *experts], [t[0] for t in (base, *experts)]):
+            merged = merge(*tensors, density=1.0, lambda_orthogonal="norm", consensus="sum")
+            assert merged.isfinite().all()
+    assert torch.equal(merge(base, base, base, density=1.0, lambda_orthogonal="norm"), base)
+
+
 def test_weights_multiply_the_update() -> None:
     base, first, second = torch.zeros(1, 3), rows([3.0, 0.0, 0.0]), rows([0.0, 2.0, 0.0])
     assert with_updates(base, first, second, weight=[2.0, -1.0]).tolist() == [[6.0, -2.0, 0.0]]

@@ -87,7 +87,7 @@ REFUSED = [
     ({}, {"weight": float("nan")}, r"^weight must be a finite number; got nan$"),
     ({"rank_energy": -1}, {}, r"^rank_energy must be a number in \(0, 1\]; got -1$"),
     ({"lambda_parallel": float("inf")}, {}, r"^lambda_parallel must be a finite number; got inf$"),
-    ({"lambda_orthogonal": "big"}, {}, r"^lambda_orthogonal must be a finite number or 'auto'; got 'big'$"),
+    ({"lambda_orthogonal": "big"}, {}, r"^lambda_orthogonal must be a finite number or 'auto' or 'norm'; got 'big'$"),
     ({"trim": "layer"}, {}, r"^trim must be one of model, tensor; got 'layer'$"),
     ({"consensus": "max"}, {}, r"^consensus must be one of mean, sum; got 'max'$"),
     ({"density": [0.1, 0.9]}, {}, r"density of \S*expert-a varies over the tensors .*set trim: tensor$"),
