@@ -140,7 +140,7 @@ def test_every_point_merged_scores_the_same(experts, folder, merges):
 def test_a_trial_is_what_evaluate_says_of_the_merge(experts, folder):
     tasks = words(folder)
     source = cases.merge_yaml(experts("llama"))
-    result = tune(source, tasks, ["lambda_orthogonal=0.5:3:0.5"], folder / "out", settings(test=True))
+    result = tune(source, tasks, ["lambda_orthogonal=3,2.5,2,1.5,1,0.5"], folder / "out", settings(test=True))
     merging.merge_to_directory((folder / "out" / "best.yml").read_text(), folder / "merged", progress=False)
     validation = evaluate(str(folder / "merged"), tasks, split="validation", progress=False)
     assert validation.tasks[0].score == pytest.approx(result.confirmed["words"], rel=1e-6)
@@ -148,7 +148,7 @@ def test_a_trial_is_what_evaluate_says_of_the_merge(experts, folder):
     assert test.tasks[0].score == pytest.approx(result.test.tasks[0].score, rel=1e-6)
     assert result.test.tasks[0].split == "[:12]"
     assert len({trial.scores["words"] for trial in result.trials}) == 6
-    assert min(result.trials, key=lambda t: t.scores["words"]).point == result.best
+    assert min(result.trials, key=lambda t: t.scores["words"]).point == result.best != result.trials[0].point
 
 
 def test_test_data_is_not_looked_at_while_searching(experts, folder):
