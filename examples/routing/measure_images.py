@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("zoo", type=Path)
     parser.add_argument("--out-of-domain", nargs="*", default=[])
     parser.add_argument("--limit", type=int, default=2000, help="test images per task")
+    parser.add_argument("--no-static", action="store_true", help="leave out static merges")
     arguments = parser.parse_args()
     material = Material(arguments.config, arguments.routed)
     base = read_config(arguments.config).base_model
@@ -105,7 +106,7 @@ def main() -> None:
     rows["routed, as many layers redundant at random (3 draws)"] = mean_of(drawn)
     best: dict[str, tuple[float, str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for method, parameters in STATIC:
+        for method, parameters in [] if arguments.no_static else STATIC:
             path = material.merged(Path(folder), method, **parameters)
             scores = score(AutoModelForImageClassification.from_pretrained(path).eval())
             mean = statistics.mean(scores.values())

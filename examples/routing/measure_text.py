@@ -5,7 +5,8 @@
     python examples/routing/measure_text.py routed.yaml ./routed mergekit-neuron-demo
 
 Experts must be called as the demo's tasks: arithmetic, german, python. Out of domain are prose (paragraphs of Python's
-language reference, out of `pydoc_data`: loss and next tokens) and questions for capitals (exact answers).
+language reference, out of `pydoc_data`: loss and next tokens) and beginnings of sentences about
+capitals (whether the right one follows).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_images import mean_of, print_times
+from measure_images import print_times
 from transformers import AutoModelForCausalLM
 from variants import Material, forward_times, show, unpadded_gap
 
@@ -39,6 +40,11 @@ STATIC: list[tuple[str, dict[str, Any]]] = [
     ("neuro_merging", {}),
     ("min_merging", {}),
     *(("ties", {"density": 0.2, "weight": 1.0, "lambda": scale}) for scale in (1.0, 2.0)),
+]
+
+
+PARTS = [
+    *("experts", "enhanced", "routed", "unenhanced", "strangers", "random-expert", "random-layers", "sums", "static")
 ]
 
 
@@ -79,7 +85,7 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="directory of the demo: data/TASK.held_out.jsonl")
     parser.add_argument("--examples", type=int, default=100, help="held-out examples of each task")
     parser.add_argument("--ablation-examples", type=int, default=100)
-    parser.add_argument("--no-static", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure, in this order")
     arguments = parser.parse_args()
     material = Material(arguments.config, arguments.routed)
     tokenizer = load_processor(material.config.base_model, "causal", "base_model")
@@ -112,43 +118,49 @@ def main() -> None:
         rows[label] = scores
         print(f"{label}: {scores}", flush=True)
 
-    for label, model in (("experts, each on its own task", material.plain), ("enhanced experts", material.routed)):
-        own = {name: answers(material.fixed(model, {name: 1.0}), name, arguments.examples) for name in names}
-        add(label, own)
-    add("routed", score(material.routed))
-    add("routed, without enhancement", score(material.plain))
     few = arguments.ablation_examples
-    drawn = []
-    for seed in range(2):
-        with material.redundant(material.routed, "random", seed) as model:
-            drawn.append(score(model, few))
-    add("routed, redundant layers to a random expert (2 draws)", mean_of(drawn))
-    drawn = []
-    for seed in range(2):
-        with material.random_core(seed) as model:
-            drawn.append(score(model, few))
-    add("routed, as many layers redundant at random (2 draws)", mean_of(drawn))
+    for part in arguments.parts:
+        if part in ("experts", "enhanced"):
+            model = material.plain if part == "experts" else material.routed
+            own = {name: answers(material.fixed(model, {name: 1.0}), name, arguments.examples) for name in names}
+            add("experts, each on its own task" if part == "experts" else "enhanced experts", own)
+        elif part == "routed":
+            add("routed", score(material.routed))
+        elif part == "unenhanced":
+            add("routed, without enhancement", score(material.plain))
+        elif part == "strangers":
+            measure_strangers(material, tokenizer)
+        elif part == "random-expert":
+            with material.redundant(material.routed, "random") as model:
+                add("routed, redundant layers to a random expert", score(model, few))
+        elif part == "random-layers":
+            with material.random_core(seed=0) as model:
+                add("routed, as many layers redundant at random", score(model, few))
+        elif part == "sums":
+            for weight in (0.4, 0.7):
+                merged = material.fixed(material.plain, dict.fromkeys(names, weight))
+                add(f"static, task_arithmetic, weight {weight}", score(merged, few))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                for method, parameters in STATIC:
+                    path = material.merged(Path(folder), method, **parameters)
+                    merged = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+                    add(f"static, {method} {parameters or '(defaults)'}", score(merged, few))
+    if rows:
+        print(f"\n{show(rows)}")
 
-    texts = prose(60)
-    questions = [Example(f"Question: What is the capital of {c}?\nAnswer:", a) for c, a in CAPITALS.items()]
+
+def measure_strangers(material: Material, tokenizer: Any) -> None:
+    """Scores out of domain, of the base and of the routed model, and how much is left to the base."""
+    texts = prose(40)
+    questions = [Example(f"The capital of {c} is", a) for c, a in CAPITALS.items()]
     for label, model in (("base", material.fixed(material.routed, {})), ("routed", material.routed)):
-        found = answer_prompts(model, tokenizer, [question.prompt for question in questions], 12)
+        found = answer_prompts(model, tokenizer, [question.prompt for question in questions], 8)
         capitals = statistics.mean(q.answer in answer for q, answer in zip(questions, found, strict=True))
         print(f"out of domain, {label}: {read_prose(model, tokenizer, texts)}, capitals {capitals:.1%}", flush=True)
     for label, some in (("prose", texts), ("capitals", [question.prompt for question in questions])):
         left = (~material.routed.route(**padded(tokenizer, some)).in_domain).float().mean()
         print(f"out of domain, {label}: {float(left):.1%} left to the base", flush=True)
-
-    for weight in (0.4, 0.7):
-        merged = material.fixed(material.plain, dict.fromkeys(names, weight))
-        add(f"static, task_arithmetic, weight {weight}", score(merged, few))
-    if not arguments.no_static:
-        with tempfile.TemporaryDirectory() as folder:
-            for method, parameters in STATIC:
-                path = material.merged(Path(folder), method, **parameters)
-                merged = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-                add(f"static, {method} {parameters or '(defaults)'}", score(merged, few))
-    print(f"\n{show(rows)}")
 
 
 def read_held_out(task: Any, demo: Path, count: int) -> Any:
