@@ -10,7 +10,7 @@ mergekit has no plug-in discovery, so it takes two steps, each as small as can b
    its registry of merge methods first among them, has been executed, it calls the function named there.
 
 As this happens in other people's processes, nothing here ever raises or prints: mergekit goes on as if we
-were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr, and `failures` keeps
+were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr, and `failures()` gives
 them for whoever asks for our methods by `neuron_methods.register()` or our own command.
 """
 
@@ -50,10 +50,6 @@ if os.environ.get('MERGEKIT_NEURON_AUTOLOAD') != '0':
 """
 
 
-# The exceptions of callbacks so far, with the function that raised each.
-failures: "list[tuple[str, Exception]]" = []
-
-
 class _Thread(_local):
     """Per thread: how many watched modules are being executed right now, one inside the other."""
 
@@ -64,7 +60,8 @@ class Hook:
     """A finder for `sys.meta_path` that calls functions after certain modules have been executed.
 
     Callbacks wait until no watched module and no module of our own (`own` prefix) is half executed in the
-    thread, so that they never meet a partly initialised module.
+    thread, so that they never meet a partly initialised module. `failures` has their exceptions, each with the
+    function that raised it.
     """
 
     def __init__(self, callbacks: "Mapping[str, str]", own: str) -> None:
@@ -73,6 +70,7 @@ class Hook:
         self._executed: set[str] = set()
         self._pending: set[str] = set()
         self._thread = _Thread()
+        self.failures: list[tuple[str, Exception]] = []
 
     def arm(self, instead_of: object = None) -> None:
         """Put the hook in front of the import system and serve the modules that are already imported.
@@ -126,11 +124,35 @@ class Hook:
     def _run_pending(self) -> None:
         self._thread.depth += 1  # what callbacks import adds to this loop instead of starting another
         try:
+            postponed = set()
             while due := [name for name in self.callbacks if name in self._pending]:
                 self._pending.discard(due[0])
-                _call(self.callbacks[due[0]])
+                if not self._call(self.callbacks[due[0]]):
+                    postponed.add(due[0])
+            self._pending |= postponed
         finally:
             self._thread.depth -= 1
+
+    def _call(self, target: str) -> bool:
+        """Call the function; False where it needs a module that is only half executed, and has to wait."""
+        try:
+            from importlib import import_module
+
+            module_name, _, function_name = target.partition(":")
+            function = getattr(import_module(module_name), function_name, None)
+            if function is not None:
+                function()
+        except Exception as error:
+            if isinstance(error, ImportError) and not _is_imported(error.name or "") and error.name in sys.modules:
+                return False
+            self.failures.append((target, error))
+            import os
+
+            if os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0"):
+                import traceback
+
+                traceback.print_exc()
+        return True
 
 
 class _Loader:
@@ -180,25 +202,12 @@ def _is_imported(name: str) -> bool:
     return module is not None and not getattr(spec, "_initializing", False)
 
 
-def _call(target: str) -> None:
-    try:
-        from importlib import import_module
-
-        module_name, _, function_name = target.partition(":")
-        function = getattr(import_module(module_name), function_name, None)
-        if function is not None:
-            function()
-    except Exception as error:
-        failures.append((target, error))
-        import os
-
-        if os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0"):
-            import traceback
-
-            traceback.print_exc()
-
-
 _hook = Hook(CALLBACKS, own="neuron_methods.")
+
+
+def failures() -> "list[tuple[str, Exception]]":
+    """What of mergekit could not be extended so far: the functions called, and their exceptions."""
+    return _hook.failures
 
 
 def arm(instead_of: object = None) -> None:

@@ -186,11 +186,14 @@ class _Demo:
     def merge(self, merge_yaml: str, expert_keys: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Also returns the merge's own summary."""
         from neuron_methods.plugin.merging import merge_to_directory
+        from neuron_methods.sharing.publishing import merge_companion
 
         key = {"stage": "merge", "yaml": merge_yaml, "experts": expert_keys}
 
         def build(path: Path) -> str:
-            summary = merge_to_directory(merge_yaml, str(path), progress=self.settings.progress)
+            summary = merge_to_directory(
+                merge_yaml, str(path), progress=self.settings.progress, companion=merge_companion()
+            )
             return str(replace(summary, out_path=str(self.out / "merged")))
 
         stage = self._stage("merge: neuro_merging", self.out / "merged", key, build)

@@ -49,8 +49,8 @@ def register() -> None:
             registry.register(method_class())
     # Definitions and patches follow as the modules they concern are imported; those that are get them here.
     _autoload.arm()
-    if _autoload.failures:
-        target, error = _autoload.failures[0]
+    if failures := _autoload.failures():
+        target, error = failures[0]
         raise RuntimeError(f"mergekit could not be extended: {target} failed with {error!r}") from error
 
 

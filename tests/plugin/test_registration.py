@@ -112,3 +112,18 @@ def test_the_card_asks_nobody_about_what_exists_here(tmp_path, monkeypatch):
     assert not mergekit.card.is_hf("a")
     assert mergekit.card.is_hf("somebody/something")
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    "module", ["methods.min_merging", "methods.neuro_merging", "plugin.registration", "kernels.elect"]
+)
+def test_any_module_of_ours_may_be_imported_before_mergekit(module):
+    code = f"""
+import neuron_methods.{module}
+import neuron_methods
+neuron_methods.register()
+from mergekit.merge_methods import registry
+print(registry.get("min_merging").spec.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "min_merging"), done.stderr

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.plugin.registration import register
+from neuron_methods.methods.min_merging import Selection
+from neuron_methods.methods.neuro_merging import is_packed
+from neuron_methods.methods.neuron_merge import GroupedPlan
+from neuron_methods.methods.trim_profile import TrimProfile
+from neuron_methods.plugin.describe import kind_of
 from neuron_methods.sharing.report.statistics import (
     WeightStatistics,
     cosines,
@@ -19,14 +23,6 @@ from neuron_methods.sharing.report.statistics import (
     top_share,
     weight_statistics,
 )
-
-# mergekit's registry imports all methods when it is imported; a method imported before it meets itself half made.
-register()
-from neuron_methods.methods.min_merging import Selection  # noqa: E402
-from neuron_methods.methods.neuro_merging import is_packed  # noqa: E402
-from neuron_methods.methods.neuron_merge import GroupedPlan  # noqa: E402
-from neuron_methods.methods.trim_profile import TrimProfile  # noqa: E402
-from neuron_methods.plugin.describe import kind_of  # noqa: E402
 
 FORMAT, VERSION = "mergekit-neuron-report", 1
 # Neurons of each weight that are looked at while a merge runs: few enough to take a few per cent of its time.
