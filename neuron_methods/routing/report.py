@@ -52,7 +52,7 @@ def describe_router(report: RouterReport, names: Sequence[str], ood_score: str, 
         f"router: {report.training} training inputs, {report.epochs} epochs; {report.held_out} held-out inputs\n"
         f"{table(rows)}\n"
         f"  out of domain: {ood_score} below {threshold:.4g}; {report.in_domain:.1%} of the held-out inputs pass "
-        f"({share:.0%} asked for)"
+        f"({100 * share:g}% asked for)"
     )
 
 
@@ -77,7 +77,7 @@ def describe_plan(
             table(rows),
             first,
             f"router: {router.pooling} of the hidden states behind {read} layers, {router.hidden} "
-            f"hidden units, top {router.top_k}, {router.ood_score} for {router.in_domain_share:.0%} in domain",
+            f"hidden units, top {router.top_k}, {router.ood_score} for {100 * router.in_domain_share:g}% in domain",
             f"merging: redundant layers from {config.merging.redundant}",
         )
     )
