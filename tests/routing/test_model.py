@@ -190,6 +190,13 @@ def test_saved_and_loaded_it_is_the_same(made, loaded, tmp_path, kind):
     assert torch.equal(one.logits, two.logits) and torch.equal(first.coefficients, second.coefficients)
 
 
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": "cpu"}, {"dtype": "float32"}])
+def test_placed_by_a_device_map_it_computes_the_same(made, loaded, options):
+    inputs = batch(made, "llama")
+    placed = NeuronRoutedModel.from_pretrained(made("llama") / "routed", **options)
+    assert torch.equal(placed(**inputs).logits, loaded("llama")(**inputs).logits)
+
+
 def test_base_and_routed_model_move_together_and_a_lost_base_is_named(made, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
