@@ -87,25 +87,25 @@ def merge_coefficients(rows: Tensor, *, rank_energy: float = 1.0, consensus: str
     )
 
 
-def matching_scales(coefficients: Tensor, gram: Tensor, count: int) -> Tensor:
-    """Scale per neuron that gives ψ_⊥ the mean norm of the experts' orthogonal parts: Σ_t ‖τ_⊥,t‖ / (T ‖ψ_⊥‖).
+def matching_scales(coefficients: Tensor, gram: Tensor, lengths: Tensor) -> Tensor:
+    """Scale per neuron that gives ψ_⊥ a length.
 
-    Merging shortens: an average of T updates that have nothing in common is √T times shorter than each of them.
+    Merging shortens: an average of T updates that have nothing in common is √T times shorter than each of them, and
+    trimming takes more.
 
     Args:
         coefficients: a_t, shape (neurons, experts), float64.
         gram: inner products of the orthogonal parts, shape (neurons, experts, experts), float64.
-        count: T, the experts that take part: those whose weight is not 0.
+        lengths: the length that each neuron's ψ_⊥ is to have, shape (neurons,).
 
     Returns:
         Shape (neurons,), float64; 0 where ψ_⊥ is nothing but rounding.
     """
-    wanted = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    squares = torch.einsum("ns,nst,nt->n", coefficients, gram, coefficients).clamp(min=0)
+    squares = torch.einsum("ns,nst,nt->n", coefficients, gram, coefficients)
+    merged = squares.clamp(min=0).sqrt()
     # Of contributions that cancel out, rounding is left.
-    largest = (coefficients.abs() * wanted).sum(dim=1)
-    merged = squares.sqrt()
-    return torch.where(merged > ROUNDING**0.5 * largest, wanted.sum(dim=1) / (count * merged), 0.0)
+    largest = (coefficients.abs() * gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()).sum(dim=1)
+    return torch.where(merged > ROUNDING**0.5 * largest, lengths.to(merged) / merged, 0.0)
 
 
 def gram_matrices(rows: Tensor) -> Tensor:

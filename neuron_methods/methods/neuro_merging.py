@@ -10,9 +10,9 @@ Merging", EMNLP 2025, arXiv:2503.05320. The six steps, each in the kernel that c
 5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
 6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
 
-One choice is ours: with `lambda_orthogonal: norm`, λ₂ differs by neuron. It gives ψ_⊥ the mean norm of the experts'
-trimmed τ_⊥ in that neuron (of the whole tensor for points): data-free as the published one, but of a size that neither
-the number of experts nor the kind of consensus changes.
+One choice is ours: with `lambda_orthogonal: norm`, λ₂ differs by neuron. It makes ψ_⊥ as long as the experts' updates
+of that neuron are on average before trimming (of the whole tensor for points): data-free as the published one, but of a
+size that neither the number of experts nor the kind of consensus changes.
 
 The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
 asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
@@ -253,12 +253,13 @@ def merge_points(
     """
     origin = base.reshape(-1).float()
     task_vectors = origin.new_empty(len(experts), len(origin))
+    lengths = origin.new_zeros(()) if lambda_orthogonal == "norm" else None
     for row, expert, threshold, weight in zip(task_vectors, experts, thresholds, weights, strict=True):
-        _trimmed_task_vector(row, expert.reshape(-1), origin, threshold, weight, allow_nonfinite)
+        _trimmed_task_vector(row, expert.reshape(-1), origin, threshold, weight, allow_nonfinite, lengths)
     psi = elect_and_reduce(task_vectors, consensus)
-    if lambda_orthogonal == "norm":
+    if lengths is not None:
         norm = psi.norm().item() * _voting(weights)
-        lambda_orthogonal = task_vectors.norm(dim=1).sum().item() / norm if norm > 0 else 0.0
+        lambda_orthogonal = lengths.item() / norm if norm > 0 else 0.0
     merged.view(-1).copy_(origin.add(psi, alpha=lambda_orthogonal))
 
 
@@ -305,11 +306,15 @@ def merge_neurons(
         return 0.0, 0.0
     scratch = torch.empty(blocks[0].stop, count + 1, width, dtype=torch.float32, device=base.device)
 
+    matched = lambda_orthogonal == "norm"
+    lengths = torch.zeros(blocks[0].stop, dtype=torch.float32, device=base.device) if matched else None
+
     def trimmed(block: slice) -> Tensor:
         rows = scratch[: block.stop - block.start]
         w = rows[:, -1].copy_(base[block])
+        of_rows = lengths[: len(rows)].zero_() if lengths is not None else None
         for t, expert in enumerate(experts):
-            _trimmed_task_vector(rows[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite)
+            _trimmed_task_vector(rows[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite, of_rows)
         if allow_nonfinite:
             w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return rows
@@ -325,8 +330,9 @@ def merge_neurons(
         rows = trimmed(block)
         solved = merge_coefficients(rows, rank_energy=rank_energy, consensus=consensus)
         # θ₀ + λ₂ Σ_t a_t (τ_t − c_t w) + λ₁ c w, as one combination of the rows τ_1 … τ_T, w.
-        if lambda_orthogonal == "norm":
-            scales = matching_scales(solved.orthogonal, solved.gram, _voting(weights))
+        if lengths is not None:
+            wanted = lengths[: len(rows)].to(solved.gram) / _voting(weights)
+            scales = matching_scales(solved.orthogonal, solved.gram, wanted)
             of_experts = scales.unsqueeze(1) * solved.orthogonal
         else:
             of_experts = lambda_orthogonal * solved.orthogonal
@@ -344,11 +350,20 @@ def merge_neurons(
 
 
 def _trimmed_task_vector(
-    out: Tensor, expert: Tensor, base: Tensor, threshold: float, weight: float, allow_nonfinite: bool
+    out: Tensor,
+    expert: Tensor,
+    base: Tensor,
+    threshold: float,
+    weight: float,
+    allow_nonfinite: bool,
+    lengths: Tensor | None = None,
 ) -> None:
+    """Fill `out`; add the norm of each row before trimming, times the weight's size, to `lengths`."""
     fill_task_vector(out, expert, base)
     if allow_nonfinite:
         out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    if lengths is not None:
+        lengths += abs(weight) * out.norm(dim=-1)
     trim_(out, threshold)
     if weight != 1.0:
         out.mul_(weight)

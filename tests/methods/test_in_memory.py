@@ -108,7 +108,11 @@ def test_thresholds_per_tensor_do_not_need_names() -> None:
         ("rank_energy", 1.01, r"rank_energy must be a number in \(0, 1\]; got 1\.01"),
         ("lambda_parallel", -math.inf, r"lambda_parallel must be a finite number; got -inf"),
         ("lambda_parallel", "auto", r"lambda_parallel must be a finite number; got 'auto'"),
-        ("lambda_orthogonal", "automatic", r"lambda_orthogonal must be a finite number or 'auto' or 'norm'; got 'automatic'"),
+        (
+            "lambda_orthogonal",
+            "automatic",
+            r"lambda_orthogonal must be a finite number or 'auto' or 'norm'; got 'automatic'",
+        ),
         ("lambda_orthogonal", math.nan, r"lambda_orthogonal must be a finite number or 'auto' or 'norm'; got nan"),
         ("trim", "layer", r"trim must be one of model, tensor; got 'layer'"),
         ("consensus", "median", r"consensus must be one of mean, sum; got 'median'"),
