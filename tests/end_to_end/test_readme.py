@@ -28,6 +28,10 @@ def blocks(language):
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 SHORT = " --steps 2 --examples 4"
 SEARCH = ("lambda_orthogonal=0.5:4:0.5 --test", "lambda_orthogonal=1,2 --only german")  # as shown, as run here
+ROUTING = ("mergekit-neuron route ", "mergekit-neuron generate ")
+# The routed model's YAML as shown, and what is added to make it quick: few samples, experts as they are.
+(ROUTED,) = re.findall(r"^```\n(base_model: .*?)^```", README, re.M | re.S)
+QUICK = "enhancement: {enabled: false}\nrouter: {samples: 16, epochs: 20}\n"
 OURS = ("neuro_merging", "min_merging", "neuron_merge")
 DEMO, TESTS = (next(c for c in COMMANDS if part in c and "pip" in c) for part in ("mergekit-neuron demo", "-m pytest"))
 
@@ -48,6 +52,16 @@ def demo(tmp_path_factory):
     return directory, done.stdout
 
 
+@pytest.fixture(scope="module")
+def routed(demo):
+    """The same directory, with the routed model of the README."""
+    directory, _ = demo
+    (directory / "routed.yaml").write_text(ROUTED[: ROUTED.index("router:")] + QUICK)
+    (command,) = [command for command in COMMANDS if command.startswith(ROUTING[0])]
+    run(command, directory)
+    return directory
+
+
 def test_the_two_commands_install_the_tested_versions():
     for command in (DEMO, TESTS):
         assert command.startswith("pip install torch==2.13.0 && pip install -c .ci/constraints.txt ")
@@ -63,7 +77,7 @@ def test_demo_shows_every_model_on_every_task(demo):
 def test_merging_commands_run_on_what_the_demo_wrote(demo):
     directory, _ = demo
     for command in COMMANDS:
-        if command not in (DEMO, TESTS):
+        if command not in (DEMO, TESTS) and not command.startswith(ROUTING):
             short = command + SHORT if command.startswith("mergekit-neuron demo") else command.replace(*SEARCH)
             run(short, directory)
     weights = {name: (directory / name / "model.safetensors").read_bytes() for name in ("merged", "merged-by-mergekit")}
@@ -87,9 +101,15 @@ def test_yaml_examples_merge(demo):
         assert (directory / f"readme-{number}" / "model.safetensors").is_file()
 
 
-def test_python_examples_run(demo):
+def test_python_examples_run(routed):
     for block in blocks("python"):
-        subprocess.run([sys.executable, "-c", block], cwd=demo[0], check=True)
+        subprocess.run([sys.executable, "-c", block], cwd=routed, check=True)
+
+
+def test_routed_model_answers_and_tells_its_routing(routed):
+    (command,) = [command for command in COMMANDS if command.startswith(ROUTING[1])]
+    output = run(command, routed).stdout
+    assert output.count("  routing: ") == command.count("--prompt")
 
 
 def test_tables_list_the_parameters_with_their_defaults():
