@@ -105,6 +105,7 @@ def candidates(experts: int) -> list[Candidate]:
     both = {"lambda_parallel": 1.0, **one}
     ours = [
         Candidate("neuro_merging", "ours", "neuro_merging", note="as published: density 0.15, automatic λ₂"),
+        Candidate("neuro_merging, density 0.5", "ours", "neuro_merging", densities(0.5), note="automatic λ₂"),
         Candidate("neuro_merging, norm", "ours", "neuro_merging", densities(0.5, lambda_orthogonal="norm"), note=_NORM),
         Candidate(
             "neuro_merging, norm, tuned",
