@@ -6,6 +6,7 @@ from pathlib import Path
 
 import common
 import glyphs
+import llama
 import numpy as np
 import pytest
 import scenes
@@ -17,6 +18,8 @@ import vit
 from datasets import load_dataset
 from safetensors.torch import load_file
 
+from neuron_methods.demo.stages import STAMP
+from neuron_methods.demo.tasks import build_tasks
 from neuron_methods.errors import UserError
 from neuron_methods.evaluation import load_tasks, open_model
 
@@ -179,6 +182,33 @@ def test_tokenizer_reads_and_writes_every_answer(zoo):
                 assert ids[-1] == opened.model.config.eos_token_id
                 assert tokenizer.unk_token_id not in ids
                 assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_llama_tests_on_what_was_not_trained_on():
+    for task in build_tasks(1, seed=0):
+        splits = llama.split_examples(task, llama.Settings(), seed=0)
+        assert splits["train"] == list(task.train)
+        assert len(splits["validation"]) == 40
+        assert len(splits["test"]) > 200
+        keys = {example: key for key, example in llama.SOURCES[task.name]()}
+        trained = {keys[example] for example in splits["train"]}
+        assert not trained & {keys[example] for split in ("validation", "test") for example in splits[split]}
+        assert not set(splits["validation"]) & set(splits["test"])
+
+
+def test_llama_takes_only_what_the_demo_trained_alike(tmp_path):
+    key = {"stage": "expert", "training": {"steps": 60}}
+    with pytest.raises(UserError, match="has no finished expert german"):
+        llama.copy_expert(tmp_path, "german", key, tmp_path / "copy", tmp_path / "base")
+    adapter = tmp_path / "experts" / "german" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "r": 16}')
+    (adapter.parent / STAMP).write_text(json.dumps({"settings": key}))
+    with pytest.raises(UserError, match="was trained with other settings"):
+        llama.copy_expert(tmp_path, "german", key | {"task": "german"}, tmp_path / "copy", tmp_path / "base")
+    llama.copy_expert(tmp_path, "german", key, tmp_path / "copy", tmp_path / "base")
+    config = json.loads((tmp_path / "copy" / "adapter" / "adapter_config.json").read_text())
+    assert config == {"base_model_name_or_path": str(tmp_path / "base"), "r": 16}
 
 
 def test_paired_error_counts_examples_that_differ():
