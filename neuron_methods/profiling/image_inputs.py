@@ -76,10 +76,11 @@ class ImageFeeder(Feeder):
 
     def class_of(self, sample: Sample) -> int:
         """The model's number of a sample's label; raises UserError if it has no such class."""
-        label = sample.values[1]
-        index = class_index(label, self.reader.labels, self.config)
+        label, names = sample.values[1], self.reader.labels
+        index = class_index(label, names, self.config)
         if index is None:
-            raise self.wrong_value(sample, 1, f"one of the model's {self.config.num_labels} labels, not {label!r}")
+            shown = names[label] if isinstance(label, int) and names and 0 <= label < len(names) else label
+            raise self.wrong_value(sample, 1, f"one of the model's {self.config.num_labels} labels, not {shown!r}")
         return index
 
 

@@ -1,10 +1,10 @@
 """Stage 3 of MIN-Merging: from what the router says of an input to how much of each expert every layer gets.
 
-Input b has probabilities p over experts. The `top_k` largest are chosen, and their weights w are p renormalised over the
-chosen ones. Let e be the first of them. A layer that is core to e gets e's update alone; a layer that is redundant for e
-gets Σ_{j≠e} w_j τ_j over the other chosen experts: w is not blown up to sum to 1 over them, so that an input the router
-is sure of is left alone by experts that have no say in it (the paper leaves this open). An input that is out of domain
-gets nobody's update.
+Input b has probabilities p over experts. The `top_k` largest are chosen, and their weights w are p renormalised over
+them. Let e be the first of them. A layer that is core to e gets e's update alone; a layer that is redundant for e gets
+Σ_{j≠e} w_j τ_j over the other chosen experts: w is not blown up to sum to 1 over them, so that an input the router is
+sure of is left alone by experts that have no say in it (the paper leaves this open). An input that is out of domain gets
+nobody's update.
 """
 
 from __future__ import annotations
