@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.tasks import Task
 
 
-class Scorer:
+class Scorer(ABC):
     """One task at work on one model in memory. What it made of the examples (tokens, pixels) it keeps.
 
     Attributes:
@@ -47,29 +48,29 @@ class Scorer:
         self.model, self.processor, self.examples, self.device = model, processor, examples, device
         self.task = examples.task
 
-    @classmethod
+    @classmethod  # noqa: B027 - optional
     def check_task(cls, task: Task, place: str) -> None:
         """Refuse settings that cannot be; `place` is for the message."""
 
     @classmethod
+    @abstractmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """Refuse, by its config alone, a model that cannot do the task; `shown` is its name."""
-        raise NotImplementedError
 
-    @classmethod
+    @classmethod  # noqa: B027 - optional
     def check_examples(cls, examples: Examples, config: Any) -> None:
         """Refuse examples that the model has no answer for, by its config alone."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - optional
         """Get ready for one run over the examples: the model's weights may have changed since the last."""
 
     def length(self, index: int) -> int:
         """The size of an example's input, to put like to like."""
         return 0
 
+    @abstractmethod
     def score(self, indices: Sequence[int]) -> list[Outcome]:
         """Score one batch."""
-        raise NotImplementedError
 
     def part(self, name: str) -> Any:
         """The tokenizer or the image processor."""

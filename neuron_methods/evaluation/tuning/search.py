@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,14 +125,14 @@ def show_point(point: Mapping[str, Any]) -> str:
     )
 
 
-class Strategy:
+class Strategy(ABC):
     """Proposes points, batch after batch, and hears what they were worth."""
 
+    @abstractmethod
     def batches(self) -> Iterator[list[Point]]:
         """Batches of points; `tell` is called between them."""
-        raise NotImplementedError
 
-    def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:
+    def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:  # noqa: B027 - most need not listen
         """Hear the objective of a batch's points."""
 
 
