@@ -153,9 +153,12 @@ def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], fa
         if ours is None or theirs is None:
             continue
         gap, error = difference(ours.outcomes[family], theirs.outcomes[family])
+        peers = [row for row in rows if row.origin == "mergekit"]
+        scored = sum(family in row.outcomes for row in peers)
+        only = f" (only {scored} of {len(peers)} of them were scored)" if scored < len(peers) else ""
         lines.append(
             f"- {FAMILIES[family]}: the best of ours, {ours.name}, is {100 * gap:+.1f} points (standard error of the "
-            f"paired difference {100 * error:.1f}) from the best of mergekit's own, {theirs.name}."
+            f"paired difference {100 * error:.1f}) from the best of mergekit's own, {theirs.name}{only}."
         )
     notes = [f"- {row.name}: {row.note}." for row in rows if row.note]
     return "\n".join([*lines, *notes]) + "\n"
