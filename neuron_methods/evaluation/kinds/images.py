@@ -83,20 +83,30 @@ class ImageClassification(Scorer):
     def score(self, indices: Sequence[int]) -> list[Outcome]:
         """Classify."""
         pixels = self.pixels.batch(indices).to(self.device, self.model.dtype)
-        logits = self.model(pixel_values=pixels).logits.float().cpu()
-        if self.classes is not None:
-            found = self.classes[logits[:, self.classes].argmax(dim=1)].tolist()
-        else:
-            found = logits.argmax(dim=1).tolist()
-        return [
-            Outcome(
-                self.examples.samples[i].row,
-                float(predicted == self.targets[i]),
-                self.names.get(predicted, predicted),
-                self.names.get(self.targets[i], self.targets[i]),
-            )
-            for i, predicted in zip(indices, found, strict=True)
-        ]
+        return classified(self, self.model(pixel_values=pixels).logits.float().cpu(), indices)
+
+
+def classified(scorer: Any, logits: Tensor, indices: Sequence[int]) -> list[Outcome]:
+    """What a classifier's logits say of a batch.
+
+    Args:
+        scorer: has `examples`, `targets`, `classes` (those to choose from; None: all) and `names`.
+        logits: float32 (batch, classes of the model), on the CPU.
+        indices: the batch's examples.
+    """
+    if scorer.classes is not None:
+        found = scorer.classes[logits[:, scorer.classes].argmax(dim=1)].tolist()
+    else:
+        found = logits.argmax(dim=1).tolist()
+    return [
+        Outcome(
+            scorer.examples.samples[i].row,
+            float(predicted == scorer.targets[i]),
+            scorer.names.get(predicted, predicted),
+            scorer.names.get(scorer.targets[i], scorer.targets[i]),
+        )
+        for i, predicted in zip(indices, found, strict=True)
+    ]
 
 
 class ZeroShotImageClassification(Scorer):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.base import Scorer, number_setting, text_limit, wrong_model
-from neuron_methods.evaluation.kinds.images import check_labels, lacks_label, restricted_classes, target_classes
+from neuron_methods.evaluation.kinds.images import (
+    check_labels,
+    classified,
+    lacks_label,
+    restricted_classes,
+    target_classes,
+)
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.profiling.image_inputs import class_index
 
@@ -70,20 +77,8 @@ class TextClassification(Scorer):
         # A decoder that knows no padding cannot tell where a padded text ends.
         size = len(indices) if self.pad is not None else 1
         logits = torch.cat([self._logits(indices[i : i + size]) for i in range(0, len(indices), size)])
-        if self.classes is not None:
-            found = self.classes[logits[:, self.classes].argmax(dim=1)].tolist()
-        else:
-            found = logits.argmax(dim=1).tolist()
-        return [
-            Outcome(
-                self.examples.samples[i].row,
-                float(predicted == self.targets[i]),
-                self.names.get(predicted, predicted),
-                self.names.get(self.targets[i], self.targets[i]),
-                truncated=self.truncated[i],
-            )
-            for i, predicted in zip(indices, found, strict=True)
-        ]
+        outcomes = classified(self, logits, indices)
+        return [replace(o, truncated=self.truncated[i]) for i, o in zip(indices, outcomes, strict=True)]
 
     def _logits(self, indices: Sequence[int]) -> torch.Tensor:
         width = max(self.length(i) for i in indices)
