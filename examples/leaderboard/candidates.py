@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grouping import merge_by_groups
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -18,6 +19,8 @@ Merger = Callable[[Weights, Mapping[str, Weights], Mapping[str, Any]], Weights]
 
 #: Our methods, which the registry holds too.
 OURS = ("neuro_merging", "min_merging", "neuron_merge")
+#: Our methods that need a profile of the zoo's base; it is handed to them among their settings, as ``profile``.
+PROFILED = ("neuron_merge",)
 #: Points on validation data that every tuned method has.
 BUDGET = 8
 
@@ -49,6 +52,10 @@ class Candidate:
 
 
 _NORM = "density 0.5, λ₂ by the norm of every neuron's update, nothing tuned"
+_GROUPS = (
+    "its groups come from 1,000 samples of every task's training data, of which no other row sees any: images and "
+    "prompts without labels, on T5 with the answers, which its decoder reads; own neurons take four times the update"
+)
 #: Scales for an update that averages experts.
 _MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
 
@@ -103,6 +110,8 @@ def candidates(experts: int) -> list[Candidate]:
     ]
     one = {"lambda_orthogonal": 1.0}
     both = {"lambda_parallel": 1.0, **one}
+    shares = {"in_group": 4.0, "general": 1.0, "out_group": 1.0}
+    groups = tuple({"threshold": value, **shares} for value in (0.3, 0.6))
     ours = [
         Candidate("neuro_merging", "ours", "neuro_merging", note="as published: density 0.15, automatic λ₂"),
         Candidate("neuro_merging, density 0.5", "ours", "neuro_merging", densities(0.5), note="automatic λ₂"),
@@ -120,6 +129,7 @@ def candidates(experts: int) -> list[Candidate]:
         Candidate(
             "neuro_merging, sum, both parts", "ours", "neuro_merging", densities(0.5, 1.0, consensus="sum", **both), few
         ),
+        Candidate("neuron_merge", "ours", "neuron_merge", groups, few, note=_GROUPS),
     ]
     peers = [
         Candidate("TSV-M", "fusion-bench", "tsv_m", scales=(0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)),
@@ -144,7 +154,14 @@ def untried(rows: Sequence[Candidate]) -> list[str]:
 
 
 def merge(candidate: Candidate, base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    """The merged weights at scale 1, in float32. Tensors that no expert changed are left out of the merge."""
+    """The merged weights at scale 1, in float32. Tensors that no expert changed are left out of the merge.
+
+    Args:
+        candidate: the row.
+        base: θ₀.
+        experts: by task.
+        settings: one of the candidate's; for a method out of `PROFILED` with ``profile``, the profile's file.
+    """
     changed = [name for name in base if any(not expert[name].equal(base[name]) for expert in experts.values())]
     merged = MERGERS.get(candidate.method, _by_mergekit(candidate.method))(
         {name: base[name] for name in changed},
@@ -198,5 +215,5 @@ def _task_vectors(base: Weights, experts: Mapping[str, Weights]) -> list[Weights
     return [{name: expert[name] - base[name] for name in base} for expert in experts.values()]
 
 
-#: Methods that are not mergekit's: FusionBench's own functions, from its pip package.
-MERGERS: dict[str, Merger] = {"tsv_m": _tsv_m, "iso_c": _iso_c}
+#: Methods that take more than mergekit's call: FusionBench's own functions, from its pip package, and ours with groups.
+MERGERS: dict[str, Merger] = {"tsv_m": _tsv_m, "iso_c": _iso_c, "neuron_merge": merge_by_groups}

@@ -136,14 +136,15 @@ def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], fa
         rows, key=lambda row: -interval(row.outcomes[families[0]]).mean if row.outcomes.get(families[0]) else 1
     )
     for row in order:
-        scores = [str(interval(row.outcomes[f])) if f in row.outcomes else "–" for f in families]
+        scores = [cell(row.outcomes.get(f, []), seeds[f]) for f in families]
         points = str(row.points) if row.points > 1 else "0"
         lines.append(f"| {row.name} | {row.origin} | {points} | {' | '.join(scores)} |")
     lines.append("")
     for family in families:
+        whole = complete(rows, references, family)
         best = {
             origin: max(
-                (row for row in rows if row.origin == origin and family in row.outcomes),
+                (row for row in whole if row.origin == origin),
                 key=lambda row: interval(row.outcomes[family]).mean,
                 default=None,
             )
@@ -153,9 +154,8 @@ def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], fa
         if ours is None or theirs is None:
             continue
         gap, error = difference(ours.outcomes[family], theirs.outcomes[family])
-        peers = [row for row in rows if row.origin == "mergekit"]
-        scored = sum(family in row.outcomes for row in peers)
-        only = f" (only {scored} of {len(peers)} of them were scored)" if scored < len(peers) else ""
+        peers, scored = (sum(row.origin == "mergekit" for row in some) for some in (rows, whole))
+        only = f" (only {scored} of {peers} of them were scored)" if scored < peers else ""
         lines.append(
             f"- {FAMILIES[family]}: the best of ours, {ours.name}, is {100 * gap:+.1f} points (standard error of the "
             f"paired difference {100 * error:.1f}) from the best of mergekit's own, {theirs.name}{only}."
@@ -164,8 +164,21 @@ def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], fa
     return "\n".join([*lines, *notes]) + "\n"
 
 
+def complete(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], family: str) -> list[Row]:
+    """The rows that are scored on every seed of a family: only those compare."""
+    seeds = len(references["base"][family])
+    return [row for row in rows if len(row.outcomes.get(family, [])) == seeds]
+
+
+def cell(outcomes: Outcomes, seeds: int) -> str:
+    """A row's score on a family, and how many seeds it is of where that is not all of them."""
+    if not outcomes:
+        return "–"
+    return str(interval(outcomes)) + (f", {len(outcomes)} of {seeds} seeds" if len(outcomes) < seeds else "")
+
+
 def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str], path: Path) -> None:
-    """One panel per family: bars by score, base and experts as lines."""
+    """One panel per family: bars by score of what is scored on all seeds, base and experts as lines."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -174,10 +187,10 @@ def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famili
 
     figure, panels = pyplot.subplots(1, len(families), figsize=(4.6 * len(families), 6), squeeze=False)
     for panel, family in zip(panels[0], families, strict=True):
-        scored = [(interval(row.outcomes[family]), row) for row in rows if family in row.outcomes]
+        scored = [(interval(row.outcomes[family]), row) for row in complete(rows, references, family)]
         scored.sort(key=lambda pair: pair[0].mean)
         means = np.array([100 * score.mean for score, _ in scored])
-        errors = np.array([[100 * (s.mean - s.low), 100 * (s.high - s.mean)] for s, _ in scored]).T
+        errors = np.array([[100 * (s.mean - s.low), 100 * (s.high - s.mean)] for s, _ in scored]).reshape(-1, 2).T
         panel.barh(
             [row.name for _, row in scored],
             means,

@@ -2,21 +2,29 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import candidates
+import grouping
 import numpy as np
 import pytest
 import report
+import rows as kept_rows
 import scales
 import torch
 import vit
 from common import ZooModels
 
 import neuron_methods
+from neuron_methods.errors import UserError
+from neuron_methods.neurons import infer_neurons
+from neuron_methods.profiling import NeuronProfile
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = candidates.candidates(3)
+ROW = {row.name: row for row in ROWS}
 ALL = [*ROWS, *candidates.ablations(3)]
 
 
@@ -62,8 +70,10 @@ def test_one_budget_for_all():
 
 
 @pytest.mark.parametrize("row", [row for row in ALL if row.origin != "fusion-bench"], ids=lambda row: row.name)
-def test_every_setting_merges_and_scales(row, zoo, models):
+def test_every_setting_merges_and_scales(row, models, profile):
     for settings in row.settings:
+        if row.method in candidates.PROFILED:
+            settings = {**settings, "profile": str(profile)}
         merged = candidates.merge(row, models.base, models.experts, settings)
         assert merged.keys() == models.base.keys()
         assert all(tensor.isfinite().all() for tensor in merged.values())
@@ -77,6 +87,47 @@ def test_every_setting_merges_and_scales(row, zoo, models):
 @pytest.fixture(scope="module")
 def models(zoo):
     return ZooModels(zoo)
+
+
+@pytest.fixture(scope="module")
+def profile(zoo, tmp_path_factory):
+    return grouping.measure(zoo, tmp_path_factory.mktemp("profiles") / "vit-0", {"zoo": 1})
+
+
+def test_the_profile_is_of_every_tasks_training_data_and_kept(zoo, profile, models):
+    measured = NeuronProfile.load(profile)
+    assert list(measured.sources) == models.names
+    assert {source.samples for source in measured.info.sources.values()} == {12}
+    assert all(source.source == "train.parquet:image" for source in measured.info.sources.values())
+    before = profile.stat().st_mtime_ns
+    assert grouping.measure(zoo, profile.parent, {"zoo": 1}) == profile
+    assert profile.stat().st_mtime_ns == before
+    grouping.measure(zoo, profile.parent, {"zoo": 2})
+    assert profile.stat().st_mtime_ns > before
+
+
+def test_neurons_of_a_task_take_more_of_its_expert(models, profile):
+    settings = {"threshold": 0.0, "in_group": 3.0, "out_group": 1.0, "general": 2.0, "profile": str(profile)}
+    merged = grouping.merge_by_groups(models.base, models.experts, settings)
+    neurons = infer_neurons(models.base, lambda name: models.base[name].shape)
+    (layer,) = neurons.layers
+    tensor = models.base["vit.layers.0.mlp.fc1.weight"]
+    updates = {task: expert["vit.layers.0.mlp.fc1.weight"] - tensor for task, expert in models.experts.items()}
+    measured = NeuronProfile.load(profile)
+    seen = set()
+    for neuron in range(layer.neurons):
+        sizes = torch.stack([measured.top_activations(task, layer.key)[neuron].abs() for task in models.names])
+        largest = sizes.flatten().topk(sizes.shape[1]).indices // sizes.shape[1]
+        counts = torch.bincount(largest, minlength=len(models.names))
+        best = (counts == counts.max()).nonzero().flatten().tolist()
+        if len(best) == 1 and sizes.max() > 0:
+            factors = {task: 3.0 if task == models.names[best[0]] else 1.0 for task in models.names}
+        else:
+            factors = dict.fromkeys(models.names, 2.0)
+        seen.add(tuple(factors.values()))
+        expected = tensor[neuron] + sum(factors[task] * updates[task][neuron] for task in models.names)
+        torch.testing.assert_close(merged["vit.layers.0.mlp.fc1.weight"][neuron], expected)
+    assert len(seen) > 2
 
 
 def test_rows_are_kept_and_reported(board, zoo, tmp_path, monkeypatch):
@@ -102,6 +153,103 @@ def test_rows_are_kept_and_reported(board, zoo, tmp_path, monkeypatch):
     share = np.mean([[int(c) for c in text] for text in result["rows"]["task_arithmetic"]["test"].values()])
     assert row["scores"]["vit"]["mean"] == pytest.approx(share)
     assert (tmp_path / "leaderboard.svg").read_text().startswith("<?xml")
+
+
+def test_the_row_of_neuron_merge_measures_its_profile(board, zoo, tmp_path):
+    result = board.run_zoo(zoo, tmp_path, lambda line: None, ["neuron_merge"])
+    row = result["rows"]["neuron_merge"]
+    assert [point["settings"] for point in row["trace"][:1]] == [{**ROW["neuron_merge"].settings[0]}]
+    assert "profile" not in json.dumps(row)
+    place = tmp_path / "profiles" / "vit-0" / "base.safetensors"
+    before = place.stat().st_mtime_ns
+    (tmp_path / "rows" / "vit-0" / "neuron_merge.json").unlink()
+    assert (
+        board.run_zoo(zoo, tmp_path, lambda line: None, ["neuron_merge"])["rows"]["neuron_merge"]["test"] == row["test"]
+    )
+    assert place.stat().st_mtime_ns == before
+
+
+def test_a_row_that_another_process_is_at_is_left_to_it(board, zoo, tmp_path):
+    """A process that holds a row's lock stands for one that is scoring it; it lets go when it has stored its row."""
+    only = ["neuro_merging", "neuro_merging, norm"]
+    first = board.run_zoo(zoo, tmp_path, lambda line: None, only)
+    path = tmp_path / "rows" / "vit-0" / "neuro_merging.json"
+    theirs = json.loads(path.read_text())
+    theirs["result"]["seconds"] = 12345.0
+    path.unlink()
+    (tmp_path / "rows" / "vit-0" / "neuro_merging_norm.json").unlink()
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(EXAMPLES / "leaderboard")!r})
+from rows import held
+place = Path({str(path)!r})
+with held(place):
+    print("held", flush=True)
+    norm = place.with_name("neuro_merging_norm.json")
+    while not norm.is_file():
+        time.sleep(0.05)
+    place.write_text({json.dumps(theirs)!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        said = []
+        result = board.run_zoo(zoo, tmp_path, said.append, only)
+        assert process.wait() == 0
+    assert result["rows"]["neuro_merging"]["seconds"] == 12345.0
+    assert result["rows"]["neuro_merging, norm"]["test"] == first["rows"]["neuro_merging, norm"]["test"]
+    assert sum("neuro_merging: another process is at it" in line for line in said) == 1
+
+
+def test_rows_are_built_once_and_again_under_another_key(tmp_path):
+    kept = kept_rows.Rows(tmp_path / "rows")
+    assert kept.make("a, b", {"x": (1, 2)}, lambda: {"n": 1}) == {"n": 1}
+    assert kept.make("a, b", {"x": [1, 2]}, lambda: {"n": 2}) == {"n": 1}
+    assert kept.read("a, b", {"x": [1]}) is None
+    assert kept.make("a, b", {"x": [1]}, lambda: {"n": 3}) == {"n": 3}
+    with kept_rows.held(tmp_path / "rows" / "a_b.json"), pytest.raises(kept_rows.Busy):
+        kept.make("a, b", {"x": [1]}, lambda: {"n": 4}, wait=False)
+
+
+def test_only_names_rows(board, zoo, tmp_path, monkeypatch, capsys):
+    board.check_names(["ties", "neuron_merge"], ROWS)
+    with pytest.raises(UserError, match="--only 'neuromerging': no row has that name; did you mean 'neuro_merging'"):
+        board.check_names(["ties", "neuromerging"], ROWS)
+    with pytest.raises(UserError, match="there are: task_arithmetic; ties; "):
+        board.check_names(["zzz"], ROWS)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--zoo", str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"no zoo\.json there"):
+        board.main()
+    for name in ("neuro_merging", "neuro_merging, norm"):
+        monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--zoo", str(zoo), "--only", name])
+        board.main()
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    scored = [line.split(" | ")[0] for line in lines if line.startswith("| neur") and not line.endswith("| – |")]
+    assert sorted(scored) == ["| neuro_merging", "| neuro_merging, norm"]  # what was finished before is there, too
+
+
+def test_a_row_without_all_seeds_is_shown_but_not_compared(tmp_path):
+    right, wrong = {"a": "1" * 20}, {"a": "10" * 10}
+    references = {"base": wrong, "experts": right}
+
+    def row(test):
+        return {"test": test, "chosen": {"settings": {}, "scale": 1.0}}
+
+    results = [
+        {"family": "vit", "references": references, "rows": {"ties": row(wrong), "neuro_merging": row(wrong)}},
+        {"family": "vit", "references": references, "rows": {"ties": row(wrong), "neuro_merging": row(wrong)}},
+    ]
+    results[0]["rows"]["sce"] = row(right)
+    report.write_report(results, tmp_path, ROWS)
+    text = (tmp_path / "results.md").read_text()
+    assert "| sce | mergekit | 8 | 100.0 (100.0–100.0), 1 of 2 seeds |" in text
+    assert "from the best of mergekit's own, ties (only 1 of 13 of them were scored)" in text
+    figure = (tmp_path / "leaderboard.svg").read_text()
+    assert "<!-- ties -->" in figure
+    assert "<!-- sce -->" not in figure
+
+    report.write_report([{**result, "rows": {}} for result in results], tmp_path, ROWS)
+    assert "| ties | mergekit | 8 | – |" in (tmp_path / "results.md").read_text()
 
 
 def test_interval_covers_the_mean_and_narrows_with_examples():

@@ -1,0 +1,85 @@
+"""NeuronMerge for the leaderboard: the MLP neurons of a zoo's base, in groups by the task that drives them furthest.
+
+The groups come from a profile of the base on samples of every task's training data, one domain per task: what
+`mergekit-neuron profile` and `mergekit-neuron groups` make. No other row of the leaderboard sees data but to be tuned.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from neuron_methods.demo.stages import run_stage
+
+Weights = dict[str, Tensor]
+
+#: What is drawn for the profile, as `mergekit-neuron profile` draws it by default.
+ABOUT = {"split": "train", "samples": 1000}
+#: Neurons that fire on a smaller share of their domain's tokens are general; the default of `mergekit-neuron groups`.
+MIN_FIRING = 0.001
+#: What the base reads of a task, by the kind of the task. T5's decoder reads what it is to say: the answers.
+READS = {"image-classification": ("image",), "text-to-text": ("input", "target"), "generation": ("input",)}
+
+
+def measure(zoo: Path, place: Path, stamp: Mapping[str, Any]) -> Path:
+    """The profile of a zoo's base, measured once and kept.
+
+    Args:
+        zoo: its directory.
+        place: directory for the profile; kept as it is if it was made under the same stamp.
+        stamp: what tells this zoo from another.
+
+    Returns:
+        The profile's file.
+    """
+    file = "base.safetensors"
+
+    def build(path: Path) -> list[str]:
+        from neuron_methods.evaluation import load_tasks
+        from neuron_methods.profiling import Settings, measure_profile
+
+        tasks = load_tasks(zoo / "tasks.yml")
+        data = []
+        for task in tasks:
+            columns = ",".join(task.columns[role] for role in READS[task.kind])
+            data.append(f"{task.name}={zoo / 'data' / task.name / ABOUT['split']}.parquet:{columns}")
+        # Whatever the base is stored in: a processor computes several times slower in 16 bits.
+        settings = Settings(samples=ABOUT["samples"], batch_size=50, dtype="float32")
+        measure_profile(str(zoo / "base"), data, path / file, settings)
+        return [task.name for task in tasks]
+
+    run_stage(place, {**stamp, "profile": ABOUT}, build)
+    return place / file
+
+
+def merge_by_groups(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+    """`neuron_merge` with the groups of a profile, in memory.
+
+    Args:
+        base: θ₀, at least all that an expert changed.
+        experts: by task; every task is a data source of the profile.
+        settings: of the method, and how its groups are made: ``profile``, a file, and ``threshold``.
+    """
+    from mergekit.merge_methods import merge_state_dicts
+
+    from neuron_methods.profiling.groups import classify
+    from neuron_methods.profiling.profile_file import NeuronProfile
+
+    given = dict(settings)
+    found = classify(NeuronProfile.load(given.pop("profile")), given.pop("threshold"), MIN_FIRING)
+    # A task whose domain owns no neuron has no group, but its expert has to name one.
+    groups = replace(found, groups=(*found.groups, *(task for task in experts if task not in found.groups)))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "groups.json"
+        groups.write(path)
+        return merge_state_dicts(
+            {"the base": base, **experts},
+            "neuron_merge",
+            base="the base",
+            parameters={"groups": str(path), "group": {task: task for task in experts}, **given},
+        )
