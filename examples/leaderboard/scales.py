@@ -1,9 +1,10 @@
 """Scales that need no data: what each of them says for a merged update, and what the update's best scale is.
 
-    python examples/leaderboard/scales.py OUT --zoo DIR [--zoo DIR ...]
+    python examples/leaderboard/scales.py OUT --zoo DIR [--zoo DIR ...] [--adapters]
 
 For every zoo, ψ of `neuro_merging` is formed once per variant and tried at a grid of λ on validation data; every rule's
-λ is scored too. A rule that holds up loses little to the best λ on every zoo. Writes OUT/scales.md.
+λ is scored too. A rule that holds up loses little to the best λ on every zoo. With ``--adapters`` the experts are the
+zoo's LoRA adapters instead of its full ones. Writes OUT/scales.md, or OUT/scales-adapters.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,52 @@ sys.path.insert(0, str(ZOO))
 
 import torch  # noqa: E402
 from candidates import Weights, scaled  # noqa: E402
-from common import ZooModels, mean_score  # noqa: E402
+from common import ZooModels, mean_score, run_script, weights_of  # noqa: E402
 from mergekit.merge_methods import merge_state_dicts  # noqa: E402
 
 from neuron_methods.demo.stages import write_text  # noqa: E402
+from neuron_methods.errors import UserError  # noqa: E402
+from neuron_methods.kernels.rows import neuron_rows  # noqa: E402
 from neuron_methods.kernels.trim import trim_  # noqa: E402
 
 #: Scales tried for every ψ.
-GRID = (0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0)
+GRID = (0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "mean, density 0.15": {"density": 0.15},
     "mean, density 0.5": {"density": 0.5},
     "sum, density 0.15": {"density": 0.15, "consensus": "sum"},
     "sum, density 0.5": {"density": 0.5, "consensus": "sum"},
 }
+
+
+#: The rule that `neuro_merging` has by the name of ``auto``, and the one it has by the name of ``norm``.
+PUBLISHED = "published: 1 / (1 - sigma)"
+NORM = "norm of ψ = mean norm of τ, per neuron"
+
+
+def adapted_experts(models: ZooModels) -> dict[str, Weights]:
+    """The base with each of the zoo's adapters merged into it by peft, by task.
+
+    Raises:
+        UserError: a task has no adapter.
+    """
+    from peft import PeftModel
+
+    from neuron_methods.evaluation import open_model
+
+    found = {}
+    for name in models.names:
+        directory = models.directory / "adapters" / name
+        if not (directory / "adapter_config.json").is_file():
+            raise UserError(f"--adapters: {directory} holds no adapter; make the zoo with --lora")
+        with open_model(str(models.directory / "base")) as opened:
+            found[name] = weights_of(PeftModel.from_pretrained(opened.model, directory).merge_and_unload())
+    return found
+
+
+def changed_by(experts: Mapping[str, Weights], base: Weights) -> list[str]:
+    """Names of the tensors that an expert changed; the others take no part in a merge."""
+    return [name for name in base if any(not expert[name].equal(base[name]) for expert in experts.values())]
 
 
 def flat(weights: Weights, base: Weights) -> torch.Tensor:
@@ -61,7 +94,7 @@ def rules(psi: torch.Tensor, task_vectors: list[torch.Tensor], density: float) -
     projection = sum((psi @ t).item() / (t @ t).item() for t in task_vectors) / count
     rms = math.sqrt(sum(x * x for x in whole) / count)
     return {
-        "published: 1 / (1 - sigma)": 1 / (1 - sigma),
+        PUBLISHED: 1 / (1 - sigma),
         "norm of ψ = mean norm of trimmed": sum(parts) / count / norm,
         "norm of ψ = mean norm of τ": sum(whole) / count / norm,
         "norm of ψ = rms norm / sqrt(2)": rms / math.sqrt(2) / norm,
@@ -72,48 +105,63 @@ def rules(psi: torch.Tensor, task_vectors: list[torch.Tensor], density: float) -
     }
 
 
-def matched(merged: Weights, models: ZooModels, density: float, neurons: bool) -> Weights:
+def matched(merged: Weights, base: Weights, experts: Mapping[str, Weights], density: float, neurons: bool) -> Weights:
     """Updates scaled to the mean norm of the experts' (trimmed) updates, tensor by tensor or neuron by neuron."""
     kept = []
-    for expert in models.experts.values():
-        pieces = trimmed(flat(expert, models.base), density).split([w.numel() for w in models.base.values()])
-        kept.append(dict(zip(models.base, pieces, strict=True)))
+    for expert in experts.values():
+        pieces = trimmed(flat(expert, base), density).split([w.numel() for w in base.values()])
+        kept.append({name: piece.view_as(base[name]) for name, piece in zip(base, pieces, strict=True)})
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return neuron_rows(tensor) if neurons and tensor.ndim > 1 else tensor.reshape(1, -1)
+
     found = {}
-    for name, weights in models.base.items():
-        rows = len(weights) if neurons and weights.ndim > 1 else 1
-        psi = (merged[name] - weights).view(rows, -1)
-        wanted = sum(one[name].view(rows, -1).norm(dim=1, keepdim=True) for one in kept) / len(kept)
+    for name, weights in base.items():
+        psi = rows(merged[name] - weights)
+        wanted = sum(rows(one[name]).norm(dim=1, keepdim=True) for one in kept) / len(kept)
         found[name] = weights + (psi * (wanted / psi.norm(dim=1, keepdim=True)).nan_to_num(0, 0, 0)).view_as(weights)
     return found
 
 
-def explore(models: ZooModels, say: Callable[[str], None]) -> dict[str, Any]:
-    """Scores on validation data of every variant at every scale and rule."""
-    task_vectors = [flat(expert, models.base) for expert in models.experts.values()]
+def explore(models: ZooModels, experts: Mapping[str, Weights], say: Callable[[str], None]) -> dict[str, Any]:
+    """Scores on validation data of every variant at every scale and rule, those of the base, and the updates' length.
+
+    Returns:
+        ``variants`` by name, ``base``, and ``length``: the mean of ‖τ‖ / ‖θ₀‖, of the tensors that are merged.
+    """
+    names = changed_by(experts, models.base)
+    base = {name: models.base[name] for name in names}
+    changed = {task: {name: expert[name] for name in names} for task, expert in experts.items()}
+    task_vectors = [flat(expert, base) for expert in changed.values()]
+
+    def score(weights: Weights) -> float:
+        return mean_score(models.outcomes({**models.base, **weights}, "validation"))
+
     found = {}
     for name, settings in VARIANTS.items():
         merged = merge_state_dicts(
-            {"the base": models.base, **models.experts},
+            {"the base": base, **changed},
             "neuro_merging",
             base="the base",
             parameters={"lambda_orthogonal": 1.0, **settings},
         )
-
-        def score(scale: float, merged: Weights = merged) -> float:
-            return mean_score(models.outcomes(scaled(models.base, merged, scale), "validation"))
-
-        scales = rules(flat(merged, models.base), task_vectors, settings["density"])
-        curve = {scale: score(scale) for scale in GRID}
+        curve = {scale: score(scaled(base, merged, scale)) for scale in GRID}
+        scales = rules(flat(merged, base), task_vectors, settings["density"])
         ruled = {rule: (scale, interpolate(curve, scale)) for rule, scale in scales.items()}
+        ruled[PUBLISHED] = (scales[PUBLISHED], score(scaled(base, merged, scales[PUBLISHED])))
         for whole, of in ((True, "τ"), (False, "trimmed")):
             for unit in ("tensor", "neuron"):
-                weights = matched(merged, models, 1.0 if whole else settings["density"], unit == "neuron")
-                score_of_it = mean_score(models.outcomes(weights, "validation"))
-                ruled[f"norm of ψ = mean norm of {of}, per {unit}"] = (math.nan, score_of_it)
+                weights = matched(merged, base, changed, 1.0 if whole else settings["density"], unit == "neuron")
+                ruled[f"norm of ψ = mean norm of {of}, per {unit}"] = (math.nan, score(weights))
         best = max(curve, key=curve.__getitem__)
         found[name] = {"best": (best, curve[best]), "rules": ruled, "curve": curve}
-        say(f"  {name}: best λ {best} scores {100 * curve[best]:.1f}")
-    return found
+        say(
+            f"  {name}: best λ {best} scores {100 * curve[best]:.1f}, the published {scales[PUBLISHED]:.2f} "
+            f"{100 * ruled[PUBLISHED][1]:.1f}, norm {100 * ruled[NORM][1]:.1f}"
+        )
+    size = torch.cat([weights.flatten() for weights in base.values()]).norm().item()
+    length = sum(tau.norm().item() for tau in task_vectors) / len(task_vectors) / size
+    return {"variants": found, "base": score(base), "length": length}
 
 
 def interpolate(curve: Mapping[float, float], scale: float) -> float:
@@ -129,37 +177,49 @@ def interpolate(curve: Mapping[float, float], scale: float) -> float:
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Rules by zoos and variants: λ, and what it loses to the best λ of the grid."""
-    columns = [(zoo, variant) for zoo, variants in found.items() for variant in variants]
+    columns = [(zoo, variant) for zoo, about in found.items() for variant in about["variants"]]
     heads = [f"{zoo}: {variant}" for zoo, variant in columns]
     lines = [f"| λ₂ by | {' | '.join(heads)} | mean loss |", "|---|" + "---|" * (len(columns) + 1)]
-    bests = [found[zoo][variant]["best"] for zoo, variant in columns]
+    bests = [found[zoo]["variants"][variant]["best"] for zoo, variant in columns]
     lines.append(f"| best of the grid | {' | '.join(f'{scale:.2f}: {100 * score:.1f}' for scale, score in bests)} | |")
-    for rule in found[columns[0][0]][columns[0][1]]["rules"]:
+    losses = [found[zoo]["base"] - top for (zoo, _), (_, top) in zip(columns, bests, strict=True)]
+    lines.append(f"| 0: the base | {' | '.join(f'{100 * loss:+.1f}' for loss in losses)} | {_mean(losses)} |")
+    for rule in next(iter(next(iter(found.values()))["variants"].values()))["rules"]:
         cells, losses = [], []
         for (zoo, variant), (_, top) in zip(columns, bests, strict=True):
-            scale, score = found[zoo][variant]["rules"][rule]
-            losses.append(top - score)
+            scale, score = found[zoo]["variants"][variant]["rules"][rule]
+            losses.append(score - top)
             shown = "" if math.isnan(scale) else f"{scale:.2f}: "
             cells.append(f"{shown}{100 * (score - top):+.1f}")
-        lines.append(f"| {rule} | {' | '.join(cells)} | {100 * sum(losses) / len(losses):.1f} |")
-    return "\n".join(lines) + "\n"
+        name = f"{rule} (`norm`)" if rule == NORM else rule
+        lines.append(f"| {name} | {' | '.join(cells)} | {_mean(losses)} |")
+    lengths = ", ".join(f"{zoo} {100 * about['length']:.1f} %" for zoo, about in found.items())
+    return "\n".join([*lines, "", f"Mean norm of τ, as a share of the norm of θ₀: {lengths}."]) + "\n"
+
+
+def _mean(losses: Sequence[float]) -> str:
+    return f"{-100 * sum(losses) / len(losses):.1f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory of scales.md")
+    parser.add_argument("out", type=Path, help="directory of the table")
     parser.add_argument("--zoo", type=Path, action="append", required=True, help="a finished zoo")
+    parser.add_argument("--adapters", action="store_true", help="the experts are the zoo's LoRA adapters")
     arguments = parser.parse_args()
     import neuron_methods
 
     neuron_methods.register()
     found = {}
     for directory in arguments.zoo:
-        print(directory.name)
-        found[directory.name] = explore(ZooModels(directory, ["validation"]), print)
-        write_text(arguments.out / "scales.md", table(found))
+        name = f"{directory.name}, adapters" if arguments.adapters else directory.name
+        print(name)
+        models = ZooModels(directory, ["validation"])
+        experts = adapted_experts(models) if arguments.adapters else models.experts
+        found[name] = explore(models, experts, print)
+        write_text(arguments.out / ("scales-adapters.md" if arguments.adapters else "scales.md"), table(found))
     print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

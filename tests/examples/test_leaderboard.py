@@ -15,7 +15,9 @@ import rows as kept_rows
 import scales
 import torch
 import vit
-from common import ZooModels
+from common import ZooModels, mean_score
+from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import load_file
 
 import neuron_methods
 from neuron_methods.errors import UserError
@@ -273,9 +275,65 @@ def test_difference_is_paired():
 def test_matching_norms_gives_updates_the_experts_mean_norm(models):
     merged = {name: base + 3.0 * (models.experts["shapes"][name] - base) for name, base in models.base.items()}
     for neurons in (False, True):
-        found = scales.matched(merged, models, 1.0, neurons)
+        found = scales.matched(merged, models.base, models.experts, 1.0, neurons)
         for name in ("vit.layers.0.mlp.fc1.weight", "vit.layernorm.bias"):
             wanted = np.mean([(e[name] - models.base[name]).norm().item() for e in models.experts.values()])
             if not neurons or models.base[name].ndim == 1:
                 assert (found[name] - models.base[name]).norm().item() == pytest.approx(wanted, rel=1e-4)
         assert found["classifier.weight"].equal(models.base["classifier.weight"])
+
+
+@pytest.mark.parametrize("settings", scales.VARIANTS.values(), ids=scales.VARIANTS.keys())
+def test_the_tables_rules_are_those_of_neuro_merging(models, settings):
+    names = scales.changed_by(models.experts, models.base)
+    assert set(models.base) - set(names) == {"classifier.weight", "classifier.bias"}
+    base = {name: models.base[name] for name in names}
+    experts = {task: {name: expert[name] for name in names} for task, expert in models.experts.items()}
+
+    def merged(rule, **changed):
+        parameters = {**settings, **changed, "lambda_orthogonal": rule}
+        return merge_state_dicts({"b": base, **experts}, "neuro_merging", base="b", parameters=parameters)
+
+    psi = merged(1.0)
+    by_norm = scales.matched(psi, base, experts, 1.0, True)
+    for name, tensor in merged("norm").items():
+        torch.testing.assert_close(by_norm[name] - base[name], tensor - base[name], rtol=2e-3, atol=1e-6)
+    found = scales.rules(scales.flat(psi, base), [scales.flat(e, base) for e in experts.values()], settings["density"])
+    published = merged("auto", consensus="mean")
+    for name, tensor in scales.scaled(base, merged(1.0, consensus="mean"), found[scales.PUBLISHED]).items():
+        torch.testing.assert_close(tensor - base[name], published[name] - base[name], rtol=2e-3, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def adapters(zoo):
+    """LoRA adapters of two of the zoo's three tasks, their weights drawn at random."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import ViTForImageClassification
+
+    torch.manual_seed(0)
+    for name in ("digits-latin", "shapes"):
+        model = ViTForImageClassification.from_pretrained(zoo / "base")
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["fc1"], init_lora_weights=False))
+        model.save_pretrained(zoo / "adapters" / name)
+    return zoo / "adapters"
+
+
+def test_adapters_are_merged_into_the_base_and_missing_ones_named(zoo, adapters, models):
+    with pytest.raises(UserError, match="counts holds no adapter; make the zoo with --lora"):
+        scales.adapted_experts(models)
+    two = ZooModels(zoo, ["validation"])
+    two.names = ["digits-latin", "shapes"]
+    found = scales.adapted_experts(two)
+    assert found.keys() == {"digits-latin", "shapes"}
+    name = "vit.layers.0.mlp.fc1.weight"
+    assert scales.changed_by(found, models.base) == [name]
+    for task, weights in found.items():
+        stored = load_file(adapters / task / "adapter_model.safetensors")
+        (a,), (b,) = ([t for key, t in stored.items() if f"lora_{side}" in key] for side in "AB")
+        torch.testing.assert_close(weights[name], models.base[name] + 2 * b @ a)
+    explored = scales.explore(two, found, lambda line: None)
+    text = scales.table({"tiny, adapters": explored})
+    assert "| norm of ψ = mean norm of τ, per neuron (`norm`) |" in text
+    assert explored["base"] == pytest.approx(mean_score(two.outcomes(two.base, "validation")))
+    taus = [(weights[name] - models.base[name]).norm() / models.base[name].norm() for weights in found.values()]
+    assert explored["length"] == pytest.approx(float(sum(taus)) / 2)
