@@ -143,6 +143,7 @@ def merge_rows(
     lambda_orthogonal: float,
     lambda_parallel: float = 0.0,
     rank_energy: float = 1.0,
+    spectral_exponent: float = 1.0,
     consensus: str = "mean",
 ) -> Tensor:
     """Steps 1 to 4 and 6 for a matrix (neurons, d)."""
@@ -157,6 +158,11 @@ def merge_rows(
     reduced = torch.tensor(elect_and_reduce(coefficients, consensus), dtype=torch.float64)
     orthogonal = orthogonal_parts(updates.transpose(0, 1), w)
     psi = merge_orthogonal(orthogonal, rank_energy=rank_energy, consensus=consensus)
+    if spectral_exponent != 1:
+        u, s, vh = torch.linalg.svd(psi, full_matrices=False)
+        powers = torch.where(s > 1e-6 * s[0], s, 0.0).pow(spectral_exponent) * (s > 1e-6 * s[0])
+        tempered = (u * (powers * s.norm() / powers.norm())) @ vh
+        psi = orthogonal_parts(tempered.unsqueeze(1), w).squeeze(1)
     return w + lambda_parallel * reduced.unsqueeze(1) * w + lambda_orthogonal * psi
 
 
@@ -169,6 +175,7 @@ def merge_model(
     lambda_orthogonal: float | None = None,
     lambda_parallel: float = 0.0,
     rank_energy: float = 1.0,
+    spectral_exponent: float = 1.0,
     consensus: str = "mean",
 ) -> dict[str, Tensor]:
     """All six steps for tensors of up to two dimensions, one threshold per expert over all; λ₂ None is automatic."""
@@ -183,7 +190,11 @@ def merge_model(
         "lambda_orthogonal": lambda_orthogonal,
         "consensus": consensus,
     }
-    of_rows = {"lambda_parallel": lambda_parallel, "rank_energy": rank_energy}
+    of_rows = {
+        "lambda_parallel": lambda_parallel,
+        "rank_energy": rank_energy,
+        "spectral_exponent": spectral_exponent,
+    }
     merged = {}
     for name, tensor in base.items():
         others = [expert[name] for expert in experts]

@@ -35,6 +35,7 @@ A merge.yaml by neuro_merging, with every parameter at its default:
     lambda_parallel: 0.0
     lambda_orthogonal: auto       # 1 / (1 - sigma)
     rank_energy: 1.0
+    spectral_exponent: 1.0
     consensus: mean               # or sum
   dtype: bfloat16                 # of the output; differences are always taken in float32
 

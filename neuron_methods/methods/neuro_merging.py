@@ -10,9 +10,11 @@ Merging", EMNLP 2025, arXiv:2503.05320. The six steps, each in the kernel that c
 5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
 6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
 
-One choice is ours: with `lambda_orthogonal: norm`, λ₂ differs by neuron. It makes ψ_⊥ as long as the experts' updates
-of that neuron are on average before trimming (of the whole tensor for points): data-free as the published one, but of a
-size that neither the number of experts nor the kind of consensus changes.
+Two choices are ours, and off by default. With `lambda_orthogonal: norm`, λ₂ differs by neuron. It makes ψ_⊥ as long as
+the experts' updates of that neuron are on average before trimming (of the whole tensor for points): data-free as the
+published one, but of a size that neither the number of experts nor the kind of consensus changes. With a
+`spectral_exponent` p below 1, λ₂ ψ_⊥ of all neurons of a tensor together, as a matrix U S Vᵀ, becomes c U Sᵖ Vᵀ of the
+same length (kernels/spectrum.py), and what is then parallel to a neuron's base weights is taken out again.
 
 The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
 asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
@@ -38,6 +40,7 @@ from torch import Tensor
 from neuron_methods.errors import UserError
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
+from neuron_methods.kernels.spectrum import remove_parallel_, temper_spectrum_
 from neuron_methods.kernels.subspace import gram_matrices, matching_scales, merge_coefficients, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import trim_
@@ -93,6 +96,13 @@ PARAMETERS = (
         number("rank_energy", 0.0, 1.0, low_open=True),
         default=1.0,
         description="cumulative energy of the singular vectors kept",
+        scope=ParameterScope.SHARED,
+    ),
+    ParameterSpec(
+        "spectral_exponent",
+        number("spectral_exponent", 0.0, 1.0),
+        default=1.0,
+        description="power of the singular values of a tensor's orthogonal part; 1 leaves them, 0 makes them alike",
         scope=ParameterScope.SHARED,
     ),
     ParameterSpec(
@@ -221,6 +231,7 @@ class NeuroMerging(PlannedMethod):
             out_rows,
             lambda_parallel=parameters["lambda_parallel"],
             rank_energy=parameters["rank_energy"],
+            spectral_exponent=parameters["spectral_exponent"],
             scratch_bytes=context.scratch_bytes,
             **arguments,
         )
@@ -273,6 +284,7 @@ def merge_neurons(
     lambda_orthogonal: float | str,
     lambda_parallel: float = 0.0,
     rank_energy: float = 1.0,
+    spectral_exponent: float = 1.0,
     consensus: str = "mean",
     allow_nonfinite: bool = False,
     scratch_bytes: int = 1 << 28,
@@ -288,6 +300,8 @@ def merge_neurons(
         lambda_orthogonal: λ₂, or ``norm``: see `neuron_methods.kernels.subspace.matching_scales`.
         lambda_parallel: λ₁; 0 spares step 3.
         rank_energy: see `neuron_methods.kernels.subspace.combination_coefficients`.
+        spectral_exponent: see `neuron_methods.kernels.spectrum.temper_spectrum_`; other than 1, λ₂ ψ_⊥ of the whole
+            tensor is held in float32, beyond `scratch_bytes`.
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
         allow_nonfinite: treat a NaN or infinite update as no update; entries that the base itself holds so stay as they
             are, and the rest of their neurons is merged without them.
@@ -319,12 +333,15 @@ def merge_neurons(
             w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return rows
 
-    reduced_parallel = None
+    own = torch.ones(neurons, dtype=torch.float64, device="cpu" if base.device.type == "mps" else base.device)
     if lambda_parallel != 0:
         # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
         coefficients = torch.cat([split_gram(gram_matrices(trimmed(block)))[0] for block in blocks])
         # float32 makes equal what differs by float64 rounding alone: ties stay ties in any order of the experts.
-        reduced_parallel = elect_and_reduce(coefficients.T.float(), consensus)
+        own += lambda_parallel * elect_and_reduce(coefficients.T.float(), consensus)
+    tempered = spectral_exponent != 1
+    # A spectrum is of all neurons together: λ₂ ψ_⊥ is gathered first, and added to the base afterwards.
+    target = torch.empty(neurons, width, dtype=torch.float32, device=base.device) if tempered else merged
     parallel_energy = orthogonal_energy = 0.0
     for block in blocks:
         rows = trimmed(block)
@@ -336,16 +353,22 @@ def merge_neurons(
             of_experts = scales.unsqueeze(1) * solved.orthogonal
         else:
             of_experts = lambda_orthogonal * solved.orthogonal
-        of_base = 1.0 - (of_experts * solved.parallel).sum(dim=1)
-        if reduced_parallel is not None:
-            of_base += lambda_parallel * reduced_parallel[block]
+        of_base = (0.0 if tempered else own[block]) - (of_experts * solved.parallel).sum(dim=1)
         factors = torch.cat([of_experts, of_base.unsqueeze(1)], dim=1)
-        merged[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
+        target[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
+        parallel_energy += solved.parallel_energy
+        orthogonal_energy += solved.orthogonal_energy
+    psi = temper_spectrum_(target, spectral_exponent) if tempered else None
+    for block in blocks:
+        if psi is not None:
+            w = scratch[: block.stop - block.start, -1].copy_(base[block])
+            if allow_nonfinite:
+                w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            update = remove_parallel_(psi[block], w)
+            merged[block].copy_(w.mul_(own[block].to(w).unsqueeze(1)).add_(update))
         if allow_nonfinite:
             broken = ~base[block].isfinite()
             merged[block][broken] = base[block][broken].to(merged.dtype)
-        parallel_energy += solved.parallel_energy
-        orthogonal_energy += solved.orthogonal_energy
     return parallel_energy, orthogonal_energy
 
 

@@ -312,6 +312,42 @@ def test_an_expert_of_weight_zero_takes_no_part() -> None:
     assert torch.allclose(merge(*points, **PLAIN, weight=[1.0, 0.0]), points[1])
 
 
+# Our own: a tempered spectrum
+
+
+def test_spectral_exponent_is_of_all_neurons_together() -> None:
+    # singular values 9 and 16, of one neuron each, become 3c and 4c
+    c = 337**0.5 / 5
+    update = with_updates(torch.zeros(2, 2), rows([9.0, 0.0], [0.0, 16.0]), spectral_exponent=0.5)
+    assert torch.allclose(update, rows([3 * c, 0.0], [0.0, 4 * c]), atol=1e-5)
+
+
+def test_spectral_exponent_leaves_an_orthogonal_update() -> None:
+    base, *experts = randoms((10, 8), 4)
+    update = merge(base, *experts, **PLAIN, spectral_exponent=0.3) - base
+    assert (update * base).sum(dim=1).abs().max() < 1e-5
+    plain = merge(base, *experts, **PLAIN) - base
+    assert (update - plain).abs().max() > 0.1
+
+
+def test_spectral_exponent_keeps_lambda_linear() -> None:
+    base, *experts = randoms((10, 8), 4)
+    updates = [
+        merge(base, *experts, density=0.5, lambda_orthogonal=x, spectral_exponent=0.5) - base for x in (1.0, 2.5)
+    ]
+    assert torch.allclose(updates[1], 2.5 * updates[0], atol=1e-5)
+
+
+def test_spectral_exponent_has_no_say_over_points_and_blocks() -> None:
+    points = randoms((9,), 3)
+    assert torch.equal(merge(*points, spectral_exponent=0.5), merge(*points))
+    matrices = randoms((40, 8), 4)
+    with merge_context(MergeContext(scratch_bytes=1)):
+        one_by_one = merge(*matrices, trim="tensor", lambda_orthogonal="norm", spectral_exponent=0.5)
+    whole = merge(*matrices, trim="tensor", lambda_orthogonal="norm", spectral_exponent=0.5)
+    assert torch.allclose(one_by_one, whole, atol=1e-6)
+
+
 # All steps together, against the oracle
 
 
@@ -323,6 +359,8 @@ def test_an_expert_of_weight_zero_takes_no_part() -> None:
         {"density": 0.9, "lambda_parallel": 0.8},
         {"density": 1.0, "rank_energy": 0.7},
         {"density": 0.5, "consensus": "sum", "lambda_parallel": -0.5},
+        {"density": 0.6, "spectral_exponent": 0.5, "lambda_parallel": 0.5},
+        {"density": 1.0, "spectral_exponent": 0.0},
     ],
     ids=str,
 )
