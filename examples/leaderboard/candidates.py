@@ -76,6 +76,8 @@ def ablations(experts: int) -> list[Candidate]:
         row("nothing trimmed", density=1.0),
         row("parallel part kept", lambda_parallel=1.0),
         row("half of the singular vectors' energy", rank_energy=0.5),
+        row("density 0.5, roots of the update's singular values", density=0.5, spectral_exponent=0.5),
+        row("density 0.5, the update's singular values made alike", density=0.5, spectral_exponent=0.0),
         row("summed, not averaged", sums, consensus="sum"),
         row("summed, nothing trimmed", sums, consensus="sum", density=1.0),
         Candidate("no election: trimmed per tensor and added up", "ours", "breadcrumbs", (untouched,), sums),
@@ -124,6 +126,14 @@ def candidates(experts: int) -> list[Candidate]:
             (0.8, 1.0, 1.3, 1.7),
         ),
         Candidate("neuro_merging, λ₂ tuned", "ours", "neuro_merging", densities(0.15, 0.5, **one), means),
+        Candidate(
+            "neuro_merging, tempered",
+            "ours",
+            "neuro_merging",
+            densities(0.5, 1.0, spectral_exponent=0.5, **one),
+            (1.0, 1.5, 2.0, 2.8),
+            note="the singular values of every tensor's update replaced by their roots: spectral_exponent 0.5",
+        ),
         Candidate("neuro_merging, sum", "ours", "neuro_merging", densities(0.3, 0.7, consensus="sum", **one), few),
         Candidate("min_merging", "ours", "min_merging", densities(0.3, 0.7, conflict="sum"), few),
         Candidate(
