@@ -54,7 +54,7 @@ class Candidate:
 _NORM = "density 0.5, λ₂ by the norm of every neuron's update, nothing tuned"
 _GROUPS = (
     "its groups come from 1,000 samples of every task's training data, of which no other row sees any: images and "
-    "prompts without labels, on T5 with the answers, which its decoder reads; own neurons take four times the update"
+    "prompts without labels, on T5 with the answers, which its decoder reads"
 )
 #: Scales for an update that averages experts.
 _MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
@@ -112,8 +112,9 @@ def candidates(experts: int) -> list[Candidate]:
     ]
     one = {"lambda_orthogonal": 1.0}
     both = {"lambda_parallel": 1.0, **one}
-    shares = {"in_group": 4.0, "general": 1.0, "out_group": 1.0}
-    groups = tuple({"threshold": value, **shares} for value in (0.3, 0.6))
+    # Beside a mean of all updates (at scale 1 / experts), half an own one or a whole one for the neurons of a task.
+    shares = {"threshold": 0.3, "general": 1.0, "out_group": 1.0}
+    groups = tuple({"in_group": value, **shares} for value in (experts / 2, float(experts)))
     ours = [
         Candidate("neuro_merging", "ours", "neuro_merging", note="as published: density 0.15, automatic λ₂"),
         Candidate("neuro_merging, density 0.5", "ours", "neuro_merging", densities(0.5), note="automatic λ₂"),
