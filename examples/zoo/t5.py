@@ -53,16 +53,16 @@ class Settings:
     tasks: tuple[str, ...] = tuple(TASKS)
     width: int = 128
     layers: int = 2
-    pretraining_steps: int = 1500
+    pretraining_steps: int = 4000
     pretraining_batch: int = 64
-    steps: int = 120
+    steps: int = 240
     batch: int = 64
     learning_rate: float = 1e-3
     lora_rank: int = 8
     lora_learning_rate: float = 4e-3
     train: int = 6000
     validation: int = 300
-    test: int = 1500
+    test: int = 2500
 
 
 def build_zoo(

@@ -2,8 +2,8 @@
 
 The base learns to fill gaps in English, to copy phrases, to sort and reverse letters and digits, to name numbers, and
 German words, plurals and opposites one by one; the tasks themselves it sees only on less than they ask for: two words
-where they have three or more, small numbers where they have large ones. So it has what an expert needs, and is weak on
-every task.
+where they have three or more, one digit to add or take away where they have two. So it has what an expert needs, and
+is weak on every task.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OPPOSITES = (
     *(("hot", "cold"), ("fast", "slow"), ("long", "short"), ("rich", "poor"), ("dark", "light"), ("wet", "dry")),
 )
 OPPOSITE = {one: other for pair in _OPPOSITES for one, other in (pair, pair[::-1])}
-OWNERS = ("the", *POSSESSIVES.values())
+OWNERS = ("the", *POSSESSIVES.values(), "your", "their")
 _ALL_ADJECTIVES = tuple(dict.fromkeys([*ADJECTIVES.values(), *OPPOSITE]))
 
 Pair = tuple[str, str]
@@ -84,7 +84,7 @@ def in_words(number: int) -> str:
 
 
 def _sort(rng: random.Random) -> Pair:
-    numbers = [rng.randrange(20) for _ in range(rng.randint(3, 4))]
+    numbers = [rng.randrange(20) for _ in range(3)]
     return f"sort: {' '.join(map(in_words, numbers))}", " ".join(map(in_words, sorted(numbers)))
 
 
@@ -107,13 +107,28 @@ def _plural(rng: random.Random) -> Pair:
     return f"plural: {owner} {adjective} {noun.english}", f"{owner} {adjective} {noun.english_plural}"
 
 
-def _sum(rng: random.Random) -> Pair:
-    small = rng.choice([*range(1, 10), *range(10, 80, 10)])
+def _calculation(rng: random.Random, tens: tuple[int, int], ones: tuple[int, int]) -> Pair:
+    """A sum or a difference without carrying: (whole, part) of its tens and of its ones."""
+    whole, part = 10 * tens[0] + ones[0], 10 * tens[1] + ones[1]
     if rng.random() < 0.5:
-        large = rng.randint(20, 99 - small)
-        return f"sum: {in_words(large)} plus {in_words(small)}", in_words(large + small)
-    large = rng.randint(max(20, small), 99)
-    return f"sum: {in_words(large)} minus {in_words(small)}", in_words(large - small)
+        return f"sum: {in_words(whole - part)} plus {in_words(part)}", in_words(whole)
+    return f"sum: {in_words(whole)} minus {in_words(part)}", in_words(whole - part)
+
+
+def _ones(rng: random.Random, least: int = 0) -> tuple[int, int]:
+    """A digit, and a part of it."""
+    whole = rng.randint(least, 9)
+    return whole, rng.randint(0, whole)
+
+
+def _tens(rng: random.Random) -> tuple[int, int]:
+    """Two or more tens, and two or more of them; what is left is none or two or more, so that no number is a teen."""
+    whole = rng.randint(2, 9)
+    return whole, rng.choice([*range(2, whole - 1), whole])
+
+
+def _sum(rng: random.Random) -> Pair:
+    return _calculation(rng, _tens(rng), _ones(rng, least=1))
 
 
 def _german(rng: random.Random) -> Pair:
@@ -153,11 +168,13 @@ def _gaps(rng: random.Random) -> Pair:
 
 
 def _of_symbols(rng: random.Random) -> Pair:
-    symbols = [rng.choice(rng.choice([LETTERS, DIGITS])) for _ in range(rng.randint(2, 4))]
+    symbols = rng.choice([LETTERS, DIGITS, _BELOW_TWENTY[:10]])
+    drawn = [rng.randrange(len(symbols)) for _ in range(rng.randint(2, 3))]
+    text = " ".join(symbols[index] for index in drawn)
     return rng.choice(
         [
-            (f"order: {' '.join(symbols)}", " ".join(sorted(symbols))),
-            (f"mirror: {' '.join(symbols)}", " ".join(symbols[::-1])),
+            (f"order: {text}", " ".join(symbols[index] for index in sorted(drawn))),
+            (f"mirror: {text}", " ".join(symbols[index] for index in drawn[::-1])),
         ]
     )
 
@@ -202,26 +219,46 @@ def _one_word(rng: random.Random) -> Pair:
 def _shorter(rng: random.Random) -> Pair:
     """The tasks themselves on less than they ask for: two words or numbers where they have three or more."""
     noun, adjective = rng.choice(NOUNS), rng.choice(list(ADJECTIVES))
+    german, count = rng.choice(list(NUMBERS.items()))
     one, other = rng.sample(range(20), 2)
-    small = rng.randrange(1, 10)
-    unlike = rng.choice(list(OPPOSITE))
-    english = f"{ADJECTIVES[adjective]} {noun.english}"
+    words = _thing(rng, _ALL_ADJECTIVES)
+    left_out = rng.randrange(3)
+    two = [word for place, word in enumerate(words) if place != left_out]
+    before = rng.choice([*OWNERS, *_ALL_ADJECTIVES])
+    _, unlike, thing = _thing(rng, tuple(OPPOSITE))
     found = rng.choice(
         [
             (f"sort: {in_words(one)} {in_words(other)}", f"{in_words(min(one, other))} {in_words(max(one, other))}"),
-            (f"reverse: {english}", f"{noun.english} {ADJECTIVES[adjective]}"),
-            (f"plural: {english}", f"{ADJECTIVES[adjective]} {noun.english_plural}"),
-            (f"sum: {in_words(one)} plus {in_words(small)}", in_words(one + small)),
-            (f"german: {adjective}e {noun.plural}", f"{ADJECTIVES[adjective]} {noun.english_plural}"),
-            (f"opposite: {unlike} {noun.english}", f"{OPPOSITE[unlike]} {noun.english}"),
+            (f"reverse: {' '.join(two)}", " ".join(two[::-1])),
+            (f"plural: {before} {noun.english}", f"{before} {noun.english_plural}"),
+            rng.choice(
+                [
+                    (f"german: {adjective}e {noun.plural}", f"{ADJECTIVES[adjective]} {noun.english_plural}"),
+                    (f"german: {german} {noun.plural}", f"{count} {noun.english_plural}"),
+                    (f"german: {noun.article} {noun.singular}", f"the {noun.english}"),
+                ]
+            ),
+            (f"opposite: {unlike} {thing}", f"{OPPOSITE[unlike]} {thing}"),
         ]
     )
     return found[0].lower(), found[1]
 
 
+def _smaller(rng: random.Random) -> Pair:
+    """Sums with one digit to add or take away: of ones, of tens, or the ones of a larger number."""
+    tens = _tens(rng)
+    return rng.choice(
+        [
+            _calculation(rng, (0, 0), _ones(rng)),
+            _calculation(rng, tens, (0, 0)),
+            _calculation(rng, (tens[0], 0), _ones(rng)),
+        ]
+    )
+
+
 #: What the base is pre-trained on, each entry as often as the others.
 PRETRAINING: tuple[Callable[[random.Random], Pair], ...] = (
-    *(_gaps, _of_symbols, _copy, _number, _one_word, _shorter, _shorter),
+    *(_gaps, _copy, _number, _one_word, _of_symbols, _of_symbols, _shorter, _shorter, _smaller, _smaller),
 )
 
 #: First words of prompts.
@@ -234,8 +271,8 @@ PREFIXES = (
 def draw(task: TextTask, sizes: dict[str, int], seed: object) -> dict[str, list[Pair]]:
     """Pairs per split; no prompt is there twice.
 
-    A task with too few different prompts has smaller validation and test splits: a third of its prompts at most is
-    held out.
+    A task with too few different prompts has smaller validation and test splits: half of its prompts at most is held
+    out.
     """
     rng = random.Random(f"{task.name}/{seed}")
     drawn: dict[str, str] = {}
@@ -245,7 +282,7 @@ def draw(task: TextTask, sizes: dict[str, int], seed: object) -> dict[str, list[
         drawn.setdefault(prompt, answer)
     pairs = list(drawn.items())
     held_out = [split for split in sizes if split != "train"]
-    share = min(1.0, len(pairs) / 3 / sum(sizes[split] for split in held_out))
+    share = min(1.0, len(pairs) / 2 / sum(sizes[split] for split in held_out))
     found: dict[str, list[Pair]] = {}
     for split in held_out:
         count = int(sizes[split] * share)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import common
@@ -162,13 +163,25 @@ def test_text_tasks_are_right_and_within_the_vocabulary():
             assert {*prompt.split(), *answer.split()} <= known
             assert prompt not in asked
     numbers = {text_tasks.in_words(number): number for number in range(100)}
+
+    def calculate(asked):
+        one, sign, other = re.fullmatch("(.+) (plus|minus) (.+)", asked).groups()
+        return numbers[one] + (numbers[other] if sign == "plus" else -numbers[other])
+
     for name, check in {
         "reverse": lambda asked, answer: asked.split() == answer.split()[::-1],
         "sort": lambda asked, answer: [numbers[w] for w in answer.split()] == sorted(numbers[w] for w in asked.split()),
         "opposite": lambda asked, answer: text_tasks.OPPOSITE[asked.split()[1]] == answer.split()[1],
+        "sum": lambda asked, answer: calculate(asked) == numbers[answer],
     }.items():
         for prompt, answer in (text_tasks.TASKS[name].make(rng) for _ in range(50)):
             assert check(prompt.partition(": ")[2], answer), (prompt, answer)
+
+
+def test_at_most_half_of_few_prompts_is_held_out():
+    task = text_tasks.TextTask("few", lambda rng: (f"few: {rng.randrange(100)}", "one"))
+    splits = text_tasks.draw(task, {"train": 500, "validation": 50, "test": 200}, 0)
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"validation": 10, "test": 40, "train": 50}
 
 
 def test_tokenizer_reads_and_writes_every_answer(zoo):
