@@ -168,7 +168,7 @@ def run_zoo(
                 share = mean_score(unpack(row["test"]))
                 say(f"{zoo}: {candidate.name:34}{100 * share:6.2f}  ({row['seconds']:.0f} s)")
     for candidate in everyone:  # what was scored before, or beside this
-        if candidate.name not in rows and (row := kept.read(candidate.name, key(candidate))) is not None:
+        if rows.get(candidate.name) is None and (row := kept.read(candidate.name, key(candidate))) is not None:
             rows[candidate.name] = row
     return {**mark, "references": references, "rows": rows}
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import candidates
@@ -201,6 +202,21 @@ with held(place):
     assert result["rows"]["neuro_merging"]["seconds"] == 12345.0
     assert result["rows"]["neuro_merging, norm"]["test"] == first["rows"]["neuro_merging, norm"]["test"]
     assert sum("neuro_merging: another process is at it" in line for line in said) == 1
+
+
+def test_a_row_scored_beside_this_run_is_in_its_table(board, zoo, tmp_path, monkeypatch):
+    board.run_zoo(zoo, tmp_path, lambda line: None, ["neuro_merging"])
+    folder = tmp_path / "rows" / "vit-0"
+    row = json.loads((folder / "neuro_merging.json").read_text())
+
+    def missing_here():
+        """Another process, which has the package, finishes the row while this one leaves it out."""
+        row["key"]["candidate"] = asdict(ROW["TSV-M"]) | {"note": ""}
+        (folder / "TSV-M.json").write_text(json.dumps(row))
+        return False
+
+    monkeypatch.setattr(board, "has_fusion_bench", missing_here)
+    assert board.run_zoo(zoo, tmp_path, lambda line: None, ["TSV-M"])["rows"]["TSV-M"] == row["result"]
 
 
 def test_rows_are_built_once_and_again_under_another_key(tmp_path):
