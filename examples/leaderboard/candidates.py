@@ -89,6 +89,7 @@ def candidates(experts: int) -> list[Candidate]:
     few = tuple(round(x / experts, 4) for x in (1.0, 1.75, 2.5, 4.0))
     many = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
     means = (0.8, 1.4, 2.2, 3.2)
+    near_one = (0.5, 0.8, 1.1, 1.5)
     fine_means = _MEANS
 
     def densities(*values: float, **fixed: Any) -> tuple[dict[str, Any], ...]:
@@ -97,12 +98,12 @@ def candidates(experts: int) -> list[Candidate]:
     weighted = {"weight": 1.0}
     mergekit = [
         Candidate("task_arithmetic", "mergekit", "task_arithmetic", (weighted,), many),
-        Candidate("ties", "mergekit", "ties", densities(0.2, 0.6, **weighted), means),
+        Candidate("ties", "mergekit", "ties", densities(0.2, 0.6, **weighted), near_one),
         Candidate("dare_linear", "mergekit", "dare_linear", densities(0.5, 0.8, **weighted), few),
         Candidate("dare_ties", "mergekit", "dare_ties", densities(0.5, 0.8, **weighted), few),
         Candidate("breadcrumbs", "mergekit", "breadcrumbs", densities(0.4, 0.8, gamma=0.01, **weighted), few),
         Candidate("breadcrumbs_ties", "mergekit", "breadcrumbs_ties", densities(0.4, 0.8, gamma=0.01, **weighted), few),
-        Candidate("della", "mergekit", "della", densities(0.4, 0.7, epsilon=0.15, **weighted), means),
+        Candidate("della", "mergekit", "della", densities(0.4, 0.7, epsilon=0.15, **weighted), near_one),
         Candidate("della_linear", "mergekit", "della_linear", densities(0.4, 0.7, epsilon=0.15, **weighted), few),
         Candidate("sce", "mergekit", "sce", ({"select_topk": 0.5}, {"select_topk": 1.0}), means),
         Candidate("model_stock", "mergekit", "model_stock", ({"filter_wise": False}, {"filter_wise": True}), means),
