@@ -14,6 +14,9 @@ from torch import Generator, Tensor
 
 Painter = Callable[[Tensor, Generator], Tensor]
 
+#: What the camera leaves of the contrast, and adds in shade and in noise (of a range of 1).
+CAMERA = {"contrast": 0.5, "shade": 0.15, "noise": 0.05}
+
 
 @dataclass(frozen=True)
 class VisionTask:
@@ -39,12 +42,15 @@ def _pick(masks: Tensor, labels: Tensor, generator: Generator) -> Tensor:
 
 
 def photographed(paint: Painter) -> Painter:
-    """All tasks are seen through one camera, which the base has never looked through: shade, and noise."""
+    """All tasks are seen through one camera, which the base has never looked through: pale, with shade, and noise.
+
+    So the experts have something in common to learn; without it their merge recovers too little to compare methods by.
+    """
 
     def paint_and_take(labels: Tensor, generator: Generator) -> Tensor:
-        images = paint(labels, generator)
-        images = images + 0.15 * scenes.clouds(generator, len(labels), 3, 1)
-        return (images + 0.08 * scenes.normal(generator, *images.shape)).clamp(0, 1)
+        images = 0.5 + CAMERA["contrast"] * (paint(labels, generator) - 0.5)
+        images = images + CAMERA["shade"] * scenes.clouds(generator, len(labels), 3, 1)
+        return (images + CAMERA["noise"] * scenes.normal(generator, *images.shape)).clamp(0, 1)
 
     return paint_and_take
 

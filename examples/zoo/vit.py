@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
-from vision_tasks import LETTER_SCRIPTS, TASKS, LetterStream, VisionTask, vision_tasks
+from vision_tasks import CAMERA, LETTER_SCRIPTS, TASKS, LetterStream, VisionTask, vision_tasks
 
 from neuron_methods.demo.model import quiet_transformers
 
@@ -97,7 +97,8 @@ def build_zoo(
     zoo = Zoo(out, "vit", seed, say)
     tasks = vision_tasks(settings.tasks, fonts, settings.latin_faces or None)
     sizes = {split: getattr(settings, split) for split in SPLITS}
-    about_data = {"stage": "data", "tasks": settings.tasks, "latin_faces": settings.latin_faces, "sizes": sizes}
+    shown = {"tasks": settings.tasks, "latin_faces": settings.latin_faces, "camera": CAMERA}
+    about_data = {"stage": "data", **shown, "sizes": sizes}
     zoo.stage("data", about_data, lambda path: write_data(path, tasks, settings, seed))
     about_base = {
         key: value

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import common
@@ -109,6 +110,18 @@ def test_run_again_keeps_everything(zoo):
     said = build(family, out, lora=True)
     assert all(line.endswith("kept") for line in said[:-1])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_another_camera_means_other_images_but_the_same_base(zoo, tmp_path, monkeypatch):
+    family, out, _ = zoo
+    if family == "vit":
+        shutil.copytree(out, tmp_path / "zoo")
+        monkeypatch.setitem(vision_tasks.CAMERA, "contrast", 0.3)
+        said = build(family, tmp_path / "zoo", checks=False)
+        assert "vit: base kept" in said
+        assert {"vit: data ...", "vit: experts/shapes ..."} <= set(said)
+        pixels = [vit.read_images(place / "data" / "shapes" / "test.parquet")[0] for place in (out, tmp_path / "zoo")]
+        assert pixels[1].std() < pixels[0].std()
 
 
 def test_same_seed_same_zoo_other_seed_another(zoo, tmp_path):
