@@ -64,9 +64,9 @@ def ablations(experts: int) -> list[Candidate]:
     """`neuro_merging` with one step changed at a time, λ₂ tuned."""
     sums = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.5, 5.0, 7.0))
 
-    def row(name: str, scales: tuple[float, ...] = _MEANS, **settings: Any) -> Candidate:
+    def row(name: str, scales: tuple[float, ...] = _MEANS, method: str = "neuro_merging", **settings: Any) -> Candidate:
         fixed = {"density": 0.15, "lambda_orthogonal": 1.0, **settings}
-        return Candidate(name, "ours", "neuro_merging", (fixed,), scales)
+        return Candidate(name, "ours", method, (fixed,), scales)
 
     untouched = {"weight": 1.0, "density": 0.15, "gamma": 0.0}
     return [
@@ -74,6 +74,8 @@ def ablations(experts: int) -> list[Candidate]:
         row("trimmed per tensor", trim="tensor"),
         row("density 0.5", density=0.5),
         row("nothing trimmed", density=1.0),
+        row("trimmed to the half of the entries in which experts differ most", method="differing", density=0.5),
+        row("trimmed to a quarter of the entries in which experts differ most", method="differing", density=0.25),
         row("parallel part kept", lambda_parallel=1.0),
         row("half of the singular vectors' energy", rank_energy=0.5),
         row("density 0.5, roots of the update's singular values", density=0.5, spectral_exponent=0.5),
@@ -209,6 +211,25 @@ def _vector_at_least(tensor: Tensor) -> Tensor:
     return tensor.flatten() if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor
 
 
+def _differing(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+    """`neuro_merging` of the share `density` of every tensor's entries whose variance over the experts is greatest.
+
+    That is how mergekit's `sce` selects; the experts' own magnitudes have no say.
+    """
+    import torch
+
+    from neuron_methods.kernels.trim import kept_rank
+
+    trimmed = {key: dict(expert) for key, expert in experts.items()}
+    for name, origin in base.items():
+        variances = torch.stack([expert[name] for expert in experts.values()]).var(dim=0, correction=0).flatten()
+        rank = kept_rank(len(variances), settings["density"])
+        left_out = (variances <= variances.kthvalue(rank).values).view_as(origin) if rank else None
+        for expert in trimmed.values():
+            expert[name] = expert[name] if left_out is None else expert[name].where(~left_out, origin)
+    return _by_mergekit("neuro_merging")(base, trimmed, {**settings, "density": 1.0})
+
+
 def _tsv_m(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
     from fusion_bench.method.task_singular_vector.utils import TSVM_utils
 
@@ -228,4 +249,9 @@ def _task_vectors(base: Weights, experts: Mapping[str, Weights]) -> list[Weights
 
 
 #: Methods that take more than mergekit's call: FusionBench's own functions, from its pip package, and ours with groups.
-MERGERS: dict[str, Merger] = {"tsv_m": _tsv_m, "iso_c": _iso_c, "neuron_merge": merge_by_groups}
+MERGERS: dict[str, Merger] = {
+    "differing": _differing,
+    "tsv_m": _tsv_m,
+    "iso_c": _iso_c,
+    "neuron_merge": merge_by_groups,
+}

@@ -353,3 +353,15 @@ def test_adapters_are_merged_into_the_base_and_missing_ones_named(zoo, adapters,
     assert explored["base"] == pytest.approx(mean_score(two.outcomes(two.base, "validation")))
     taus = [(weights[name] - models.base[name]).norm() / models.base[name].norm() for weights in found.values()]
     assert explored["length"] == pytest.approx(float(sum(taus)) / 2)
+
+
+def test_trimming_by_what_differs_keeps_entries_of_greatest_variance():
+    base = {"weight": torch.zeros(1, 4)}
+    # variances 0, 4, 1 and 9: the half in which experts differ most are the second and the last
+    experts = {
+        "a": {"weight": torch.tensor([[8.0, 4.0, 2.0, 6.0]])},
+        "b": {"weight": torch.tensor([[8.0, 0.0, 0.0, 0.0]])},
+    }
+    (row,) = (r for r in candidates.ablations(2) if r.name.startswith("trimmed to the half of the entries"))
+    merged = candidates.merge(row, base, experts, row.settings[0])["weight"]
+    assert (merged[0] != 0).tolist() == [False, True, False, True]
