@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,7 @@ def merge_by_groups(base: Weights, experts: Mapping[str, Weights], settings: Map
     from neuron_methods.profiling.profile_file import NeuronProfile
 
     given = dict(settings)
-    found = classify(NeuronProfile.load(given.pop("profile")), given.pop("threshold"), MIN_FIRING)
-    # A task whose domain owns no neuron has no group, but its expert has to name one.
-    groups = replace(found, groups=(*found.groups, *(task for task in experts if task not in found.groups)))
+    groups = classify(NeuronProfile.load(given.pop("profile")), given.pop("threshold"), MIN_FIRING)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "groups.json"
         groups.write(path)

@@ -133,7 +133,11 @@ class NeuronGroups:
 
 
 def groups_from_labels(
-    model: str, model_type: str, labels: Mapping[str, Sequence[str]], made_from: Mapping[str, Any]
+    model: str,
+    model_type: str,
+    labels: Mapping[str, Sequence[str]],
+    made_from: Mapping[str, Any],
+    domains: Sequence[str] = (),
 ) -> NeuronGroups:
     """Groups from one name per neuron.
 
@@ -142,8 +146,9 @@ def groups_from_labels(
         model_type: its config's.
         labels: layer -> the group of every neuron.
         made_from: how they were made.
+        domains: names that are groups even if no neuron has them, for experts to name.
     """
-    names = sorted({name for values in labels.values() for name in values} - {GENERAL})
+    names = sorted({name for values in labels.values() for name in values}.union(domains) - {GENERAL})
     groups = (GENERAL, *names)
     index = {name: i for i, name in enumerate(groups)}
     tensors = {layer: torch.tensor([index[name] for name in values]) for layer, values in labels.items()}

@@ -54,7 +54,7 @@ def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> Neu
         found = label_neurons(shares, firing, threshold, min_firing)
         labels[layer] = [sources[i] if i >= 0 else GENERAL for i in found.tolist()]
     made_from = {"profile": profile.info.model, "threshold": threshold, "min_firing": min_firing, "domains": domains}
-    return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from)
+    return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from, domains)
 
 
 def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> NeuronGroups:

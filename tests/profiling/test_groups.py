@@ -50,6 +50,13 @@ def test_neurons_that_hardly_fire_in_their_domain_are_general(profile: NeuronPro
     assert len(classify(profile, 0.7, 0.0).neurons_of("math", "layers.1")) == 10
 
 
+def test_a_domain_that_owns_no_neuron_is_still_a_group_for_its_expert(profile: NeuronProfile) -> None:
+    groups = classify(profile, threshold=0.7, min_firing=0.9)
+    assert groups.groups == ("general", "code", "math")
+    assert list(describe_groups(groups))[-1].split() == ["all", "48", "0", "0"]
+    groups.check_experts("groups.json", {"one": "math", "other": "code"})
+
+
 def test_a_source_called_general_is_no_domain(tmp_path: Path) -> None:
     made = write_profile(tmp_path / "p.safetensors", LLAMA, {"math": 1000, "general": 1000})
     groups = classify(made, 0.5, 0.0)
