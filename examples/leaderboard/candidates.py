@@ -74,8 +74,8 @@ def ablations(experts: int) -> list[Candidate]:
         row("trimmed per tensor", trim="tensor"),
         row("density 0.5", density=0.5),
         row("nothing trimmed", density=1.0),
-        row("trimmed to the half of the entries in which experts differ most", method="differing", density=0.5),
-        row("trimmed to a quarter of the entries in which experts differ most", method="differing", density=0.25),
+        row("trimmed to the half of the entries in which experts differ most", trim="differing", density=0.5),
+        row("trimmed to a quarter of the entries in which experts differ most", trim="differing", density=0.25),
         row("parallel part kept", lambda_parallel=1.0),
         row("half of the singular vectors' energy", rank_energy=0.5),
         row("density 0.5, roots of the update's singular values", density=0.5, spectral_exponent=0.5),
@@ -137,6 +137,14 @@ def candidates(experts: int) -> list[Candidate]:
             densities(0.5, 1.0, spectral_exponent=0.5, **one),
             (1.0, 1.5, 2.0, 2.8),
             note="the singular values of every tensor's update replaced by their roots: spectral_exponent 0.5",
+        ),
+        Candidate(
+            "neuro_merging, differing",
+            "ours",
+            "neuro_merging",
+            densities(0.25, 0.5, trim="differing", **one),
+            (1.4, 2.1, 3.0, 4.3),
+            note="trimmed to the entries in which the experts differ most: trim: differing",
         ),
         Candidate("neuro_merging, sum", "ours", "neuro_merging", densities(0.3, 0.7, consensus="sum", **one), few),
         Candidate("min_merging", "ours", "min_merging", densities(0.3, 0.7, conflict="sum"), few),
@@ -209,25 +217,6 @@ def _by_mergekit(method: str) -> Merger:
 
 def _vector_at_least(tensor: Tensor) -> Tensor:
     return tensor.flatten() if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor
-
-
-def _differing(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    """`neuro_merging` of the share `density` of every tensor's entries whose variance over the experts is greatest.
-
-    That is how mergekit's `sce` selects; the experts' own magnitudes have no say.
-    """
-    import torch
-
-    from neuron_methods.kernels.trim import kept_rank
-
-    trimmed = {key: dict(expert) for key, expert in experts.items()}
-    for name, origin in base.items():
-        variances = torch.stack([expert[name] for expert in experts.values()]).var(dim=0, correction=0).flatten()
-        rank = kept_rank(len(variances), settings["density"])
-        left_out = (variances <= variances.kthvalue(rank).values).view_as(origin) if rank else None
-        for expert in trimmed.values():
-            expert[name] = expert[name] if left_out is None else expert[name].where(~left_out, origin)
-    return _by_mergekit("neuro_merging")(base, trimmed, {**settings, "density": 1.0})
 
 
 def _tsv_m(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:

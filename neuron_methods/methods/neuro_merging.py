@@ -10,11 +10,15 @@ Merging", EMNLP 2025, arXiv:2503.05320. The six steps, each in the kernel that c
 5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
 6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
 
-Two choices are ours, and off by default. With `lambda_orthogonal: norm`, λ₂ differs by neuron. It makes ψ_⊥ as long as
-the experts' updates of that neuron are on average before trimming (of the whole tensor for points): data-free as the
-published one, but of a size that neither the number of experts nor the kind of consensus changes. With a
-`spectral_exponent` p below 1, λ₂ ψ_⊥ of all neurons of a tensor together, as a matrix U S Vᵀ, becomes c U Sᵖ Vᵀ of the
-same length (kernels/spectrum.py), and what is then parallel to a neuron's base weights is taken out again.
+Three choices are ours, and off by default:
+
+- `lambda_orthogonal: norm`: λ₂ differs by neuron. It makes ψ_⊥ as long as the experts' updates of that neuron are on
+  average before trimming (of the whole tensor for points): data-free as the published one, but of a size that neither
+  the number of experts nor the kind of consensus changes.
+- `spectral_exponent` p below 1: λ₂ ψ_⊥ of all neurons of a tensor together, as a matrix U S Vᵀ, becomes c U Sᵖ Vᵀ of
+  the same length (kernels/spectrum.py), and what is then parallel to a neuron's base weights is taken out again.
+- `trim: differing`: step 1 keeps the entries of a tensor in which the experts differ most, the same for all experts,
+  instead of each expert's largest (kernels/differing.py).
 
 The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
 asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
@@ -38,6 +42,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from neuron_methods.errors import UserError
+from neuron_methods.kernels.differing import cutoff, keep_differing_, variances
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
 from neuron_methods.kernels.spectrum import remove_parallel_, temper_spectrum_
@@ -72,9 +77,9 @@ PARAMETERS = (
     ),
     ParameterSpec(
         "trim",
-        choice("trim", "model", "tensor"),
+        choice("trim", "model", "tensor", "differing"),
         default="model",
-        description="one threshold per expert over all its tensors (model), or one per tensor",
+        description="keep each expert's largest entries, of the model or of a tensor, or those experts differ in most",
         scope=ParameterScope.SHARED,
     ),
     ParameterSpec(
@@ -145,10 +150,13 @@ class NeuroMerging(PlannedMethod):
         """Refuse parameters that contradict each other over the merge.
 
         Raises:
-            UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`.
+            UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`; or something
+                is asked for that `trim: differing` does not have.
         """
         for shared in ("trim", "profile"):
             _only(shared, {t.parameters[shared] for t in tensors}, "it holds for the whole merge; remove the filter")
+        if tensors and tensors[0].parameters["trim"] == "differing":
+            _check_differing(tensors)
         if not tensors or tensors[0].parameters["trim"] != "model":
             return
         for expert in _experts(tensors):
@@ -161,7 +169,7 @@ class NeuroMerging(PlannedMethod):
 
     def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
         """Whether thresholds or σ must be measured: not with a profile, nor where no parameter asks for them."""
-        if not tensors or tensors[0].parameters["profile"]:
+        if not tensors or tensors[0].parameters["profile"] or tensors[0].parameters["trim"] == "differing":
             return False
         return tensors[0].parameters["trim"] == "model" or any(
             t.parameters["lambda_orthogonal"] == "auto" and t.parameters["consensus"] == "mean" for t in tensors
@@ -202,7 +210,8 @@ class NeuroMerging(PlannedMethod):
         base = group.base.tensor
         experts = {entry.id: entry.tensor for entry in group.non_base}
         name = group.metadata.name or "tensor"
-        thresholds = profile.thresholds_for(group.metadata.name, experts)
+        differing = parameters["trim"] == "differing"
+        thresholds = [0.0] * len(experts) if differing else profile.thresholds_for(group.metadata.name, experts)
         if thresholds is None:
             densities = {e: parameters["density"][e] for e in experts}
             thresholds = [s.threshold for s in measure_tensor(name, base, experts, densities, context)]
@@ -217,6 +226,7 @@ class NeuroMerging(PlannedMethod):
             "lambda_orthogonal": scale,
             "consensus": parameters["consensus"],
             "allow_nonfinite": context.allow_nonfinite,
+            "differing": max(parameters["density"][e] for e in experts) if differing else 1.0,
         }
         tensors = list(experts.values())
         if base.ndim < 2:
@@ -249,6 +259,7 @@ def merge_points(
     lambda_orthogonal: float | str,
     consensus: str,
     allow_nonfinite: bool = False,
+    differing: float = 1.0,
 ) -> None:
     """Steps 1, 5 and 6 for point weights: tensors without neurons.
 
@@ -261,12 +272,16 @@ def merge_points(
         lambda_orthogonal: λ₂, or ``norm``.
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
         allow_nonfinite: treat a NaN or infinite update as no update.
+        differing: share of entries kept, those in which the experts of a weight other than 0 differ most.
     """
     origin = base.reshape(-1).float()
     task_vectors = origin.new_empty(len(experts), len(origin))
     lengths = origin.new_zeros(()) if lambda_orthogonal == "norm" else None
     for row, expert, threshold, weight in zip(task_vectors, experts, thresholds, weights, strict=True):
         _trimmed_task_vector(row, expert.reshape(-1), origin, threshold, weight, allow_nonfinite, lengths)
+    if differing < 1:
+        spread = variances(task_vectors[_takes_part(weights)])
+        keep_differing_(task_vectors, spread, cutoff(spread.clone(), differing))
     psi = elect_and_reduce(task_vectors, consensus)
     if lengths is not None:
         norm = psi.norm().item() * _voting(weights)
@@ -287,6 +302,7 @@ def merge_neurons(
     spectral_exponent: float = 1.0,
     consensus: str = "mean",
     allow_nonfinite: bool = False,
+    differing: float = 1.0,
     scratch_bytes: int = 1 << 28,
 ) -> tuple[float, float]:
     """Steps 1 to 4 and 6 for a matrix whose rows are neurons, in blocks of rows.
@@ -305,6 +321,8 @@ def merge_neurons(
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
         allow_nonfinite: treat a NaN or infinite update as no update; entries that the base itself holds so stay as they
             are, and the rest of their neurons is merged without them.
+        differing: share of the tensor's entries kept, those in which the experts of a weight other than 0 differ most;
+            below 1, their variances are held in float32, beyond `scratch_bytes`.
         scratch_bytes: bound on scratch memory.
 
     Returns:
@@ -331,8 +349,17 @@ def merge_neurons(
             _trimmed_task_vector(rows[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite, of_rows)
         if allow_nonfinite:
             w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if selected is not None:
+            keep_differing_(rows[:, :-1], variances(rows[:, voting]), selected)
         return rows
 
+    voting, selected = _takes_part(weights), None
+    if differing < 1:
+        spread = torch.empty(neurons, width, dtype=torch.float32, device=base.device)
+        for block in blocks:
+            spread[block] = variances(trimmed(block)[:, voting])
+        selected = cutoff(spread, differing)
+        del spread
     own = torch.ones(neurons, dtype=torch.float64, device="cpu" if base.device.type == "mps" else base.device)
     if lambda_parallel != 0:
         # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
@@ -395,6 +422,30 @@ def _trimmed_task_vector(
 def _voting(weights: Sequence[float]) -> int:
     """How many experts take part; one at least, to divide by."""
     return max(1, sum(weight != 0 for weight in weights))
+
+
+def _takes_part(weights: Sequence[float]) -> list[int]:
+    """Which experts take part; all where none does, as then nothing is merged."""
+    return [t for t, weight in enumerate(weights) if weight != 0] or list(range(len(weights)))
+
+
+def _check_differing(tensors: Sequence[PlannedTensor]) -> None:
+    """Raise UserError for what `trim: differing` does not have."""
+    for tensor in tensors:
+        if tensor.parameters["profile"]:
+            raise UserError("neuro_merging: profile: nothing is measured under trim: differing; remove the profile")
+        if tensor.parameters["lambda_orthogonal"] == "auto" and tensor.parameters["consensus"] == "mean":
+            raise UserError(
+                "neuro_merging: lambda_orthogonal: auto is made of what trimming by magnitude removes, which trim: "
+                "differing does not do; give a number (2 to 4 at density 0.25), or norm"
+            )
+        densities = set(tensor.expert_parameters["density"].values())
+        if len(densities) > 1:
+            shown = ", ".join(sorted(map(str, densities)))
+            raise UserError(
+                f"neuro_merging: density of {tensor.name} differs between the experts ({shown}): trim: differing keeps "
+                "the same entries of all of them; give all one density"
+            )
 
 
 def _with(tensors: Sequence[PlannedTensor], expert: Hashable) -> list[PlannedTensor]:

@@ -114,7 +114,7 @@ def test_thresholds_per_tensor_do_not_need_names() -> None:
             r"lambda_orthogonal must be a finite number or 'auto' or 'norm'; got 'automatic'",
         ),
         ("lambda_orthogonal", math.nan, r"lambda_orthogonal must be a finite number or 'auto' or 'norm'; got nan"),
-        ("trim", "layer", r"trim must be one of model, tensor; got 'layer'"),
+        ("trim", "layer", r"trim must be one of model, tensor, differing; got 'layer'"),
         ("consensus", "median", r"consensus must be one of mean, sum; got 'median'"),
     ],
 )

@@ -312,6 +312,50 @@ def test_an_expert_of_weight_zero_takes_no_part() -> None:
     assert torch.allclose(merge(*points, **PLAIN, weight=[1.0, 0.0]), points[1])
 
 
+# Our own: trimming by what experts differ in
+
+
+DIFFERING = {"trim": "differing", "lambda_orthogonal": 1.0}
+
+
+def test_trim_differing_keeps_what_experts_differ_in() -> None:
+    base = torch.zeros(2, 2)
+    first, second = rows([8.0, 4.0], [2.0, 6.0]), rows([8.0, 0.0], [0.0, 0.0])
+    # variances 0 and 4, 1 and 9
+    merged = merge(base, first, second, density=0.5, **DIFFERING)
+    assert merged.tolist() == [[0.0, 4.0], [0.0, 6.0]]
+    points = merge(base.flatten(), first.flatten(), second.flatten(), density=0.5, **DIFFERING)
+    assert points.tolist() == [0.0, 4.0, 0.0, 6.0]
+
+
+def test_trim_differing_keeps_all_at_density_1_and_selects_in_each_tensor_by_itself() -> None:
+    base = make_model(1)
+    experts = make_experts(base, 3)
+    assert_agree(
+        merge_models(base, experts, density=1.0, **DIFFERING),
+        merge_models(base, experts, density=1.0, lambda_orthogonal=1.0),
+        tolerance=1e-7,
+    )
+    merged = merge_models(base, experts, density=0.25, **DIFFERING)
+    for name in ("embed", "proj"):
+        updates = torch.stack([expert[name] - base[name] for expert in experts]).double()
+        kept = updates.var(dim=0, correction=0)
+        kept = kept > kept.flatten().kthvalue(kept.numel() * 3 // 4).values
+        masked = [base[name] + update.float() * kept for update in updates]
+        expected = merge(base[name], *masked, **PLAIN)
+        assert torch.allclose(merged[name], expected, atol=1e-6)
+
+
+def test_trim_differing_does_not_depend_on_blocks_or_on_experts_of_weight_zero() -> None:
+    base, *experts = randoms((40, 8), 5)
+    options = {"density": 0.3, "spectral_exponent": 0.5, "lambda_parallel": 0.5, **DIFFERING}
+    whole = merge(base, *experts, **options)
+    with merge_context(MergeContext(scratch_bytes=1)):
+        assert torch.allclose(merge(base, *experts, **options), whole, atol=1e-6)
+    without = merge(base, *experts[:3], **options)
+    assert torch.allclose(merge(base, *experts, weight=[1.0, 1.0, 1.0, 0.0], **options), without, atol=1e-6)
+
+
 # Our own: a tempered spectrum
 
 

@@ -110,7 +110,7 @@ WRONG = {
         with_parameters(lambda_orthogonal="full"),
         "lambda_orthogonal must be a finite number or 'auto'",
     ),
-    "trim": (with_parameters(trim="modle"), "trim must be one of model, tensor; got 'modle'"),
+    "trim": (with_parameters(trim="modle"), "trim must be one of model, tensor, differing; got 'modle'"),
     "consensus": (with_parameters(consensus=1), "consensus must be one of mean, sum; got 1"),
     "profile": (with_parameters(profile=7), "parameters: profile: Input should be a valid string; got 7"),
     "an empty gradient": (with_parameters(density=[]), "parameters: density: an empty list"),
