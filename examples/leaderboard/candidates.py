@@ -239,7 +239,6 @@ def _task_vectors(base: Weights, experts: Mapping[str, Weights]) -> list[Weights
 
 #: Methods that take more than mergekit's call: FusionBench's own functions, from its pip package, and ours with groups.
 MERGERS: dict[str, Merger] = {
-    "differing": _differing,
     "tsv_m": _tsv_m,
     "iso_c": _iso_c,
     "neuron_merge": merge_by_groups,
