@@ -31,7 +31,7 @@ A merge.yaml by neuro_merging, with every parameter at its default:
       parameters: {weight: 1.0, density: 0.15}
     - model: ./expert-b
   parameters:
-    trim: model                   # one threshold per expert; tensor: one per tensor
+    trim: model                   # one threshold per expert; tensor: one per tensor; or differing
     lambda_parallel: 0.0
     lambda_orthogonal: auto       # 1 / (1 - sigma)
     rank_energy: 1.0
