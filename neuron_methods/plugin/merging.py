@@ -372,8 +372,8 @@ def _check_profile_wanted(plan: MergePlan, context: MergeContext | None) -> None
         raise UserError(f"--profile-out: {plan.method} measures no trim profile; neuro_merging does")
     if not plan.measures and not any(shared.get("profile") for shared, _ in plan.parameters.values()):
         raise UserError(
-            "--profile-out: this merge measures nothing (trim: tensor with a number for lambda_orthogonal); leave "
-            "--profile-out away"
+            "--profile-out: this merge measures nothing (trim: differing, or trim: tensor with a number for "
+            "lambda_orthogonal); leave --profile-out away"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from neuron_methods import __version__
 from neuron_methods.errors import UserError
 from neuron_methods.plugin.registration import models_in_order
 from neuron_methods.sharing.card_sections import with_section
-from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
+from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, VARIANTS, Citation
 from neuron_methods.sharing.datasets import profiled_datasets
 from neuron_methods.sharing.licences import Licences, find_licences
 from neuron_methods.sharing.loading import loading_snippet, pipeline_tag
@@ -107,7 +107,7 @@ def make_card(
         f"# {name}",
         _opening(configuration, names, models, adapter),
         *_licence_section(licences),
-        _method_section(citation),
+        _method_section(citation, variants_of(configuration)),
         *([options.report_section.strip()] if options.report_section else []),
         *([_evaluation_section(options.evaluation)] if options.evaluation else []),
         f"## How to load it\n\n{loading_snippet(place)}",
@@ -198,9 +198,38 @@ def _licence_section(licences: Licences) -> list[str]:
     ]
 
 
-def _method_section(citation: Citation) -> str:
+def variants_of(configuration: MergeConfiguration) -> list[str]:
+    """What the merge does otherwise than the paper, a clause each, by what its YAML sets anywhere."""
+    if configuration.merge_method != "neuro_merging":
+        return []
+    found: dict[str, None] = {}
+    for name, value in _settings(configuration.model_dump(exclude_none=True)):
+        if name in VARIANTS:
+            below = isinstance(value, int | float) and value < 1
+            clause = VARIANTS[name].get("below 1" if below else str(value))
+            found.update({clause: None} if clause else {})
+    return list(found)
+
+
+def _settings(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every parameter and each of its values, wherever a configuration sets one: filters and gradients have several."""
+    if isinstance(content, list):
+        for part in content:
+            yield from _settings(part)
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            if name == "parameters":
+                for parameter, values in (value or {}).items():
+                    for one in values if isinstance(values, list) else [values]:
+                        yield parameter, one["value"] if isinstance(one, dict) and "value" in one else one
+            else:
+                yield from _settings(value)
+
+
+def _method_section(citation: Citation, variants: Sequence[str]) -> str:
     paper = f"\n\n[{citation.paper}]({citation.url})" if citation.paper else f"\n\n{citation.url}".rstrip()
-    return f"## Method: {citation.name}\n\n{citation.text}{paper}"
+    ours = f" Not as in the paper: {'; '.join(variants)}." if variants else ""
+    return f"## Method: {citation.name}\n\n{citation.text}{ours}{paper}"
 
 
 def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult]:

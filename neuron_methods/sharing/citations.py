@@ -101,6 +101,22 @@ _SOUPS = Citation(
 }""",
 )
 
+#: Forms of `neuro_merging` that are not the paper's, by parameter and value; of a number, by whether it is below 1.
+VARIANTS: dict[str, dict[str, str]] = {
+    "trim": {
+        "tensor": "each expert's update is trimmed in every tensor by itself",
+        "differing": "instead of each expert's largest entries, those are kept in which the experts differ most",
+    },
+    "consensus": {"sum": "values that carry the elected sign are added up, not averaged"},
+    "lambda_orthogonal": {
+        "norm": "every neuron's merged update is made as long as the experts' are on average",
+    },
+    "spectral_exponent": {
+        "below 1": "the singular values of every tensor's merged update are raised to a power below 1, and its length "
+        "is kept"
+    },
+}
+
 CITATIONS: dict[str, Citation] = {
     "neuro_merging": Citation(
         name="NeuroMerging",

@@ -15,7 +15,7 @@ import neuron_methods
 from neuron_methods.cli import main
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.sharing.card import CardOptions, make_card, with_model_id
-from neuron_methods.sharing.citations import CITATIONS
+from neuron_methods.sharing.citations import CITATIONS, VARIANTS
 from neuron_methods.sharing.licences import Licence, find_licences, front_matter, read_licence
 from tests.support.checkpoints import configuration
 
@@ -68,6 +68,28 @@ def test_the_method_is_told_with_its_paper(method):
         assert CITATIONS[method].text.count(". ") == 2, "three sentences"
     assert "goddard-etal-2024-arcees" in read.text
     assert f"merge_method: {method}" in read.text
+
+
+def test_what_is_not_as_in_the_paper_is_told():
+    read, _ = card(HUB)
+    assert "Not as in the paper" not in read.text
+    read, _ = card(HUB + "parameters: {density: 0.5, lambda_orthogonal: 1.5, spectral_exponent: 1.0}\n")
+    assert "Not as in the paper" not in read.text
+    filtered = "[{filter: mlp, value: 0.5}, {value: 1.0}]"
+    read, _ = card(HUB + f"parameters: {{trim: differing, lambda_orthogonal: norm, spectral_exponent: {filtered}}}\n")
+    told = [
+        VARIANTS["trim"]["differing"],
+        VARIANTS["lambda_orthogonal"]["norm"],
+        *VARIANTS["spectral_exponent"].values(),
+    ]
+    assert f"Not as in the paper: {'; '.join(told)}." in read.text
+
+
+def test_variants_are_values_that_the_method_takes():
+    from neuron_methods.methods.neuro_merging import PARAMETERS
+
+    described = {parameter.name: parameter.description for parameter in PARAMETERS}
+    assert VARIANTS.keys() <= described.keys()
 
 
 def test_every_method_of_ours_has_its_paper():
