@@ -21,9 +21,9 @@ import torch
 from measuring import machine
 from torch import Tensor
 
+from neuron_methods.kernels.neuro import merge_neurons
 from neuron_methods.kernels.rows import row_blocks
 from neuron_methods.kernels.subspace import merge_coefficients
-from neuron_methods.methods.neuro_merging import merge_neurons
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

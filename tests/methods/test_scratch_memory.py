@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuron_methods.methods.neuro_merging import merge_neurons
+from neuron_methods.kernels.neuro import merge_neurons
 from tests.methods.tensors import randoms
 
 
