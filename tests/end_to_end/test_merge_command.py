@@ -20,8 +20,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from mergekit.merge_methods.base import ParameterScope
 
 from neuron_methods.cli import main
+from neuron_methods.methods.neuro_merging import PARAMETERS
 from tests.support.checkpoints import build, configuration, edit, fine_tune, read, save
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -545,4 +547,5 @@ def test_help_teaches(workspace):
     Path("merge.yaml").write_text(example)
     result = CliRunner().invoke(main, ["merge", "merge.yaml", "out", "--quiet"])
     assert result.exit_code == 0, result.stderr
-    assert len(yaml.safe_load(example)["parameters"]) == 5
+    shared = {parameter.name for parameter in PARAMETERS if parameter.scope is ParameterScope.SHARED}
+    assert yaml.safe_load(example)["parameters"].keys() == shared - {"profile"}
