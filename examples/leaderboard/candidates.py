@@ -64,9 +64,9 @@ def ablations(experts: int) -> list[Candidate]:
     """`neuro_merging` with one step changed at a time, λ₂ tuned."""
     sums = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.5, 5.0, 7.0))
 
-    def row(name: str, scales: tuple[float, ...] = _MEANS, method: str = "neuro_merging", **settings: Any) -> Candidate:
+    def row(name: str, scales: tuple[float, ...] = _MEANS, **settings: Any) -> Candidate:
         fixed = {"density": 0.15, "lambda_orthogonal": 1.0, **settings}
-        return Candidate(name, "ours", method, (fixed,), scales)
+        return Candidate(name, "ours", "neuro_merging", (fixed,), scales)
 
     untouched = {"weight": 1.0, "density": 0.15, "gamma": 0.0}
     return [

@@ -19,7 +19,7 @@ def variances(updates: Tensor) -> Tensor:
 
     Returns:
         Variance over the experts (of one expert alone the square), shape (..., d), float32. It is taken in float64, so
-        that the order of the experts has no say.
+        that the order of the experts has no say (in float32 on Metal, which has no float64).
     """
     wide = updates.double() if updates.device.type != "mps" else updates
     if wide.shape[-2] == 1:
