@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it, imported on first use.
 _EXPORTS = {
     "NeuronRoutedModel": "neuron_methods.routing.model",
-    "UserError": "neuron_methods.errors",
+    "UserError": "neuron_methods.support.errors",
     "merge_adapters": "neuron_methods.adapters.combine",
     "register": "neuron_methods.plugin.registration",
 }

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.feeders import Batch, Feeder
+from neuron_methods.data.sources import Sample, SourceReader, parse_source
+from neuron_methods.data.texts import TextFeeder
 from neuron_methods.kernels.select import keep_threshold
+from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder
 from neuron_methods.neurons import find_modules
 from neuron_methods.profiling import NeuronProfile
-from neuron_methods.profiling.inputs import Batch, Feeder
-from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder
-from neuron_methods.profiling.sources import Sample, SourceReader, parse_source
-from neuron_methods.profiling.text_inputs import TextFeeder
+from neuron_methods.support.errors import UserError
 
 Masks = dict[str, Tensor]
 

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from measuring import machine
 
-from neuron_methods.demo.model import find_gguf, save_base
-from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder
+from neuron_methods.data.sources import Sample, SourceReader, parse_source
+from neuron_methods.demo.base_model import find_gguf, save_base
+from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder
+from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
-from neuron_methods.profiling.run import run_batch
-from neuron_methods.profiling.sources import Sample, SourceReader, parse_source
 
 BATCH_SIZE, TOP, CONTEXT = 8, 10, 8
 BARE = ("bare without head", "bare with head")

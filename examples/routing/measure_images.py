@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification
 from variants import Material, forward_times, largest_gap, show
 
 from neuron_methods.routing.base import load_processor
-from neuron_methods.routing.config import read_config
+from neuron_methods.routing.route_yaml import read_config
 
 BATCH = 250
 # Static merges: at their defaults, and over a small grid of their scale.

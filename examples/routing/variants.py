@@ -17,9 +17,9 @@ from torch import Tensor
 from neuron_methods import NeuronRoutedModel
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.routing.base import load_base
-from neuron_methods.routing.config import RouteConfig, read_config
 from neuron_methods.routing.experts import adapter_directories, load_experts
-from neuron_methods.routing.files import RoutedExpert
+from neuron_methods.routing.route_yaml import RouteConfig, read_config
+from neuron_methods.routing.routed_files import RoutedExpert
 
 Score = Callable[[Any], dict[str, float]]
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from neuron_methods.demo.stages import run_stage, write_text
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 Weights = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: Where Debian's package puts the fonts.
 NOTO = Path("/usr/share/fonts/truetype/noto")

@@ -24,11 +24,11 @@ from typing import Any
 from common import Zoo, finish, parse_arguments, run_script
 
 from neuron_methods.demo import tasks as demo_tasks
-from neuron_methods.demo.model import find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.demo.base_model import find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.demo.expert_training import TrainingSettings, train_expert
 from neuron_methods.demo.stages import STAMP
 from neuron_methods.demo.tasks import HELD_OUT_EXAMPLES, Example, Task, build_tasks
-from neuron_methods.demo.training import TrainingSettings, train_expert
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: What each task's examples come from, and so what may not be in training and test at once.
 SOURCES: dict[str, Callable[[], Sequence[tuple[Any, Example]]]] = {

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from neuron_methods.demo.model import quiet_transformers
+from neuron_methods.demo.base_model import quiet_transformers
 
 #: The modules that LoRA adapts: every matrix of the layers.
 LORA_TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from vision_tasks import CAMERA, LETTER_SCRIPTS, TASKS, LetterStream, VisionTask, vision_tasks
 
-from neuron_methods.demo.model import quiet_transformers
+from neuron_methods.demo.base_model import quiet_transformers
 
 #: The modules that LoRA adapts: every matrix of the layers.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")

@@ -16,9 +16,9 @@ from neuron_methods.adapters.export import AdapterSummary, KindSummary, kind_of
 from neuron_methods.adapters.factor import Factors, factor
 from neuron_methods.adapters.placement import layout_shape, target_names
 from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.support.errors import UserError
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorGroup

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 CONFIG_NAME = "adapter_config.json"
 

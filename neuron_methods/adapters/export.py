@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neuron_methods.adapters.checkpoint_names import Skeleton
 from neuron_methods.adapters.factor import factor
-from neuron_methods.adapters.files import SAFETENSORS_NAME
-from neuron_methods.adapters.names import Skeleton
 from neuron_methods.adapters.placement import (
     FACTORED,
     Place,
@@ -26,7 +25,8 @@ from neuron_methods.adapters.placement import (
     target_names,
     task_type,
 )
-from neuron_methods.errors import UserError
+from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
+from neuron_methods.support.errors import UserError
 
 # Below this share of an update's energy, the adapter is another model than the merge.
 ENERGY_WARNING = 0.9

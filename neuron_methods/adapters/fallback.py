@@ -17,7 +17,7 @@ from torch import Tensor
 from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.updates import Replacement, TensorUpdate
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 LOG = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neuron_methods.adapters.checkpoint_names import StoredNames
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.adapters.keys import AdaptedModule, sort_keys
-from neuron_methods.adapters.names import StoredNames
 from neuron_methods.adapters.updates import Dora, Layout, LowRank, Replacement, Rows, Shift, Step, TensorUpdate
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 Shape = tuple[int, ...]
 
@@ -33,7 +33,7 @@ class NeedsPeft(Exception):
 
 
 class AdapterFile(Protocol):
-    """An adapter's tensors; see `neuron_methods.adapters.files.AdapterWeights`."""
+    """An adapter's tensors; see `neuron_methods.adapters.weights_file.AdapterWeights`."""
 
     where: str
     shapes: Mapping[str, Shape]

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from neuron_methods.adapters.names import StoredNames
+from neuron_methods.adapters.checkpoint_names import StoredNames
 from neuron_methods.adapters.updates import TensorUpdate
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 # As safetensors spells the dtypes that weights come in.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

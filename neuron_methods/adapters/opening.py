@@ -7,9 +7,9 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
 from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.fallback import merge_with_peft, refuse_unmergeable
-from neuron_methods.adapters.files import AdapterWeights, adapter_directory
 from neuron_methods.adapters.layout import NeedsPeft, lay_out
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
+from neuron_methods.adapters.weights_file import AdapterWeights, adapter_directory
 
 
 def open_adapter(

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.adapters.names import Skeleton, StoredNames
-from neuron_methods.errors import UserError
+from neuron_methods.adapters.checkpoint_names import Skeleton, StoredNames
+from neuron_methods.support.errors import UserError
 
 # How a tensor enters an adapter. The layouts are those of `updates.Layout`; `parameter` is a matrix that LoRA targets
 # by name; a `bias` is stored as peft stores trained biases; `whole` is stored with its module.

@@ -17,8 +17,8 @@ from mergekit.config import MergeConfiguration
 from pydantic import BaseModel
 
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
-from neuron_methods.adapters.files import is_adapter, local_directory
-from neuron_methods.errors import UserError
+from neuron_methods.adapters.weights_file import is_adapter, local_directory
+from neuron_methods.support.errors import UserError
 
 LOG = logging.getLogger(__name__)
 

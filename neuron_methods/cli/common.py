@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -92,11 +92,11 @@ def evaluate(
     quiet: bool,
 ) -> None:
     """Score MODEL on the tasks of a file, with a 95 % bootstrap interval for each score."""
-    from neuron_methods.evaluation.report import check_place, table, write_evaluation
-    from neuron_methods.evaluation.run import evaluate as score
+    from neuron_methods.evaluation.score_files import check_place, table, write_evaluation
+    from neuron_methods.evaluation.scoring import evaluate as score
     from neuron_methods.evaluation.tasks import choose_tasks, load_tasks
-    from neuron_methods.profiling.models import ModelName
-    from neuron_methods.profiling.processes import process_state
+    from neuron_methods.models.loading import ModelName
+    from neuron_methods.models.processes import process_state
 
     chosen = choose_tasks(load_tasks(tasks), only, batch_size)
     place = output or Path(f"{ModelName.parse(model).shown.replace('/', '--')}.scores.json")

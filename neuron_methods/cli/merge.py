@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import debug_option
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 EPILOG = """\b
 Examples:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from neuron_methods.cli.common import debug_option
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 EPILOG = """\b
 Examples:

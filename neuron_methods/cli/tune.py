@@ -87,10 +87,10 @@ def tune(
     **settings: Any,
 ) -> None:
     """Search parameters of the merge in CONFIG for the best scores on the validation data of tasks."""
-    from neuron_methods.errors import UserError
     from neuron_methods.evaluation.tasks import choose_tasks, load_tasks
-    from neuron_methods.evaluation.tuning.run import TuneSettings, report_lines
-    from neuron_methods.evaluation.tuning.run import tune as search_best
+    from neuron_methods.evaluation.tuning.study import TuneSettings, report_lines
+    from neuron_methods.evaluation.tuning.study import tune as search_best
+    from neuron_methods.support.errors import UserError
 
     try:
         source = config.read_text(encoding="utf-8")

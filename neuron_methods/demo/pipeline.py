@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from neuron_methods.demo.model import BASE_NAME, find_gguf, load_model, load_tokenizer, save_base
-from neuron_methods.demo.report import DemoReport, ModelScores
+from neuron_methods.demo.base_model import BASE_NAME, find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.demo.expert_training import TrainingSettings, train_expert
+from neuron_methods.demo.outcome import DemoReport, ModelScores
 from neuron_methods.demo.scoring import score_task
 from neuron_methods.demo.stages import Stage, run_stage, write_text
 from neuron_methods.demo.tasks import Task, build_tasks
-from neuron_methods.demo.training import TrainingSettings, train_expert
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: What the demo merges with: the published defaults, spelled out.
 MERGE_PARAMETERS: dict[str, Any] = {"density": 0.15, "lambda_orthogonal": "auto"}

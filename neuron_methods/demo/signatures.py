@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: Parts of the library that are tests, applications or not plain Python modules.
 _SKIPPED = {"test", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "encodings", "distutils"}

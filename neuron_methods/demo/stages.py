@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: The stamp inside a finished stage's directory: what it was built from, what came out, and how long it took.
 STAMP = "demo-stage.json"

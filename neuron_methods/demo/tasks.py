@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from neuron_methods.demo.signatures import library_signatures
 from neuron_methods.demo.words import ADJECTIVES, NOUNS, phrases
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: Train items per task. Training that takes more steps than these last for goes through them again.
 TRAIN_EXAMPLES = 640

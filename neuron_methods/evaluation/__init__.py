@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
     from neuron_methods.evaluation.models import OpenedModel, open_model
-    from neuron_methods.evaluation.run import Evaluation, TaskResult, evaluate, evaluate_model, start_task
+    from neuron_methods.evaluation.scoring import Evaluation, TaskResult, evaluate, evaluate_model, start_task
     from neuron_methods.evaluation.tasks import Task, load_tasks
 
 __all__ = [
@@ -28,18 +28,18 @@ __all__ = [
 ]
 
 _EXPORTS = {
-    "Evaluation": "run",
+    "Evaluation": "scoring",
     "Examples": "examples",
     "OpenedModel": "models",
     "Outcome": "examples",
     "Task": "tasks",
-    "TaskResult": "run",
-    "evaluate": "run",
-    "evaluate_model": "run",
+    "TaskResult": "scoring",
+    "evaluate": "scoring",
+    "evaluate_model": "scoring",
     "load_tasks": "tasks",
     "open_model": "models",
     "read_examples": "examples",
-    "start_task": "run",
+    "start_task": "scoring",
 }
 
 

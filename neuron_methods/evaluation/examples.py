@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.sources import SHUFFLE_BUFFER, DataSource, Sample, SourceReader, shuffled
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.profiling.sources import SHUFFLE_BUFFER, DataSource, Sample, SourceReader, shuffled
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from neuron_methods.errors import UserError
-from neuron_methods.profiling.models import (
+from neuron_methods.models.loading import (
     ModelName,
     load_checkpoint,
     load_processor,
@@ -21,7 +20,8 @@ from neuron_methods.profiling.models import (
     read_architecture,
     read_config,
 )
-from neuron_methods.profiling.processes import process_state
+from neuron_methods.models.processes import process_state
+from neuron_methods.support.errors import UserError
 
 #: The file that marks a routed model's directory.
 ROUTED_FILE = "routed_config.json"
@@ -81,7 +81,7 @@ class ModelSpec:
         name = ModelName.parse(text)
         directory = Path(name.base)
         if name.adapter is None and (directory / ROUTED_FILE).is_file():
-            from neuron_methods.routing.files import RoutedConfig
+            from neuron_methods.routing.routed_files import RoutedConfig
 
             base = ModelName(RoutedConfig.read(directory).base_reference(directory))
             config = read_config(base)

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: Keys that a task of any kind may have.
 COMMON_KEYS = ("name", "kind", "data", "columns", "metric", "batch_size", "limit")

@@ -22,7 +22,7 @@ from mergekit.merge_methods.dtype import promoted_dtype
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 SCRATCH_BYTES = 256 * 1024 * 1024
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.errors import UserError
-from neuron_methods.json_files import read_json, write_json
 from neuron_methods.neurons import NeuronMap
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_json, write_json
 
 FORMAT = "mergekit-neuron groups"
 VERSION = 1

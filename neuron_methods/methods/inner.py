@@ -35,10 +35,10 @@ from mergekit.merge_methods.base import (
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import MergeContext, PlannedMethod, PlannedTensor, current_context, merge_context
 from neuron_methods.methods.neuron_layout import experts_of
+from neuron_methods.support.errors import UserError
 
 
 class CompositeMethod(PlannedMethod):

@@ -32,12 +32,12 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.select import CONFLICTS, combine_slices, conflict_coefficients
 from neuron_methods.methods.contract import MergeContext, PlannedTensor, choice, number
 from neuron_methods.methods.inner import CompositeMethod, InnerMerge, copy_base, method_name, rest_merges
 from neuron_methods.methods.neuron_importance import measure_norms, read_importance, select
 from neuron_methods.methods.neuron_layout import NeuronLayout, agreed, experts_of
+from neuron_methods.support.errors import UserError
 
 NAME = "min_merging"
 

@@ -42,7 +42,6 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.neuro import merge_neurons, merge_points
 from neuron_methods.kernels.rows import neuron_rows
 from neuron_methods.methods.contract import (
@@ -55,6 +54,7 @@ from neuron_methods.methods.contract import (
     number_or,
 )
 from neuron_methods.methods.trim_profile import TrimProfile, measure_model, measure_tensor, measure_tensors
+from neuron_methods.support.errors import UserError
 
 PARAMETERS = (
     ParameterSpec(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.select import keep_threshold, relative_norms, slice_squares
 from neuron_methods.methods.contract import MergeContext, PlannedTensor
 from neuron_methods.methods.inner import is_floating
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
+from neuron_methods.support.errors import UserError
 
 # (statistic, {layer: its values, shape (neurons,)}), as an expert's profile has them
 ProfileStatistic = tuple[str, dict[str, Tensor]]

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import PlannedTensor
 from neuron_methods.neurons import NeuronMap, Ownership, infer_neurons, neuron_map
+from neuron_methods.support.errors import UserError
 
 _ATTENTION = re.compile(r"(^|[._])(self_?|cross_?|enc_?dec_?)?(attn|attention)[._]", re.IGNORECASE)
 _NO_PROJECTION = re.compile(r"norm|(^|[._])ln_|relative_attention_bias|rotary|inv_freq|sinks", re.IGNORECASE)

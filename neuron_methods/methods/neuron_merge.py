@@ -31,7 +31,6 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.groups import group_coefficient
 from neuron_methods.kernels.select import combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector, fill_task_vector
@@ -46,6 +45,7 @@ from neuron_methods.methods.inner import (
     rest_merges,
 )
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices, agreed, experts_of
+from neuron_methods.support.errors import UserError
 
 NAME = "neuron_merge"
 # The default of `within`. Its formula is a sum of task vectors, which needs no detour over another method.

@@ -7,9 +7,9 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
-from neuron_methods.errors import UserError
 from neuron_methods.neurons.families import FAMILIES, Family, Mlp, Stack
 from neuron_methods.neurons.layers import NeuronMap
+from neuron_methods.support.errors import UserError
 
 
 def infer_neurons(names: Collection[str], shape_of: Callable[[str], Sequence[int]]) -> NeuronMap:

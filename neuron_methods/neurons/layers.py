@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from neuron_methods.errors import UserError
 from neuron_methods.neurons.families import FAMILIES, Family, Mlp, Stack
+from neuron_methods.support.errors import UserError
 
 if TYPE_CHECKING:  # the start-up hook imports this room along with mergekit: transformers would triple what that takes
     from transformers import PretrainedConfig, PreTrainedModel

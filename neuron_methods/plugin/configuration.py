@@ -25,8 +25,8 @@ from mergekit.merge_methods.base import BasePolicy, MergeMethodSpec, ParameterSp
 from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 from pydantic import BaseModel, ValidationError
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.composite import configured
+from neuron_methods.support.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 
 def resolve_device(name: str, option: str = "--device") -> str:

@@ -20,9 +20,9 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.preflight import open_safetensors
 from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.support.errors import UserError
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

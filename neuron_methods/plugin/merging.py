@@ -25,7 +25,6 @@ from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext, PlannedMethod
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.configuration import read_configuration
@@ -45,6 +44,7 @@ from neuron_methods.plugin.registration import models_in_order, patch_planner, r
 from neuron_methods.plugin.session import MergeSession, merge_session
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models, check_tokenizer_sources
+from neuron_methods.support.errors import UserError
 
 # The YAML of a merge, beside its output.
 CONFIG_NAME = "mergekit_config.yml"

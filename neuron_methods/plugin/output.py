@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from mergekit.options import MergeOptions
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.preflight import Header, HeaderCache, MergePlan, header_of, open_safetensors
+from neuron_methods.support.errors import UserError
 
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 

@@ -21,11 +21,11 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 from tqdm import tqdm
 
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedMethod, PlannedTensor, merge_context
 from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
 from neuron_methods.plugin.session import MergeSession, current_session
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(eq=False)

@@ -20,9 +20,9 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.rows import CACHE_BYTES
 from neuron_methods.methods.contract import PlannedMethod, PlannedTensor
+from neuron_methods.support.errors import UserError
 
 # Process with mergekit, torch and transformers loaded, before any tensor.
 _PROCESS_BYTES = 450 * 1024 * 1024

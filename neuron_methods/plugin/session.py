@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(eq=False)

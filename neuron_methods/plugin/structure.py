@@ -26,7 +26,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

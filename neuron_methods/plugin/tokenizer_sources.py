@@ -10,8 +10,8 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.support.errors import UserError
 
 
 def check_tokenizer_models(configuration: MergeConfiguration, name: str) -> None:

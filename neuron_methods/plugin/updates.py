@@ -16,10 +16,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.registration import patch_planner, register
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuron_methods.profiling.measuring import Settings, measure_profile
     from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
-    from neuron_methods.profiling.run import Settings, measure_profile
 
 __all__ = ["Exemplar", "NeuronProfile", "Settings", "measure_profile"]
 
 _EXPORTS = {
     "Exemplar": "neuron_methods.profiling.profile_file",
     "NeuronProfile": "neuron_methods.profiling.profile_file",
-    "Settings": "neuron_methods.profiling.run",
-    "measure_profile": "neuron_methods.profiling.run",
+    "Settings": "neuron_methods.profiling.measuring",
+    "measure_profile": "neuron_methods.profiling.measuring",
 }
 
 

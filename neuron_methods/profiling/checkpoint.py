@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from neuron_methods.profiling.processes import process_state
+from neuron_methods.models.processes import process_state
 from neuron_methods.profiling.recorder import Recorder
 
 

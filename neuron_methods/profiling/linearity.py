@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.sources import SourceReader, parse_source
+from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder
 from neuron_methods.neurons import MlpLayer, NeuronMap, find_modules
 from neuron_methods.plugin.updates import PlannedUpdates
-from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder
-from neuron_methods.profiling.sources import SourceReader, parse_source
+from neuron_methods.support.errors import UserError
 
 ALPHAS = (0.25, 0.5, 0.75)
 TASK_ARITHMETIC = "task_arithmetic"

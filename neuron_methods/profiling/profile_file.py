@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.neurons import NeuronMap
+from neuron_methods.support.errors import UserError
 
 FORMAT = "mergekit-neuron profile"
 VERSION = "1"

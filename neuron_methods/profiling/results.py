@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuron_methods.data.feeders import Feeder
 from neuron_methods.profiling.exemplars import NOBODY
-from neuron_methods.profiling.inputs import Feeder
 from neuron_methods.profiling.profile_file import TOP_ACTIVATION, TOP_EXEMPLAR
 from neuron_methods.profiling.recorder import Recorder
 

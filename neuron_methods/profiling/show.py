@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neuron_methods.errors import UserError
 from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
+from neuron_methods.support.errors import UserError
 
 
 def describe_profile(profile: NeuronProfile) -> Iterator[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuron_methods.routing.build import build_routed_model
-    from neuron_methods.routing.files import is_routed
     from neuron_methods.routing.model import NeuronRoutedModel
+    from neuron_methods.routing.routed_files import is_routed
     from neuron_methods.routing.routes import Routing
 
 __all__ = ["NeuronRoutedModel", "Routing", "build_routed_model", "is_routed"]
@@ -18,7 +18,7 @@ _EXPORTS = {
     "NeuronRoutedModel": "neuron_methods.routing.model",
     "Routing": "neuron_methods.routing.routes",
     "build_routed_model": "neuron_methods.routing.build",
-    "is_routed": "neuron_methods.routing.files",
+    "is_routed": "neuron_methods.routing.routed_files",
 }
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from neuron_methods.errors import UserError
 from neuron_methods.routing.base import context_length, load_processor, placement
-from neuron_methods.routing.files import routed_directory
 from neuron_methods.routing.model import NeuronRoutedModel
+from neuron_methods.routing.routed_files import routed_directory
 from neuron_methods.routing.routes import Routing
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

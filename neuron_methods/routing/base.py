@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from neuron_methods.errors import UserError
-from neuron_methods.quiet import quiet_transformers
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
 
 Kind = Literal["causal", "text-to-text", "image-classification"]
 

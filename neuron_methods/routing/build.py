@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from neuron_methods import __version__
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.output import (
     check_target,
     give_ordinary_permissions,
     move_into_place,
     staging_directory,
 )
+from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.base import input_device, kind_of, load_base, load_processor, placement
-from neuron_methods.routing.config import RouteConfig, read_config
 from neuron_methods.routing.data import BackgroundSamples, CalibrationLoss, ExpertSamples
 from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import (
@@ -33,7 +32,11 @@ from neuron_methods.routing.experts import (
     save_expert,
     stored_dtype,
 )
-from neuron_methods.routing.files import (
+from neuron_methods.routing.mixing import AdapterMixer
+from neuron_methods.routing.model import NeuronRoutedModel
+from neuron_methods.routing.pooling import pooled_states, resolve_layers
+from neuron_methods.routing.route_yaml import RouteConfig, read_config
+from neuron_methods.routing.routed_files import (
     ADAPTERS,
     CONFIG_NAME,
     ENHANCEMENT_NAME,
@@ -43,13 +46,10 @@ from neuron_methods.routing.files import (
     RouterShape,
     reference_to,
 )
-from neuron_methods.routing.mixing import AdapterMixer
-from neuron_methods.routing.model import NeuronRoutedModel
-from neuron_methods.routing.pooling import pooled_states, resolve_layers
-from neuron_methods.routing.report import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.router import Router
+from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
 from neuron_methods.routing.stages import WorkDirectory, fingerprint
-from neuron_methods.routing.training import Inputs, RouterReport, train_router
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from neuron_methods.errors import UserError
-from neuron_methods.profiling.image_inputs import ImageFeeder
-from neuron_methods.profiling.inputs import Batch, Feeder
-from neuron_methods.profiling.sources import DataSource, Sample, SourceReader
-from neuron_methods.profiling.text_inputs import TextFeeder, TextToTextFeeder, pad, target_loss
+from neuron_methods.data.feeders import Batch, Feeder
+from neuron_methods.data.images import ImageFeeder
+from neuron_methods.data.sources import DataSource, Sample, SourceReader
+from neuron_methods.data.texts import TextFeeder, TextToTextFeeder, pad, target_loss
 from neuron_methods.routing.base import Kind, context_length, input_device
-from neuron_methods.routing.config import Data, Expert, RouteConfig, Text
+from neuron_methods.routing.route_yaml import Data, Expert, RouteConfig, Text
+from neuron_methods.support.errors import UserError
 
 FEWEST = 4  # calibration samples that can be halved and still hold something
 

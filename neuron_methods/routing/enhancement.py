@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.routing.config import Enhancement
 from neuron_methods.routing.data import CalibrationLoss
 from neuron_methods.routing.importance import ExpertImportance, factor_masks, measure_importance
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
+from neuron_methods.routing.route_yaml import Enhancement
 
 _DENSITY_TRIALS = 4  # halving the distance to 1 each time, before all neurons are kept
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from neuron_methods.adapters.config import AdapterConfig
-from neuron_methods.adapters.files import AdapterWeights, adapter_directory
 from neuron_methods.adapters.placement import target_names
-from neuron_methods.errors import UserError
-from neuron_methods.quiet import quiet_transformers
+from neuron_methods.adapters.weights_file import AdapterWeights, adapter_directory
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
 
 _SAMPLE = 1 << 16  # bytes compared at a few places of each file
 

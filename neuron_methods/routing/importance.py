@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.select import keep_threshold, relative_norms
+from neuron_methods.models.loading import LoadedModel
 from neuron_methods.neurons import NeuronMap, Ownership, neuron_map
-from neuron_methods.profiling.models import LoadedModel
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.routing.base import input_device
 from neuron_methods.routing.data import CalibrationLoss

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 # The first number in a module's path is that of its layer: "model.layers.3.mlp.up_proj" belongs to "model.layers.3".
 _LAYER = re.compile(r"(.*?\.\d+)(\.|$)")

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.errors import UserError
 from neuron_methods.routing.base import context_length, input_device, kind_of, load_base
 from neuron_methods.routing.experts import load_experts, save_expert
-from neuron_methods.routing.files import (
+from neuron_methods.routing.mixing import AdapterMixer
+from neuron_methods.routing.pooling import pooled_states
+from neuron_methods.routing.routed_files import (
     ADAPTERS,
     ROUTER_NAME,
     RoutedConfig,
     reference_to,
     routed_directory,
 )
-from neuron_methods.routing.mixing import AdapterMixer
-from neuron_methods.routing.pooling import pooled_states
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.routes import Routing, chosen_weights, layer_coefficients
+from neuron_methods.support.errors import UserError
 
 # What a router can look at; the rest of a model's inputs (labels, caches, what was generated so far) is not the prompt.
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")

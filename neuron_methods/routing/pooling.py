@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.errors import UserError
 from neuron_methods.routing.base import body_of, input_device
+from neuron_methods.support.errors import UserError
 
 Pooling = Literal["moments", "mean", "first", "last"]
 

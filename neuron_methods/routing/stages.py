@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 _STAMP = "stage.json"
 T = TypeVar("T")

@@ -21,14 +21,14 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 
 from neuron_methods import __version__
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.registration import models_in_order
 from neuron_methods.sharing.card_sections import with_section
 from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, VARIANTS, Citation
-from neuron_methods.sharing.datasets import profiled_datasets
+from neuron_methods.sharing.data_sets import profiled_datasets
 from neuron_methods.sharing.licences import Licences, find_licences
-from neuron_methods.sharing.loading import loading_snippet, pipeline_tag
-from neuron_methods.sharing.names import ModelNames, reduced_yaml
+from neuron_methods.sharing.model_names import ModelNames, reduced_yaml
+from neuron_methods.sharing.snippets import loading_snippet, pipeline_tag
+from neuron_methods.support.errors import UserError
 
 _PACKAGES = ("mergekit", "transformers", "torch", "peft", "safetensors")
 _EVALUATION_FORMAT = "mergekit-neuron-evaluation"

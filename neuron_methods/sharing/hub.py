@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from neuron_methods.errors import UserError
 from neuron_methods.sharing.hub_copy import check_base, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
+from neuron_methods.support.errors import UserError
 
 # The class that errors of the connection share, whichever HTTP library this huggingface_hub is built on.
 _CONNECTION_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -13,14 +13,14 @@ from typing import Any
 import huggingface_hub
 import yaml
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.merging import CONFIG_NAME
 from neuron_methods.sharing.card import with_model_id
 from neuron_methods.sharing.licences import front_matter
-from neuron_methods.sharing.loading import ROUTED_CONFIG
-from neuron_methods.sharing.names import ModelNames, is_hub_id, reduced_json, reduced_yaml
+from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
 from neuron_methods.sharing.routed_card import make_routed_card
+from neuron_methods.sharing.snippets import ROUTED_CONFIG
+from neuron_methods.support.errors import UserError
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")

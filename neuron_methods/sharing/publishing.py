@@ -11,17 +11,17 @@ import yaml
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.merging import CONFIG_NAME, Companion, MergeRun
 from neuron_methods.sharing.card import CardOptions, make_card, read_evaluation, with_evaluation
 from neuron_methods.sharing.card_sections import with_section
 from neuron_methods.sharing.hub import PushOptions
 from neuron_methods.sharing.hub_copy import known_hub_ids
-from neuron_methods.sharing.names import ModelNames, is_hub_id
+from neuron_methods.sharing.model_names import ModelNames, is_hub_id
 from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
 from neuron_methods.sharing.report.writing import FOLDER, require_matplotlib, write_report
 from neuron_methods.sharing.verification import verify_directory
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-from neuron_methods.routing.files import RoutedConfig
+from neuron_methods.routing.routed_files import RoutedConfig
 from neuron_methods.sharing.citations import CITATIONS
-from neuron_methods.sharing.loading import loading_snippet
+from neuron_methods.sharing.snippets import loading_snippet
 
 
 def make_routed_card(place: Path, name: str, base_model: str) -> str:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
-from neuron_methods.sharing.loading import ROUTED_CONFIG
+from neuron_methods.sharing.snippets import ROUTED_CONFIG
+from neuron_methods.support.errors import UserError
 
 
 def verify_directory(place: Path) -> str:
@@ -46,7 +46,7 @@ def _check_safetensors(place: Path) -> None:
 
 
 def _check_routed(place: Path) -> None:
-    from neuron_methods.routing.files import ADAPTERS, ROUTER_NAME, RoutedConfig
+    from neuron_methods.routing.routed_files import ADAPTERS, ROUTER_NAME, RoutedConfig
 
     config = RoutedConfig.read(place)
     if not (place / ROUTER_NAME).is_file():
@@ -57,7 +57,7 @@ def _check_routed(place: Path) -> None:
 
 def _check_adapter(place: Path) -> None:
     from neuron_methods.adapters.config import AdapterConfig
-    from neuron_methods.adapters.files import AdapterWeights
+    from neuron_methods.adapters.weights_file import AdapterWeights
 
     AdapterConfig.read(str(place), str(place))
     AdapterWeights(str(place))

@@ -174,7 +174,7 @@ def test_copies_of_a_tied_tensor_change_together(tmp_path: Path, made) -> None:
 
 
 def test_pickled_adapter_only_if_allowed(tmp_path: Path, made) -> None:
-    from neuron_methods.errors import UserError
+    from neuron_methods.support.errors import UserError
 
     saved, adapter = made("llama"), tmp_path / "adapter"
     adapter.mkdir()
@@ -199,7 +199,7 @@ def test_pickled_adapter_only_if_allowed(tmp_path: Path, made) -> None:
     ],
 )
 def test_types_without_weights_to_merge_are_refused_by_name(config, kind: str, tmp_path: Path, made) -> None:
-    from neuron_methods.errors import UserError
+    from neuron_methods.support.errors import UserError
 
     base = made("llama").base
     adapter = train(base, config, tmp_path / "adapter")

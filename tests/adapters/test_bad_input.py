@@ -14,7 +14,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 from tests.adapters import cases
 from tests.adapters.cases import lora, rewrite, save_base, tensors, train
 

@@ -13,8 +13,8 @@ import yaml
 from torch import Tensor
 
 import neuron_methods
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.merging import merge_to_directory
+from neuron_methods.support.errors import UserError
 from tests.adapters import cases
 from tests.adapters.cases import lora, save_base, tensors, train
 

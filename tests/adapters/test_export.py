@@ -16,9 +16,9 @@ import yaml
 from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterSummary, Precision
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.adapter_output import adapter_precision, merge_to_adapter
 from neuron_methods.plugin.merging import merge_to_directory
+from neuron_methods.support.errors import UserError
 from tests.adapters import cases
 from tests.adapters.cases import lora, save_base, tensors, train
 

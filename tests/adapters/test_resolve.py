@@ -11,9 +11,9 @@ import pytest
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from neuron_methods.adapters.files import is_adapter
 from neuron_methods.adapters.resolve import resolve_adapters, same_model
-from neuron_methods.errors import UserError
+from neuron_methods.adapters.weights_file import is_adapter
+from neuron_methods.support.errors import UserError
 
 
 def directory(path: Path, config: str = "config.json", **content: Any) -> Path:

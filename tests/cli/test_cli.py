@@ -29,7 +29,7 @@ FAKE_SUBCOMMAND = """
     import click
 
     from neuron_methods.cli.common import debug_option
-    from neuron_methods.errors import UserError
+    from neuron_methods.support.errors import UserError
 
     FAILURES = {
         "user": UserError("merge.yaml: parameter density:\\n  2 is out of range"),
@@ -141,7 +141,7 @@ except SystemExit:
 
 def test_public_names_are_lazy_and_listed():
     assert set(neuron_methods.__all__) <= set(dir(neuron_methods))
-    assert neuron_methods.UserError is importlib.import_module("neuron_methods.errors").UserError
+    assert neuron_methods.UserError is importlib.import_module("neuron_methods.support.errors").UserError
     with pytest.raises(AttributeError, match="no attribute 'rgister'"):
         neuron_methods.rgister  # noqa: B018
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neuron_methods.demo import model as demo_model
-from neuron_methods.demo.model import find_gguf, load_model, load_tokenizer, save_base
-from neuron_methods.errors import UserError
+from neuron_methods.demo import base_model as demo_model
+from neuron_methods.demo.base_model import find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

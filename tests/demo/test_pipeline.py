@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from neuron_methods.demo import pipeline
 from neuron_methods.demo.pipeline import DemoSettings, run_demo
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation import evaluate, load_tasks
+from neuron_methods.support.errors import UserError
 
 TASKS = ["arithmetic", "german", "python"]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from neuron_methods.demo.expert_training import answer_loss, make_batch
 from neuron_methods.demo.scoring import accuracy, answer_prompts, score_task
 from neuron_methods.demo.tasks import Example, Task
-from neuron_methods.demo.training import answer_loss, make_batch
 
 EXAMPLES = (
     Example("a:", "xy"),

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from neuron_methods.demo.signatures import MAX_SIGNATURE, library_signatures, signatures_in
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 SOURCE = """
 def urljoin(base, url, allow_fragments=True): ...

@@ -3,7 +3,7 @@
 import pytest
 
 from neuron_methods.demo.stages import run_stage, write_text
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 
 def building(text):

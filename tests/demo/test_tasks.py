@@ -3,7 +3,7 @@
 import pytest
 
 from neuron_methods.demo.tasks import TRAIN_EXAMPLES, Example, Task, build_tasks, split
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

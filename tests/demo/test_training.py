@@ -7,9 +7,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from neuron_methods.demo.model import load_model
-from neuron_methods.demo.tasks import Example
-from neuron_methods.demo.training import (
+from neuron_methods.demo.base_model import load_model
+from neuron_methods.demo.expert_training import (
     IGNORED,
     TrainingSettings,
     answer_loss,
@@ -19,6 +18,7 @@ from neuron_methods.demo.training import (
     make_batch,
     train_expert,
 )
+from neuron_methods.demo.tasks import Example
 
 EXAMPLES = [
     Example("one more than 3 is", "4"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation import evaluate_model, open_model, read_examples
+from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 from tests.profiling import tiny
 

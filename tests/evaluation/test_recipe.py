@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.tuning import Recipe, parse_search
+from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 
 HERE = Path("/somewhere/run")

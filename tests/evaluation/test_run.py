@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 
 from neuron_methods.cli import main
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation import evaluate, evaluate_model, open_model, read_examples, start_task
-from neuron_methods.evaluation.report import table
+from neuron_methods.evaluation.score_files import table
+from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 from tests.profiling import tiny
 from tests.support.checkpoints import edit

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.tuning.search import CmaEs, key_of, make_strategy, parse_search, show_point
+from neuron_methods.support.errors import UserError
 
 
 def values(text):

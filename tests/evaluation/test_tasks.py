@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation import load_tasks, read_examples
 from neuron_methods.evaluation.tasks import Rows, choose_tasks
+from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 from tests.profiling import tiny
 

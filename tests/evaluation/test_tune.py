@@ -12,13 +12,13 @@ import yaml
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation import evaluate, read_examples
 from neuron_methods.evaluation.tuning import Bench, Recipe, TuneSettings, parse_search, tune
 from neuron_methods.evaluation.tuning.bench import distinct_tensors
 from neuron_methods.evaluation.tuning.objective import experts_of_task, objective
 from neuron_methods.evaluation.tuning.trace import Trace
 from neuron_methods.plugin import merging
+from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 from tests.methods.plans import write_groups
 from tests.profiling import tiny
@@ -328,7 +328,7 @@ def test_relative_to_the_experts_that_are_scored_once(experts, folder, monkeypat
     expected = (known["expert-b"][str(experts("llama") / "expert-b")] + best) / result.scores["else"] / 2
     assert result.objective == pytest.approx(expected)
     assert [line.split(":")[0] for line in said] == ["expert on expert-b", "expert on else"]
-    monkeypatch.setattr("neuron_methods.evaluation.tuning.run.open_model", None)  # calling it would fail
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.study.open_model", None)  # calling it would fail
     tune(source, tasks, ["lambda_orthogonal=1,2"], folder / "out", settings(objective="relative"))
 
 
@@ -354,7 +354,7 @@ def test_the_figure_shows_every_parameter(experts, folder):
 
 
 def test_without_matplotlib_there_is_no_figure_and_that_is_said(experts, folder, monkeypatch):
-    monkeypatch.setattr("neuron_methods.evaluation.tuning.run.can_plot", lambda: False)
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.study.can_plot", lambda: False)
     said = []
     tune(
         cases.merge_yaml(experts("llama")),
@@ -428,7 +428,7 @@ def test_the_command(experts, folder):
 
 def test_several_processes_are_refused(experts, folder, monkeypatch):
     monkeypatch.setattr(
-        "neuron_methods.evaluation.tuning.run.process_state", lambda: type("S", (), {"num_processes": 2})()
+        "neuron_methods.evaluation.tuning.study.process_state", lambda: type("S", (), {"num_processes": 2})()
     )
     with pytest.raises(UserError, match="tune runs as one process"):
         tune(cases.merge_yaml(experts("llama")), words(folder), ["lambda_orthogonal=1,2"], folder / "out", QUIET)

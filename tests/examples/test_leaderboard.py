@@ -21,9 +21,9 @@ from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
 
 import neuron_methods
-from neuron_methods.errors import UserError
 from neuron_methods.neurons import infer_neurons
 from neuron_methods.profiling import NeuronProfile
+from neuron_methods.support.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = candidates.candidates(3)

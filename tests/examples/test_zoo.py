@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from neuron_methods.demo.stages import STAMP
 from neuron_methods.demo.tasks import build_tasks
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation import load_tasks, open_model
+from neuron_methods.support.errors import UserError
 
 TINY_VIT = vit.Settings(
     tasks=("digits-latin", "shapes", "counts"),

@@ -20,7 +20,6 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import (
     MergeContext,
     PlannedMethod,
@@ -31,6 +30,7 @@ from neuron_methods.methods.contract import (
     number,
     number_or,
 )
+from neuron_methods.support.errors import UserError
 
 
 def spec(value_type: Any) -> ParameterSpec:

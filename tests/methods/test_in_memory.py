@@ -8,7 +8,7 @@ import pytest
 import torch
 from mergekit.merge_methods import PerGroupValues, TensorGroup, get, merge_state_dicts, merge_tensors
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 from tests.methods.tensors import StateDict, assert_agree, make_experts, make_model, merge, merge_models, randoms, rows
 
 

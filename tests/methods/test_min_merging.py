@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 import neuron_methods
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import MergeContext
 from neuron_methods.methods.min_merging import MinMerging, Selection
 from neuron_methods.neurons import neuron_map
+from neuron_methods.support.errors import UserError
 from tests.methods.plans import copied, merge, models, neuron, permuted, plan, write_profile
 from tests.support.checkpoints import FAMILIES, StateDict, build
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 
 import neuron_methods
-from neuron_methods.errors import UserError
 from neuron_methods.methods.groups_file import NeuronGroups, groups_from_labels
 from neuron_methods.methods.neuron_merge import NeuronMerge
 from neuron_methods.neurons import neuron_map
+from neuron_methods.support.errors import UserError
 from tests.methods.plans import copied, merge, models, neuron, permuted, write_groups
 from tests.support.checkpoints import FAMILIES, StateDict, build
 

@@ -16,9 +16,9 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import neuron_methods
-from neuron_methods.errors import UserError
 from neuron_methods.methods.contract import PlannedTensor
 from neuron_methods.methods.neuro_merging import NeuroMerging
+from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import read, save_family
 
 neuron_methods.register()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.neuro import merge_neurons
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import MergeContext, merge_context
+from neuron_methods.support.errors import UserError
 from tests import oracle
 from tests.methods.tensors import PLAIN, assert_agree, make_experts, make_model, merge, merge_models, randoms
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import neuron_methods
-from neuron_methods.errors import UserError
 from neuron_methods.methods import trim_profile
 from neuron_methods.methods.contract import MergeContext, PlannedTensor
 from neuron_methods.methods.neuro_merging import NeuroMerging
 from neuron_methods.methods.trim_profile import FORMAT, VERSION, TrimProfile, fingerprint
+from neuron_methods.support.errors import UserError
 from tests import oracle
 
 neuron_methods.register()

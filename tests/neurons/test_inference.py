@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuron_methods.errors import UserError
 from neuron_methods.neurons import infer_neurons, neuron_map
+from neuron_methods.support.errors import UserError
 from tests.neurons.test_neurons import CASES, Case
 
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from neuron_methods.errors import UserError
 from neuron_methods.neurons import NeuronMap, find_modules, mlp_layers, neuron_map
 from neuron_methods.neurons.families import FAMILIES
+from neuron_methods.support.errors import UserError
 
 LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TOKENS = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}

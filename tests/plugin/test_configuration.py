@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.registration import register
+from neuron_methods.support.errors import UserError
 
 register()
 

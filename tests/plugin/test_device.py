@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.device import check_multi_gpu, resolve_device
+from neuron_methods.support.errors import UserError
 
 
 def test_the_processor_is_always_there():

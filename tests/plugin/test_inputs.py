@@ -10,10 +10,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import looks_local, opened_models
 from neuron_methods.plugin.registration import register
+from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import build, configuration, edit, fine_tune, save
 
 register()

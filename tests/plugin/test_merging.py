@@ -12,8 +12,8 @@ import yaml
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.merging import merge_to_directory, plan_merge
+from neuron_methods.support.errors import UserError
 from tests import oracle
 from tests.support.checkpoints import (
     FAMILIES,

@@ -16,11 +16,11 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from neuron_methods import register
-from neuron_methods.errors import UserError
 from neuron_methods.neurons import neuron_map
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.describe import describe_plan
 from neuron_methods.plugin.merging import merge_to_directory, plan_merge
+from neuron_methods.support.errors import UserError
 from tests.adapters.cases import CASES, load, save_base, train
 from tests.adapters.cases import merge as merge_by_peft
 from tests.methods.plans import neuron, write_groups

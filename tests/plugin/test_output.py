@@ -13,7 +13,6 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.output import (
     check_target,
     file_in_place_after,
@@ -25,6 +24,7 @@ from neuron_methods.plugin.output import (
     verify_output,
 )
 from neuron_methods.plugin.preflight import Header, MergePlan
+from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import edit
 
 

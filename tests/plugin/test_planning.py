@@ -16,11 +16,11 @@ from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, SimpleLoaderCache, plan_flat_merge
 from safetensors.torch import load_file, save_file
 
-from neuron_methods.errors import UserError
 from neuron_methods.methods import trim_profile
 from neuron_methods.plugin import registration
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.plugin.planning import MeasureTask, PlannedMergeTask
+from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import configuration, edit, read
 
 registration.register()

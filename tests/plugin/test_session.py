@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.session import (
     MergeSession,
     current_session,
@@ -11,6 +10,7 @@ from neuron_methods.plugin.session import (
     merge_session,
     nonfinite_inputs,
 )
+from neuron_methods.support.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
 SOUND = torch.ones(3)

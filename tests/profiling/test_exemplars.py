@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neuron_methods.data.texts import pad, prefix_identity, sequence_identity
 from neuron_methods.profiling.exemplars import NOBODY, SeenLately, TokenBatch, TopActivations
-from neuron_methods.profiling.text_inputs import pad, prefix_identity, sequence_identity
 
 NEURONS, LENGTH, WIDTH = 5, 4, 3
 

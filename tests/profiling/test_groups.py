@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
-from neuron_methods.errors import UserError
 from neuron_methods.methods.groups_file import NeuronGroups
-from neuron_methods.profiling.groups import classify, describe_groups, import_labels
+from neuron_methods.profiling.grouping import classify, describe_groups, import_labels
 from neuron_methods.profiling.profile_file import NeuronProfile
+from neuron_methods.support.errors import UserError
 from tests.methods.plans import write_profile
 from tests.support.checkpoints import FAMILIES
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from neuron_methods.cli import main
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.updates import plan_updates
 from neuron_methods.profiling.linearity import SAME_SIZE, TASK_ARITHMETIC, measure_linearity, relative_error
+from neuron_methods.support.errors import UserError
 from tests.methods.plans import write_groups
 from tests.profiling.tiny import build_tokenizer
 from tests.support.checkpoints import FAMILIES, read, save_family

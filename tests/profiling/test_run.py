@@ -14,14 +14,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.sources import Sample, SourceReader, parse_source
+from neuron_methods.models.loading import ModelName, load_model, make_feeder
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
 from neuron_methods.profiling.checkpoint import Checkpoint
-from neuron_methods.profiling.models import ModelName, load_model, make_feeder
+from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.profile_file import exemplars_path
 from neuron_methods.profiling.recorder import Recorder
-from neuron_methods.profiling.run import run_batch
-from neuron_methods.profiling.sources import Sample, SourceReader, parse_source
+from neuron_methods.support.errors import UserError
 from tests.profiling import tiny
 
 SETTINGS = Settings(batch_size=3, top=4, gradients=True)

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from neuron_methods.errors import UserError
-from neuron_methods.profiling.sources import SHUFFLE_BUFFER, SourceReader, parse_source
+from neuron_methods.data.sources import SHUFFLE_BUFFER, SourceReader, parse_source
+from neuron_methods.support.errors import UserError
 from tests.profiling import tiny
 
 

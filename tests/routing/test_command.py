@@ -372,7 +372,7 @@ def test_help_teaches_with_an_example():
 
 def test_help_names_every_key_with_its_default():
     from neuron_methods.cli.route import EPILOG
-    from neuron_methods.routing.config import Enhancement, Merging, RouterSettings, Text
+    from neuron_methods.routing.route_yaml import Enhancement, Merging, RouterSettings, Text
 
     for section in (Enhancement, RouterSettings, Merging, Text):
         for key, field in section.model_fields.items():

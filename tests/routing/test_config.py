@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from neuron_methods.errors import UserError
-from neuron_methods.routing.config import read_config
+from neuron_methods.routing.route_yaml import read_config
+from neuron_methods.support.errors import UserError
 
 TWO = """\
 base_model: ./base

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from neuron_methods.routing.base import load_base
-from neuron_methods.routing.config import Enhancement
 from neuron_methods.routing.enhancement import Enhanced, core_layers, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import load_experts, save_expert
 from neuron_methods.routing.importance import factor_masks, keep_masks, measure_importance, neurons_of
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
+from neuron_methods.routing.route_yaml import Enhancement
 from tests.routing.tiny import EXPERTS
 
 KINDS = ["llama", "t5", "vit"]
@@ -123,8 +123,8 @@ def test_never_worse_than_the_original_by_more_than_the_tolerance(load, made, ki
     import yaml
 
     from neuron_methods.routing.base import kind_of, load_processor
-    from neuron_methods.routing.config import RouteConfig
     from neuron_methods.routing.data import CalibrationLoss, ExpertSamples
+    from neuron_methods.routing.route_yaml import RouteConfig
 
     folder = made(kind)
     config = RouteConfig.model_validate(yaml.safe_load((folder / "routed.yaml").read_text()))

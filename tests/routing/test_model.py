@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from neuron_methods import NeuronRoutedModel
-from neuron_methods.errors import UserError
 from neuron_methods.routing import is_routed
+from neuron_methods.support.errors import UserError
 from tests.routing.tiny import EXPERTS
 
 KINDS = ["llama", "t5", "vit"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from neuron_methods.routing.config import RouterSettings
+from neuron_methods.routing.route_yaml import RouterSettings
 from neuron_methods.routing.router import Router, axes_for, threshold_for
-from neuron_methods.routing.training import Inputs, train_router
+from neuron_methods.routing.router_training import Inputs, train_router
 
 WIDTH = 12
 

@@ -4,7 +4,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 
 from neuron_methods.sharing.local_names import local_names
-from neuron_methods.sharing.names import ModelNames, is_hub_id, reduced_json, reduced_yaml
+from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
 
 SOURCE = """# experts from /home/me/secret/notes.txt, see https://example.org/a/b
 merge_method: min_merging

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.sharing.report.statistics import (
+from neuron_methods.sharing.report.weight_statistics import (
     cosines,
     distances,
     overlap,
@@ -83,7 +83,7 @@ def test_a_task_vector_given_directly_counts_as_the_expert(weights):
 def test_blocks_and_several_weights_add_up(weights, monkeypatch):
     base, experts, merged = weights
     whole = weight_statistics(base, experts, merged)
-    monkeypatch.setattr("neuron_methods.sharing.report.statistics._SCRATCH", 500)
+    monkeypatch.setattr("neuron_methods.sharing.report.weight_statistics._SCRATCH", 500)
     blocks = weight_statistics(base, experts, merged)
     halves = weight_statistics(base[:5], [e[:5] for e in experts], merged[:5]) + weight_statistics(
         base[5:], [e[5:] for e in experts], merged[5:]

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.support.errors import UserError
 
 
 class Scorer(ABC):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Outcome
 from neuron_methods.evaluation.kinds.base import (
     Scorer,
@@ -21,6 +20,7 @@ from neuron_methods.evaluation.kinds.base import (
 )
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.support.errors import UserError
 
 
 class Generation(Scorer):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.kinds.base import Scorer, is_causal, is_text_to_text, number_setting, wrong_model
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.support.errors import UserError
 
 
 class Harness(Scorer):

@@ -10,11 +10,11 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.images import ImageFeeder, class_index
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.base import Scorer, text_limit, wrong_model
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.profiling.image_inputs import ImageFeeder, class_index
+from neuron_methods.support.errors import UserError
 
 #: Pixels of at most this many bytes are kept, for when the same examples are scored again.
 KEPT_PIXELS = 1 << 30

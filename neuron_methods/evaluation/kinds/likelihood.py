@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples, Outcome, by_length
 from neuron_methods.evaluation.kinds.base import (
     Scorer,
@@ -20,6 +19,7 @@ from neuron_methods.evaluation.kinds.base import (
     wrong_model,
 )
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.support.errors import UserError
 
 #: Tokens of a window of perplexity, unless the task or the model sets another bound.
 WINDOW = 1024

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from neuron_methods.data.images import class_index
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.base import Scorer, number_setting, text_limit, wrong_model
 from neuron_methods.evaluation.kinds.images import (
@@ -18,7 +19,6 @@ from neuron_methods.evaluation.kinds.images import (
     target_classes,
 )
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.profiling.image_inputs import class_index
 
 
 class TextClassification(Scorer):

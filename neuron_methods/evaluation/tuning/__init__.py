@@ -8,8 +8,8 @@ from neuron_methods.evaluation.tuning.bench import Bench
 from neuron_methods.evaluation.tuning.objective import objective
 from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe
-from neuron_methods.evaluation.tuning.run import TuneResult, TuneSettings, tune
 from neuron_methods.evaluation.tuning.search import Parameter, Point, make_strategy, parse_search
+from neuron_methods.evaluation.tuning.study import TuneResult, TuneSettings, tune
 from neuron_methods.evaluation.tuning.trace import Trial
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.recipe import path_parts
+from neuron_methods.support.errors import UserError
 
 OBJECTIVES = ("mean", "relative", "minimum")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.tuning.search import Parameter, Point
+from neuron_methods.support.errors import UserError
 
 _LAMBDA = re.compile(r"(rest_|within_)?lambda(_parallel|_orthogonal)?")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 #: One setting of the searched parameters.
 Point = dict[str, Any]

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.tuning.search import Point, key_of
+from neuron_methods.support.errors import UserError
 
 FORMAT = "mergekit-neuron-tune"
 VERSION = 1

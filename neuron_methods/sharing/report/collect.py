@@ -15,7 +15,7 @@ from neuron_methods.methods.neuro_merging import is_packed
 from neuron_methods.methods.neuron_merge import GroupedPlan
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.describe import kind_of
-from neuron_methods.sharing.report.statistics import (
+from neuron_methods.sharing.report.weight_statistics import (
     WeightStatistics,
     cosines,
     distances,

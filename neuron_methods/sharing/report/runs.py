@@ -12,11 +12,11 @@ from mergekit.io.tasks import LoadTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from neuron_methods.errors import UserError
 from neuron_methods.plugin.merging import MergeRun, plan_only
 from neuron_methods.plugin.planning import PlannedMergeTask, evaluate_task
-from neuron_methods.sharing.names import ModelNames
+from neuron_methods.sharing.model_names import ModelNames
 from neuron_methods.sharing.report.collect import Collector
+from neuron_methods.support.errors import UserError
 
 
 def collector_for(run: MergeRun, limit: int | None) -> Collector:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neuron_methods.routing.config import RouterSettings
+from neuron_methods.routing.route_yaml import RouterSettings
 from neuron_methods.routing.router import Router, axes_for, threshold_for
 
 _BATCH = 128

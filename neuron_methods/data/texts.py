@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
+from neuron_methods.data.sources import Sample, SourceReader
 from neuron_methods.profiling.exemplars import SeenLately, TokenBatch
-from neuron_methods.profiling.inputs import Batch, Feeder, orders_and_rows
-from neuron_methods.profiling.sources import Sample, SourceReader
 
 NO_TOKEN = -1
 _PRIME = 0x100000001B3  # of the FNV hash

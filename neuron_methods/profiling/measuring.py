@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from neuron_methods import __version__
-from neuron_methods.errors import UserError
+from neuron_methods.data.feeders import Feeder
+from neuron_methods.data.sources import DataSource, Sample, SourceReader, parse_source
+from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder, read_neurons
+from neuron_methods.models.processes import add_up, collect, process_state
 from neuron_methods.profiling.checkpoint import Checkpoint
-from neuron_methods.profiling.inputs import Feeder
-from neuron_methods.profiling.models import LoadedModel, ModelName, load_model, make_feeder, read_neurons
-from neuron_methods.profiling.processes import add_up, collect, process_state
 from neuron_methods.profiling.profile_file import (
     NeuronProfile,
     ProfileInfo,
@@ -33,7 +33,7 @@ from neuron_methods.profiling.profile_file import (
 )
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
-from neuron_methods.profiling.sources import DataSource, Sample, SourceReader, parse_source
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
+from neuron_methods.data.sources import Sample, SourceReader
+from neuron_methods.data.texts import TextFeeder
 from neuron_methods.profiling.exemplars import TokenBatch
-from neuron_methods.profiling.inputs import Batch, Feeder, orders_and_rows
-from neuron_methods.profiling.sources import Sample, SourceReader
-from neuron_methods.profiling.text_inputs import TextFeeder
+from neuron_methods.support.errors import UserError
 
 NAME_WIDTH = 64  # characters kept of an image's name, from its end
 

@@ -8,8 +8,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuron_methods.errors import UserError
-from neuron_methods.quiet import quiet_transformers
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

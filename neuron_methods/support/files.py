@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], *, indent: int | None = None) -> None:

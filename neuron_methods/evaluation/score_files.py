@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods import __version__
-from neuron_methods.errors import UserError
-from neuron_methods.evaluation.run import Evaluation, TaskResult
+from neuron_methods.evaluation.scoring import Evaluation, TaskResult
+from neuron_methods.support.errors import UserError
 
 FORMAT = "mergekit-neuron-evaluation"
 VERSION = 1

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.sources import Sample, SourceReader
 from neuron_methods.profiling.exemplars import TokenBatch
-from neuron_methods.profiling.sources import Sample, SourceReader
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

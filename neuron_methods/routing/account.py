@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from neuron_methods.routing.config import RouteConfig
 from neuron_methods.routing.enhancement import Enhanced, Step
-from neuron_methods.routing.training import RouterReport
+from neuron_methods.routing.route_yaml import RouteConfig
+from neuron_methods.routing.router_training import RouterReport
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

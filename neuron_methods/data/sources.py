@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 _FORMATS = {
     ".json": "json",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neuron_methods.adapters.config import CONFIG_NAME
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 CONFIG_NAME = "routed_config.json"
 ROUTER_NAME = "router.safetensors"

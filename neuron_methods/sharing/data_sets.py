@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit.config import MergeConfiguration
 
-from neuron_methods.errors import UserError
+from neuron_methods.support.errors import UserError
 
 # HUB-ID[@CONFIG]:SPLIT[:COLUMNS], as `mergekit-neuron profile --data` takes it.
 _OF_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(@[^:]*)?:.+")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuron_methods.demo.tasks import Example
-from neuron_methods.quiet import quiet_transformers
+from neuron_methods.support.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

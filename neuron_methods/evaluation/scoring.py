@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples, Outcome, by_length, read_examples
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.base import processor_part
@@ -19,8 +18,9 @@ from neuron_methods.evaluation.kinds.harness import run_harness
 from neuron_methods.evaluation.models import ModelSpec, architecture_of, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.profiling.processes import process_state
-from neuron_methods.quiet import quiet_transformers
+from neuron_methods.models.processes import process_state
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from neuron_methods.errors import UserError
 from neuron_methods.kernels.groups import domain_shares, label_neurons
 from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
 from neuron_methods.profiling.profile_file import NeuronProfile
+from neuron_methods.support.errors import UserError
 
 # One label: (layer, neuron, group), and where it was read, for messages.
 Label = tuple[str, Any, str, str]

@@ -10,11 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neuron_methods.errors import UserError
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, open_model
-from neuron_methods.evaluation.report import format_score, table, task_record
-from neuron_methods.evaluation.run import Evaluation, prepare_tasks, start_task
+from neuron_methods.evaluation.score_files import format_score, table, task_record
+from neuron_methods.evaluation.scoring import Evaluation, prepare_tasks, start_task
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.bench import Bench
 from neuron_methods.evaluation.tuning.objective import OBJECTIVES, check_experts, experts_of_task, goodness, objective
@@ -38,8 +37,9 @@ from neuron_methods.evaluation.tuning.trace import (
     fingerprint_of_models,
     replace_text,
 )
+from neuron_methods.models.processes import process_state
 from neuron_methods.plugin.merging import plan_merge
-from neuron_methods.profiling.processes import process_state
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from neuron_methods.errors import UserError
+from neuron_methods.data.feeders import Feeder
+from neuron_methods.data.images import ImageFeeder, ImageTextFeeder
+from neuron_methods.data.texts import TextFeeder, TextToTextFeeder
+from neuron_methods.models.processes import process_state
 from neuron_methods.neurons import NeuronMap, neuron_map
-from neuron_methods.profiling.image_inputs import ImageFeeder, ImageTextFeeder
-from neuron_methods.profiling.inputs import Feeder
-from neuron_methods.profiling.processes import process_state
-from neuron_methods.profiling.text_inputs import TextFeeder, TextToTextFeeder
-from neuron_methods.quiet import quiet_transformers
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""MODEL as a user writes it, its config and kind, and the model in memory."""

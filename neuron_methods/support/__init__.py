@@ -1,0 +1,1 @@
+"""Below all rooms: errors, files, silence of packages underneath."""
