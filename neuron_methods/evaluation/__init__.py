@@ -4,7 +4,9 @@
 and `open_model` loads whatever MODEL may be.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neuron_methods.support.exports import lazily
 
 if TYPE_CHECKING:
     from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
@@ -27,26 +29,21 @@ __all__ = [
     "start_task",
 ]
 
-_EXPORTS = {
-    "Evaluation": "scoring",
-    "Examples": "examples",
-    "OpenedModel": "models",
-    "Outcome": "examples",
-    "Task": "tasks",
-    "TaskResult": "scoring",
-    "evaluate": "scoring",
-    "evaluate_model": "scoring",
-    "load_tasks": "tasks",
-    "open_model": "models",
-    "read_examples": "examples",
-    "start_task": "scoring",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: torch and transformers are slow to come."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+# Imported on first use: torch and transformers are slow to come.
+__getattr__ = lazily(
+    __name__,
+    {
+        "Evaluation": "neuron_methods.evaluation.scoring",
+        "Examples": "neuron_methods.evaluation.examples",
+        "OpenedModel": "neuron_methods.evaluation.models",
+        "Outcome": "neuron_methods.evaluation.examples",
+        "Task": "neuron_methods.evaluation.tasks",
+        "TaskResult": "neuron_methods.evaluation.scoring",
+        "evaluate": "neuron_methods.evaluation.scoring",
+        "evaluate_model": "neuron_methods.evaluation.scoring",
+        "load_tasks": "neuron_methods.evaluation.tasks",
+        "open_model": "neuron_methods.evaluation.models",
+        "read_examples": "neuron_methods.evaluation.examples",
+        "start_task": "neuron_methods.evaluation.scoring",
+    },
+)

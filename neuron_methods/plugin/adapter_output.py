@@ -24,11 +24,11 @@ from neuron_methods.adapters.export import AdapterBuilder, AdapterSummary, Preci
 from neuron_methods.adapters.loader import BaseCheckpoint
 from neuron_methods.adapters.placement import Place, holds_modules, place, settle
 from neuron_methods.plugin.merging import Companion, MergeRun
-from neuron_methods.plugin.output import check_target, give_ordinary_permissions, move_into_place, staging_directory
 from neuron_methods.plugin.planning import repeats_tied
-from neuron_methods.plugin.preflight import format_bytes
 from neuron_methods.plugin.session import MergeSession
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import check_target, give_ordinary_permissions, move_into_place, staging_directory
+from neuron_methods.support.text import format_bytes
 
 
 @dataclass

@@ -6,7 +6,8 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from neuron_methods.plugin.preflight import MergePlan, format_bytes
+from neuron_methods.plugin.preflight import MergePlan
+from neuron_methods.support.text import format_bytes
 
 # First match decides; names are those of the checkpoints of the Llama, T5, ViT and CLIP families and their like.
 _KINDS = (

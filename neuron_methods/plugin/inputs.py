@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from neuron_methods.plugin.preflight import open_safetensors
 from neuron_methods.plugin.registration import models_in_order
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -79,7 +80,7 @@ def check_paths(configuration: MergeConfiguration) -> None:
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise UserError(
                 f"model {path}: no such directory here (check the path), and not to be had from the Hub: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
 
 
@@ -98,7 +99,7 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
     try:
         config = model.config(trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {path}: config.json: {_first_line(error)}") from None
+        raise UserError(f"model {path}: config.json: {first_line(error)}") from None
     if not config.architectures:
         raise UserError(f'model {path}: its config.json names no architectures, e.g. ["LlamaForCausalLM"]; add them')
 
@@ -118,9 +119,9 @@ def _open(model: ModelReference, options: MergeOptions) -> None:
         file = os.path.join(path, "model.safetensors")
         raise UserError(f"{file}: not a complete safetensors file ({error}); download or save it again") from None
     except pickle.UnpicklingError as error:
-        raise UserError(f"model {path}: its pickle holds more than tensors: {_first_line(error)}") from None
+        raise UserError(f"model {path}: its pickle holds more than tensors: {first_line(error)}") from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # of a damaged index, too
-        reason = "its index has no weight_map" if isinstance(error, KeyError) else _first_line(error)
+        reason = "its index has no weight_map" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"model {path}: its weights cannot be opened: {reason}") from None
     index = loader.index
     if not index.is_safetensors:
@@ -155,7 +156,3 @@ def _without_warnings(library: str) -> Iterator[None]:
 def looks_local(path: str) -> bool:
     """Whether a model path can only mean a local directory: no repository on the Hub is named like it."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -30,21 +30,22 @@ from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import opened_models
 from neuron_methods.plugin.mergekit_faults import any_dtype_name, quiet_mergekit
-from neuron_methods.plugin.output import (
+from neuron_methods.plugin.output import verify_output
+from neuron_methods.plugin.preflight import HeaderCache, MergePlan, check_space, inspect_plan
+from neuron_methods.plugin.registration import models_in_order, patch_planner, register
+from neuron_methods.plugin.session import MergeSession, merge_session
+from neuron_methods.plugin.structure import check_structure, unknown_tensors
+from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models, check_tokenizer_sources
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import (
     check_target,
     file_in_place_after,
     give_ordinary_permissions,
     is_disk_full,
     move_into_place,
     staging_directory,
-    verify_output,
 )
-from neuron_methods.plugin.preflight import HeaderCache, MergePlan, check_space, format_bytes, inspect_plan
-from neuron_methods.plugin.registration import models_in_order, patch_planner, register
-from neuron_methods.plugin.session import MergeSession, merge_session
-from neuron_methods.plugin.structure import check_structure, unknown_tensors
-from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models, check_tokenizer_sources
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line, format_bytes, listed
 
 # The YAML of a merge, beside its output.
 CONFIG_NAME = "mergekit_config.yml"
@@ -200,7 +201,9 @@ def merge_to_directory(
                     within.parent.mkdir(parents=True, exist_ok=True)
                     within.write_text(profile.to_json(), encoding="utf-8")
                 elif profile_place is not None and profile is not None:
-                    later.enter_context(file_in_place_after(profile_place, profile.to_json()))
+                    later.enter_context(file_in_place_after(profile_place)).write_text(
+                        profile.to_json(), encoding="utf-8"
+                    )
                 give_ordinary_permissions(staging)
                 move_into_place(staging, target, force)
         except Exception as error:
@@ -212,7 +215,7 @@ def merge_to_directory(
     found = method.findings(state) if isinstance(method, PlannedMethod) and state is not None else []
     notes = [*found, *run.plan.notes]
     if session.nonfinite:
-        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {_some(session.nonfinite)}")
+        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(session.nonfinite)}")
     return MergeSummary(
         out_path=str(out_path),
         method=run.configuration.merge_method,
@@ -297,10 +300,11 @@ class MergeRun:
             self.plan.carried.append(name)
         if unknown.of_base:
             self.plan.notes.append(
-                f"copied from the base unchanged, as mergekit's definition does not know them: {_some(unknown.of_base)}"
+                "copied from the base unchanged, as mergekit's definition does not know them: "
+                f"{listed(unknown.of_base)}"
             )
         for model, names in unknown.of_experts.items():
-            self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {_some(names)}")
+            self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
 
     def execute(self, staging: Path, session: MergeSession) -> None:
         """Let mergekit plan and merge into `staging`."""
@@ -315,7 +319,7 @@ class MergeRun:
             if session.planned_tensors:
                 raise
             # Up to here mergekit has read the YAML and the models' configs, nothing else.
-            raise UserError(f"{self.name}: {_first_line(error)}") from error
+            raise UserError(f"{self.name}: {first_line(error)}") from error
 
     def copy_companions(self, staging: Path) -> None:
         """Copy the tokenizer and what else belongs to the model that gives the output its config.
@@ -341,7 +345,7 @@ class MergeRun:
             if is_disk_full(error):
                 raise
             without = "" if self.builds_tokenizer else "; --no-copy-tokenizer merges without"
-            raise UserError(f"model {donor}: tokenizer: {_first_line(error)}{without}") from error
+            raise UserError(f"model {donor}: tokenizer: {first_line(error)}{without}") from error
         for companion in _COMPANIONS:
             if (place / companion).is_file() and not (staging / companion).exists():
                 shutil.copy(place / companion, staging / companion)
@@ -375,11 +379,3 @@ def _check_profile_wanted(plan: MergePlan, context: MergeContext | None) -> None
             "--profile-out: this merge measures nothing (trim: differing, or trim: tensor with a number for "
             "lambda_orthogonal); leave --profile-out away"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,6 +23,7 @@ from torch import Tensor
 from neuron_methods.kernels.rows import CACHE_BYTES
 from neuron_methods.methods.contract import PlannedMethod, PlannedTensor
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import format_bytes
 
 # Process with mergekit, torch and transformers loaded, before any tensor.
 _PROCESS_BYTES = 450 * 1024 * 1024
@@ -257,15 +258,6 @@ def open_safetensors(path: str) -> Any:
 def header_of(tensor: Tensor) -> Header:
     """Header of a tensor in memory."""
     return Header(tuple(tensor.shape), tensor.dtype)
-
-
-def format_bytes(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _planned_tensors(planner: Any) -> list[PlannedTensor]:

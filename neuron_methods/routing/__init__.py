@@ -4,7 +4,9 @@ Liang, arXiv:2510.17890. `build_routed_model` makes one from a YAML (enhancement
 threshold), `NeuronRoutedModel` loads and runs it. `is_routed` tells whether a directory holds one.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neuron_methods.support.exports import lazily
 
 if TYPE_CHECKING:
     from neuron_methods.routing.build import build_routed_model
@@ -14,18 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["NeuronRoutedModel", "Routing", "build_routed_model", "is_routed"]
 
-_EXPORTS = {
-    "NeuronRoutedModel": "neuron_methods.routing.model",
-    "Routing": "neuron_methods.routing.routes",
-    "build_routed_model": "neuron_methods.routing.build",
-    "is_routed": "neuron_methods.routing.routed_files",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: who only asks whether a directory is routed needs no torch."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_EXPORTS[name]), name)
+# Imported on first use: who only asks whether a directory is routed needs no torch.
+__getattr__ = lazily(
+    __name__,
+    {
+        "NeuronRoutedModel": "neuron_methods.routing.model",
+        "Routing": "neuron_methods.routing.routes",
+        "build_routed_model": "neuron_methods.routing.build",
+        "is_routed": "neuron_methods.routing.routed_files",
+    },
+)

@@ -14,12 +14,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from neuron_methods import __version__
-from neuron_methods.plugin.output import (
-    check_target,
-    give_ordinary_permissions,
-    move_into_place,
-    staging_directory,
-)
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.base import input_device, kind_of, load_base, load_processor, placement
 from neuron_methods.routing.data import BackgroundSamples, CalibrationLoss, ExpertSamples
@@ -50,6 +44,7 @@ from neuron_methods.routing.router import Router
 from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
 from neuron_methods.routing.stages import WorkDirectory, fingerprint
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import check_target, give_ordinary_permissions, move_into_place, staging_directory
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Below all rooms: errors, files, silence of packages underneath."""
+"""Below all rooms: errors, text for messages and tables, files, stages, YAML with its lines, progress, silence."""

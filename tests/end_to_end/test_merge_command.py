@@ -455,7 +455,7 @@ def test_wrong_options(workspace, options, code, message):
         ([], 2, "Missing argument 'CONFIG'"),
         (["merge.yaml"], 2, "Missing argument 'OUT'"),
         (["merge.yaml", "base"], 1, "error: base: exists already"),
-        (["merge.yaml", "base", "--force"], 1, "error: base: is or holds base, which the merge reads"),
+        (["merge.yaml", "base", "--force"], 1, "error: base: is or holds base, which is read"),
         (["merge.yaml", "merge.yaml", "--force"], 1, "error: merge.yaml: exists and is not a directory"),
         (["merge.yaml", "merge.yaml/out"], 1, "cannot write here"),
     ],

@@ -329,7 +329,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "text": (lambda _: "sigma: 0.5", "not valid JSON"),
     "empty": (lambda _: "", "not valid JSON"),
     "cut off": (lambda content: json.dumps(content)[:-20], "not valid JSON"),
-    "a list": (lambda content: json.dumps([content]), "not a file of the format 'mergekit-neuron/trim-profile'"),
+    "a list": (lambda content: json.dumps([content]), "expected a JSON object, found a list"),
     "another format": (
         damage(lambda c: c.update(format="mergekit-neuron/neuron-profile")),
         "not a file of the format 'mergekit-neuron/trim-profile'",

@@ -13,7 +13,10 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
-from neuron_methods.plugin.output import (
+from neuron_methods.plugin.output import verify_output
+from neuron_methods.plugin.preflight import Header, MergePlan
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import (
     check_target,
     file_in_place_after,
     give_ordinary_permissions,
@@ -21,10 +24,7 @@ from neuron_methods.plugin.output import (
     move_into_place,
     signals_held,
     staging_directory,
-    verify_output,
 )
-from neuron_methods.plugin.preflight import Header, MergePlan
-from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import edit
 
 
@@ -84,7 +84,7 @@ def test_force_replaces_neither_the_current_directory_nor_what_holds_it(model, m
 @pytest.mark.parametrize("read", ["out", "out/config.json", "link/old"])
 def test_force_replaces_nothing_that_the_merge_reads(model, tmp_path, read):
     (tmp_path / "link").symlink_to(model)
-    with pytest.raises(UserError, match=r"which the merge reads"):
+    with pytest.raises(UserError, match=r"which is read"):
         check_target(model, force=True, inputs=[str(tmp_path / read)])
 
 
@@ -164,10 +164,12 @@ def test_signals_wait_for_the_end_of_a_block():
 
 def test_a_file_gets_its_name_only_after_success(tmp_path):
     path = tmp_path / "profile.json"
-    with pytest.raises(ZeroDivisionError), file_in_place_after(path, "text"):
+    with pytest.raises(ZeroDivisionError), file_in_place_after(path) as beside:
+        beside.write_text("text")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
-    with file_in_place_after(path, "text"):
+    with file_in_place_after(path) as beside:
+        beside.write_text("text")
         assert not path.exists()
     assert path.read_text() == "text"
     assert os.listdir(tmp_path) == ["profile.json"]

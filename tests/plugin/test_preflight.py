@@ -10,8 +10,8 @@ from mergekit.options import MergeOptions
 
 from neuron_methods.plugin import preflight
 from neuron_methods.plugin.merging import merge_to_directory, plan_merge
-from neuron_methods.plugin.preflight import format_bytes
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import format_bytes
 from tests.support.checkpoints import build, configuration, edit, fine_tune, read, save, save_family
 
 UP = "model.layers.1.mlp.up_proj.weight"

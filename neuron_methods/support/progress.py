@@ -1,0 +1,75 @@
+"""Progress of long work on stderr: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+#: Seconds between two lines where stderr is no terminal.
+LINE_INTERVAL = 10.0
+
+_COUNTED = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} to go"
+_OPEN = "{desc}: {n_fmt} {unit}s, {elapsed} elapsed"
+
+
+class _Lines:
+    """A stream that ends what tqdm would overwrite, so that a log holds whole lines and no carriage returns."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write what is visible of `text` as a line of its own."""
+        line = text.replace("\r", "").strip()
+        if line:
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Flush the stream below."""
+        self._stream.flush()
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    what: str,
+    unit: str,
+    shown: bool = True,
+    leave: bool = True,
+) -> tqdm:
+    """Open a bar; where stderr is no terminal, a line now and at most one every ten seconds take its place.
+
+    Args:
+        iterable: what to run through; None: the caller calls `update`.
+        total: how many units there are, where the iterable does not tell.
+        what: is going on.
+        unit: what is counted, in the singular.
+        shown: False: nothing is shown.
+        leave: whether a terminal keeps the finished bar.
+
+    Returns:
+        A bar of tqdm, to be closed.
+    """
+    if not shown:
+        return tqdm(iterable, total=total, disable=True)
+    if sys.stderr.isatty():
+        return tqdm(iterable, total=total, desc=what, unit=unit, leave=leave)
+    if total is None and iterable is not None:
+        total = len(iterable) if hasattr(iterable, "__len__") else None
+    return tqdm(
+        iterable,
+        total=total,
+        desc=what,
+        unit=unit,
+        leave=False,
+        file=_Lines(sys.stderr),
+        mininterval=LINE_INTERVAL,
+        miniters=1,
+        bar_format=_OPEN if total is None else _COUNTED,
+    )

@@ -1,0 +1,116 @@
+"""Finished parts of a long run are kept, and not made again by the next run.
+
+A stage is a directory. It is built beside its place and moved in whole; a record apart from it tells what it was made
+from and what came out, so that nothing of ours lies in a directory that is for others. An interrupted run leaves
+finished stages and nothing of the unfinished one; what a killed process left is removed when the stage is built next.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_json
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The outcome of a stage.
+
+    Attributes:
+        place: its directory.
+        result: what `build` returned, as read back from the record.
+        seconds: time it took when it was built.
+        built: whether that was in this run.
+    """
+
+    place: Path
+    result: Any
+    seconds: float
+    built: bool
+
+
+class Stages:
+    """The stages of one run.
+
+    Args:
+        records: directory of one JSON per stage; made with the first.
+        writer: what wrote the stages, for messages: "the demo".
+    """
+
+    def __init__(self, records: Path, writer: str) -> None:
+        self.records = records
+        self.writer = writer
+
+    def run(self, place: Path, made_from: Any, build: Callable[[Path], Any], *, redo: bool = False) -> Stage:
+        """Make sure that `place` holds what `build` makes from `made_from`.
+
+        Args:
+            place: the stage's directory.
+            made_from: JSON of everything the outcome depends on.
+            build: creates and fills the directory it is given, which has the name of `place` and is not there yet;
+                returns something JSON can hold.
+            redo: build even if it is there.
+
+        Raises:
+            UserError: `place` exists and no stage wrote it, or cannot be written.
+        """
+        made_from = json.loads(json.dumps(made_from))
+        file = self.records / f"{_record_name(place, self.records)}.json"
+        record = _read_record(file)
+        if record is None and place.exists():
+            raise UserError(f"{place}: was not written by {self.writer}; move it away, or choose another directory")
+        if record is not None and place.is_dir() and record["made_from"] == made_from and not redo:
+            return Stage(place, record["result"], record["seconds"], built=False)
+        started = time.perf_counter()
+        partial = self.records / "partial" / place.name
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.records}: cannot write here ({error.strerror}); choose another directory") from None
+        try:
+            result = build(partial)
+            seconds = round(time.perf_counter() - started, 2)
+            # In this order no interruption leaves a record beside a directory it does not describe.
+            outdated = partial.with_name(f"{place.name}.outdated")
+            shutil.rmtree(outdated, ignore_errors=True)
+            if place.exists():
+                place.rename(outdated)
+            write_json(file, {"made_from": made_from, "result": result, "seconds": seconds}, indent=1)
+            partial.rename(place)
+            shutil.rmtree(outdated, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                partial.parent.rmdir()
+        return Stage(place, json.loads(json.dumps(result)), seconds, built=True)
+
+    def remove(self) -> None:
+        """Remove the records and, where they lie within, the stages."""
+        shutil.rmtree(self.records, ignore_errors=True)
+
+
+def _record_name(place: Path, records: Path) -> str:
+    """A name that tells stages of one run apart: their place, seen from the directory of the records."""
+    root = records.parent.resolve()
+    full = place.resolve()
+    parts = full.relative_to(root).parts if full.is_relative_to(root) else full.parts[1:]
+    return "-".join(parts)
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    """The record, or None where there is none or it is not whole."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= {"made_from", "result", "seconds"} else None

@@ -1,0 +1,61 @@
+"""Words for messages and columns for the screen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def one_line(error: BaseException) -> str:
+    """Join the lines of an exception's message, without blank ones."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def first_line(error: BaseException) -> str:
+    """Take the first line of an exception's message that says something; its type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Suggest the most similar known word, as `; did you mean 'x'?`; "" where none is similar."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, word: object, known: Iterable[str]) -> str:
+    """Say that there is no such word, and which one is similar or which ones there are."""
+    known = list(known)
+    return f"unknown {what} {word!r}" + (did_you_mean(word, known) or f" (there are: {', '.join(known)})")
+
+
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """List the first few names, and how many more there are."""
+    shown = ", ".join(map(str, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def columns(rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Lay rows out as lines with their cells under each other.
+
+    Args:
+        rows: of equally many cells, the heading first.
+        left: columns that are flush left; the others are flush right.
+    """
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

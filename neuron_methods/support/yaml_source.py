@@ -1,0 +1,148 @@
+"""YAML as its author wrote it: keys with their lines, a key that appears twice refused instead of taken.
+
+Every YAML that a user writes for us is read here: merges, routed models, tasks, recipes that are searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that appears twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"key {key.value!r} appears twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True)
+class YamlSource:
+    """A YAML document and where each of its parts stands.
+
+    Attributes:
+        name: file name for messages.
+        text: as it was read.
+        content: what it says, a mapping.
+    """
+
+    name: str
+    text: str
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path, expected: str) -> YamlSource:
+        """Read a file; see `parse`.
+
+        Raises:
+            UserError: it cannot be read, too.
+        """
+        return cls.parse(read_text(path), str(path), expected)
+
+    @classmethod
+    def parse(cls, text: str, name: str, expected: str) -> YamlSource:
+        """Parse a YAML whose top level is a mapping.
+
+        Args:
+            text: of the YAML.
+            name: file name for messages.
+            expected: what it has to hold, for messages: "the key tasks with a list of tasks".
+
+        Raises:
+            UserError: naming the line where it is unreadable or repeats a key, or what was found instead of a mapping.
+        """
+        try:
+            content = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or str(error)
+            reading = "" if "appears twice" in problem else "not readable as YAML: "
+            raise UserError(f"{name}{where}: {reading}{problem}") from None
+        if not isinstance(content, dict):
+            found = "it is empty" if content is None else f"found a {type(content).__name__}"
+            raise UserError(f"{name}: expected {expected}; {found}")
+        return cls(name, text, content)
+
+    def line_of(self, location: Sequence[str | int]) -> int:
+        """The line, from 1 on, of the deepest part of `location` that is there.
+
+        Args:
+            location: keys and positions in lists, from the top.
+        """
+        node = yaml.compose(self.text, yaml.SafeLoader)
+        line = node.start_mark.line + 1
+        for part in location:
+            if isinstance(node, yaml.MappingNode):
+                found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+                if found is None:
+                    break
+                line, node = found[0].start_mark.line + 1, found[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                node = node.value[part]
+                line = node.start_mark.line + 1
+        return line
+
+    def validated(self, schema: type[Model]) -> Model:
+        """The content as a pydantic model.
+
+        Raises:
+            UserError: naming file, line and key of the first problem; an unknown key comes before what is missing by
+                its fault.
+        """
+        try:
+            return schema.model_validate(self.content)
+        except ValidationError as error:
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        location = tuple(part for part in first["loc"] if part != "[key]")
+        shown = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).removeprefix(".")
+        where = f"{self.name}, line {self.line_of(location)}: {shown}: " if location else f"{self.name}: "
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(schema, location[:-1])
+            hint = did_you_mean(location[-1], known) or f" (known: {', '.join(known)})"
+            raise UserError(f"{where}unknown key{hint}")
+        if first["type"] == "missing":
+            raise UserError(f"{where}missing")
+        found = first.get("input")
+        told = f", found {found!r}" if isinstance(found, (str, int, float)) and location else ""
+        raise UserError(where + first["msg"].removeprefix("Value error, ") + told)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file that the user named.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+
+
+def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = schema.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        schema = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(schema.model_fields)
