@@ -17,7 +17,7 @@ from neuron_methods.adapters.factor import Factors, factor
 from neuron_methods.adapters.placement import layout_shape, target_names
 from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedMethod, PlannedTensor
 from neuron_methods.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,14 +151,16 @@ def _merged_updates(
         base_index = 0 if uses_base else None
         return base, TensorGroup.from_tensors(tensors, ids=ids, base_index=base_index, name=f"{path}.weight")
 
-    context = MergeContext(out_dtype=torch.float32)
+    prepared = None
     if isinstance(method, PlannedMethod):
-        plan = _plan(model, layers, adapters, lambda path: group(path)[1], method, parameters)
-        method.check(plan)
-        context.state = method.measure(plan, context)
+        prepared = method.prepare(_plan(model, layers, adapters, lambda path: group(path)[1], method, parameters))
+        prepared.measure(MergeSettings())
     for path in layers:
         base, tensors = group(path)
-        with merge_context(context):
+        if prepared is not None:
+            (bound,) = method._bind_parameters((tensors,), parameters)
+            merged = prepared.merge(tensors, bound, torch.float32)
+        else:
             (merged,) = method((tensors,), parameters=parameters, out_dtype=torch.float32)
         yield path, merged.as_subclass(Tensor) - base
 

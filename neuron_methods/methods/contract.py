@@ -1,29 +1,31 @@
-"""What a method of ours may know beyond the one tensor mergekit hands it.
+"""How a method of ours sees a whole merge, where mergekit shows a method one tensor at a time.
 
-mergekit gives a method one output tensor at a time. Ours need facts about the whole merge first (one trim threshold
-per expert over all tensors). The plan of a merge is therefore handed to the method before the first tensor:
-`PlannedMethod.check` refuses what cannot work before anything is read, `PlannedMethod.measure` streams once over all
-tensors, and its result accompanies every call of `merge_group`. The rooms that meet mergekit build the plan; here is
-only its shape.
+Ours need facts about all tensors first (one trim threshold per expert over the model), so a merge has three steps:
+
+1. `PlannedMethod.prepare` is given the plan and refuses what cannot work, before any tensor is read.
+2. `PreparedMerge.measure` streams once over the tensors that `PreparedMerge.reads` names.
+3. `PreparedMerge.merge` merges one tensor, as often as there are tensors.
+
+The rooms that meet mergekit make the plan, and hand the prepared merge to each tensor's call among its parameters,
+under the name `PREPARED`. A merge in memory brings all its tensors in one call, and is prepared there.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
-from mergekit.merge_methods.base import BatchOptions, GroupMergeMethod, TensorGroup
-from mergekit.merge_methods.dtype import promoted_dtype
+from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
+from mergekit.merge_methods.dtype import align_dtype
 from pydantic import BeforeValidator
 from torch import Tensor
 
 from neuron_methods.support.errors import UserError
 
+PREPARED = "prepared"
 SCRATCH_BYTES = 256 * 1024 * 1024
 
 
@@ -49,7 +51,8 @@ class PlannedTensor:
         load: reads (base, {expert id: tensor}) anew; base is None where the base lacks an optional tensor.
         parameters: the method's shared parameters as they resolve for this tensor.
         expert_parameters: {parameter: {expert id: value}}.
-        repeats: the tensor is stored a second time under a tied name; what is counted over the model counts it once.
+        repeats: tells whether the tensor is stored a second time under a tied name; what is counted over the model
+            counts it once. It may have to read both, so `PlannedMethod.prepare` refuses what it can before it asks.
         entries: number of floating-point entries, where that is known without reading.
         untouched: every expert is known to equal the base here, and the tensor will be copied; `entries` is known.
         model: the model that the merge writes; None where only tensors are merged.
@@ -59,26 +62,22 @@ class PlannedTensor:
     load: Callable[[], tuple[Tensor | None, dict[Hashable, Tensor]]]
     parameters: Mapping[str, Any]
     expert_parameters: Mapping[str, Mapping[Hashable, Any]]
-    repeats: bool = False
+    repeats: Callable[[], bool] = lambda: False
     entries: int | None = None
     untouched: bool = False
     model: ModelFacts | None = None
 
 
-@dataclass
-class MergeContext:
-    """What accompanies a merge from its first tensor to its last.
+@dataclass(frozen=True, eq=False)
+class MergeSettings:
+    """How a merge is run, whatever its method.
 
     Attributes:
-        state: what the method's `measure` returned.
-        out_dtype: dtype to write, or None for the inputs' own.
         allow_nonfinite: go on where an input holds NaN or Inf.
         scratch_bytes: bound on float32 scratch memory per tensor.
         progress: called as progress(description, tensors) to open a bar; returns an iterable over the tensors.
     """
 
-    state: Any = None
-    out_dtype: torch.dtype | None = None
     allow_nonfinite: bool = False
     scratch_bytes: int = SCRATCH_BYTES
     progress: Callable[[str, Sequence[PlannedTensor]], Iterator[PlannedTensor]] = field(
@@ -86,25 +85,49 @@ class MergeContext:
     )
 
 
-_CONTEXT: ContextVar[MergeContext | None] = ContextVar("neuron_methods_merge", default=None)
+class PreparedMerge(ABC):
+    """One merge by a method of ours, from its plan to its last tensor.
+
+    Attributes:
+        settings: those given to `measure`.
+    """
+
+    settings = MergeSettings()
+
+    def reads(self) -> set[str]:
+        """Name the tensors that `measure` will read; empty where it reads none."""
+        return set()
+
+    def measure(self, settings: MergeSettings) -> None:
+        """Stream over all tensors that have to be known before the first is merged.
+
+        Raises:
+            UserError: an input holds NaN or Inf, and `settings` do not allow it.
+        """
+        self.settings = settings
+
+    def merge(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        """Merge one tensor, once `measure` is done.
+
+        Args:
+            group: base and experts, all of one shape and device, in the dtypes they are stored in.
+            parameters: of the method, as its spec declares them.
+            out_dtype: dtype of the result, which is rounded once.
+        """
+        # Nothing here is differentiated: modules merged in memory bring parameters that ask for it.
+        with torch.no_grad(), torch.autocast(group.base.tensor.device.type, enabled=False):
+            return self.merge_group(align_dtype(group), parameters, out_dtype)
+
+    @abstractmethod
+    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        """Merge one tensor; see `merge`. The group's tensors are of one dtype, the promotion of all they had."""
+
+    def findings(self) -> list[str]:
+        """Tell the summary of a merge, line by line, what `measure` found."""
+        return []
 
 
-@contextmanager
-def merge_context(context: MergeContext) -> Iterator[MergeContext]:
-    """Make `context` the one that methods see within the block."""
-    token = _CONTEXT.set(context)
-    try:
-        yield context
-    finally:
-        _CONTEXT.reset(token)
-
-
-def current_context() -> MergeContext | None:
-    """The context of the merge that is running, or None outside of one."""
-    return _CONTEXT.get()
-
-
-class PlannedMethod(GroupMergeMethod):
+class PlannedMethod(MergeMethod):
     """A mergekit method that sees the plan of the whole merge before the first tensor.
 
     Attributes:
@@ -114,24 +137,16 @@ class PlannedMethod(GroupMergeMethod):
 
     takes_task_vectors: ClassVar[bool] = False
 
-    def check(self, tensors: Sequence[PlannedTensor]) -> None:
-        """Refuse what cannot work before any tensor is read.
+    @abstractmethod
+    def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMerge:
+        """Look at the plan of a merge, read the files that its parameters name, and refuse what cannot work.
+
+        Args:
+            tensors: at least one.
 
         Raises:
             UserError: naming the parameter and what to do.
         """
-
-    def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
-        """Whether `measure` will read tensors for this plan."""
-        return True
-
-    @abstractmethod
-    def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> Any:
-        """Stream over all tensors of the merge; the result becomes `context.state`."""
-
-    def findings(self, state: Any) -> list[str]:
-        """Lines for the summary of a merge, from what `measure` found."""
-        return []
 
     def _execute(
         self,
@@ -142,52 +157,82 @@ class PlannedMethod(GroupMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
-        context = current_context()
-        if context is None or context.state is None:
-            tensors = _planned_in_memory(groups, parameters)
-            self.check(tensors)
-            context = replace(context) if context else MergeContext()
+        if not groups:
+            return ()
+        prepared = parameters[0].get(PREPARED)
+        if prepared is None:
             with torch.no_grad():
-                context.state = self.measure(tensors, context)
-        merged: list[Tensor] = []
-        for group, bound, input_dtype in zip(groups, parameters, input_dtypes, strict=True):
-            # Task vectors are formed from the stored dtype: an input dtype asked for is that of the result. The method
-            # writes each block of rows in the final dtype itself; mergekit would round twice.
-            written = out_dtype or context.out_dtype or input_dtype
-            stored = promoted_dtype(group) if group.entries else input_dtype
-            # Nothing here is differentiated: modules merged in memory bring parameters that ask for it.
-            with merge_context(replace(context, out_dtype=written)), torch.no_grad():
-                merged += super()._execute((group,), [bound], options, input_dtypes=[stored], out_dtype=written)
-        return tuple(merged)
+                prepared = self.prepare(planned_in_memory(groups, parameters))
+                prepared.measure(MergeSettings())
+        # Task vectors are formed from the stored dtype: an input dtype asked for is that of the result. The method
+        # writes each block of rows in the final dtype itself; mergekit would round twice.
+        return tuple(
+            prepared.merge(group, bound, out_dtype or input_dtype)
+            for group, bound, input_dtype in zip(groups, parameters, input_dtypes, strict=True)
+        )
 
 
-def _planned_in_memory(groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]) -> list[PlannedTensor]:
-    planned, seen = [], set()
+def planned_in_memory(groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]) -> list[PlannedTensor]:
+    """The plan of a merge whose tensors are all at hand.
+
+    Args:
+        groups: the tensors.
+        parameters: of each group, as mergekit binds them.
+
+    Raises:
+        UserError: the tensors are those of models, one by one, so they are not all there.
+    """
+    from mergekit.common import ModelReference  # imports transformers, which the start-up hook has to do without
+
+    planned: list[PlannedTensor] = []
+    seen: set[Any] = set()
     for group, bound in zip(groups, parameters, strict=True):
+        if any(isinstance(entry.id, ModelReference) for entry in group.entries):
+            raise UserError(
+                f"{group.metadata.name}: mergekit runs this merge without showing its plan, so nothing can be measured "
+                "over the whole model; use the commands mergekit-neuron, mergekit-yaml, mergekit-multi or "
+                "mergekit-pytorch"
+            )
         # A module lists tied weights under each of their names: one set of entries all the same.
         storage = tuple((e.tensor.data_ptr(), e.tensor.shape, e.tensor.stride()) for e in group.entries)
-        planned.append(_planned_group(group, bound, storage in seen))
+        loaded = (group.base.tensor if group.base else None, {entry.id: entry.tensor for entry in group.non_base})
+        planned.append(
+            PlannedTensor(
+                name=group.metadata.name or "tensor",
+                load=lambda loaded=loaded: loaded,
+                parameters={k: v for k, v in bound.items() if not isinstance(v, Mapping)},
+                expert_parameters={k: v for k, v in bound.items() if isinstance(v, Mapping)},
+                repeats=lambda known=storage in seen: known,
+            )
+        )
         seen.add(storage)
     return planned
 
 
-def _planned_group(group: TensorGroup, parameters: Mapping[str, Any], repeats: bool) -> PlannedTensor:
-    from mergekit.common import ModelReference
+def experts_of(tensors: Iterable[PlannedTensor]) -> list[Hashable]:
+    """List the ids of all experts of a plan, in its order."""
+    seen: dict[Hashable, None] = {}
+    for tensor in tensors:
+        for values in tensor.expert_parameters.values():
+            seen.update(dict.fromkeys(values))
+    return list(seen)
 
-    if any(isinstance(entry.id, ModelReference) for entry in group.entries):
-        raise UserError(
-            f"{group.metadata.name}: mergekit runs this merge without showing its plan, so nothing can be measured "
-            "over the whole model; use the commands mergekit-neuron, mergekit-yaml, mergekit-multi or mergekit-pytorch"
-        )
-    experts = {entry.id: entry.tensor for entry in group.non_base}
-    base = group.base.tensor if group.base else None
-    return PlannedTensor(
-        name=group.metadata.name or "tensor",
-        load=lambda: (base, experts),
-        parameters={k: v for k, v in parameters.items() if not isinstance(v, Mapping)},
-        expert_parameters={k: v for k, v in parameters.items() if isinstance(v, Mapping)},
-        repeats=repeats,
-    )
+
+def only_value(values: set[Any], varies: str, advice: str) -> Any:
+    """Return the one value of a parameter that may not vary.
+
+    Args:
+        values: at least one.
+        varies: which parameter varies over which tensors, for the message.
+        advice: ends the message.
+
+    Raises:
+        UserError: there are several.
+    """
+    if len(values) > 1:
+        raise UserError(f"{varies} ({', '.join(sorted(map(str, values))[:4])}){advice}")
+    (value,) = values
+    return value
 
 
 def _number(name: str, value: Any, low: float, high: float, low_open: bool) -> float:

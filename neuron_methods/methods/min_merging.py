@@ -17,8 +17,7 @@ no neuron is merged by the method that `rest` names.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +32,10 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from neuron_methods.kernels.select import CONFLICTS, combine_slices, conflict_coefficients
-from neuron_methods.methods.contract import MergeContext, PlannedTensor, choice, number
-from neuron_methods.methods.inner import CompositeMethod, InnerMerge, copy_base, method_name, rest_merges
-from neuron_methods.methods.neuron_importance import measure_norms, read_importance, select
-from neuron_methods.methods.neuron_layout import NeuronLayout, agreed, experts_of
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor, choice, number
+from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_name
+from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms, read_importance, select
+from neuron_methods.methods.neuron_layout import Slices
 from neuron_methods.support.errors import UserError
 
 NAME = "min_merging"
@@ -113,31 +112,9 @@ PARAMETERS = (
         description="merge method for embeddings, norms and heads, or base",
     ),
 )
-_OF_THE_MODEL = ("scope", "conflict", "attention")
 
 
-@dataclass
-class Selection:
-    """What every expert keeps.
-
-    Attributes:
-        layout: whose slices the tensors are.
-        experts: ids in the order of the coefficients' rows.
-        coefficients: block of neurons -> a_t, shape (experts, neurons); a block that stays the base's is missing.
-        kept: expert -> (MLP neurons it keeps, of how many).
-        contested: number of MLP neurons that more than one expert keeps.
-        rest: tensor name -> the method that merges it; None keeps the base's.
-    """
-
-    layout: NeuronLayout
-    experts: list[Hashable]
-    coefficients: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
-    contested: int = 0
-    rest: dict[str, InnerMerge | None] = field(default_factory=dict)
-
-
-class MinMerging(CompositeMethod):
+class MinMerging(DelegatingMethod):
     """The method `min_merging` as mergekit sees it."""
 
     takes_task_vectors = True
@@ -152,141 +129,136 @@ class MinMerging(CompositeMethod):
         optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     )
 
-    def check(self, tensors: Sequence[PlannedTensor]) -> None:
-        """Refuse parameters and profiles that do not fit the merge.
+    def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMinMerging:
+        """Read the experts' profiles, and refuse parameters and profiles that do not fit the merge.
 
         Raises:
-            UserError: naming what varies within a neuron, what the profile lacks, or what the inner method refuses.
+            UserError: naming what varies within a neuron, what the profile lacks, or what the method of `rest` refuses.
         """
-        if not tensors:
-            return
-        layout = NeuronLayout(tensors, NAME)
-        experts = experts_of(tensors)
-        _, kinds = self._agreed(layout, tensors, experts)
-        shared, _ = agreed(NAME, layout.of_kind(tensors, "mlp", "attention"), _OF_THE_MODEL, experts, "the model")
-        if shared["conflict"] != "sum" and len({k for k in kinds["importance"].values()}) > 1:
+        return PreparedMinMerging(self, tensors)
+
+
+class PreparedMinMerging(DelegatingMerge):
+    """One merge by `min_merging`; what every expert keeps, once it is measured.
+
+    Attributes:
+        coefficients: block of neurons -> a_t, shape (experts, neurons); a block that stays the base's is missing.
+        kept: expert -> (MLP neurons it keeps, of how many).
+        contested: number of MLP neurons that more than one expert keeps.
+    """
+
+    def __init__(self, method: MinMerging, tensors: Sequence[PlannedTensor]) -> None:
+        """See `MinMerging.prepare`."""
+        super().__init__(method, tensors)
+        self.coefficients: dict[str, Tensor] = {}
+        self.kept: dict[Hashable, tuple[int, int]] = {}
+        self.contested = 0
+        owned = self.layout.of_kind(tensors, "mlp", "attention")
+        self._of_block = {
+            block: self.agreed(together, ("weight", "density"), block)
+            for block, together in self._grouped(owned, lambda slices: slices.block).items()
+        }
+        of_model = self.agreed(owned, ("scope", "conflict", "attention"), "the model")
+        self._scope, self._conflict = of_model["scope"], of_model["conflict"]
+        self._attention = of_model["attention"]
+        for kind in ("mlp", "attention"):
+            ranked = self._grouped(self.layout.of_kind(owned, kind), self._ranked_with)
+            for where, together in ranked.items():
+                self.agreed(together, ("density",), where)
+        sources = self.agreed(self.layout.of_kind(owned, "mlp"), ("importance", "profile", "data"), "the model")
+        if self._conflict != "sum" and len(set(sources["importance"].values())) > 1:
             raise UserError(
-                f"{NAME}: importance differs between experts, and conflict: {shared['conflict']} compares what cannot "
+                f"{NAME}: importance differs between experts, and conflict: {self._conflict} compares what cannot "
                 "be compared; give all experts one importance, or set conflict: sum"
             )
-        for expert in experts:
-            read_importance(NAME, layout, tensors, kinds, expert)
-        for inner in self.inner_merges(tensors):
-            inner.check()
-
-    def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
-        """Always: importance looks at every neuron."""
-        return True
-
-    def inner_merges(self, tensors: Sequence[PlannedTensor]) -> list[InnerMerge]:
-        """The methods that `rest` names."""
-        rest = rest_merges(self, NeuronLayout(tensors, NAME).of_kind(tensors))
-        return list(dict.fromkeys(inner for inner in rest.values() if inner is not None))
-
-    def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> Selection:
-        """Steps 1 to 3: one streaming pass over the tensors of neurons, in memory of a few numbers per neuron."""
-        layout = NeuronLayout(tensors, NAME)
-        experts = experts_of(tensors)
-        selection = Selection(layout, experts, rest=rest_merges(self, layout.of_kind(tensors)))
-        for inner in dict.fromkeys(filter(None, selection.rest.values())):
-            inner.measure(context)
-        owned = layout.of_kind([t for t in tensors if not t.repeats], "mlp", "attention")
-        shared, _ = agreed(NAME, owned, _OF_THE_MODEL, experts, "the model")
-        if shared["attention"] == "drop":
-            owned = layout.of_kind(owned, "mlp")
-        of_layer, kinds = self._agreed(layout, tensors, experts)
-        norms = measure_norms(layout, owned, context)
-        order = {t.name: i for i, t in enumerate(tensors)}
-        blocks = {
-            layout.slices[t.name].block: layout.slices[t.name] for t in sorted(owned, key=lambda t: order[t.name])
+        self._profiles = {
+            e: read_importance(NAME, self.layout, e, **{name: of[e] for name, of in sources.items()})
+            for e in sources["importance"]
         }
-        for kind in ("mlp", "attention"):
-            importances: dict[Hashable, dict[str, Tensor]] = {}
-            kept: dict[Hashable, dict[str, Tensor]] = {}
-            own = [s for s in blocks.values() if s.kind == kind]
-            for expert in experts:
-                source = None if kind == "attention" else read_importance(NAME, layout, tensors, kinds, expert)
-                importances[expert] = {s.block: norms.importance(s.block, expert, source) for s in own}
-                if kind == "attention" and shared["attention"] == "keep":
-                    kept[expert] = {b: torch.ones_like(v, dtype=torch.bool) for b, v in importances[expert].items()}
-                    continue
-                densities = {s.block: of_layer[s.block]["density"].get(expert, 1.0) for s in own}
-                kept[expert] = select(importances[expert], own, densities, shared["scope"], expert)
-                if kind == "mlp":
-                    total = sum(len(mask) for mask in kept[expert].values())
-                    selection.kept[expert] = (sum(int(mask.sum()) for mask in kept[expert].values()), total)
-            if kind == "mlp":
-                wanted = [torch.stack([kept[e][s.block] for e in experts]).sum(dim=0) for s in own]
-                selection.contested = sum(int((count > 1).sum()) for count in wanted)
-            for s in own:
-                weights = [of_layer[s.block]["weight"].get(e, 0.0) for e in experts]
-                selection.coefficients[s.block] = conflict_coefficients(
-                    torch.stack([importances[e][s.block] for e in experts]),
-                    torch.stack([kept[e][s.block] for e in experts]),
-                    weights,
-                    shared["conflict"],
-                )
-        return selection
+        self.leave(self.layout.of_kind(tensors))
 
-    def findings(self, state: Selection) -> list[str]:
-        """How many neurons each expert keeps, and how many of them several do."""
+    def reads(self) -> set[str]:
+        """Name the tensors of all neurons that importance looks at, and what `rest` reads."""
+        return super().reads().union(tensor.name for tensor in self._looked_at())
+
+    def measure(self, settings: MergeSettings) -> None:
+        """Take steps 1 to 3: one streaming pass over the tensors of neurons, in memory of a few numbers per neuron."""
+        super().measure(settings)
+        looked_at = self._looked_at()
+        norms = measure_norms(self.layout, looked_at, settings)
+        blocks = {slices.block: slices for slices in (self.layout.slices[t.name] for t in looked_at)}
+        for kind in ("mlp", "attention"):
+            self._share_out(kind, [slices for slices in blocks.values() if slices.kind == kind], norms)
+
+    def findings(self) -> list[str]:
+        """Tell how many neurons each expert keeps, and how many of them several do."""
         lines = [
             f"{expert}: keeps {kept:,} of {total:,} MLP neurons ({kept / total:.1%})"
-            for expert, (kept, total) in state.kept.items()
+            for expert, (kept, total) in self.kept.items()
         ]
-        return [*lines, f"MLP neurons that several experts keep: {state.contested:,}"] if lines else []
+        return [*lines, f"MLP neurons that several experts keep: {self.contested:,}"] if lines else []
 
     def merge_neurons(
         self,
         name: str,
         base: Tensor,
         experts: Mapping[Hashable, Tensor],
-        context: MergeContext,
         parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
     ) -> Tensor | None:
-        """Step 4 for a tensor of neurons or of attention rows."""
-        selection: Selection = context.state
-        slices = selection.layout.slices.get(name)
-        if slices is None:
+        """Take step 4 for a tensor of neurons or of attention rows."""
+        slices = self.layout.slices.get(name)
+        coefficients = self.coefficients.get(slices.block) if slices is not None else None
+        if slices is None or coefficients is None:
             return None
-        coefficients = selection.coefficients.get(slices.block)
-        if coefficients is None:
-            return copy_base(base, context)
-        rows = [selection.experts.index(expert) for expert in experts]
+        rows = [self.experts.index(expert) for expert in experts]
         return combine_slices(
             base,
             list(experts.values()),
             coefficients[rows],
             slices.axis,
-            torch.empty_like(base, dtype=context.out_dtype or base.dtype),
+            torch.empty_like(base, dtype=out_dtype),
             scale=parameters["lambda"],
             copies=slices.copies,
-            clean=context.allow_nonfinite,
+            clean=self.settings.allow_nonfinite,
         )
 
-    def _agreed(
-        self, layout: NeuronLayout, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]
-    ) -> tuple[dict[str, dict[str, dict[Hashable, Any]]], dict[str, dict[Hashable, Any]]]:
-        """({block: {parameter: {expert: value}}}, {parameter: {expert: value}} of what holds for the whole model)."""
-        owned = layout.of_kind(tensors, "mlp", "attention")
-        by_block: dict[str, list[PlannedTensor]] = {}
-        for tensor in owned:
-            by_block.setdefault(layout.slices[tensor.name].block, []).append(tensor)
-        blocks = {b: agreed(NAME, t, ("weight", "density"), experts, b)[1] for b, t in by_block.items()}
-        mlp = layout.of_kind(owned, "mlp")
-        _, model = agreed(NAME, mlp, ("importance", "profile", "data"), experts, "the model")
-        scope = agreed(NAME, owned, ("scope",), experts, "the model")[0]["scope"]
-        for kind in ("mlp", "attention"):
-            for ranked, together in _ranked_together(layout.of_kind(owned, kind), layout, scope).items():
-                agreed(NAME, together, ("density",), experts, ranked)
-        return blocks, model
+    def _looked_at(self) -> list[PlannedTensor]:
+        kinds = ("mlp",) if self._attention == "drop" else ("mlp", "attention")
+        return self.layout.of_kind([t for t in self.tensors if not t.repeats()], *kinds)
 
+    def _share_out(self, kind: str, blocks: Sequence[Slices], norms: NeuronNorms) -> None:
+        """Select the neurons of a kind for each expert, and settle who gets those that several want."""
+        importances: dict[Hashable, dict[str, Tensor]] = {}
+        kept: dict[Hashable, dict[str, Tensor]] = {}
+        for expert in self.experts:
+            profile = self._profiles.get(expert) if kind == "mlp" else None
+            importances[expert] = {s.block: norms.importance(s.block, expert, profile) for s in blocks}
+            if kind == "attention" and self._attention == "keep":
+                kept[expert] = {b: torch.ones_like(v, dtype=torch.bool) for b, v in importances[expert].items()}
+                continue
+            densities = {s.block: self._of_block[s.block]["density"].get(expert, 1.0) for s in blocks}
+            kept[expert] = select(importances[expert], blocks, densities, self._scope)
+            if kind == "mlp":
+                masks = kept[expert].values()
+                self.kept[expert] = (sum(int(mask.sum()) for mask in masks), sum(map(len, masks)))
+        for s in blocks:
+            wanted = torch.stack([kept[e][s.block] for e in self.experts])
+            if kind == "mlp":
+                self.contested += int((wanted.sum(dim=0) > 1).sum())
+            self.coefficients[s.block] = conflict_coefficients(
+                torch.stack([importances[e][s.block] for e in self.experts]),
+                wanted,
+                [self._of_block[s.block]["weight"].get(e, 0.0) for e in self.experts],
+                self._conflict,
+            )
 
-def _ranked_together(
-    tensors: Sequence[PlannedTensor], layout: NeuronLayout, scope: str
-) -> dict[str, list[PlannedTensor]]:
-    ranked: dict[str, list[PlannedTensor]] = {}
-    for tensor in tensors:
-        where = "the model (scope: model)" if scope == "model" else layout.slices[tensor.name].layer
-        ranked.setdefault(where, []).append(tensor)
-    return ranked
+    def _ranked_with(self, slices: Slices) -> str:
+        """What a block of neurons is ranked together with."""
+        return "the model (scope: model)" if self._scope == "model" else slices.layer
+
+    def _grouped(self, tensors: Sequence[PlannedTensor], by: Callable[[Slices], str]) -> dict[str, list[PlannedTensor]]:
+        groups: dict[str, list[PlannedTensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(by(self.layout.slices[tensor.name]), []).append(tensor)
+        return groups

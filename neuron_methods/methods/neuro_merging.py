@@ -27,7 +27,7 @@ asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,15 @@ from torch import Tensor
 from neuron_methods.kernels.neuro import merge_neurons, merge_points
 from neuron_methods.kernels.rows import neuron_rows
 from neuron_methods.methods.contract import (
-    MergeContext,
+    MergeSettings,
     PlannedMethod,
     PlannedTensor,
+    PreparedMerge,
     choice,
-    current_context,
+    experts_of,
     number,
     number_or,
+    only_value,
 )
 from neuron_methods.methods.trim_profile import TrimProfile, measure_model, measure_tensor, measure_tensors
 from neuron_methods.support.errors import UserError
@@ -142,86 +144,77 @@ class NeuroMerging(PlannedMethod):
         optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     )
 
-    def check(self, tensors: Sequence[PlannedTensor]) -> None:
-        """Refuse parameters that contradict each other over the merge.
+    def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuroMerging:
+        """Refuse parameters that contradict each other over the merge, and a profile of another merge.
 
         Raises:
-            UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`; or something
-                is asked for that `trim: differing` does not have.
+            UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`; something is
+                asked for that `trim: differing` does not have; or the profile does not fit.
         """
-        for shared in ("trim", "profile"):
-            _only(shared, {t.parameters[shared] for t in tensors}, "it holds for the whole merge; remove the filter")
-        if tensors and tensors[0].parameters["trim"] == "differing":
+        return PreparedNeuroMerging(tensors)
+
+
+class PreparedNeuroMerging(PreparedMerge):
+    """One merge by `neuro_merging`.
+
+    Attributes:
+        profile: thresholds and σ, as far as a profile told them or `measure` has; and what the merge adds to them.
+    """
+
+    def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
+        """See `NeuroMerging.prepare`."""
+        self._tensors, self._experts = tensors, experts_of(tensors)
+        for name in ("trim", "profile"):
+            _only(name, {t.parameters[name] for t in tensors}, "it holds for the whole merge; remove the filter")
+        shared = tensors[0].parameters
+        if shared["trim"] == "differing":
             _check_differing(tensors)
-        if not tensors or tensors[0].parameters["trim"] != "model":
-            return
-        for expert in _experts(tensors):
-            densities = {t.expert_parameters["density"][expert] for t in _with(tensors, expert)}
-            _only(
-                f"density of {expert}",
-                densities,
-                "one threshold per expert has one density; give one number, or set trim: tensor",
-            )
-
-    def measures(self, tensors: Sequence[PlannedTensor]) -> bool:
-        """Whether thresholds or σ must be measured: not with a profile, nor where no parameter asks for them."""
-        if not tensors or tensors[0].parameters["profile"] or tensors[0].parameters["trim"] == "differing":
-            return False
-        return tensors[0].parameters["trim"] == "model" or any(
-            t.parameters["lambda_orthogonal"] == "auto" and t.parameters["consensus"] == "mean" for t in tensors
-        )
-
-    def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> TrimProfile:
-        """Step 1 over the whole model, and σ of step 6: one streaming pass over all tensors.
-
-        Returns:
-            Thresholds and σ per expert. Nothing is read where no parameter asks for what a pass would tell.
-        """
-        counted = [t for t in tensors if not t.repeats]
-        if not counted:
-            return TrimProfile(trim="model")
-        shared = counted[0].parameters
-        experts = _experts(counted)
-        # An expert of weight 0 everywhere takes no part, and its σ must not scale the others.
-        voting = [e for e in experts if any(t.expert_parameters["weight"][e] != 0 for t in _with(counted, e))]
+        if shared["trim"] == "model":
+            for expert in self._experts:
+                densities = {t.expert_parameters["density"][expert] for t in _with(tensors, expert)}
+                advice = "one threshold per expert has one density; give one number, or set trim: tensor"
+                _only(f"density of {expert}", densities, advice)
+        # Without thresholds per expert, and without the σ that λ₂ is made of, there is nothing to measure.
+        self._measures = shared["trim"] == "model" or any(_is_scaled_by_sigma(t) for t in tensors)
+        self.profile = TrimProfile(trim=shared["trim"])
         if shared["profile"]:
-            return TrimProfile.read(shared["profile"], counted, experts, voting)
-        if not self.measures(counted):
-            return TrimProfile(trim=shared["trim"])
-        measure = measure_model if shared["trim"] == "model" else measure_tensors
-        return measure(counted, experts, voting, context)
+            self._measures = False
+            counted = self._counted()
+            self.profile = TrimProfile.read(shared["profile"], counted, self._experts, self._voting(counted))
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Steps 1 to 6 for one tensor.
+    def reads(self) -> set[str]:
+        """Name the tensors whose updates are trimmed: none with a profile, nor where no parameter asks for a pass."""
+        return {t.name for t in self._counted() if not t.untouched} if self._measures else set()
 
-        Args:
-            group: base and experts, all of one shape, dtype and device.
-            **parameters: as the table of `PARAMETERS` declares them.
+    def measure(self, settings: MergeSettings) -> None:
+        """Take step 1 over the whole model, and σ of step 6: one streaming pass over all tensors."""
+        super().measure(settings)
+        if self._measures:
+            measure = measure_model if self.profile.trim == "model" else measure_tensors
+            counted = self._counted()
+            self.profile = measure(counted, self._experts, self._voting(counted), settings)
 
-        Returns:
-            The merged tensor in the dtype mergekit asked for, else the inputs'.
-        """
-        context = current_context() or MergeContext()
-        profile: TrimProfile = context.state
+    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        """Take steps 1 to 6 for one tensor."""
         base = group.base.tensor
         experts = {entry.id: entry.tensor for entry in group.non_base}
         name = group.metadata.name or "tensor"
         differing = parameters["trim"] == "differing"
-        thresholds = [0.0] * len(experts) if differing else profile.thresholds_for(group.metadata.name, experts)
+        thresholds = [0.0] * len(experts) if differing else self.profile.thresholds_for(group.metadata.name, experts)
         if thresholds is None:
             densities = {e: parameters["density"][e] for e in experts}
-            thresholds = [s.threshold for s in measure_tensor(name, base, experts, densities, context)]
+            thresholds = [s.threshold for s in measure_tensor(name, base, experts, densities, self.settings)]
         scale = parameters["lambda_orthogonal"]
         if scale == "auto":
-            scale = profile.automatic_lambda(parameters["consensus"])
+            scale = self.profile.automatic_lambda(parameters["consensus"])
         # Contiguous whatever the base's strides are, so that rows of it are views to write to.
-        merged = torch.empty(base.shape, dtype=context.out_dtype or base.dtype, device=base.device)
+        merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
         arguments: dict[str, Any] = {
             "thresholds": thresholds,
             "weights": [parameters["weight"][e] for e in experts],
             "lambda_orthogonal": scale,
             "consensus": parameters["consensus"],
-            "allow_nonfinite": context.allow_nonfinite,
+            "allow_nonfinite": self.settings.allow_nonfinite,
             "differing": max(parameters["density"][e] for e in experts) if differing else 1.0,
         }
         tensors = list(experts.values())
@@ -230,19 +223,29 @@ class NeuroMerging(PlannedMethod):
             return merged
         packed = is_packed(name)
         rows = [neuron_rows(t, packed=packed) for t in (base, *tensors)]
-        out_rows = neuron_rows(merged, packed=packed)
         energies = merge_neurons(
             rows[0],
             rows[1:],
-            out_rows,
+            neuron_rows(merged, packed=packed),
             lambda_parallel=parameters["lambda_parallel"],
             rank_energy=parameters["rank_energy"],
             spectral_exponent=parameters["spectral_exponent"],
-            scratch_bytes=context.scratch_bytes,
+            scratch_bytes=self.settings.scratch_bytes,
             **arguments,
         )
-        profile.add_energies(*energies)
+        self.profile.add_energies(*energies)
         return merged
+
+    def _counted(self) -> list[PlannedTensor]:
+        return [t for t in self._tensors if not t.repeats()]
+
+    def _voting(self, counted: Sequence[PlannedTensor]) -> list[Hashable]:
+        """An expert of weight 0 everywhere takes no part, and its σ must not scale the others."""
+        return [e for e in self._experts if any(t.expert_parameters["weight"][e] != 0 for t in _with(counted, e))]
+
+
+def _is_scaled_by_sigma(tensor: PlannedTensor) -> bool:
+    return tensor.parameters["lambda_orthogonal"] == "auto" and tensor.parameters["consensus"] == "mean"
 
 
 def _check_differing(tensors: Sequence[PlannedTensor]) -> None:
@@ -250,32 +253,21 @@ def _check_differing(tensors: Sequence[PlannedTensor]) -> None:
     for tensor in tensors:
         if tensor.parameters["profile"]:
             raise UserError("neuro_merging: profile: nothing is measured under trim: differing; remove the profile")
-        if tensor.parameters["lambda_orthogonal"] == "auto" and tensor.parameters["consensus"] == "mean":
+        if _is_scaled_by_sigma(tensor):
             raise UserError(
                 "neuro_merging: lambda_orthogonal: auto is made of what trimming by magnitude removes, which trim: "
                 "differing does not do; give a number (2 to 4 at density 0.25), or norm"
             )
-        densities = set(tensor.expert_parameters["density"].values())
-        if len(densities) > 1:
-            shown = ", ".join(sorted(map(str, densities)))
-            raise UserError(
-                f"neuro_merging: density of {tensor.name} differs between the experts ({shown}): trim: differing keeps "
-                "the same entries of all of them; give all one density"
-            )
+        only_value(
+            set(tensor.expert_parameters["density"].values()),
+            f"neuro_merging: density of {tensor.name} differs between the experts",
+            ": trim: differing keeps the same entries of all of them; give all one density",
+        )
 
 
 def _with(tensors: Sequence[PlannedTensor], expert: Hashable) -> list[PlannedTensor]:
     return [t for t in tensors if expert in t.expert_parameters["density"]]
 
 
-def _experts(tensors: Sequence[PlannedTensor]) -> list[Hashable]:
-    seen: dict[Hashable, None] = {}
-    for tensor in tensors:
-        seen.update(dict.fromkeys(tensor.expert_parameters["density"]))
-    return list(seen)
-
-
 def _only(what: str, values: set[Any], advice: str) -> None:
-    if len(values) > 1:
-        shown = ", ".join(sorted(map(str, values))[:4])
-        raise UserError(f"neuro_merging: {what} varies over the tensors ({shown}): {advice}")
+    only_value(values, f"neuro_merging: {what} varies over the tensors", f": {advice}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.select import keep_threshold, relative_norms, slice_squares
-from neuron_methods.methods.contract import MergeContext, PlannedTensor
-from neuron_methods.methods.inner import is_floating
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
 from neuron_methods.support.errors import UserError
 
@@ -28,7 +27,7 @@ class NeuronNorms:
     outgoing: dict[tuple[str, Hashable], Tensor] = field(default_factory=dict)
 
     def importance(self, block: str, expert: Hashable, source: ProfileStatistic | None) -> Tensor:
-        """Step 1, shape (neurons,), float64."""
+        """Take step 1: a block's importance to an expert, shape (neurons,), float64."""
         if source is None:
             zero = torch.zeros_like(self.base[block])
             return relative_norms(self.update.get((block, expert), zero), self.base[block])
@@ -38,22 +37,22 @@ class NeuronNorms:
         return values[block] * self.outgoing[block, expert].sqrt()
 
 
-def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], context: MergeContext) -> NeuronNorms:
-    """One streaming pass over tensors that belong to neurons.
+def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], settings: MergeSettings) -> NeuronNorms:
+    """Stream once over tensors that belong to neurons.
 
     Args:
         layout: whose slices they are.
         tensors: each counted once.
-        context: progress, and the policy on non-finite values.
+        settings: progress, and the policy on non-finite values.
 
     Raises:
         UserError: an input holds NaN or Inf, or a tensor has not one slice per neuron.
     """
     norms = NeuronNorms()
-    clean = context.allow_nonfinite
-    for tensor in context.progress("Measuring neurons", tensors):
+    clean = settings.allow_nonfinite
+    for tensor in settings.progress("Measuring neurons", tensors):
         base, found = tensor.load()
-        if not is_floating(base):
+        if base is None or not base.is_floating_point():
             continue
         slices = layout.slices[tensor.name]
         slices.check_shape(tensor.name, base)
@@ -79,67 +78,61 @@ def _add(sums: dict[Any, Tensor], key: Any, values: Tensor) -> None:
 
 
 def read_importance(
-    method: str,
-    layout: NeuronLayout,
-    tensors: Sequence[PlannedTensor],
-    parameters: Mapping[str, Mapping[Hashable, Any]],
-    expert: Hashable,
+    method: str, layout: NeuronLayout, expert: Hashable, *, importance: str, profile: str, data: str
 ) -> ProfileStatistic | None:
-    """What an expert's profile says of its neurons; None for `magnitude`, which needs none.
+    """Read what an expert's profile says of its neurons; None for `magnitude`, which needs none.
 
     Args:
         method: name for messages.
         layout: the model's neurons.
-        tensors: the plan.
-        parameters: `importance`, `profile` and `data`, per expert.
         expert: its id.
+        importance: the parameter.
+        profile: likewise, a path or "".
+        data: likewise, a source within the profile or "".
 
     Raises:
         UserError: parameters contradict each other, or the profile cannot be read, is of another model, or lacks what
             is asked of it.
     """
-    importance, path, data = (parameters[key][expert] for key in ("importance", "profile", "data"))
     if importance == "magnitude":
-        if path or data:
+        if profile or data:
             raise UserError(
-                f"{method}: {expert} has {'profile' if path else 'data'}, which importance: magnitude does not read; "
-                "set importance: activation or taylor, or leave it out"
+                f"{method}: {expert} has {'profile' if profile else 'data'}, which importance: magnitude does not "
+                "read; set importance: activation or taylor, or leave it out"
             )
         return None
-    if not path:
+    if not profile:
         raise UserError(
             f"{method}: importance: {importance} of {expert} needs profile: FILE; `mergekit-neuron profile {expert} "
             "--data ... -o FILE` makes one"
         )
-    model = next((t.model for t in tensors if t.model is not None), None)
-    if model is None:
+    if layout.model is None:
         raise UserError(
             f"{method}: importance: {importance} needs the model's config to make sure that its profile fits, and this "
             "merge is of tensors alone; use importance: magnitude, or merge model directories"
         )
-    profile = model.read_profile(path)
-    profile.check_model(layout.neurons)
+    found = layout.model.read_profile(profile)
+    found.check_model(layout.neurons)
     statistic = "mean_abs" if importance == "activation" else "taylor"
-    sources = [data] if data else profile.sources
+    sources = [data] if data else found.sources
     values = {}
     for layer in layout.neurons.neurons:
-        tokens = torch.tensor([profile.tokens(s, layer) for s in sources], dtype=torch.float64)
-        stacked = torch.stack([profile.statistic(statistic, s, layer).double() for s in sources])
+        tokens = torch.tensor([found.tokens(s, layer) for s in sources], dtype=torch.float64)
+        stacked = torch.stack([found.statistic(statistic, s, layer).double() for s in sources])
         values[layer] = (stacked * tokens.unsqueeze(1)).sum(dim=0) / tokens.sum().clamp(min=1)
     return statistic, values
 
 
 def select(
-    importances: dict[str, Tensor], blocks: Sequence[Slices], densities: dict[str, float], scope: str, expert: Hashable
+    importances: dict[str, Tensor], blocks: Sequence[Slices], densities: dict[str, float], scope: str
 ) -> dict[str, Tensor]:
-    """Step 2: which neurons an expert keeps.
+    """Take step 2: which neurons an expert keeps.
 
     Args:
         importances: block -> importance, shape (neurons,).
         blocks: the blocks, of one kind.
         densities: block -> share of neurons kept; the same wherever blocks are ranked together.
         scope: `model` ranks all blocks together, `layer` those of a layer.
-        expert: for messages.
 
     Returns:
         Block -> bool, shape (neurons,).

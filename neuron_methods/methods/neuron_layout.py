@@ -7,9 +7,9 @@ of its own. Everything else, embeddings, norms, heads and the bias of the down p
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class NeuronLayout:
     """Every tensor of a plan that belongs to neurons.
 
     Attributes:
-        neurons: the model's MLP neurons.
+        model: the model that the plan writes; None where only tensors are merged.
+        neurons: its MLP neurons.
         slices: tensor name -> whose its slices are; tensors of nobody are missing.
     """
 
@@ -69,7 +70,8 @@ class NeuronLayout:
         Raises:
             UserError: the model's family is unknown, or none of its MLP tensors is there.
         """
-        self.neurons = plan_neurons(tensors, method)
+        self.model = next((tensor.model for tensor in tensors if tensor.model is not None), None)
+        self.neurons = neuron_map(self.model.config) if self.model is not None else _inferred(tensors, method)
         names = {tensor.name for tensor in tensors}
         self.slices: dict[str, Slices] = {}
         rows = 0
@@ -92,21 +94,14 @@ class NeuronLayout:
                     self.slices[name] = Slices(weight, _layer_of(name), "attention", axis)
 
     def of_kind(self, tensors: Iterable[PlannedTensor], *kinds: str) -> list[PlannedTensor]:
-        """The tensors that belong to neurons of these kinds; without kinds, those that belong to none."""
+        """List the tensors that belong to neurons of these kinds; without kinds, those that belong to none."""
         if not kinds:
             return [t for t in tensors if t.name not in self.slices]
         return [t for t in tensors if t.name in self.slices and self.slices[t.name].kind in kinds]
 
 
-def plan_neurons(tensors: Sequence[PlannedTensor], method: str) -> NeuronMap:
-    """The MLP neurons of the model that a plan writes: by its config, or by its tensors where there is no config.
-
-    Raises:
-        UserError: the model's family is unknown.
-    """
-    model = next((tensor.model for tensor in tensors if tensor.model is not None), None)
-    if model is not None:
-        return neuron_map(model.config)
+def _inferred(tensors: Sequence[PlannedTensor], method: str) -> NeuronMap:
+    """The MLP neurons of a model of which only the tensors are known."""
     by_name = {tensor.name: tensor for tensor in tensors}
 
     def shape_of(name: str) -> Sequence[int]:
@@ -117,63 +112,6 @@ def plan_neurons(tensors: Sequence[PlannedTensor], method: str) -> NeuronMap:
         return infer_neurons(by_name, shape_of)
     except UserError as error:
         raise UserError(f"{method}: {error}") from None
-
-
-def agreed(
-    method: str, tensors: Sequence[PlannedTensor], names: Iterable[str], experts: Iterable[Hashable], where: str
-) -> tuple[dict[str, Any], dict[str, dict[Hashable, Any]]]:
-    """Parameters that have to be the same for all of some tensors, because one neuron owns slices of all of them.
-
-    Args:
-        method: name for messages.
-        tensors: at least one.
-        names: the parameters.
-        experts: ids.
-        where: what the tensors are, for messages: "layers.3", "the whole model".
-
-    Returns:
-        (shared parameters, {parameter: {expert id: value}}).
-
-    Raises:
-        UserError: one of them varies.
-    """
-    shared: dict[str, Any] = {}
-    per_expert: dict[str, dict[Hashable, Any]] = {}
-    for name in names:
-        if name in tensors[0].parameters:
-            shared[name] = _one(method, name, where, {t.parameters[name] for t in tensors})
-            continue
-        per_expert[name] = {}
-        for expert in experts:
-            values = {t.expert_parameters[name][expert] for t in tensors if expert in t.expert_parameters[name]}
-            if values:
-                per_expert[name][expert] = _one(method, f"{name} of {expert}", where, values)
-    return shared, per_expert
-
-
-def experts_of(tensors: Iterable[PlannedTensor]) -> list[Hashable]:
-    """Ids of all experts of a plan, in its order."""
-    seen: dict[Hashable, None] = {}
-    for tensor in tensors:
-        for values in tensor.expert_parameters.values():
-            seen.update(dict.fromkeys(values))
-    return list(seen)
-
-
-def present(values: Mapping[Hashable, Any], experts: Iterable[Hashable]) -> list[Any]:
-    """Values of these experts, in their order."""
-    return [values[expert] for expert in experts]
-
-
-def _one(method: str, what: str, where: str, values: set[Any]) -> Any:
-    if len(values) > 1:
-        shown = ", ".join(sorted(map(str, values))[:4])
-        raise UserError(
-            f"{method}: {what} varies over the tensors of {where} ({shown}), but a neuron is merged whole; "
-            "give one value, or a filter that covers all of them"
-        )
-    (value,) = values
-    return value
 
 
 def _of_mlp(owner: Ownership) -> Slices:

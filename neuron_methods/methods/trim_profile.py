@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
-from neuron_methods.methods.contract import MergeContext, PlannedTensor
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_json
 
@@ -202,7 +202,7 @@ def measure_model(
     tensors: Sequence[PlannedTensor],
     experts: Sequence[Hashable],
     voting: Sequence[Hashable],
-    context: MergeContext,
+    settings: MergeSettings,
 ) -> TrimProfile:
     """One exact threshold and σ per expert over all tensors, in memory bounded by one tensor.
 
@@ -210,7 +210,7 @@ def measure_model(
         tensors: the plan's tensors, each counted once.
         experts: ids in a fixed order.
         voting: experts whose σ counts.
-        context: progress and the policy on non-finite values.
+        settings: progress and the policy on non-finite values.
 
     Raises:
         UserError: an input holds NaN or Inf.
@@ -220,12 +220,12 @@ def measure_model(
         density = density_of(tensors, expert)
         assert not isinstance(density, str)  # NeuroMerging.check has refused that
         searches[expert] = ThresholdSearch(density)
-    for expert, runs in _sample(tensors, experts, context).items():
+    for expert, runs in _sample(tensors, experts, settings).items():
         searches[expert].bracket_from_sample(runs)
     open_searches = dict(searches)
     label = "Measuring trim thresholds"
     while open_searches:
-        for tensor in context.progress(label, tensors):
+        for tensor in settings.progress(label, tensors):
             if tensor.untouched:
                 for expert in tensor.expert_parameters["density"].keys() & open_searches.keys():
                     open_searches[expert].count_zeros(tensor.entries or 0)
@@ -237,7 +237,7 @@ def measure_model(
                     base,
                     {e: found[e] for e in open_searches if e in found},
                     open_searches,
-                    context,
+                    settings,
                 )
         open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
         label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
@@ -253,7 +253,7 @@ def measure_tensors(
     tensors: Sequence[PlannedTensor],
     experts: Sequence[Hashable],
     voting: Sequence[Hashable],
-    context: MergeContext,
+    settings: MergeSettings,
 ) -> TrimProfile:
     """Thresholds per tensor and expert, and each expert's σ over the whole model under them."""
     entries, total, removed = (
@@ -262,7 +262,7 @@ def measure_tensors(
         dict.fromkeys(experts, 0.0),
     )
     thresholds: dict[str, dict[Hashable, float]] = {}
-    for tensor in context.progress("Measuring trim thresholds", tensors):
+    for tensor in settings.progress("Measuring trim thresholds", tensors):
         if tensor.untouched:
             for expert in tensor.expert_parameters["density"]:
                 entries[expert] += tensor.entries or 0
@@ -270,7 +270,7 @@ def measure_tensors(
         base, found = tensor.load()
         if base is None or not base.is_floating_point() or not found:
             continue
-        searches = measure_tensor(tensor.name, base, found, tensor.expert_parameters["density"], context)
+        searches = measure_tensor(tensor.name, base, found, tensor.expert_parameters["density"], settings)
         thresholds[tensor.name] = {e: s.threshold or 0.0 for e, s in zip(found, searches, strict=True)}
         for expert, search in zip(found, searches, strict=True):
             entries[expert] += search.entries
@@ -291,16 +291,16 @@ def measure_tensor(
     base: Tensor,
     experts: Mapping[Hashable, Tensor],
     densities: Mapping[Hashable, float],
-    context: MergeContext,
+    settings: MergeSettings,
 ) -> list[ThresholdSearch]:
     """Finished searches of one tensor's experts, in their order (`trim: tensor`)."""
     searches = {e: ThresholdSearch(densities[e]) for e in experts}
     starts = range(0, base.numel(), max(int(_RUN / _SHARE), base.numel() // _RUNS))
     for expert, tensor in experts.items():
-        searches[expert].bracket_from_sample([_runs(base, tensor, starts, context)])
+        searches[expert].bracket_from_sample([_runs(base, tensor, starts, settings)])
     open_searches = dict(searches)
     while open_searches:
-        _count(name, base, {e: experts[e] for e in open_searches}, open_searches, context)
+        _count(name, base, {e: experts[e] for e in open_searches}, open_searches, settings)
         open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
     return list(searches.values())
 
@@ -310,11 +310,11 @@ def _count(
     base: Tensor,
     experts: Mapping[Hashable, Tensor],
     searches: Mapping[Hashable, ThresholdSearch],
-    context: MergeContext,
+    settings: MergeSettings,
 ) -> None:
     ids = list(experts)
     for index, chunk in task_vector_chunks(base, list(experts.values())):
-        if context.allow_nonfinite:
+        if settings.allow_nonfinite:
             chunk.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         searches[ids[index]].count(chunk)
     for expert in ids:
@@ -327,7 +327,7 @@ def _count(
 
 
 def _sample(
-    tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], context: MergeContext
+    tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], settings: MergeSettings
 ) -> dict[Hashable, list[Tensor]]:
     sizes = [_size(tensor) for tensor in tensors]
     spacing = max(int(_RUN / _SHARE), sum(sizes) // _RUNS)
@@ -344,7 +344,7 @@ def _sample(
             continue
         base, found = tensor.load()
         for expert, values in found.items():
-            runs[expert].append(_runs(base, values, starts, context))
+            runs[expert].append(_runs(base, values, starts, settings))
     return runs
 
 
@@ -355,7 +355,7 @@ def _size(tensor: PlannedTensor) -> int:
     return base.numel() if base is not None and base.is_floating_point() else 0
 
 
-def _runs(base: Tensor, expert: Tensor, starts: range, context: MergeContext) -> Tensor:
+def _runs(base: Tensor, expert: Tensor, starts: range, settings: MergeSettings) -> Tensor:
     """|τ| of the runs that begin at `starts`, the last of them where the tensor's last run begins."""
     base, expert = base.reshape(-1), expert.reshape(-1)
     length = min(_RUN, len(base))
@@ -363,4 +363,4 @@ def _runs(base: Tensor, expert: Tensor, starts: range, context: MergeContext) ->
     index = first.unsqueeze(1) + torch.arange(length, device=base.device)
     origin = base[index].float()
     runs = fill_task_vector(torch.empty_like(origin), expert[index], origin).abs_().cpu()
-    return runs.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if context.allow_nonfinite else runs
+    return runs.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if settings.allow_nonfinite else runs

@@ -167,8 +167,7 @@ def merge_to_adapter(
             run.write_card(staging, target.name)
             _mark_card(staging / "README.md")
         else:
-            state = session.context.state if session.context is not None else None
-            notes = companion.finish(run, staging, target.name, state)
+            notes = companion.finish(run, staging, target.name, session.prepared)
         give_ordinary_permissions(staging)
         move_into_place(staging, target, force)
     seconds = time.perf_counter() - started

@@ -8,11 +8,11 @@ from typing import Any
 from mergekit.merge_methods.base import MergeMethod
 from pydantic import BaseModel
 
-from neuron_methods.methods.inner import CompositeMethod, configured_values
+from neuron_methods.methods.delegation import DelegatingMethod, configured_values
 
 
 def configured(method: MergeMethod, configuration: BaseModel) -> MergeMethod:
-    """The method as a configuration uses it: one that has inner methods also declares their parameters.
+    """The method as a configuration uses it: one that delegates tensors to others also declares their parameters.
 
     Args:
         method: any registered method.
@@ -22,9 +22,9 @@ def configured(method: MergeMethod, configuration: BaseModel) -> MergeMethod:
         `method` itself, or a copy whose spec is wider.
 
     Raises:
-        UserError: the configuration names an inner method that there is not.
+        UserError: the configuration names a method that there is not.
     """
-    if not isinstance(method, CompositeMethod):
+    if not isinstance(method, DelegatingMethod):
         return method
     words: dict[str, list[Any]] = {slot: [] for slot in method.slots}
     for parameters in _parameters(configuration):

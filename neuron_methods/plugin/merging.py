@@ -21,11 +21,11 @@ import mergekit.merge
 import mergekit.tokenizer.build
 from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoaderCache, LoadTensor
-from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from neuron_methods.methods.contract import MergeContext, PlannedMethod
+from neuron_methods.methods.contract import PreparedMerge
+from neuron_methods.methods.neuro_merging import PreparedNeuroMerging
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import opened_models
@@ -122,7 +122,8 @@ class Companion:
         on_plan: called with the run and mergekit's planner once the plan stands, before any tensor is merged.
         on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
         finish: called with the run, the written and verified directory before it is moved into place, its name, and
-            what the method measured; writes README.md and what else goes beside the weights, and returns notes.
+            the merge by a method of ours, if it is one; writes README.md and what else goes beside the weights, and
+            returns notes.
     """
 
     finish: Callable[[MergeRun, Path, str, Any], list[str]]
@@ -173,7 +174,7 @@ def merge_to_directory(
     def look(planner: Any) -> None:
         run.inspect(planner)
         if profile_place is not None:
-            _check_profile_wanted(run.plan, session.context)
+            _check_profile_wanted(run.plan, session.prepared)
         check_space(run.plan, str(target.parent))
         if companion is not None and companion.on_plan is not None:
             companion.on_plan(run, planner)
@@ -189,12 +190,11 @@ def merge_to_directory(
             run.copy_companions(staging)
             run.execute(staging, session)
             verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options)
-            state = session.context.state if session.context is not None else None
             if companion is None:
                 run.write_card(staging, target.name)
             else:
-                run.plan.notes += companion.finish(run, staging, target.name, state)
-            profile = state if isinstance(state, TrimProfile) else None
+                run.plan.notes += companion.finish(run, staging, target.name, session.prepared)
+            profile = session.prepared.profile if isinstance(session.prepared, PreparedNeuroMerging) else None
             with ExitStack() as later:
                 if profile_place is not None and profile is not None and target in profile_place.parents:
                     within = staging / profile_place.relative_to(target)
@@ -211,8 +211,7 @@ def merge_to_directory(
                 need = format_bytes(run.plan.bytes_to_write)
                 raise UserError(f"{out_path}: no space left on the disk, or for a file ({need} to write)") from error
             raise
-    method = registry.get(run.configuration.merge_method)
-    found = method.findings(state) if isinstance(method, PlannedMethod) and state is not None else []
+    found = session.prepared.findings() if session.prepared is not None else []
     notes = [*found, *run.plan.notes]
     if session.nonfinite:
         notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(session.nonfinite)}")
@@ -371,8 +370,8 @@ def _profile_place(profile_out: str | None, target: Path) -> Path | None:
     return place
 
 
-def _check_profile_wanted(plan: MergePlan, context: MergeContext | None) -> None:
-    if context is None:
+def _check_profile_wanted(plan: MergePlan, prepared: PreparedMerge | None) -> None:
+    if prepared is None:
         raise UserError(f"--profile-out: {plan.method} measures no trim profile; neuro_merging does")
     if not plan.measures and not any(shared.get("profile") for shared, _ in plan.parameters.values()):
         raise UserError(

@@ -8,12 +8,13 @@ its executors schedule them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import dtype_from_name
+from mergekit.common import ImmutableMap
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods import registry
@@ -21,7 +22,14 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 from tqdm import tqdm
 
-from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedMethod, PlannedTensor, merge_context
+from neuron_methods.methods.contract import (
+    PREPARED,
+    MergeSettings,
+    ModelFacts,
+    PlannedMethod,
+    PlannedTensor,
+    PreparedMerge,
+)
 from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
 from neuron_methods.plugin.session import MergeSession, current_session
@@ -33,26 +41,17 @@ class MethodPlan:
     """The plan of one merge by a method of ours.
 
     Attributes:
-        method: the method.
-        tensors: every tensor it will merge.
-        context: goes with the merge; its state is set by `measure`.
-        device: where tensors are measured.
+        prepared: the merge.
+        settings: how it is run.
+        known_values: what tasks that are not to be run again have returned; planned tensors are read with them.
     """
 
-    method: PlannedMethod
-    tensors: list[PlannedTensor]
-    context: MergeContext
-    device: str = "cpu"
-    known_values: dict[Task, Any] = field(default_factory=dict)
-
-    def measure(self) -> MergeContext:
-        """Run the method's measuring pass once."""
-        if self.context.state is None:
-            self.context.state = self.method.measure(self.tensors, self.context)
-        return self.context
+    prepared: PreparedMerge
+    settings: MergeSettings
+    known_values: dict[Task, Any]
 
 
-class MeasureTask(Task[MergeContext], arbitrary_types_allowed=True):
+class MeasureTask(Task[PreparedMerge], arbitrary_types_allowed=True):
     """Stream over all tensors of a merge before the first is merged."""
 
     plan: MethodPlan
@@ -62,11 +61,12 @@ class MeasureTask(Task[MergeContext], arbitrary_types_allowed=True):
         """The tokenizer, where embeddings have to be aligned before they can be measured."""
         return {"tokenizer_info": self.tokenizer_task} if self.tokenizer_task is not None else {}
 
-    def execute(self, **kwargs: Any) -> MergeContext:
-        """Measure; the context carries the result to every tensor."""
+    def execute(self, **kwargs: Any) -> PreparedMerge:
+        """Measure; the merge carries what was found to every tensor."""
         if self.tokenizer_task is not None:
             self.plan.known_values[self.tokenizer_task] = kwargs["tokenizer_info"]
-        return self.plan.measure()
+        self.plan.prepared.measure(self.plan.settings)
+        return self.plan.prepared
 
     def priority(self) -> int:
         """Before anything else that is ready."""
@@ -80,7 +80,7 @@ class MeasureTask(Task[MergeContext], arbitrary_types_allowed=True):
 # mergekit 0.1.5's in-memory planner wraps a task in one that demands a `Task[Tensor]`; its own is a
 # `Task[Optional[Tensor]]`, and planning in memory ends in a TypeError whatever the method.
 class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_allowed=True):
-    """Merge one tensor within the context of the whole merge."""
+    """Merge one tensor as part of the whole merge."""
 
     measure: MeasureTask | None = None
     session: MergeSession | None = None
@@ -88,10 +88,10 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
     entries: int | None = None
 
     def arguments(self) -> dict[str, Task]:
-        """The tensors, and the measured context where the method is ours; only the base where it is to be copied."""
+        """The tensors, and the measured merge where the method is ours; only the base where it is to be copied."""
         arguments = super().arguments() if self.copy_of is None else {"base": self.copy_of}
         if self.measure is not None:
-            arguments["context"] = self.measure
+            arguments["prepared"] = self.measure
         return arguments
 
     def group_label(self) -> str | None:
@@ -101,7 +101,7 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
     def execute(
         self,
         tensors: dict[Hashable, Tensor] | None = None,
-        context: MergeContext | None = None,
+        prepared: PreparedMerge | None = None,
         base: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
@@ -112,11 +112,14 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
             with self.session.merging(self.output_weight.name, {self.copy_of.model: base}) as inspect:
                 return inspect(base)
         assert tensors is not None
+        task = self
+        if prepared is not None:
+            parameters = ImmutableMap({**dict(self.parameters.items()), PREPARED: prepared})
+            task = self.model_copy(update={"parameters": parameters})
         if self.session is None:
-            with merge_context(context):
-                return super().execute(tensors=tensors)
-        with self.session.merging(self.output_weight.name, tensors) as inspect, merge_context(context):
-            return inspect(super().execute(tensors=tensors))
+            return ExecuteMergeMethodTask.execute(task, tensors=tensors)
+        with self.session.merging(self.output_weight.name, tensors) as inspect:
+            return inspect(ExecuteMergeMethodTask.execute(task, tensors=tensors))
 
 
 def configure_planner(planner: Any) -> None:
@@ -215,23 +218,33 @@ def attach(
         The same list with `PlannedMergeTask`s.
     """
     session = current_session()
-    context = MergeContext(out_dtype=dtype_from_name(out_dtype))
+    known_values: dict[Task, Any] = {}
+
+    @cache
+    def repeating() -> frozenset[str]:
+        counted: set[str] = set()
+        for weight, task in tasks:
+            if not repeats_tied(weight, task, counted):
+                counted.add(weight.name)
+        return frozenset(weight.name for weight, _ in tasks) - counted
+
+    prepared = method.prepare(
+        [
+            replace(
+                _planned_tensor(known_values, device, weight, task),
+                repeats=lambda name=weight.name: name in repeating(),
+                model=model,
+            )
+            for weight, task in tasks
+        ]
+    )
     if session is not None:
-        context.allow_nonfinite = session.allow_nonfinite
-        session.context = context
+        session.prepared = prepared
         quiet = session.quiet
+    settings = MergeSettings(allow_nonfinite=session is not None and session.allow_nonfinite)
     if not quiet:
-        context.progress = _progress
-    plan = MethodPlan(method, [], context, device)
-    plan.tensors = [replace(_planned_tensor(plan, weight, task), model=model) for weight, task in tasks]
-    method.check(plan.tensors)
-    # Only now: whether stored weights repeat others can be told by reading them.
-    counted: set[str] = set()
-    for index, (weight, task) in enumerate(tasks):
-        if repeats_tied(weight, task, counted):
-            plan.tensors[index] = replace(plan.tensors[index], repeats=True)
-        else:
-            counted.add(weight.name)
+        settings = replace(settings, progress=_progress)
+    plan = MethodPlan(prepared, settings, known_values)
     measure = MeasureTask(plan=plan, tokenizer_task=tokenizer_task)
     return [
         (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype or task.out_dtype}))
@@ -255,7 +268,9 @@ def _with_adapters(
     return PlannedMergeTask(**{**dict(prepared), "copy_of": copy_of, "entries": entries})
 
 
-def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMethodTask) -> PlannedTensor:
+def _planned_tensor(
+    known_values: Mapping[Task, Any], device: str, weight: WeightInfo, task: ExecuteMergeMethodTask
+) -> PlannedTensor:
     expert_parameters: dict[str, dict[Hashable, Any]] = {}
     for model in task.model_order:
         for name, value in task.input_parameters[model].items():
@@ -263,10 +278,10 @@ def _planned_tensor(plan: MethodPlan, weight: WeightInfo, task: ExecuteMergeMeth
 
     def load() -> tuple[Tensor | None, dict[Hashable, Tensor]]:
         # mergekit-pytorch hands out None for what a model lacks.
-        found = evaluate_task(task.gather_tensors, plan.known_values)
+        found = evaluate_task(task.gather_tensors, known_values)
         tensors = {model: tensor for model, tensor in found.items() if tensor is not None}
-        if plan.device != "cpu":
-            tensors = {model: tensor.to(plan.device) for model, tensor in tensors.items()}
+        if device != "cpu":
+            tensors = {model: tensor.to(device) for model, tensor in tensors.items()}
         return tensors.pop(task.base_model, None), tensors
 
     return PlannedTensor(

@@ -21,7 +21,7 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
 from neuron_methods.kernels.rows import CACHE_BYTES
-from neuron_methods.methods.contract import PlannedMethod, PlannedTensor
+from neuron_methods.methods.contract import PlannedMethod
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import format_bytes
 
@@ -133,9 +133,7 @@ def inspect_plan(planner: Any) -> MergePlan:
         out_shard_size=planner.options.out_shard_size,
         streams=isinstance(method, PlannedMethod),
     )
-    planned = _planned_tensors(planner)
-    if isinstance(method, PlannedMethod) and method.measures(planned):
-        plan.measured = {t.name for t in planned if not t.repeats and not t.untouched}
+    plan.measured = next((t.measure.plan.prepared.reads() for _, t in planner._tensors if t.measure is not None), set())
     headers = HeaderCache()
     files: dict[ModelReference, Counter[str]] = {}
     aligned = planner._tokenizer_task is not None or planner.options.unsafe_truncate_embeddings
@@ -258,10 +256,6 @@ def open_safetensors(path: str) -> Any:
 def header_of(tensor: Tensor) -> Header:
     """Header of a tensor in memory."""
     return Header(tuple(tensor.shape), tensor.dtype)
-
-
-def _planned_tensors(planner: Any) -> list[PlannedTensor]:
-    return next((task.measure.plan.tensors for _, task in planner._tensors if task.measure is not None), [])
 
 
 def _gather(task: Any) -> GatherTensors:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from neuron_methods.methods.contract import MergeContext
+from neuron_methods.methods.contract import PreparedMerge
 from neuron_methods.support.errors import UserError
 
 
@@ -30,7 +30,7 @@ class MergeSession:
         on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
         allow_nonfinite: go on where a tensor holds NaN or Inf.
         quiet: no progress bars.
-        context: the context of our method's merge, None for mergekit's own methods.
+        prepared: the merge by a method of ours, None for mergekit's own methods.
         planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
         nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
     """
@@ -39,7 +39,7 @@ class MergeSession:
     on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
     allow_nonfinite: bool = False
     quiet: bool = False
-    context: MergeContext | None = None
+    prepared: PreparedMerge | None = None
     planned_tensors: int = 0
     nonfinite: list[str] = field(default_factory=list)
     _bar: tqdm | None = field(default=None, repr=False)

@@ -20,8 +20,8 @@ from neuron_methods.evaluation.tuning.trace import Trace
 from neuron_methods.plugin import merging
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
-from tests.methods.plans import write_groups
 from tests.profiling import tiny
+from tests.support.plans import write_groups
 
 L1, L2 = "lambda_parallel", "lambda_orthogonal"
 FILE = "questions.jsonl"

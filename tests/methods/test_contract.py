@@ -1,9 +1,9 @@
-"""What methods of ours share: parameters with names and ranges, the context of a merge, the plan in memory."""
+"""What methods of ours share: parameters with names and ranges, the steps of a merge, the plan in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,12 +21,12 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from neuron_methods.methods.contract import (
-    MergeContext,
+    PREPARED,
+    MergeSettings,
     PlannedMethod,
     PlannedTensor,
+    PreparedMerge,
     choice,
-    current_context,
-    merge_context,
     number,
     number_or,
 )
@@ -96,87 +96,75 @@ class Recorder(PlannedMethod):
     )
 
     def __init__(self) -> None:
-        self.checked: list[Sequence[PlannedTensor]] = []
-        self.measured: list[Sequence[PlannedTensor]] = []
-        self.contexts: list[MergeContext | None] = []
+        self.prepared: list[Sequence[PlannedTensor]] = []
+        self.measured: list[MergeSettings] = []
+        self.merged: list[str | None] = []
         self.dtypes: list[list[torch.dtype]] = []
+        self.written: list[torch.dtype] = []
         self.gradients: list[bool] = []
         self.refuse = False
 
-    def check(self, tensors: Sequence[PlannedTensor]) -> None:
-        self.checked.append(tensors)
+    def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMerge:
+        self.prepared.append(tensors)
         if self.refuse:
             raise UserError("refused")
+        return Recording(self)
 
-    def measure(self, tensors: Sequence[PlannedTensor], context: MergeContext) -> Any:
-        self.measured.append(tensors)
-        self.gradients.append(torch.is_grad_enabled())
-        return {"measured": len(tensors)}
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        context = current_context()
-        self.contexts.append(context)
-        self.dtypes.append([entry.tensor.dtype for entry in group.entries])
-        self.gradients.append(torch.is_grad_enabled())
-        assert context is not None
-        return group.base.tensor.to(context.out_dtype or torch.float32)
+class Recording(PreparedMerge):
+    def __init__(self, method: Recorder) -> None:
+        self.method = method
+
+    def measure(self, settings: MergeSettings) -> None:
+        self.method.measured.append(settings)
+        self.method.gradients.append(torch.is_grad_enabled())
+
+    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        self.method.merged.append(group.metadata.name)
+        self.method.dtypes.append([entry.tensor.dtype for entry in group.entries])
+        self.method.written.append(out_dtype)
+        self.method.gradients.append(torch.is_grad_enabled())
+        return group.base.tensor.to(out_dtype)
 
 
 def models(**tensors: Tensor) -> dict[str, dict[str, Tensor]]:
     return {"base": tensors, "a": {name: tensor + 1 for name, tensor in tensors.items()}}
 
 
-def test_a_merge_in_memory_is_checked_and_measured_once_over_all_tensors() -> None:
+def test_a_merge_in_memory_is_prepared_and_measured_once_over_all_tensors() -> None:
     method = Recorder()
     merge_state_dicts(models(x=torch.zeros(2), y=torch.ones(3, 4)), method, base="base", parameters={"weight": [0.5]})
-    assert len(method.checked) == len(method.measured) == 1
-    tensors = method.measured[0]
-    assert [t.name for t in tensors] == ["x", "y"]
+    (tensors,) = method.prepared
+    assert len(method.measured) == 1
+    assert [t.name for t in tensors] == method.merged == ["x", "y"]
     assert [t.parameters for t in tensors] == [{"shared": "x"}] * 2
     assert [dict(t.expert_parameters["weight"]) for t in tensors] == [{"a": 0.5}] * 2
     base, experts = tensors[1].load()
     assert base.tolist() == torch.ones(3, 4).tolist()
     assert {e: t.tolist() for e, t in experts.items()} == {"a": torch.full((3, 4), 2.0).tolist()}
-    assert [context.state for context in method.contexts] == [{"measured": 2}] * 2
 
 
-def test_what_check_refuses_is_not_measured() -> None:
+def test_what_is_refused_is_neither_measured_nor_merged() -> None:
     method = Recorder()
     method.refuse = True
     with pytest.raises(UserError, match="refused"):
         merge_state_dicts(models(x=torch.zeros(2)), method, base="base")
-    assert method.measured == method.contexts == []
+    assert method.measured == method.merged == []
 
 
-def test_a_context_that_was_measured_is_not_measured_again() -> None:
+def test_a_merge_that_comes_prepared_is_not_prepared_again() -> None:
     method = Recorder()
-    context = MergeContext(state="known", scratch_bytes=7)
-    with merge_context(context):
-        merge_state_dicts(models(x=torch.zeros(2)), method, base="base")
-    assert method.measured == []
-    assert (method.contexts[0].state, method.contexts[0].scratch_bytes) == ("known", 7)
+    group = TensorGroup.from_tensors([torch.zeros(2), torch.ones(2)], base_index=0, name="x")
+    (merged,) = method._execute_resolved((group,), [{PREPARED: Recording(method)}], out_dtype=torch.float16)
+    assert method.prepared == method.measured == []
+    assert method.merged == ["x"]
+    assert merged.dtype == torch.float16
 
 
-def test_a_context_without_state_keeps_its_settings_and_stays_as_it_was() -> None:
+def test_no_tensors_are_merged_to_none() -> None:
     method = Recorder()
-    context = MergeContext(allow_nonfinite=True, scratch_bytes=7)
-    with merge_context(context):
-        merge_state_dicts(models(x=torch.zeros(2)), method, base="base")
-        merge_state_dicts(models(x=torch.zeros(2), y=torch.zeros(2)), method, base="base")
-    assert [len(tensors) for tensors in method.measured] == [1, 2]
-    assert context.state is None
-    assert all(found.allow_nonfinite and found.scratch_bytes == 7 for found in method.contexts)
-
-
-def test_contexts_nest_and_end() -> None:
-    outer, inner = MergeContext(), MergeContext()
-    assert current_context() is None
-    with merge_context(outer):
-        with pytest.raises(ZeroDivisionError), merge_context(inner):
-            assert current_context() is inner
-            raise ZeroDivisionError
-        assert current_context() is outer
-    assert current_context() is None
+    assert merge_state_dicts({"base": {}, "a": {}}, method, base="base") == {}
+    assert method.prepared == []
 
 
 def test_inputs_come_in_the_dtype_they_are_stored_in() -> None:
@@ -191,7 +179,7 @@ def test_inputs_come_in_the_dtype_they_are_stored_in() -> None:
         method = Recorder()
         merged = merge_state_dicts(stored, method, base="base", dtype=dtype, out_dtype=out_dtype)
         assert method.dtypes == [[torch.float16, torch.float16]]
-        assert method.contexts[0].out_dtype == merged["x"].dtype == written
+        assert method.written == [merged["x"].dtype] == [written]
 
 
 def test_mixed_dtypes_are_promoted_and_not_rounded() -> None:
@@ -217,7 +205,7 @@ def test_tied_weights_in_memory_repeat() -> None:
     expert = torch.ones(2)
     experts = {"x": expert, "tied": expert, "copied": torch.ones(2), "empty": torch.zeros(0)}
     merge_state_dicts({"base": stored, "a": experts}, method, base="base")
-    assert {t.name: t.repeats for t in method.measured[0]} == {
+    assert {t.name: t.repeats() for t in method.prepared[0]} == {
         "x": False,
         "tied": True,
         "copied": False,
@@ -225,7 +213,7 @@ def test_tied_weights_in_memory_repeat() -> None:
     }
     untied = Recorder()
     merge_state_dicts({"base": stored, "a": {**experts, "tied": torch.ones(2)}}, untied, base="base")
-    assert not any(t.repeats for t in untied.measured[0])
+    assert not any(t.repeats() for t in untied.prepared[0])
 
 
 def test_a_plan_that_nobody_showed_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from mergekit.merge_methods import PerGroupValues, TensorGroup, get, merge_state_dicts, merge_tensors
 
 from neuron_methods.support.errors import UserError
-from tests.methods.tensors import StateDict, assert_agree, make_experts, make_model, merge, merge_models, randoms, rows
+from tests.support.tensors import StateDict, assert_agree, make_experts, make_model, merge, merge_models, randoms, rows
 
 
 def test_parameters_come_as_scalars_sequences_and_mappings() -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 import neuron_methods
-from neuron_methods.methods.contract import MergeContext
-from neuron_methods.methods.min_merging import MinMerging, Selection
+from neuron_methods.methods.contract import MergeSettings
+from neuron_methods.methods.min_merging import MinMerging, PreparedMinMerging
 from neuron_methods.neurons import neuron_map
 from neuron_methods.support.errors import UserError
-from tests.methods.plans import copied, merge, models, neuron, permuted, plan, write_profile
 from tests.support.checkpoints import FAMILIES, StateDict, build
+from tests.support.plans import copied, merge, models, neuron, permuted, plan, write_profile
 
 neuron_methods.register()
 
@@ -37,10 +37,11 @@ def llama() -> tuple[PretrainedConfig, StateDict, dict[str, StateDict]]:
     return models("llama-untied")
 
 
-def selection(config: Any, base: Any, experts: Any, shared: Any = None, own: Any = None) -> Selection:
+def selection(config: Any, base: Any, experts: Any, shared: Any = None, own: Any = None) -> PreparedMinMerging:
     method, tensors = plan(METHOD, config, base, experts, shared, own)
-    method.check(tensors)
-    return method.measure(tensors, MergeContext())
+    prepared = method.prepare(tensors)
+    prepared.measure(MergeSettings())
+    return prepared
 
 
 # -------------------------------------------------------------------------- a reference, one neuron at a time
@@ -177,7 +178,7 @@ def test_step_2_keeps_the_top_share(llama: Any, scope: str) -> None:
     assert found.kept == dict.fromkeys(experts, (13, 48) if scope == "model" else (14, 48))
     both = sum(int((found.coefficients[layer.key] > 0).all(dim=0).sum()) for layer in neuron_map(config).layers)
     lines = [f"{e}: keeps {found.kept[e][0]} of 48 MLP neurons ({found.kept[e][0] / 48:.1%})" for e in experts]
-    assert METHOD.findings(found) == [*lines, f"MLP neurons that several experts keep: {both}"]
+    assert found.findings() == [*lines, f"MLP neurons that several experts keep: {both}"]
     per_layer = [int(found.coefficients[layer.key][0].sum()) for layer in neuron_map(config).layers]
     assert per_layer == [7, 7] if scope == "layer" else sum(per_layer) == 13
 
@@ -194,8 +195,8 @@ def test_step_2_density_may_vary_by_layer_under_scope_layer(llama: Any) -> None:
         density = 1.0 if ".layers.0." in tensor.name else 0.5
         own = {**tensor.expert_parameters, "density": dict.fromkeys(experts, density)}
         layered.append(type(tensor)(**{**vars(tensor), "expert_parameters": own}))
-    method.check(layered)
-    found = method.measure(layered, MergeContext())
+    found = method.prepare(layered)
+    found.measure(MergeSettings())
     assert [int(found.coefficients[f"layers.{i}"][0].sum()) for i in range(2)] == [24, 13]
 
 
@@ -374,7 +375,7 @@ def test_a_parameter_that_splits_a_neuron_is_refused(llama: Any, name: str) -> N
         own = {**tensor.expert_parameters, name: dict.fromkeys(llama[2], value)}
         split.append(type(tensor)(**{**vars(tensor), "expert_parameters": own}))
     with pytest.raises(UserError, match=f"{name} of expert-a varies .* merged whole"):
-        method.check(split)
+        method.prepare(split)
 
 
 def test_nonfinite_weights_are_refused(llama: Any) -> None:

@@ -7,15 +7,16 @@ from itertools import permutations
 import pytest
 import torch
 
-from neuron_methods.methods.contract import MergeContext, merge_context
+from neuron_methods.methods.contract import MergeSettings
 from tests import oracle
-from tests.methods.tensors import (
+from tests.support.tensors import (
     PLAIN,
     assert_agree,
     make_experts,
     make_model,
     merge,
     merge_models,
+    merge_with,
     randoms,
     rows,
     with_updates,
@@ -127,8 +128,8 @@ def test_step_3_parallel_resolves_ties_by_all_neurons_of_the_tensor(
     base = torch.full((5, 3), 0.3)
     coefficients = torch.tensor([[0.5, -0.5], [others, others], [others, others], [-others, 0.0], [others, 0.0]])
     experts = [base + coefficients[:, t : t + 1] * base for t in range(2)]
-    with merge_context(MergeContext(scratch_bytes=scratch)):
-        merged = merge(base, *experts, density=1.0, lambda_parallel=1.0, lambda_orthogonal=0.0)
+    settings = MergeSettings(scratch_bytes=scratch)
+    merged = merge_with(settings, base, *experts, density=1.0, lambda_parallel=1.0, lambda_orthogonal=0.0)
     expected = torch.tensor([0.5 * elected, others, others, -others, others])
     assert torch.allclose(merged, base + expected.unsqueeze(1) * base, atol=1e-6)
 
@@ -350,8 +351,7 @@ def test_trim_differing_does_not_depend_on_blocks_or_on_experts_of_weight_zero()
     base, *experts = randoms((40, 8), 5)
     options = {"density": 0.3, "spectral_exponent": 0.5, "lambda_parallel": 0.5, **DIFFERING}
     whole = merge(base, *experts, **options)
-    with merge_context(MergeContext(scratch_bytes=1)):
-        assert torch.allclose(merge(base, *experts, **options), whole, atol=1e-6)
+    assert torch.allclose(merge_with(MergeSettings(scratch_bytes=1), base, *experts, **options), whole, atol=1e-6)
     without = merge(base, *experts[:3], **options)
     assert torch.allclose(merge(base, *experts, weight=[1.0, 1.0, 1.0, 0.0], **options), without, atol=1e-6)
 
@@ -386,9 +386,9 @@ def test_spectral_exponent_has_no_say_over_points_and_blocks() -> None:
     points = randoms((9,), 3)
     assert torch.equal(merge(*points, spectral_exponent=0.5), merge(*points))
     matrices = randoms((40, 8), 4)
-    with merge_context(MergeContext(scratch_bytes=1)):
-        one_by_one = merge(*matrices, trim="tensor", lambda_orthogonal="norm", spectral_exponent=0.5)
-    whole = merge(*matrices, trim="tensor", lambda_orthogonal="norm", spectral_exponent=0.5)
+    options = {"trim": "tensor", "lambda_orthogonal": "norm", "spectral_exponent": 0.5}
+    one_by_one = merge_with(MergeSettings(scratch_bytes=1), *matrices, **options)
+    whole = merge(*matrices, **options)
     assert torch.allclose(one_by_one, whole, atol=1e-6)
 
 

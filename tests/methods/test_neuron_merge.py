@@ -17,8 +17,8 @@ from neuron_methods.methods.groups_file import NeuronGroups, groups_from_labels
 from neuron_methods.methods.neuron_merge import NeuronMerge
 from neuron_methods.neurons import neuron_map
 from neuron_methods.support.errors import UserError
-from tests.methods.plans import copied, merge, models, neuron, permuted, write_groups
 from tests.support.checkpoints import FAMILIES, StateDict, build
+from tests.support.plans import copied, merge, models, neuron, permuted, write_groups
 
 neuron_methods.register()
 

@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 
 import neuron_methods
 from neuron_methods.methods.contract import PlannedTensor
-from neuron_methods.methods.neuro_merging import NeuroMerging
+from neuron_methods.methods.neuro_merging import NeuroMerging, PreparedNeuroMerging
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import read, save_family
 
@@ -54,13 +54,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[PlannedTensor]]:
     """The plans the method was shown."""
     shown: list[list[PlannedTensor]] = []
-    original = NeuroMerging.check
+    original = NeuroMerging.prepare
 
-    def check(self: NeuroMerging, tensors: list[PlannedTensor]) -> None:
+    def prepare(self: NeuroMerging, tensors: list[PlannedTensor]) -> PreparedNeuroMerging:
         shown.append(tensors)
-        original(self, tensors)
+        return original(self, tensors)
 
-    monkeypatch.setattr(NeuroMerging, "check", check)
+    monkeypatch.setattr(NeuroMerging, "prepare", prepare)
     return shown
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mergekit.merge_methods import merge_state_dicts
+from mergekit.merge_methods import TensorGroup, merge_state_dicts
 from safetensors.torch import load_file
 from torch import Tensor
 
 import neuron_methods
-from neuron_methods.methods.contract import MergeContext, PlannedTensor, merge_context
-from neuron_methods.methods.neuro_merging import NeuroMerging
-from neuron_methods.methods.trim_profile import TrimProfile
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor
+from neuron_methods.methods.neuro_merging import NeuroMerging, PreparedNeuroMerging
 from tests import oracle
 
 DATA = Path(__file__).parent.parent / "data" / "parity"
@@ -56,9 +55,10 @@ def merge(case: Case, **parameters: object) -> dict[str, Tensor]:
     )
 
 
-def measure(case: Case) -> TrimProfile:
+def measure(case: Case, **parameters: object) -> tuple[PreparedNeuroMerging, list[PlannedTensor]]:
     count = len(case.experts)
-    shared = {"trim": "model", "profile": "", "lambda_orthogonal": "auto", "consensus": "mean"}
+    defaults = {p.name: p.default for p in NeuroMerging.spec.shared_parameters}
+    shared = {**defaults, **parameters}
     of_experts = {
         "density": dict.fromkeys(range(count), case.expected["density"]),
         "weight": dict.fromkeys(range(count), 1.0),
@@ -72,7 +72,9 @@ def measure(case: Case) -> TrimProfile:
         )
         for name in case.base
     ]
-    return NeuroMerging().measure(tensors, MergeContext())
+    prepared = NeuroMerging().prepare(tensors)
+    prepared.measure(MergeSettings())
+    return prepared, tensors
 
 
 def differences(merged: dict[str, Tensor], base: dict[str, Tensor], delta: dict[str, Tensor]) -> Tensor:
@@ -87,12 +89,12 @@ def test_end_result_is_the_published_one(case: Case) -> None:
 
 
 def test_thresholds_are_the_published_ones(case: Case) -> None:
-    profile = measure(case)
+    profile = measure(case)[0].profile
     assert [profile.experts[t].threshold for t in range(len(case.experts))] == case.expected["thresholds"]
 
 
 def test_sigma_and_lambda_are_the_published_ones(case: Case) -> None:
-    profile = measure(case)
+    profile = measure(case)[0].profile
     sigmas = [profile.experts[t].sigma for t in range(len(case.experts))]
     assert sigmas == pytest.approx(case.expected["sigma"], rel=2e-6)
     assert profile.automatic_lambda("mean") == pytest.approx(case.expected["lambda_auto"], rel=2e-6)
@@ -106,9 +108,10 @@ def test_automatic_lambda_scales_the_published_update(case: Case) -> None:
 
 
 def test_the_update_is_orthogonal_to_every_base_row(case: Case) -> None:
+    merged = merge(case, lambda_orthogonal=1.0)
     for name, base in case.base.items():
         if base.ndim == 2:
-            cosine = torch.nn.functional.cosine_similarity(case.delta[name], base, dim=1)
+            cosine = torch.nn.functional.cosine_similarity(merged[name] - base, base, dim=1)
             assert cosine.abs().max() < 1e-4, name
 
 
@@ -119,11 +122,17 @@ def test_the_oracle_agrees_with_the_published_code(case: Case) -> None:
     assert difference.max() <= 2e-3
 
 
-def test_merge_group_follows_a_context_that_was_measured_elsewhere(case: Case) -> None:
-    profile = measure(case)
-    with merge_context(MergeContext(state=profile)):
-        merged = merge(case, lambda_orthogonal=1.0)
+def test_a_merge_tensor_by_tensor_is_the_published_one_and_knows_its_energies(case: Case) -> None:
+    prepared, tensors = measure(case, lambda_orthogonal=1.0)
+    merged = {}
+    for tensor in tensors:
+        base, experts = tensor.load()
+        group = TensorGroup.from_tensors(
+            [base, *experts.values()], ids=["base", *experts], base_index=0, name=tensor.name
+        )
+        parameters = {**tensor.parameters, **tensor.expert_parameters}
+        merged[tensor.name] = prepared.merge(group, parameters, torch.float32)
     difference = differences(merged, case.base, case.delta)
     assert (difference <= 1e-5).double().mean() >= 0.999
-    assert profile.parallel_energy > 0
-    assert profile.orthogonal_energy > profile.parallel_energy
+    assert prepared.profile.parallel_energy > 0
+    assert prepared.profile.orthogonal_energy > prepared.profile.parallel_energy

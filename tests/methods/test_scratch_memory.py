@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_methods.kernels.neuro import merge_neurons
-from tests.methods.tensors import randoms
+from tests.support.tensors import randoms
 
 
 class Allocations(TorchDispatchMode):

@@ -12,10 +12,20 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
 from neuron_methods.kernels.neuro import merge_neurons
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.methods.contract import MergeContext, merge_context
+from neuron_methods.methods.contract import MergeSettings
 from neuron_methods.support.errors import UserError
 from tests import oracle
-from tests.methods.tensors import PLAIN, assert_agree, make_experts, make_model, merge, merge_models, randoms
+from tests.support.tensors import (
+    PLAIN,
+    assert_agree,
+    make_experts,
+    make_model,
+    merge,
+    merge_models,
+    merge_models_with,
+    merge_with,
+    randoms,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -33,10 +43,8 @@ def test_stored_dtypes_may_be_any_and_mixed(dtypes: Sequence[torch.dtype]) -> No
 def test_the_output_is_rounded_once(dtype: torch.dtype, scratch: int) -> None:
     base = make_model(3)
     others = make_experts(base, 2)
-    models = [base, *others]
-    full = merge_state_dicts(models, "neuro_merging", base=0)
-    with merge_context(MergeContext(scratch_bytes=scratch)):
-        rounded = merge_state_dicts(models, "neuro_merging", base=0, out_dtype=dtype)
+    full = merge_models(base, others)
+    rounded = merge_models_with(MergeSettings(scratch_bytes=scratch), base, others, out_dtype=dtype)
     for name in base:
         assert rounded[name].dtype == dtype
         assert torch.equal(rounded[name], full[name].to(dtype)) or scratch == 1, name
@@ -81,8 +89,8 @@ def test_tensors_are_merged_by_their_neurons(
     shape: tuple[int, ...], flattened: tuple[int, int], name: str, scratch: int
 ) -> None:
     tensors = randoms(shape, 4)
-    with merge_context(MergeContext(scratch_bytes=scratch)):
-        merged = merge(*tensors, name=name, density=0.6, lambda_parallel=0.5)
+    settings = MergeSettings(scratch_bytes=scratch)
+    merged = merge_with(settings, *tensors, name=name, density=0.6, lambda_parallel=0.5)
     flat = [tensor.reshape(flattened) for tensor in tensors]
     expected = oracle.merge_model({"": flat[0]}, [{"": t} for t in flat[1:]], density=0.6, lambda_parallel=0.5)[""]
     assert torch.allclose(merged.double(), expected.reshape(shape), atol=1e-5)
@@ -175,8 +183,8 @@ def test_nonfinite_inputs_can_be_allowed(experts: int, trim: str) -> None:
         broken[-1][name].view(-1)[place + 1] = math.inf
         for expert in others:
             expert[name].view(-1)[place] = base[name].view(-1)[place]
-    with merge_context(MergeContext(allow_nonfinite=True)):
-        merged = merge_models(broken[0], broken[1:], density=0.5, trim=trim, lambda_parallel=0.3)
+    settings = MergeSettings(allow_nonfinite=True)
+    merged = merge_models_with(settings, broken[0], broken[1:], density=0.5, trim=trim, lambda_parallel=0.3)
     for name in ("embed", "norm", "scale", "bias"):
         expected = merge_models(base, others, density=0.5, trim=trim, lambda_parallel=0.3)[name]
         same = broken[0][name].isfinite()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import neuron_methods
 from neuron_methods.methods import trim_profile
-from neuron_methods.methods.contract import MergeContext, PlannedTensor
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor
 from neuron_methods.methods.neuro_merging import NeuroMerging
 from neuron_methods.methods.trim_profile import FORMAT, VERSION, TrimProfile, fingerprint
 from neuron_methods.support.errors import UserError
@@ -73,10 +73,10 @@ class Plan:
         self.loads[name] += 1
         return self.base[name], {e: model[name] for e, model in self.experts.items() if name in model}
 
-    def measure(self, context: MergeContext | None = None) -> TrimProfile:
-        method = NeuroMerging()
-        method.check(self.tensors)
-        return method.measure(self.tensors, context or MergeContext())
+    def measure(self, settings: MergeSettings | None = None) -> TrimProfile:
+        prepared = NeuroMerging().prepare(self.tensors)
+        prepared.measure(settings or MergeSettings())
+        return prepared.profile
 
     def updates(self, expert: str) -> list[Tensor]:
         model = self.experts[expert]
@@ -177,7 +177,7 @@ def test_tensors_that_repeat_are_not_counted(trim: str) -> None:
     plan = Plan(base, experts, trim=trim)
     expected = plan.measure()
     first = plan.tensors[0]
-    again = PlannedTensor("again", first.load, first.parameters, first.expert_parameters, repeats=True)
+    again = PlannedTensor("again", first.load, first.parameters, first.expert_parameters, repeats=lambda: True)
     plan.tensors.append(again)
     assert plan.measure() == expected
 
@@ -211,7 +211,7 @@ def test_progress_is_told_what_is_being_measured() -> None:
         bars.append((description, len(tensors)))
         return iter(tensors)
 
-    Plan(*make_models()).measure(MergeContext(progress=progress))
+    Plan(*make_models()).measure(MergeSettings(progress=progress))
     assert bars[0] == ("Measuring trim thresholds", 3)
 
 
@@ -219,7 +219,7 @@ def test_nothing_is_read_where_nothing_is_needed() -> None:
     for shared in ({"lambda_orthogonal": 0.5}, {"consensus": "sum"}):
         plan = Plan(*make_models(), trim="tensor", **shared)
         profile = plan.measure()
-        assert not NeuroMerging().measures(plan.tensors)
+        assert NeuroMerging().prepare(plan.tensors).reads() == set()
         assert set(plan.loads.values()) == {0}
         assert profile.thresholds_for("matrix", {"a": plan.base["matrix"]}) is None
 
@@ -229,10 +229,6 @@ def test_nothing_left_to_divide_by() -> None:
     profile = Plan(*make_models(1)).measure()
     profile.experts["a"] = trim_profile.ExpertTrim("a", 0.3, 1, 1.0, 1.0)
     assert math.isfinite(profile.automatic_lambda("mean"))
-
-
-def test_an_empty_plan() -> None:
-    assert NeuroMerging().measure([], MergeContext()).sigma is None
 
 
 # The file

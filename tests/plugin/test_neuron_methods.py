@@ -23,8 +23,8 @@ from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 from neuron_methods.support.errors import UserError
 from tests.adapters.cases import CASES, load, save_base, train
 from tests.adapters.cases import merge as merge_by_peft
-from tests.methods.plans import neuron, write_groups
 from tests.support.checkpoints import FAMILIES, StateDict, read, save_family
+from tests.support.plans import neuron, write_groups
 
 KINDS = ["llama-tied", "t5-gated", "t5-ungated", "vit", "clip"]
 OPTIONS = {"quiet": True, "write_model_card": False, "copy_tokenizer": False}

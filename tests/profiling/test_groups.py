@@ -14,8 +14,8 @@ from neuron_methods.methods.groups_file import NeuronGroups
 from neuron_methods.profiling.grouping import classify, describe_groups, import_labels
 from neuron_methods.profiling.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
-from tests.methods.plans import write_profile
 from tests.support.checkpoints import FAMILIES
+from tests.support.plans import write_profile
 
 LLAMA = FAMILIES["llama-untied"].config()
 

@@ -15,9 +15,9 @@ from neuron_methods.cli import main
 from neuron_methods.plugin.updates import plan_updates
 from neuron_methods.profiling.linearity import SAME_SIZE, TASK_ARITHMETIC, measure_linearity, relative_error
 from neuron_methods.support.errors import UserError
-from tests.methods.plans import write_groups
 from tests.profiling.tiny import build_tokenizer
 from tests.support.checkpoints import FAMILIES, read, save_family
+from tests.support.plans import write_groups
 
 torch.set_num_threads(1)
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.methods.min_merging import Selection
-from neuron_methods.methods.neuro_merging import is_packed
-from neuron_methods.methods.neuron_merge import GroupedPlan
-from neuron_methods.methods.trim_profile import TrimProfile
+from neuron_methods.methods.min_merging import PreparedMinMerging
+from neuron_methods.methods.neuro_merging import PreparedNeuroMerging, is_packed
+from neuron_methods.methods.neuron_merge import PreparedNeuronMerge
 from neuron_methods.plugin.describe import kind_of
 from neuron_methods.sharing.report.weight_statistics import (
     WeightStatistics,
@@ -95,7 +94,7 @@ class Collector:
         Args:
             method: name in the YAML.
             labels: model -> what it is called.
-            state: what the method measured over the model, for what it tells beside.
+            state: the merge by a method of ours, measured, for what it tells beside.
         """
         experts = [labels[expert] for expert in self.experts]
         important = self._important()
@@ -174,20 +173,21 @@ def _described(found: WeightStatistics) -> dict[str, Any]:
 
 
 def _trim(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | None:
-    if not isinstance(state, TrimProfile) or not state.experts:
+    if not isinstance(state, PreparedNeuroMerging) or not state.profile.experts:
         return None
+    profile = state.profile
     return {
-        "experts": [labels.get(key, found.model) for key, found in state.experts.items()],
-        "density": [found.density for found in state.experts.values()],
-        "threshold": [found.threshold for found in state.experts.values()],
-        "sigma": [round(found.sigma, 6) for found in state.experts.values()],
-        "lambda": round(state.automatic_lambda("mean"), 6),
+        "experts": [labels.get(key, found.model) for key, found in profile.experts.items()],
+        "density": [found.density for found in profile.experts.values()],
+        "threshold": [found.threshold for found in profile.experts.values()],
+        "sigma": [round(found.sigma, 6) for found in profile.experts.values()],
+        "lambda": round(profile.automatic_lambda("mean"), 6),
     }
 
 
 def _selection(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | None:
     """Of `min_merging`: which share of each layer's MLP neurons goes to nobody, to one expert, to several."""
-    if not isinstance(state, Selection):
+    if not isinstance(state, PreparedMinMerging):
         return None
     layers = []
     for block, coefficients in state.coefficients.items():
@@ -212,7 +212,7 @@ def _selection(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | N
 
 def _groups(state: Any) -> dict[str, Any] | None:
     """Of `neuron_merge`: how many neurons of each group every layer has."""
-    if not isinstance(state, GroupedPlan):
+    if not isinstance(state, PreparedNeuronMerge):
         return None
     layers = []
     for key, counts in state.groups.counts().items():

@@ -110,8 +110,10 @@ def _measured(planner: Any, known: dict[Any, Any]) -> Any:
     measures = [task.measure for _, task in planner._tensors if getattr(task, "measure", None) is not None]
     if not measures:
         return None
-    measures[0].plan.known_values.update(known)
-    return measures[0].plan.measure().state
+    plan = measures[0].plan
+    plan.known_values.update(known)
+    plan.prepared.measure(plan.settings)
+    return plan.prepared
 
 
 def _known(planner: Any) -> dict[Any, Any]:

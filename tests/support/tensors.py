@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from mergekit.merge_methods import TensorGroup, get, merge_state_dicts, merge_tensors
+from mergekit.merge_methods.dtype import promoted_dtype
 from torch import Tensor
 
 import neuron_methods
+from neuron_methods.methods.contract import MergeSettings, planned_in_memory
 
 neuron_methods.register()
 
@@ -26,9 +28,39 @@ def merge(base: Tensor, *experts: Tensor, name: str = "weight", **parameters: ob
     return merge_tensors([base, *experts], "neuro_merging", base_index=0, name=name, parameters=parameters)
 
 
+def named(base: StateDict, experts: Sequence[StateDict]) -> dict[str, StateDict]:
+    return {"base": base, **{f"expert-{index}": expert for index, expert in enumerate(experts)}}
+
+
 def merge_models(base: StateDict, experts: Sequence[StateDict], **parameters: object) -> StateDict:
-    models = {"base": base, **{f"expert-{index}": expert for index, expert in enumerate(experts)}}
-    return merge_state_dicts(models, "neuro_merging", base="base", parameters=parameters)
+    return merge_state_dicts(named(base, experts), "neuro_merging", base="base", parameters=parameters)
+
+
+def merge_models_with(
+    settings: MergeSettings,
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    out_dtype: torch.dtype | None = None,
+    **parameters: object,
+) -> StateDict:
+    """Merge with settings that mergekit's in-memory API has no words for."""
+    method, models = get("neuro_merging"), named(base, experts)
+    groups = [
+        TensorGroup.from_tensors([m[name] for m in models.values()], ids=list(models), base_index=0, name=name)
+        for name in base
+    ]
+    bound: Sequence[Mapping[str, object]] = method._bind_parameters(groups, parameters)
+    prepared = method.prepare(planned_in_memory(groups, bound))
+    prepared.measure(settings)
+    pairs = zip(groups, bound, strict=True)
+    return {str(g.metadata.name): prepared.merge(g, b, out_dtype or promoted_dtype(g)) for g, b in pairs}
+
+
+def merge_with(
+    settings: MergeSettings, base: Tensor, *experts: Tensor, name: str = "weight", **parameters: object
+) -> Tensor:
+    return merge_models_with(settings, {name: base}, [{name: expert} for expert in experts], **parameters)[name]
 
 
 def with_updates(base: Tensor, *updates: Tensor, **parameters: object) -> Tensor:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from neuron_methods.methods.contract import MergeContext, ModelFacts, PlannedTensor, merge_context
+from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedTensor
+from neuron_methods.methods.delegation import DelegatingMethod
 from neuron_methods.methods.groups_file import groups_from_labels
-from neuron_methods.methods.inner import CompositeMethod
 from neuron_methods.neurons import MlpLayer, neuron_map
 from neuron_methods.profiling.profile_file import NeuronProfile, ProfileInfo, SourceInfo
 from tests.support.checkpoints import StateDict, build, fine_tune
@@ -39,13 +39,13 @@ def models(kind: str, experts: int = 2) -> tuple[PretrainedConfig, StateDict, di
 
 
 def plan(
-    method: CompositeMethod,
+    method: DelegatingMethod,
     config: PretrainedConfig,
     base: StateDict,
     experts: Experts,
     shared: Parameters | None = None,
     own: Mapping[str, Parameters] | None = None,
-) -> tuple[CompositeMethod, list[PlannedTensor]]:
+) -> tuple[DelegatingMethod, list[PlannedTensor]]:
     """The method as configured, and its plan; `own` are the experts' parameters."""
     shared, own = shared or {}, own or {}
     configured = method.configured({slot: [shared[slot]] for slot in method.slots if slot in shared})
@@ -74,25 +74,24 @@ def plan(
 
 
 def merge(
-    method: CompositeMethod,
+    method: DelegatingMethod,
     config: PretrainedConfig,
     base: StateDict,
     experts: Experts,
     shared: Parameters | None = None,
     own: Mapping[str, Parameters] | None = None,
 ) -> StateDict:
-    """Check, measure and merge every tensor."""
+    """Prepare, measure and merge every tensor."""
     method, tensors = plan(method, config, base, experts, shared, own)
-    method.check(tensors)
-    context = MergeContext()
-    context.state = method.measure(tensors, context)
+    prepared = method.prepare(tensors)
+    prepared.measure(MergeSettings())
     merged = {}
-    with merge_context(context):
-        for tensor in tensors:
-            entries = [TensorEntry("base", base[tensor.name], is_base=True)]
-            entries += [TensorEntry(e, weights[tensor.name]) for e, weights in experts.items()]
-            group = TensorGroup(tuple(entries), TensorMetadata(tensor.name))
-            merged[tensor.name] = method.merge_group(group, **tensor.parameters, **tensor.expert_parameters)
+    for tensor in tensors:
+        entries = [TensorEntry("base", base[tensor.name], is_base=True)]
+        entries += [TensorEntry(e, weights[tensor.name]) for e, weights in experts.items()]
+        group = TensorGroup(tuple(entries), TensorMetadata(tensor.name))
+        parameters = {**tensor.parameters, **tensor.expert_parameters}
+        merged[tensor.name] = prepared.merge(group, parameters, base[tensor.name].dtype)
     return merged
 
 
