@@ -94,7 +94,7 @@ def evaluate(
     """Score MODEL on the tasks of a file, with a 95 % bootstrap interval for each score."""
     from neuron_methods.evaluation.score_files import check_place, table, write_evaluation
     from neuron_methods.evaluation.scoring import evaluate as score
-    from neuron_methods.evaluation.tasks import choose_tasks, load_tasks
+    from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.models.loading import ModelName
     from neuron_methods.models.processes import process_state
 

@@ -87,18 +87,14 @@ def tune(
     **settings: Any,
 ) -> None:
     """Search parameters of the merge in CONFIG for the best scores on the validation data of tasks."""
-    from neuron_methods.evaluation.tasks import choose_tasks, load_tasks
+    from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.evaluation.tuning.study import TuneSettings, report_lines
     from neuron_methods.evaluation.tuning.study import tune as search_best
-    from neuron_methods.support.errors import UserError
+    from neuron_methods.support.yaml_source import read_text
 
-    try:
-        source = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{config}: cannot read it: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     chosen = choose_tasks(load_tasks(tasks), only, batch_size)
     result = search_best(
-        source,
+        read_text(config),
         chosen,
         search,
         out,

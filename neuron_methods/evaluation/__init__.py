@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
     from neuron_methods.evaluation.models import OpenedModel, open_model
     from neuron_methods.evaluation.scoring import Evaluation, TaskResult, evaluate, evaluate_model, start_task
-    from neuron_methods.evaluation.tasks import Task, load_tasks
+    from neuron_methods.evaluation.task_file import load_tasks
+    from neuron_methods.evaluation.tasks import Task
 
 __all__ = [
     "Evaluation",
@@ -41,7 +42,7 @@ __getattr__ = lazily(
         "TaskResult": "neuron_methods.evaluation.scoring",
         "evaluate": "neuron_methods.evaluation.scoring",
         "evaluate_model": "neuron_methods.evaluation.scoring",
-        "load_tasks": "neuron_methods.evaluation.tasks",
+        "load_tasks": "neuron_methods.evaluation.task_file",
         "open_model": "neuron_methods.evaluation.models",
         "read_examples": "neuron_methods.evaluation.examples",
         "start_task": "neuron_methods.evaluation.scoring",

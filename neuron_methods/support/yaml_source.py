@@ -5,7 +5,7 @@ Every YAML that a user writes for us is read here: merges, routed models, tasks,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean
+from neuron_methods.support.text import did_you_mean, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -124,6 +124,40 @@ class YamlSource:
         found = first.get("input")
         told = f", found {found!r}" if isinstance(found, (str, int, float)) and location else ""
         raise UserError(where + first["msg"].removeprefix("Value error, ") + told)
+
+    def error(self, location: Sequence[str | int], problem: str) -> UserError:
+        """Make the error about the part at `location`; it names file and line."""
+        return UserError(f"{self.name}, line {self.line_of(location)}: {problem}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a YAML that is being read, for messages about it.
+
+    Attributes:
+        source: the YAML.
+        location: keys and positions in lists that lead to the part, from the top.
+        shown: what messages begin with, after file and line: "task 'sums': ".
+    """
+
+    source: YamlSource
+    location: tuple[str | int, ...] = ()
+    shown: str = ""
+
+    def at(self, *location: str | int, shown: str) -> Place:
+        """Go on to a part of this part, which adds `shown` to what messages begin with."""
+        return Place(self.source, (*self.location, *location), self.shown + shown)
+
+    def error(self, problem: str, *keys: str | int) -> UserError:
+        """Make the error about what `keys` lead to from here."""
+        return self.source.error((*self.location, *keys), self.shown + problem)
+
+    def check_keys(self, content: Iterable[Any], known: Iterable[str]) -> None:
+        """Raise a UserError about the first key that is none of the known ones."""
+        known = list(known)
+        for key in content:
+            if key not in known:
+                raise self.error(unknown("key", key, known), str(key))
 
 
 def read_text(path: str | Path) -> str:

@@ -67,6 +67,13 @@ def test_a_setting_that_would_win():
         recipe("density=0.1,0.2", content={"models": models})
 
 
+def test_a_key_that_appears_twice():
+    """A merge refuses it; a search must not go on with the last of the two."""
+    source = cases.merge_yaml(HERE, density=0.3) + "merge_method: ties\n"
+    with pytest.raises(UserError, match=r"merge.yml, line \d+.*: key 'merge_method' appears twice"):
+        Recipe(source, "merge.yml", parse_search(["density=0.1,0.2"]))
+
+
 def test_a_configuration_that_is_wrong_itself():
     with pytest.raises(UserError, match=r"merge.yml: parameters: neuro_merging has no parameter 'densty'"):
         recipe("density=0.1,0.2", densty=0.1)

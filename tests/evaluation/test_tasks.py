@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from neuron_methods.evaluation import load_tasks, read_examples
-from neuron_methods.evaluation.tasks import Rows, choose_tasks
+from neuron_methods.evaluation.task_file import choose_tasks
+from neuron_methods.evaluation.tasks import Rows
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 from tests.profiling import tiny
@@ -66,7 +67,10 @@ def test_rows_with_an_empty_question_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "generatoin"}, "tasks.yml: task 'choices': unknown kind 'generatoin'; did you mean 'generation'"),
+        (
+            {"kind": "generatoin"},
+            "tasks.yml, line 3: task 'choices': unknown kind 'generatoin'; did you mean 'generation'",
+        ),
         ({"kind": None}, "unknown kind None"),
         ({"metric": "acuracy"}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({"metric": "token_f1"}, "unknown metric 'token_f1'.*for kind multiple-choice"),
@@ -132,7 +136,10 @@ def test_paths_of_the_harness_are_relative_to_the_file(folder, monkeypatch):
         ("tasks: [3]", "task 1: expected keys"),
         ("task:\n- a", "expected the key tasks"),
         ("tasks:\n- {name: a\n", "line .*: not readable as YAML"),
-        ("taks: 1\ntasks: [{name: a}]", "unknown key 'taks'"),
+        ("taks: 1\ntasks: [{name: a}]", "line 1: unknown key 'taks'; did you mean 'tasks'"),
+        ("tasks:\n- name: a\n  limit: 3\n  limit: 4\n", "line 4, column 3: key 'limit' appears twice"),
+        ("tasks:\n- name: a\ntasks:\n- name: b\n", "line 3, column 1: key 'tasks' appears twice"),
+        ("tasks:\n- name: a\n  data: {source: x, source: y}\n", "line 3, .*: key 'source' appears twice"),
     ],
 )
 def test_files_that_are_none(tmp_path, text, message):
@@ -141,10 +148,22 @@ def test_files_that_are_none(tmp_path, text, message):
         load_tasks(tmp_path / "tasks.yml")
 
 
+def test_a_mistake_is_told_with_its_line(folder):
+    """In a file of many tasks a name alone is found slowly, and a task without one not at all."""
+    path = cases.write_tasks(folder, cases.choice_task(), cases.perplexity_task(limit=-1))
+    line = path.read_text().splitlines().index("  limit: -1") + 1
+    with pytest.raises(UserError, match=f"tasks.yml, line {line}: task 'words': limit: expected a whole number"):
+        load_tasks(path)
+    path = cases.write_tasks(folder, cases.choice_task(data={"source": "questions.jsonl", "splt": "test"}))
+    line = path.read_text().splitlines().index("    splt: test") + 1
+    with pytest.raises(UserError, match=f"tasks.yml, line {line}: task 'choices': data: unknown key 'splt'"):
+        load_tasks(path)
+
+
 def test_a_file_that_is_not_there_and_a_name_taken_twice(folder):
-    with pytest.raises(UserError, match=r"none.yml: cannot read tasks: No such file"):
+    with pytest.raises(UserError, match=r"none.yml: cannot be read \(No such file"):
         load_tasks(folder / "none.yml")
-    with pytest.raises(UserError, match="two tasks are called 'choices'"):
+    with pytest.raises(UserError, match=r"line \d+: task 'choices': another task has the same name"):
         cases.tasks_of(folder, cases.choice_task(), cases.choice_task())
 
 

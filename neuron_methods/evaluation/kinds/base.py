@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from neuron_methods.evaluation.examples import Examples, Outcome
+from neuron_methods.evaluation.kinds.settings import Check
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 
@@ -20,7 +21,8 @@ class Scorer(ABC):
         columns: role -> column taken where the task names none. The first one is the question.
         optional_columns: roles that a task may name besides.
         metrics: names, the default first.
-        settings: keys that a task of this kind may have besides the common ones.
+        settings: keys that a task of this kind may have besides the common ones, each with its check.
+        required: those of them that a task must have.
         path_settings: those of them that are paths, relative to the file of tasks.
         batch_size: where the task gives none.
         needs: what the model's processor must hold, ``tokenizer`` and ``image_processor``.
@@ -30,7 +32,8 @@ class Scorer(ABC):
     columns: ClassVar[Mapping[str, str]] = {}
     optional_columns: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-    settings: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[Mapping[str, Check]] = {}
+    required: ClassVar[tuple[str, ...]] = ()
     path_settings: ClassVar[tuple[str, ...]] = ()
     batch_size: ClassVar[int] = 32
     needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
@@ -47,10 +50,6 @@ class Scorer(ABC):
         """
         self.model, self.processor, self.examples, self.device = model, processor, examples, device
         self.task = examples.task
-
-    @classmethod  # noqa: B027 - optional
-    def check_task(cls, task: Task, place: str) -> None:
-        """Refuse settings that cannot be; `place` is for the message."""
 
     @classmethod
     @abstractmethod
@@ -87,20 +86,6 @@ def processor_part(processor: Any, name: str) -> Any:
     return found
 
 
-def number_setting(task: Task, key: str, place: str, least: int = 1) -> None:
-    """Refuse a setting that is no whole number from `least` on."""
-    value = task.settings.get(key, least)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{place}: {key}: expected a whole number from {least} on, found {value!r}")
-
-
-def choice_setting(task: Task, key: str, place: str, *words: str) -> None:
-    """Refuse a setting that is none of a few words."""
-    value = task.settings.get(key, words[0])
-    if value not in words:
-        raise UserError(f"{place}: {key}: expected {' or '.join(words)}, found {value!r}")
-
-
 def wrong_model(task: Task, shown: str, architecture: str, needed: str) -> UserError:
     """The error about a model of another kind."""
     return UserError(f"task {task.name!r}: model {shown} is a {architecture}, kind {task.kind} needs {needed}")
@@ -121,3 +106,17 @@ def text_limit(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def longest_input(task: Task, config: Any, reserved: int = 0, unless_set: int | None = None) -> int | None:
+    """How many tokens a task lets a model read; None: any number.
+
+    Args:
+        task: its `max_length` is one bound.
+        config: of the model; what it can read is the other.
+        reserved: tokens of the model's room that are for the answer.
+        unless_set: the bound where the task has no `max_length`.
+    """
+    room = text_limit(config)
+    bounds = (None if room is None else room - reserved, task.settings.get("max_length", unless_set))
+    return min(filter(None, bounds), default=None)

@@ -14,10 +14,11 @@ from neuron_methods.evaluation.kinds.base import (
     Scorer,
     is_causal,
     is_text_to_text,
-    number_setting,
+    longest_input,
     text_limit,
     wrong_model,
 )
+from neuron_methods.evaluation.kinds.settings import string, whole_number
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
@@ -28,31 +29,23 @@ class Generation(Scorer):
 
     columns: ClassVar[Mapping[str, str]] = {"input": "input", "target": "target"}
     metrics = tuple(TEXT_METRICS)
-    settings = ("max_new_tokens", "stop", "max_length")
+    settings: ClassVar = {
+        "max_new_tokens": whole_number(),
+        "stop": string('the text that ends an answer, such as "\\n"'),
+        "max_length": whole_number(),
+    }
     default_new_tokens: ClassVar[int] = 32
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.tokenizer = self.part("tokenizer")
         self.new_tokens: int = self.task.settings.get("max_new_tokens", self.default_new_tokens)
-        config = self.model.config
-        room = text_limit(config)
-        room = None if room is None else room - self._reserved()
-        self.longest = min(filter(None, (room, self.task.settings.get("max_length"))), default=None)
+        self.longest = longest_input(self.task, self.model.config, self._reserved())
         self.prompts: list[list[int]] = []
         self.truncated: list[bool] = []
         for index in range(len(self.examples)):
             self._add(self.tokenizer(self.examples.text(index, "input"))["input_ids"])
         self.settings_of_generate = self._generation_config()
-
-    @classmethod
-    def check_task(cls, task: Task, place: str) -> None:
-        """Numbers from 1 on; `stop` is text."""
-        number_setting(task, "max_new_tokens", place)
-        number_setting(task, "max_length", place)
-        stop = task.settings.get("stop", "\n")
-        if not isinstance(stop, str) or not stop:
-            raise UserError(f'{place}: stop: expected the text that ends an answer, such as "\\n", found {stop!r}')
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:

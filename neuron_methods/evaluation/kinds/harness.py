@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, ClassVar
 
-from neuron_methods.evaluation.kinds.base import Scorer, is_causal, is_text_to_text, number_setting, wrong_model
+from neuron_methods.evaluation.kinds.base import Scorer, is_causal, is_text_to_text, wrong_model
+from neuron_methods.evaluation.kinds.settings import string, whole_number
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 
@@ -14,16 +15,14 @@ class Harness(Scorer):
     """`task` names the harness's task, `metric` one of its metrics, `include_path` a folder with tasks of one's own."""
 
     metrics = ()
-    settings = ("task", "num_fewshot", "include_path")
+    settings: ClassVar = {
+        "task": string("the name of a task of lm-evaluation-harness"),
+        "num_fewshot": whole_number(0),
+        "include_path": string("a folder"),
+    }
+    required = ("task",)
     path_settings = ("include_path",)
     reads_data = False
-
-    @classmethod
-    def check_task(cls, task: Task, place: str) -> None:
-        """`task` is there, and so is the harness."""
-        if not isinstance(task.settings.get("task"), str):
-            raise UserError(f"{place}: task: expected the name of a task of lm-evaluation-harness")
-        number_setting(task, "num_fewshot", place, 0)
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:

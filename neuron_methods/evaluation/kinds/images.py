@@ -10,9 +10,11 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from neuron_methods.data.images import ImageFeeder, class_index
+from neuron_methods.data.images import ImageFeeder
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.base import Scorer, text_limit, wrong_model
+from neuron_methods.evaluation.kinds.classification import Classification
+from neuron_methods.evaluation.kinds.settings import different_labels
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 
@@ -44,69 +46,28 @@ class PixelCache:
         return batch
 
 
-class ImageClassification(Scorer):
-    """The class with the largest logit, among all or among `labels` alone."""
+class ImageClassification(Classification):
+    """The class of an image with the largest logit, among all or among `labels` alone."""
 
     columns: ClassVar[Mapping[str, str]] = {"image": "image", "label": "label"}
-    settings = ("labels",)
     batch_size = 64
     needs = ("image_processor",)
+    head = "ForImageClassification"
+    classifier = "an image classifier"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        config = self.model.config
-        self.pixels = PixelCache(self.part("image_processor"), config, self.examples)
-        self.targets = target_classes(self.examples, config)
-        classes = restricted_classes(self.examples, config)
-        self.classes = None if classes is None else torch.tensor(classes)
-        self.names = config.id2label or {}
-
-    @classmethod
-    def check_task(cls, task: Task, place: str) -> None:
-        """`labels` is a list of different names or numbers."""
-        check_labels(task, place, (str, int))
-
-    @classmethod
-    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """An image classifier that has the task's labels."""
-        if not architecture.endswith("ForImageClassification"):
-            raise wrong_model(task, shown, architecture, "an image classifier with its head (…ForImageClassification)")
-        for label in task.settings.get("labels", ()):
-            if class_index(label, None, config) is None:
-                raise lacks_label(task, label, config, shown)
-
-    @classmethod
-    def check_examples(cls, examples: Examples, config: Any) -> None:
-        """Every label is one of the model's, and one of the task's."""
-        target_classes(examples, config)
+        self.pixels = PixelCache(self.part("image_processor"), self.model.config, self.examples)
 
     def score(self, indices: Sequence[int]) -> list[Outcome]:
-        """Classify."""
+        """Classify images."""
         pixels = self.pixels.batch(indices).to(self.device, self.model.dtype)
-        return classified(self, self.model(pixel_values=pixels).logits.float().cpu(), indices)
+        return self.outcomes(self.model(pixel_values=pixels).logits.float().cpu(), indices)
 
 
-def classified(scorer: Any, logits: Tensor, indices: Sequence[int]) -> list[Outcome]:
-    """What a classifier's logits say of a batch.
-
-    Args:
-        scorer: has `examples`, `targets`, `classes` (those to choose from; None: all) and `names`.
-        logits: float32 (batch, classes of the model), on the CPU.
-        indices: the batch's examples.
-    """
-    if scorer.classes is not None:
-        found = scorer.classes[logits[:, scorer.classes].argmax(dim=1)].tolist()
-    else:
-        found = logits.argmax(dim=1).tolist()
-    return [
-        Outcome(
-            scorer.examples.samples[i].row,
-            float(predicted == scorer.targets[i]),
-            scorer.names.get(predicted, predicted),
-            scorer.names.get(scorer.targets[i], scorer.targets[i]),
-        )
-        for i, predicted in zip(indices, found, strict=True)
-    ]
+def _prompts(value: Any) -> str | None:
+    sound = isinstance(value, list) and value and all(isinstance(v, str) and "{}" in v for v in value)
+    return None if sound else "a list of texts with {} for the label"
 
 
 class ZeroShotImageClassification(Scorer):
@@ -116,7 +77,7 @@ class ZeroShotImageClassification(Scorer):
     """
 
     columns: ClassVar[Mapping[str, str]] = {"image": "image", "label": "label"}
-    settings = ("labels", "prompts")
+    settings: ClassVar = {"labels": different_labels(str), "prompts": _prompts}
     batch_size = 64
     needs = ("image_processor", "tokenizer")
 
@@ -134,23 +95,15 @@ class ZeroShotImageClassification(Scorer):
         self.classes = torch.empty(0)
 
     @classmethod
-    def check_task(cls, task: Task, place: str) -> None:
-        """`labels` are names; every one of `prompts` has room for a name."""
-        check_labels(task, place, (str,))
-        prompts = task.settings.get("prompts", ["{}"])
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and "{}" in p for p in prompts):
-            raise UserError(f"{place}: prompts: expected a list of texts with {{}} for the label, found {prompts!r}")
-
-    @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """A model with both towers."""
+        """Refuse a model without two towers."""
         model_class = getattr(transformers, architecture, None)
         if not all(hasattr(model_class, f"get_{what}_features") for what in ("image", "text")):
             raise wrong_model(task, shown, architecture, "a model of images and texts (CLIPModel)")
 
     @classmethod
     def check_examples(cls, examples: Examples, config: Any) -> None:
-        """Labels have names."""
+        """Refuse labels without names."""
         named_targets(examples)
 
     def begin(self) -> None:
@@ -215,53 +168,3 @@ def named_targets(examples: Examples) -> list[int]:
             raise examples.wrong(index, "label", f"one of the {len(names)} labels")
         targets.append(label)
     return targets
-
-
-def check_labels(task: Task, place: str, types: tuple[type, ...]) -> None:
-    """Refuse `labels` that are no list of different names (or numbers)."""
-    labels = task.settings.get("labels")
-    if labels is None:
-        return
-    sound = isinstance(labels, list) and labels and all(isinstance(v, types) and v is not True for v in labels)
-    if not sound or len({*labels}) < len(labels):
-        raise UserError(f"{place}: labels: expected a list of different labels, found {labels!r}")
-
-
-def restricted_classes(examples: Examples, config: Any) -> list[int] | None:
-    """The model's classes that the task restricts it to; None: all."""
-    labels = examples.task.settings.get("labels")
-    if labels is None:
-        return None
-    classes = [class_index(label, None, config) for label in labels]
-    for label, index in zip(labels, classes, strict=True):
-        if index is None:
-            raise lacks_label(examples.task, label, config, "")
-    return classes
-
-
-def target_classes(examples: Examples, config: Any) -> list[int]:
-    """The model's class of every example.
-
-    Raises:
-        UserError: a label is none of the model's, or none that the task restricts it to.
-    """
-    allowed = restricted_classes(examples, config)
-    names = examples.reader.labels if examples.reader is not None else None
-    targets = []
-    for index in range(len(examples)):
-        found = class_index(examples.value(index, "label"), names, config)
-        if found is None:
-            raise examples.wrong(index, "label", f"one of the model's {config.num_labels} labels")
-        if allowed is not None and found not in allowed:
-            raise examples.wrong(index, "label", "one of the task's labels")
-        targets.append(found)
-    return targets
-
-
-def lacks_label(task: Task, label: Any, config: Any, shown: str) -> UserError:
-    """The error about a label that a model does not have."""
-    known = [name for name in config.label2id or {} if not name.startswith("LABEL_")]
-    what = f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else f"0 to {config.num_labels - 1}"
-    return UserError(
-        f"task {task.name!r}: labels: the model {shown} has no label {label!r} (it has {what})".replace("  ", " ")
-    )

@@ -11,13 +11,12 @@ from torch import Tensor
 from neuron_methods.evaluation.examples import Examples, Outcome, by_length
 from neuron_methods.evaluation.kinds.base import (
     Scorer,
-    choice_setting,
     is_causal,
     is_text_to_text,
-    number_setting,
-    text_limit,
+    longest_input,
     wrong_model,
 )
+from neuron_methods.evaluation.kinds.settings import one_of, string, whole_number
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 
@@ -33,26 +32,21 @@ class MultipleChoice(Scorer):
     """
 
     columns: ClassVar[Mapping[str, str]] = {"input": "input", "choices": "choices", "label": "label"}
-    settings = ("normalize", "separator", "max_length")
+    settings: ClassVar = {
+        "normalize": one_of("none", "tokens"),
+        "separator": string(empty=True),
+        "max_length": whole_number(2),
+    }
     batch_size = 16
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.tokenizer = self.part("tokenizer")
         self.encodes = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        bounds = (text_limit(self.model.config), self.task.settings.get("max_length"))
-        self.longest = min(filter(None, bounds), default=None)
+        self.longest = longest_input(self.task, self.model.config)
         self.choices, self.targets = read_choices(self.examples)
         self.truncated = [False] * len(self.examples)
         self.pairs = [[self._pair(i, choice) for choice in choices] for i, choices in enumerate(self.choices)]
-
-    @classmethod
-    def check_task(cls, task: Task, place: str) -> None:
-        """`normalize` is a known word, `separator` a text."""
-        choice_setting(task, "normalize", place, "none", "tokens")
-        number_setting(task, "max_length", place, 2)
-        if not isinstance(task.settings.get("separator", " "), str):
-            raise UserError(f"{place}: separator: expected text, found {task.settings['separator']!r}")
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
@@ -149,12 +143,12 @@ class Perplexity(Scorer):
 
     columns: ClassVar[Mapping[str, str]] = {"text": "text"}
     metrics = ("perplexity",)
-    settings = ("max_length",)
+    settings: ClassVar = {"max_length": whole_number(2)}
     batch_size = 8
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        width = min(filter(None, (text_limit(self.model.config), self.task.settings.get("max_length", WINDOW))))
+        width = longest_input(self.task, self.model.config, unless_set=WINDOW)
         tokenizer = self.part("tokenizer")
         texts = [tokenizer(self.examples.text(i, "text"))["input_ids"] for i in range(len(self.examples))]
         self.tokens = [max(len(tokens) - 1, 0) for tokens in texts]
@@ -163,11 +157,6 @@ class Perplexity(Scorer):
         ]
         if not any(self.tokens):
             raise UserError(f"task {self.task.name!r}: no text has a second token to predict")
-
-    @classmethod
-    def check_task(cls, task: Task, place: str) -> None:
-        """A window holds two tokens at least."""
-        number_setting(task, "max_length", place, 2)
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:

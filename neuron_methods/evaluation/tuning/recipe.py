@@ -12,6 +12,7 @@ import yaml
 
 from neuron_methods.evaluation.tuning.search import Parameter, Point
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.yaml_source import YamlSource
 
 _LAMBDA = re.compile(r"(rest_|within_)?lambda(_parallel|_orthogonal)?")
 
@@ -39,7 +40,7 @@ class Recipe:
         register()
         self.name = name
         configuration = read_configuration(source, name)
-        self._content: dict[str, Any] = yaml.safe_load(source)
+        self._content = YamlSource.parse(source, name, "a merge").content
         self.method = configuration.merge_method
         self.experts = [str(entry.model) for entry in configuration.models or ()]
         self.base = str(configuration.base_model or configuration.referenced_models()[0])

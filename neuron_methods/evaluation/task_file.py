@@ -1,0 +1,176 @@
+"""The file of tasks: what to ask of a model, on which data, and what counts as right.
+
+```yaml
+tasks:
+  - name: sums
+    kind: generation
+    data: {source: sums, split: test, validation_split: validation}
+    columns: {input: prompt, target: answer}
+    metric: exact_match
+    max_new_tokens: 8
+    stop: "."
+```
+
+A source is a path relative to the file, or a data set of the hub. A split may end in a range of rows, ``train[:200]``,
+and a file by itself, which has no splits, may be given a range alone: ``[200:]``. `validation_split`, and
+`validation_source` where it is another file, say what `mergekit-neuron tune` may look at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from neuron_methods.evaluation.kinds import KINDS
+from neuron_methods.evaluation.kinds.base import Scorer
+from neuron_methods.evaluation.kinds.settings import whole_number
+from neuron_methods.evaluation.tasks import Rows, Task
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import unknown
+from neuron_methods.support.yaml_source import Place, YamlSource
+
+#: Keys that a task of any kind may have.
+COMMON_KEYS = ("name", "kind", "data", "columns", "metric", "batch_size", "limit")
+_DATA_KEYS = ("source", "split", "validation_source", "validation_split", "name")
+_RANGE = re.compile(r"(?P<split>[\w.-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+
+
+def load_tasks(path: str | Path) -> list[Task]:
+    """Read a file of tasks; no data is opened and no model is looked at.
+
+    Raises:
+        UserError: the file cannot be read, or a key, kind, column or metric is not known.
+    """
+    expected = "the key tasks with a list of tasks"
+    source = YamlSource.read(path, expected)
+    entries = source.content.get("tasks")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected {expected}")
+    Place(source).check_keys(source.content, ("tasks",))
+    tasks: dict[str, Task] = {}
+    for number, entry in enumerate(entries):
+        name = entry.get("name", number + 1) if isinstance(entry, dict) else number + 1
+        place = Place(source, ("tasks", number), f"task {name!r}: ")
+        if not isinstance(entry, dict):
+            raise place.error(f"expected keys such as name, kind and data, found {entry!r}")
+        task = _parse(entry, Path(path).parent, place)
+        if task.name in tasks:
+            raise place.error("another task has the same name", "name")
+        tasks[task.name] = task
+    return list(tasks.values())
+
+
+def choose_tasks(tasks: Sequence[Task], only: Sequence[str] = (), batch_size: int | None = None) -> list[Task]:
+    """Choose the tasks called so, all if `only` is empty, with another batch size if one is given.
+
+    Raises:
+        UserError: there is no task of that name.
+    """
+    names = [task.name for task in tasks]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only: {unknown('task', name, names)}")
+    chosen = [task for task in tasks if not only or task.name in only]
+    return [replace(task, batch_size=batch_size) for task in chosen] if batch_size else chosen
+
+
+def _parse(entry: Mapping[str, Any], folder: Path, place: Place) -> Task:
+    """Read one task; local sources are relative to `folder`."""
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        raise place.error(unknown("kind", kind, KINDS), "kind")
+    scorer = KINDS[kind]
+    place.check_keys(entry, (*COMMON_KEYS, *scorer.settings))
+    name = entry.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise place.error(f"expected a name, found {name!r}", "name")
+    metric = entry.get("metric", scorer.metrics[0] if scorer.metrics else None)
+    if scorer.metrics and metric not in scorer.metrics:
+        raise place.error(f"{unknown('metric', metric, scorer.metrics)} for kind {kind}", "metric")
+    checks = {"limit": whole_number(0), "batch_size": whole_number(1), **scorer.settings}
+    for key, check in checks.items():
+        if (key in entry or key in scorer.required) and (expected := check(entry.get(key))) is not None:
+            raise place.error(f"{key}: expected {expected}, found {entry.get(key)!r}", key)
+    if scorer.reads_data:
+        source, test, validation = _data(entry.get("data"), folder, place.at("data", shown="data: "))
+    elif "data" in entry:
+        raise place.error(f"data: kind {kind} brings its own; remove the key", "data")
+    else:
+        source, test, validation = name, None, None
+    return Task(
+        name=name,
+        kind=kind,
+        source=source,
+        test=test,
+        validation=validation,
+        columns=_columns(entry.get("columns"), scorer, place.at("columns", shown="columns: ")),
+        metric=metric,
+        batch_size=entry.get("batch_size", scorer.batch_size),
+        limit=entry.get("limit", 0),
+        settings=_settings(entry, scorer, folder, place),
+    )
+
+
+def _settings(entry: Mapping[str, Any], scorer: type[Scorer], folder: Path, place: Place) -> dict[str, Any]:
+    settings = {key: entry[key] for key in scorer.settings if key in entry}
+    for key in scorer.path_settings:
+        if key in settings:
+            settings[key] = str(folder / str(settings[key]))
+            if not Path(settings[key]).exists():
+                raise place.error(f"{key}: there is no file or folder {entry[key]!r}", key)
+    return settings
+
+
+def _data(data: Any, folder: Path, place: Place) -> tuple[str, Rows, Rows | None]:
+    if isinstance(data, str):
+        data = {"source": data}
+    if not isinstance(data, dict) or not isinstance(data.get("source"), str) or not data["source"]:
+        raise place.error(f"expected {{source: PATH or hub id, split: NAME}}, found {data!r}")
+    place.check_keys(data, _DATA_KEYS)
+    for key in _DATA_KEYS:
+        if data.get(key) is not None and not isinstance(data[key], str):
+            raise place.error(f"{key}: expected text, found {data[key]!r}", key)
+    test = _rows(data, "source", "split", folder, place)
+    if data.get("validation_split") is None and data.get("validation_source") is None:
+        return data["source"], test, None
+    key = "validation_source" if data.get("validation_source") is not None else "source"
+    return data["source"], test, _rows(data, key, "validation_split", folder, place)
+
+
+def _rows(data: Mapping[str, str], source_key: str, split_key: str, folder: Path, place: Place) -> Rows:
+    """Read the rows that two keys of `data` name, a source and a split."""
+    source, split, config = data[source_key], data.get(split_key), data.get("name")
+    found = _RANGE.fullmatch(split or "")
+    if found is None:
+        problem = f"expected a name or a name with rows, such as train[:200], found {split!r}"
+        raise place.error(f"{split_key}: {problem}", split_key)
+    name, start, stop = found["split"] or None, int(found["start"] or 0), found["stop"]
+    rows = {"start": start, "stop": int(stop) if stop else None}
+    if stop and int(stop) <= start:
+        raise place.error(f"{split_key}: {split!r} holds no rows", split_key)
+    path = Path(source).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if not path.exists():
+        looks_like_a_path = path.suffix in (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz")
+        if looks_like_a_path or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+            raise place.error(f"{source_key}: there is no file or folder {source!r}", source_key)
+        return Rows(source, False, config, name or "test", **rows)
+    if config is not None:
+        raise place.error("name: only data sets of the hub have configurations", "name")
+    if path.is_file():
+        if name not in (None, "train"):
+            problem = f"{source} is a file, which has no split {name!r}; leave it away, or give [a:b]"
+            raise place.error(f"{split_key}: {problem}", split_key)
+        return Rows(str(path), True, **rows)
+    return Rows(str(path), True, None, name or "test", **rows)
+
+
+def _columns(given: Any, scorer: type[Scorer], place: Place) -> dict[str, str]:
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not all(isinstance(column, str) for column in given.values()):
+        raise place.error(f"expected a column for each of {', '.join(scorer.columns)}, found {given!r}")
+    place.check_keys(given, (*scorer.columns, *scorer.optional_columns))
+    return {**scorer.columns, **given}
