@@ -16,12 +16,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(prediction: str, targets: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the targets, but for blanks around it."""
+    """Give 1.0 if the prediction is one of the targets, but for blanks around it, else 0.0."""
     return float(prediction.strip() in [target.strip() for target in targets])
 
 
 def token_f1(prediction: str, targets: Sequence[str]) -> float:
-    """The best harmonic mean of precision and recall over words, lower-cased and without ASCII punctuation.
+    """Find the best harmonic mean of precision and recall over words, lower-cased and without ASCII punctuation.
 
     As SQuAD's F1 (Rajpurkar et al., 2016, arXiv:1606.05250), but articles count. 1.0 where both hold no word.
     """
@@ -44,36 +44,41 @@ TEXT_METRICS = {"exact_match": exact_match, "token_f1": token_f1}
 
 
 def mean_score(scores: Sequence[float], weights: Sequence[float], metric: str) -> float:
-    """The task's score: the weighted mean, of which perplexity is the exponential."""
-    mean = math.fsum(scores) / math.fsum(weights) if metric == "perplexity" else math.fsum(scores) / len(scores)
+    """Add up to the task's score: the weighted mean, of which perplexity is the exponential."""
+    mean = math.fsum(scores) / math.fsum(weights)
     return _perplexity(mean) if metric == "perplexity" else mean
 
 
 def bootstrap_interval(
     scores: Sequence[float], weights: Sequence[float], metric: str, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of `mean_score` over examples (Efron, 1979).
+    """Find the percentile bootstrap interval of `mean_score` over examples (Efron, 1979), by scipy.
 
     Args:
         scores: per example; for perplexity the sum of its tokens' negative log-likelihoods.
-        weights: per example; for perplexity its tokens.
+        weights: per example; for perplexity its tokens, else 1.
         metric: as for `mean_score`.
-        seed: of the resamples.
+        seed: of numpy's default generator, which draws the resamples: the same seed, the same interval.
         level: the share of resamples inside.
 
     Returns:
-        (low, high). Where all examples score alike, both are the score: resampling cannot tell more.
+        (low, high). Where all examples are alike, both are the score: resampling cannot tell more.
     """
-    generator = np.random.default_rng(seed)
-    values, sizes = np.asarray(scores, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    count = len(values)
-    means = []
-    block = max(1, 4_000_000 // count)  # bounds memory
-    for start in range(0, RESAMPLES, block):
-        drawn = generator.integers(0, count, (min(block, RESAMPLES - start), count))
-        total = values[drawn].sum(axis=1)
-        means.append(total / (sizes[drawn].sum(axis=1) if metric == "perplexity" else count))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    if len({*zip(scores, weights, strict=True)}) == 1:
+        score = mean_score(scores, weights, metric)
+        return score, score
+    from scipy.stats import bootstrap  # takes half a second, which `--help` need not wait for
+
+    low, high = bootstrap(
+        (np.asarray(scores, dtype=np.float64), np.asarray(weights, dtype=np.float64)),
+        lambda values, sizes, axis: values.sum(axis=axis) / sizes.sum(axis=axis),
+        paired=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2_000_000 // len(scores)),  # bounds memory
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return (_perplexity(low), _perplexity(high)) if metric == "perplexity" else (float(low), float(high))
 
 

@@ -62,3 +62,39 @@ def test_the_interval_of_perplexity_contains_it_and_follows_the_seed():
     assert low < score < high
     assert (low, high) == bootstrap_interval(losses, tokens, "perplexity", seed=3)
     assert (low, high) != bootstrap_interval(losses, tokens, "perplexity", seed=4)
+
+
+@pytest.mark.parametrize(("metric", "count"), [("token_f1", 37), ("perplexity", 37), ("perplexity", 400)])
+def test_the_interval_is_that_of_resampling_one_by_one(metric, count):
+    """Plain resampling, of other draws: ends agree up to a fraction of the width, which other draws move, too."""
+    generator = np.random.default_rng(2)
+    weights = generator.integers(1, 30, count) if metric == "perplexity" else np.ones(count)
+    scores = weights * generator.gamma(2.0, 0.4, count)
+    found = bootstrap_interval(scores, weights, metric, level=0.9)
+    resampled = []
+    for _ in range(8000):
+        chosen = generator.integers(0, count, count)
+        resampled.append(mean_score(scores[chosen], weights[chosen], metric))
+    expected = np.quantile(resampled, [0.05, 0.95])
+    np.testing.assert_allclose(found, expected, atol=0.06 * (expected[1] - expected[0]))
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+def test_examples_that_are_all_alike_have_no_interval(count, metric):
+    weights = [3.0 if metric == "perplexity" else 1.0] * count
+    score = mean_score([0.1] * count, weights, metric)
+    assert bootstrap_interval([0.1] * count, weights, metric) == (score, score)
+
+
+def test_many_examples_are_resampled_in_little_memory():
+    import tracemalloc
+
+    scores = np.arange(20_000) % 3 == 0
+    bootstrap_interval(scores[:10], np.ones(10), "accuracy")  # imports
+    tracemalloc.start()
+    low, high = bootstrap_interval(scores, np.ones(20_000), "accuracy")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert low < 1 / 3 < high
+    assert peak < 150e6  # all resamples at once are 320 MB of indices alone
