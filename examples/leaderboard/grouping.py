@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from neuron_methods.demo.stages import run_stage
+from neuron_methods.support.stages import Stages
 
 Weights = dict[str, Tensor]
 
@@ -52,7 +52,7 @@ def measure(zoo: Path, place: Path, stamp: Mapping[str, Any]) -> Path:
         measure_profile(str(zoo / "base"), data, path / file, settings)
         return [task.name for task in tasks]
 
-    run_stage(place, {**stamp, "profile": ABOUT}, build)
+    Stages(place.parent / ".stages", "the leaderboard").run(place, {**stamp, "profile": ABOUT}, build)
     return place / file
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from candidates import BUDGET, Candidate
 
-from neuron_methods.demo.stages import write_text
+from neuron_methods.support.files import write_json, write_text
 
 FAMILIES = {"vit": "ViT", "t5": "T5", "llama": "Llama"}
 COLOURS = {"mergekit": "#8da0b6", "ours": "#c4462f", "fusion-bench": "#d9b44a"}
@@ -114,7 +113,7 @@ def write_report(
         ],
         "references": {n: {f: vars(interval(o)) for f, o in by.items()} for n, by in references.items()},
     }
-    write_text(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "results.json", content, indent=1)
     draw(rows, references, families, out / "leaderboard.svg")
 
 

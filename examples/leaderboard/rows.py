@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from neuron_methods.demo.stages import write_text
+from neuron_methods.support.files import write_json
 
 
 class Busy(Exception):
@@ -60,7 +60,7 @@ class Rows:
             result = self.read(name, key)
             if result is None:
                 result = build()
-                write_text(path, json.dumps({"key": key, "result": result}) + "\n")
+                write_json(path, {"key": key, "result": result})
             return result
 
     def _path(self, name: str) -> Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib.util
 import io
 import json
@@ -38,6 +37,7 @@ from report import unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
 from neuron_methods.support.errors import UserError  # noqa: E402
+from neuron_methods.support.text import did_you_mean  # noqa: E402
 
 #: Family and seeds of the zoos that are made where none is named.
 ZOOS = (("vit", 0), ("vit", 1), ("vit", 2), ("t5", 0), ("llama", 0))
@@ -207,9 +207,8 @@ def check_names(only: Sequence[str], rows: Sequence[Candidate]) -> None:
     names = [row.name for row in rows]
     for name in only:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {'; '.join(names)}"
-            raise UserError(f"--only {name!r}: no row has that name; {hint}")
+            hint = did_you_mean(name, names) or f"; there are: {'; '.join(names)}"
+            raise UserError(f"--only {name!r}: no row has that name{hint}")
 
 
 if __name__ == "__main__":

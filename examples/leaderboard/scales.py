@@ -26,10 +26,10 @@ from candidates import Weights, scaled  # noqa: E402
 from common import ZooModels, mean_score, run_script, weights_of  # noqa: E402
 from mergekit.merge_methods import merge_state_dicts  # noqa: E402
 
-from neuron_methods.demo.stages import write_text  # noqa: E402
 from neuron_methods.kernels.rows import neuron_rows  # noqa: E402
 from neuron_methods.kernels.trim import trim_  # noqa: E402
 from neuron_methods.support.errors import UserError  # noqa: E402
+from neuron_methods.support.files import write_text  # noqa: E402
 
 #: Scales tried for every ψ.
 GRID = (0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0)

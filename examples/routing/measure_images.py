@@ -87,9 +87,13 @@ def main() -> None:
             total += len(batch)
     print(f"router on {total} test images: {right / total:.1%} to their own expert, {inside / total:.1%} in domain\n")
 
-    rows = {"base": score(material.fixed(material.routed, {}))}
+    with material.fixed(material.routed, {}) as base:
+        rows = {"base": score(base)}
     for label, model in (("experts, each on its own task", material.plain), ("enhanced experts", material.routed)):
-        rows[label] = {name: accuracy(material.fixed(model, {name: 1.0}), *tasks[name]) for name in names}
+        rows[label] = {}
+        for name in names:
+            with material.fixed(model, {name: 1.0}) as expert:
+                rows[label][name] = accuracy(expert, *tasks[name])
     rows["routed"] = score(material.routed)
     rows["routed, without enhancement"] = score(material.plain)
     with material.redundant(material.routed, "none") as model:
@@ -117,11 +121,12 @@ def main() -> None:
         rows[f"static, {label}"] = scores
     print(f"\n{show(rows)}\n")
     if strange:
-        plain = material.fixed(material.routed, {})
+        with material.fixed(material.routed, {}) as base:
+            of_base = {name: accuracy(base, *data) for name, data in strange.items()}
         print(
             show(
                 {
-                    "base": {name: accuracy(plain, *data) for name, data in strange.items()},
+                    "base": of_base,
                     "routed": {name: accuracy(material.routed, *data) for name, data in strange.items()},
                     "share left to the base": {
                         name: float((~material.routed.route(pixel_values=data[0]).in_domain).float().mean())

@@ -12,7 +12,6 @@ capitals (whether the right one follows).
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -25,8 +24,10 @@ from measure_images import print_times
 from transformers import AutoModelForCausalLM
 from variants import Material, forward_times, show, unpadded_gap
 
-from neuron_methods.demo.scoring import answer_prompts, score_task
-from neuron_methods.demo.tasks import Example, build_tasks
+from neuron_methods.data.sources import Sample
+from neuron_methods.demo.pipeline import held_out_tasks
+from neuron_methods.evaluation import Examples, Task, evaluate_model, read_examples
+from neuron_methods.evaluation.tasks import Rows
 from neuron_methods.routing.base import load_processor
 
 CAPITALS = {
@@ -90,25 +91,25 @@ def main() -> None:
     material = Material(arguments.config, arguments.routed)
     tokenizer = load_processor(material.config.base_model, "causal", "base_model")
     names = material.routed.experts
-    tasks = {task.name: read_held_out(task, arguments.demo, arguments.examples) for task in build_tasks(1, 0)}
+    tasks = {task.name: first_examples(task, arguments.examples) for task in held_out_tasks(arguments.demo)}
 
     def answers(model: Any, name: str, count: int) -> float:
-        task = replace(tasks[name], held_out=tasks[name].held_out[:count])
-        return score_task(model, tokenizer, task, description=name, progress=False).accuracy
+        task = tasks[name].task
+        return evaluate_model(model, tokenizer, task, examples=first_examples(task, count)).score
 
     def score(model: Any, count: int = arguments.examples) -> dict[str, float]:
         return {name: answers(model, name, count) for name in names}
 
     right = inside = total = 0
-    for name, task in tasks.items():
-        routing = material.routed.route(**padded(tokenizer, [example.prompt for example in task.held_out]))
+    for name in tasks:
+        routing = material.routed.route(**padded(tokenizer, prompts(tasks[name])))
         right += int((routing.probabilities.argmax(1) == names.index(name)).sum())
         inside += int(routing.in_domain.sum())
         total += len(routing)
     print(
         f"router on {total} held-out prompts: {right / total:.1%} to their own expert, {inside / total:.1%} in domain"
     )
-    mixed = padded(tokenizer, [example.prompt for task in tasks.values() for example in task.held_out[:8]])
+    mixed = padded(tokenizer, [prompt for examples in tasks.values() for prompt in prompts(examples)[:8]])
     print(f"mixed batch of {len(mixed['input_ids'])}: at most {unpadded_gap(material.routed, mixed):.1e} from alone")
     print_times(forward_times(material, mixed))
 
@@ -122,7 +123,10 @@ def main() -> None:
     for part in arguments.parts:
         if part in ("experts", "enhanced"):
             model = material.plain if part == "experts" else material.routed
-            own = {name: answers(material.fixed(model, {name: 1.0}), name, arguments.examples) for name in names}
+            own = {}
+            for name in names:
+                with material.fixed(model, {name: 1.0}) as expert:
+                    own[name] = answers(expert, name, arguments.examples)
             add("experts, each on its own task" if part == "experts" else "enhanced experts", own)
         elif part == "routed":
             add("routed", score(material.routed))
@@ -138,8 +142,8 @@ def main() -> None:
                 add("routed, as many layers redundant at random", score(model, few))
         elif part == "sums":
             for weight in (0.4, 0.7):
-                merged = material.fixed(material.plain, dict.fromkeys(names, weight))
-                add(f"static, task_arithmetic, weight {weight}", score(merged, few))
+                with material.fixed(material.plain, dict.fromkeys(names, weight)) as merged:
+                    add(f"static, task_arithmetic, weight {weight}", score(merged, few))
         else:
             with tempfile.TemporaryDirectory() as folder:
                 for method, parameters in STATIC:
@@ -153,19 +157,37 @@ def main() -> None:
 def measure_strangers(material: Material, tokenizer: Any) -> None:
     """Scores out of domain, of the base and of the routed model, and how much is left to the base."""
     texts = prose(40)
-    questions = [Example(f"The capital of {c} is", a) for c, a in CAPITALS.items()]
-    for label, model in (("base", material.fixed(material.routed, {})), ("routed", material.routed)):
-        found = answer_prompts(model, tokenizer, [question.prompt for question in questions], 8)
-        capitals = statistics.mean(q.answer in answer for q, answer in zip(questions, found, strict=True))
-        print(f"out of domain, {label}: {read_prose(model, tokenizer, texts)}, capitals {capitals:.1%}", flush=True)
-    for label, some in (("prose", texts), ("capitals", [question.prompt for question in questions])):
+    questions = capitals()
+
+    def report(label: str, model: Any) -> None:
+        outcomes = evaluate_model(model, tokenizer, questions.task, examples=questions).outcomes
+        right = statistics.mean(outcome.target in outcome.prediction for outcome in outcomes)
+        print(f"out of domain, {label}: {read_prose(model, tokenizer, texts)}, capitals {right:.1%}", flush=True)
+
+    with material.fixed(material.routed, {}) as base:
+        report("base", base)
+    report("routed", material.routed)
+    for label, some in (("prose", texts), ("capitals", prompts(questions))):
         left = (~material.routed.route(**padded(tokenizer, some)).in_domain).float().mean()
         print(f"out of domain, {label}: {float(left):.1%} left to the base", flush=True)
 
 
-def read_held_out(task: Any, demo: Path, count: int) -> Any:
-    lines = (demo / "data" / f"{task.name}.held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    return replace(task, held_out=tuple(Example(**json.loads(line)) for line in lines[:count]))
+def first_examples(task: Task, count: int) -> Examples:
+    """The first `count` examples of a task, all where there are fewer."""
+    return read_examples(replace(task, test=replace(task.test, stop=count)))
+
+
+def prompts(examples: Examples) -> list[str]:
+    return [examples.text(index, "input") for index in range(len(examples))]
+
+
+def capitals() -> Examples:
+    """Beginnings of sentences, and the capital that follows."""
+    columns, settings = {"input": "prompt", "target": "answer"}, {"max_new_tokens": 8, "stop": "\n"}
+    rows = Rows("capitals", local=False)
+    task = Task("capitals", "generation", "capitals", rows, None, columns, "exact_match", 40, settings=settings)
+    asked = [(f"The capital of {country} is", capital) for country, capital in CAPITALS.items()]
+    return Examples(task, "test", None, [Sample(i, i, row) for i, row in enumerate(asked)], list(columns))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from neuron_methods.routing.experts import adapter_directories, load_experts
 from neuron_methods.routing.route_yaml import RouteConfig, read_config
 from neuron_methods.routing.routed_files import RoutedExpert
 
-Score = Callable[[Any], dict[str, float]]
-
 
 class Material:
     """A routed model, and the experts it was made from.
@@ -67,9 +65,12 @@ class Material:
         finally:
             model._core = before
 
-    def fixed(self, model: NeuronRoutedModel, weights: dict[str, float]) -> Any:
-        """A model that computes with the same coefficients for every input: task arithmetic."""
-        return Fixed(model, model.mixer.uniform(torch.tensor([weights.get(name, 0.0) for name in model.experts])))
+    @contextmanager
+    def fixed(self, model: NeuronRoutedModel, weights: dict[str, float]) -> Iterator[Any]:
+        """Inside, the base computes with the same coefficients for every input: task arithmetic."""
+        coefficients = model.mixer.uniform(torch.tensor([weights.get(name, 0.0) for name in model.experts]))
+        with model.mixer.using(coefficients):
+            yield model.base
 
     def merged(self, folder: Path, method: str, **parameters: Any) -> Path:
         """A static merge of the experts, by any method of mergekit or ours."""
@@ -86,21 +87,6 @@ class Material:
         if not out.exists():
             merge_to_directory(yaml.safe_dump(content), str(out), progress=False)
         return out
-
-
-class Fixed:
-    """The base with one set of coefficients in force, called like a model of transformers."""
-
-    def __init__(self, model: NeuronRoutedModel, coefficients: Tensor) -> None:
-        self.model, self.coefficients = model, coefficients
-
-    def __call__(self, **inputs: Any) -> Any:
-        with self.model.mixer.using(self.coefficients):
-            return self.model.base(**inputs)
-
-    def generate(self, **options: Any) -> Any:
-        with self.model.mixer.using(self.coefficients):
-            return self.model.base.generate(**options)
 
 
 def largest_gap(model: NeuronRoutedModel, inputs: dict[str, Tensor]) -> float:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from neuron_methods.demo.stages import run_stage, write_text
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_json, write_text
+from neuron_methods.support.stages import Stages, own_directory
 
 Weights = dict[str, Tensor]
 
@@ -41,29 +42,24 @@ class Zoo:
         Raises:
             UserError: it holds something else, or has a name that mergekit cannot take.
         """
-        self.out, self.family, self.seed, self.say = out.resolve(), family, seed, say
-        if "+" in str(self.out):
-            raise UserError(f"{self.out}: mergekit takes a '+' in a model's path for 'base+adapter'; choose another")
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out}: exists and is not a directory; choose another")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / MARK).is_file():
-            raise UserError(f"{self.out}: holds files that no zoo's script wrote; choose another")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / MARK, json.dumps({"family": family, "seed": seed}) + "\n")
+        self.family, self.seed, self.say = family, seed, say
+        self.out = own_directory(out, MARK, {"family": family, "seed": seed}, str(out), "a zoo's script")
+        self.stages = Stages(self.out / ".stages", "a zoo's script")
 
     def stage(self, place: str, key: Mapping[str, Any], build: Callable[[Path], Any]) -> Any:
-        """Make sure that the directory `place` holds what `build` makes under `key`; see `run_stage`."""
+        """Make sure that the directory `place` holds what `build` makes under `key`; see `Stages.run`."""
 
         def announce_and_build(path: Path) -> Any:
             self.say(f"{self.family}: {place} ...")
             return build(path)
 
-        stage = run_stage(self.out / place, {"family": self.family, "seed": self.seed, **key}, announce_and_build)
+        key = {"family": self.family, "seed": self.seed, **key}
+        stage = self.stages.run(self.out / place, key, announce_and_build)
         self.say(f"{self.family}: {place} " + (f"took {stage.seconds:.0f} s" if stage.built else "kept"))
         return stage.result
 
     def write_yaml(self, tasks: Sequence[Mapping[str, Any]], dtype: str) -> None:
-        """``tasks.yml`` and ``merge.yml``; `tasks` are entries without their source."""
+        """Write ``tasks.yml`` and ``merge.yml``; `tasks` are entries without their source."""
         entries = [
             {
                 "name": task["name"],
@@ -298,6 +294,6 @@ def finish(zoo: Zoo, key: Mapping[str, Any], wanted: bool = True, scales: Sequen
             "headroom": checks.headroom,
             "recovered": checks.recovered,
         }
-        write_text(path, json.dumps(content | {"met": checks.met()}, indent=1) + "\n")
+        write_json(path, content | {"met": checks.met()}, indent=1)
     zoo.say(str(checks))
     return checks

@@ -23,18 +23,20 @@ from typing import Any
 
 from common import Zoo, finish, parse_arguments, run_script
 
-from neuron_methods.demo import tasks as demo_tasks
+from neuron_methods.demo import questions
 from neuron_methods.demo.base_model import find_gguf, load_model, load_tokenizer, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
-from neuron_methods.demo.stages import STAMP
-from neuron_methods.demo.tasks import HELD_OUT_EXAMPLES, Example, Task, build_tasks
+from neuron_methods.demo.pipeline import RECORDS
+from neuron_methods.demo.questions import HELD_OUT_EXAMPLES, DemoTask, Example, build_tasks
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_json
+from neuron_methods.support.stages import Stages
 
 #: What each task's examples come from, and so what may not be in training and test at once.
 SOURCES: dict[str, Callable[[], Sequence[tuple[Any, Example]]]] = {
-    "arithmetic": demo_tasks.arithmetic_examples,
-    "german": demo_tasks.german_examples,
-    "python": demo_tasks.python_examples,
+    "arithmetic": questions.arithmetic_examples,
+    "german": questions.german_examples,
+    "python": questions.python_examples,
 }
 
 
@@ -53,7 +55,7 @@ class Settings:
     test: int = 400
 
 
-def split_examples(task: Task, settings: Settings, seed: int) -> dict[str, list[Example]]:
+def split_examples(task: DemoTask, settings: Settings, seed: int) -> dict[str, list[Example]]:
     """Training examples as the demo's; validation and test from those that share no key with them."""
     trained = set(task.train)
     keyed = list(SOURCES[task.name]())
@@ -103,7 +105,7 @@ def build_zoo(
         key |= {"training": asdict(training)}
         about_experts[task.name] = key
 
-        def build(path: Path, task: Task = task, training: TrainingSettings = training, key: Any = key) -> None:
+        def build(path: Path, task: DemoTask = task, training: TrainingSettings = training, key: Any = key) -> None:
             if demo is not None:
                 copy_expert(demo, task.name, key, path, zoo.out / "base")
                 return
@@ -157,15 +159,14 @@ def copy_expert(demo: Path, name: str, key: dict[str, Any], path: Path, base: Pa
         UserError: the demo has no such expert, or trained it otherwise.
     """
     source = demo / "experts" / name
-    stamp = source / STAMP
-    if not stamp.is_file():
+    if not source.is_dir():
         raise UserError(f"--demo {demo}: has no finished expert {name}; let the demo finish, or leave --demo out")
-    if json.loads(stamp.read_text(encoding="utf-8"))["settings"] != json.loads(json.dumps(key)):
+    if Stages(demo / RECORDS, "the demo").kept(source, key) is None:
         raise UserError(f"--demo {demo}: its expert {name} was trained with other settings; leave --demo out")
     shutil.copytree(source, path)
     config = path / "adapter" / "adapter_config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(content | {"base_model_name_or_path": str(base)}, indent=2), encoding="utf-8")
+    write_json(config, content | {"base_model_name_or_path": str(base)}, indent=2)
 
 
 def _link(place: Path, target: Path) -> None:

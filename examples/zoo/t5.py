@@ -21,10 +21,10 @@ import torch
 from common import Zoo, finish, parse_arguments, run_script, schedule, take_step
 from text_tasks import PREFIXES, PRETRAINING, SENTINELS, TASKS, Pair, draw, vocabulary
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from neuron_methods.demo.base_model import quiet_transformers
+from neuron_methods.support.progress import progress_bar
+from neuron_methods.support.quiet import quiet_transformers
 
 #: The modules that LoRA adapts: every matrix of the layers.
 LORA_TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
@@ -214,7 +214,7 @@ def train(
     rate = schedule(optimizer, steps, max(1, min(100, steps // 10)))
     model.train()
     running = None
-    with tqdm(range(steps), desc=name, unit="step", disable=not progress, leave=False) as bar:
+    with progress_bar(range(steps), what=name, unit="step", shown=progress, leave=False) as bar:
         for _ in bar:
             loss = model(**encode(tokenizer, next(batches))).loss
             take_step(loss, trained, optimizer)

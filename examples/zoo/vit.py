@@ -26,11 +26,11 @@ from PIL import Image
 from scenes import IMAGE
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
-from tqdm import tqdm
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from vision_tasks import CAMERA, LETTER_SCRIPTS, TASKS, LetterStream, VisionTask, vision_tasks
 
-from neuron_methods.demo.base_model import quiet_transformers
+from neuron_methods.support.progress import progress_bar
+from neuron_methods.support.quiet import quiet_transformers
 
 #: The modules that LoRA adapts: every matrix of the layers.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -216,7 +216,7 @@ def make_base(
     rate = schedule(optimizer, steps, min(50, steps // 10))
     random = generator("vit", seed, "letters")
     right = 0.0
-    with tqdm(range(steps), desc="base", unit="step", disable=not progress) as bar:
+    with progress_bar(range(steps), what="base", unit="step", shown=progress) as bar:
         for step in bar:
             difficulty = min(1.0, max(0.0, 2.5 * step / steps - 0.15))
             images, classes = stream.batch(settings.pretraining_batch, random, difficulty)
@@ -286,7 +286,7 @@ def train_expert(
     rate = schedule(optimizer, settings.steps, settings.steps // 10)
     random = generator("vit", seed, name, "order")
     running = 0.0
-    with tqdm(range(settings.steps), desc=name, unit="step", disable=not progress, leave=False) as bar:
+    with progress_bar(range(settings.steps), what=name, unit="step", shown=progress, leave=False) as bar:
         for _ in bar:
             chosen = torch.randint(len(images), (settings.batch,), generator=random)
             logits = model(pixel_values=images[chosen]).logits[:, labels.start : labels.stop]

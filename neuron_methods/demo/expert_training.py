@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuron_methods.demo.tasks import Example
+from neuron_methods.demo.questions import Example
+from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -148,7 +149,6 @@ def train_expert(
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from tqdm.auto import tqdm
 
     torch.manual_seed(settings.seed)
     config = LoraConfig(
@@ -161,7 +161,7 @@ def train_expert(
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings.steps))
     losses: list[float] = []
-    with tqdm(total=settings.steps, desc=description, unit="step", disable=not progress) as bar:
+    with progress_bar(total=settings.steps, what=description, unit="step", shown=progress) as bar:
         for batch in batches(tokenizer, examples, settings):
             loss = answer_loss(model, batch)
             optimizer.zero_grad()

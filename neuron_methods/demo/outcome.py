@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.demo.tasks import Task
+from neuron_methods.demo.questions import DemoTask
+from neuron_methods.support.text import columns
 
 #: Held-out examples shown per task.
 SHOWN = 2
@@ -48,7 +49,7 @@ class DemoReport:
     """
 
     out: Path
-    tasks: list[Task]
+    tasks: list[DemoTask]
     scores: list[ModelScores]
     merge_yaml: str
     merge_summary: str
@@ -57,11 +58,11 @@ class DemoReport:
     def table(self) -> str:
         """Rows base, experts, merge; columns the tasks and their mean; percent of held-out examples."""
         names = [task.name for task in self.tasks]
-        lines = [f"{'':20}" + "".join(f"{name:>12}" for name in [*names, "mean"])]
+        rows = [("", *names, "mean")]
         for model in self.scores:
             values = [*(model.accuracy(name) for name in names), model.mean]
-            lines.append(f"{model.name:20}" + "".join(f"{100 * value:10.1f} %" for value in values))
-        return "\n".join(lines)
+            rows.append((model.name, *(f"{100 * value:.1f} %" for value in values)))
+        return "\n".join(columns(rows))
 
     def examples(self) -> str:
         """The first held-out examples of each task, with what base, expert and merge answered."""

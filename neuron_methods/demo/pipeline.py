@@ -10,19 +10,21 @@ from typing import Any
 
 import yaml
 
+from neuron_methods import evaluation
 from neuron_methods.demo.base_model import BASE_NAME, find_gguf, load_model, load_tokenizer, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
 from neuron_methods.demo.outcome import DemoReport, ModelScores
-from neuron_methods.demo.scoring import score_task
-from neuron_methods.demo.stages import Stage, run_stage, write_text
-from neuron_methods.demo.tasks import Task, build_tasks
+from neuron_methods.demo.questions import DemoTask, build_tasks
+from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_text
+from neuron_methods.support.stages import Stage, Stages, own_directory
 
 #: What the demo merges with: the published defaults, spelled out.
 MERGE_PARAMETERS: dict[str, Any] = {"density": 0.15, "lambda_orthogonal": "auto"}
 
-#: The file that marks a directory as the demo's own.
-_MARK = "demo.json"
+#: What is known of finished stages, within the demo's directory.
+RECORDS = ".stages"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
         raise UserError(f"--steps {settings.steps}: an expert needs at least 1 step")
     tasks = build_tasks(settings.examples, settings.seed)
     gguf = find_gguf()
-    out = _prepare_directory(settings)
+    chosen = {"steps": settings.steps, "examples": settings.examples, "seed": settings.seed}
+    out = own_directory(settings.out, "demo.json", chosen, f"--out {settings.out}", "the demo")
     for task in tasks:
         for part, items in (("train", task.train), ("held_out", task.held_out)):
             lines = [json.dumps(asdict(example), ensure_ascii=False) for example in items]
@@ -100,7 +103,7 @@ def merge_recipe(base: Path, experts: list[str]) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def task_file(tasks: list[Task]) -> str:
+def task_file(tasks: list[DemoTask]) -> str:
     """The tasks for `mergekit-neuron evaluate` and `tune`: one half of the held-out examples for each."""
     entries = []
     for task in tasks:
@@ -116,43 +119,27 @@ def task_file(tasks: list[Task]) -> str:
     return yaml.safe_dump({"tasks": entries}, sort_keys=False)
 
 
-def _prepare_directory(settings: DemoSettings) -> Path:
-    """Create or check the output directory, and mark it as ours.
-
-    Raises:
-        UserError: it is not a directory, holds something else, or has a name that mergekit cannot take.
-    """
-    out = settings.out.resolve()
-    if "+" in str(out):
-        raise UserError(f"--out {out}: mergekit takes a '+' in a model's path for 'base+adapter'; choose another")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: exists and is not a directory; choose another")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
-        raise UserError(f"--out {out}: holds files that the demo did not write; choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = {"steps": settings.steps, "examples": settings.examples, "seed": settings.seed}
-    write_text(out / _MARK, json.dumps(chosen) + "\n")
-    return out
+def held_out_tasks(out: Path) -> list[Task]:
+    """Read the tasks in a demo's directory, with all of the held-out examples to score on."""
+    tasks = evaluation.load_tasks(out / "tasks.yml")
+    return [replace(task, test=replace(task.test, start=0, stop=None)) for task in tasks]
 
 
 class _Demo:
     """The stages of one run. Each returns the settings that identify its outcome, for the stages that build on it."""
 
-    def __init__(self, settings: DemoSettings, out: Path, tasks: list[Task], say: Callable[[str], None]) -> None:
+    def __init__(self, settings: DemoSettings, out: Path, tasks: list[DemoTask], say: Callable[[str], None]) -> None:
         self.settings, self.out, self.tasks, self.say = settings, out, tasks, say
+        self.stages = Stages(out / RECORDS, "the demo")
         self.seconds: dict[str, float] = {}
 
     def _stage(self, what: str, directory: Path, key: dict[str, Any], build: Callable[[Path], Any]) -> Stage:
-        announced = False
-
         def announce_and_build(path: Path) -> Any:
-            nonlocal announced
-            announced = True
             self.say(f"{what} ...")
             return build(path)
 
-        stage = run_stage(directory, key, announce_and_build, redo=self.settings.force)
-        if not announced:
+        stage = self.stages.run(directory, key, announce_and_build, redo=self.settings.force)
+        if not stage.built:
             self.say(f"{what}: done before, kept ({directory})")
         self.seconds[what] = stage.seconds
         return stage
@@ -162,7 +149,7 @@ class _Demo:
         self._stage(f"base: {BASE_NAME} as safetensors", self.out / "base", key, lambda path: save_base(gguf, path))
         return key
 
-    def train(self, task: Task, base_key: dict[str, Any]) -> dict[str, Any]:
+    def train(self, task: DemoTask, base_key: dict[str, Any]) -> dict[str, Any]:
         training = TrainingSettings(steps=self.settings.steps or task.steps, seed=self.settings.seed)
         key = {"stage": "expert", "base": base_key, "task": task.name, "examples": task.fingerprint()}
         key |= {"training": asdict(training)}
@@ -204,14 +191,13 @@ class _Demo:
         key = {"stage": "scores", "model": model_key, "held_out": held_out}
 
         def build(path: Path) -> dict[str, Any]:
-            path.mkdir()
-            model, tokenizer = load_model(model_path), load_tokenizer(model_path)
-            found = {}
-            for task in self.tasks:
-                label = f"score {name} on {task.name}"
-                score = score_task(model, tokenizer, task, description=label, progress=self.settings.progress)
-                found[task.name] = asdict(score)
-            return found
+            tasks = held_out_tasks(self.out)
+            found = evaluation.evaluate(str(model_path), tasks, dtype="float32", progress=self.settings.progress)
+            evaluation.write_evaluation(found, path / "scores.json")
+            return {
+                result.name: {"accuracy": result.score, "answers": [o.prediction for o in result.outcomes]}
+                for result in found.tasks
+            }
 
         stage = self._stage(f"scores of {name}", self.out / "scores" / name, key, build)
         return ModelScores(name, stage.result)

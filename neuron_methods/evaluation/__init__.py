@@ -1,7 +1,7 @@
 """Scores of models on tasks.
 
 `load_tasks` reads a file of tasks, `evaluate` scores a model on disk or of the hub, `evaluate_model` one in memory,
-and `open_model` loads whatever MODEL may be.
+`write_evaluation` writes what came out, and `open_model` loads whatever MODEL may be.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from neuron_methods.support.exports import lazily
 if TYPE_CHECKING:
     from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
     from neuron_methods.evaluation.models import OpenedModel, open_model
+    from neuron_methods.evaluation.score_files import write_evaluation
     from neuron_methods.evaluation.scoring import Evaluation, TaskResult, evaluate, evaluate_model, start_task
     from neuron_methods.evaluation.task_file import load_tasks
     from neuron_methods.evaluation.tasks import Task
@@ -28,6 +29,7 @@ __all__ = [
     "open_model",
     "read_examples",
     "start_task",
+    "write_evaluation",
 ]
 
 # Imported on first use: torch and transformers are slow to come.
@@ -46,5 +48,6 @@ __getattr__ = lazily(
         "open_model": "neuron_methods.evaluation.models",
         "read_examples": "neuron_methods.evaluation.examples",
         "start_task": "neuron_methods.evaluation.scoring",
+        "write_evaluation": "neuron_methods.evaluation.score_files",
     },
 )

@@ -12,18 +12,20 @@ from typing import Any
 from neuron_methods import __version__
 from neuron_methods.evaluation.scoring import Evaluation, TaskResult
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_json, write_text
+from neuron_methods.support.text import columns
 
 FORMAT = "mergekit-neuron-evaluation"
 VERSION = 1
 
 
 def format_score(value: float, metric: str) -> str:
-    """A perplexity as it is, any other score in percent."""
+    """Write a perplexity as it is, any other score in percent."""
     return f"{value:.3f}" if metric == "perplexity" else f"{100 * value:.1f} %"
 
 
 def table(evaluation: Evaluation) -> list[str]:
-    """Lines for the screen: one per task, and the mean."""
+    """Lay out lines for the screen: one per task, and the mean."""
     rows = [("task", "score", "95 % interval", "examples", "metric", "split")]
     for task in evaluation.tasks:
         score, low, high = (format_score(value, task.metric) for value in (task.score, task.low, task.high))
@@ -31,25 +33,13 @@ def table(evaluation: Evaluation) -> list[str]:
         rows.append((task.name, score, interval, str(task.count), task.metric, task.split))
     if evaluation.mean is not None and len(evaluation.tasks) > 1:
         rows.append(("mean", format_score(evaluation.mean, ""), "", "", "", ""))
-    lines = align(rows, right=(1, 2, 3))
+    lines = columns(rows, left=(0, 4, 5))
     lines += [f"{task.name}: {note}" for task in evaluation.tasks for note in task.notes]
     return lines
 
 
-def align(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    """Rows as lines of columns; those in `right` are flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def task_record(result: TaskResult) -> dict[str, Any]:
-    """A result as JSON holds it, without its outcomes."""
+    """Turn a result into what JSON holds of it: all but its outcomes."""
     record = {key: value for key, value in asdict(result).items() if key != "outcomes"}
     return {key: value for key, value in record.items() if key != "notes" or value}
 
@@ -70,14 +60,14 @@ def check_place(output: Path, force: bool) -> None:
 
 
 def outcomes_file(output: Path) -> Path:
-    """The JSONL beside a JSON."""
+    """Name the JSONL beside a JSON."""
     return output.with_suffix(".examples.jsonl")
 
 
 def write_evaluation(evaluation: Evaluation, output: Path) -> None:
     """Write scores to `output`, and every example's outcome beside it."""
     lines = [
-        json.dumps({"task": task.name, **_brief(asdict(outcome))}, ensure_ascii=False)
+        json.dumps({"task": task.name, **_brief(asdict(outcome))}, ensure_ascii=False) + "\n"
         for task in evaluation.tasks
         for outcome in task.outcomes
     ]
@@ -93,11 +83,11 @@ def write_evaluation(evaluation: Evaluation, output: Path) -> None:
         "made_with": {name: version(name) for name in ("transformers", "torch", "datasets")}
         | {"mergekit-neuron": __version__},
     }
-    outcomes_file(output).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(outcomes_file(output), "".join(lines))
+    write_json(output, content, indent=2)
 
 
 def _brief(outcome: dict[str, Any]) -> dict[str, Any]:
-    """An outcome without what holds for almost all."""
+    """Leave out of an outcome what holds for almost all."""
     usual = {"weight": 1.0, "truncated": False, "prediction": None, "target": None}
     return {key: value for key, value in outcome.items() if key not in usual or value != usual[key]}

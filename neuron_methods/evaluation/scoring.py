@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from neuron_methods.evaluation.examples import Examples, Outcome, by_length, read_examples
 from neuron_methods.evaluation.kinds import KINDS
@@ -20,6 +19,7 @@ from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.processes import process_state
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.quiet import quiet_transformers
 
 
@@ -145,8 +145,8 @@ class RunningTask:
         training = self.scorer.model.training
         self.scorer.model.eval()
         outcomes: list[Outcome] = []
-        hidden = not progress or not state.is_main_process
-        bar = tqdm(total=len(own), desc=self.task.name, unit="example", disable=hidden or None, leave=False)
+        shown = progress and state.is_main_process
+        bar = progress_bar(total=len(own), what=self.task.name, unit="example", shown=shown, leave=False)
         with bar, torch.inference_mode(), quiet_transformers():
             self.scorer.begin()
             for start in range(0, len(own), self.task.batch_size):

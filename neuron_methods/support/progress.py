@@ -11,8 +11,8 @@ from tqdm import tqdm
 #: Seconds between two lines where stderr is no terminal.
 LINE_INTERVAL = 10.0
 
-_COUNTED = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} to go"
-_OPEN = "{desc}: {n_fmt} {unit}s, {elapsed} elapsed"
+_COUNTED = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} to go{postfix}"
+_OPEN = "{desc}: {n_fmt} {unit}s, {elapsed} elapsed{postfix}"
 
 
 class _Lines:

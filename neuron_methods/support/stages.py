@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,12 @@ class Stages:
         Raises:
             UserError: `place` exists and no stage wrote it, or cannot be written.
         """
-        made_from = json.loads(json.dumps(made_from))
-        file = self.records / f"{_record_name(place, self.records)}.json"
-        record = _read_record(file)
-        if record is None and place.exists():
+        kept = self.kept(place, made_from)
+        if kept is not None and not redo:
+            return kept
+        file = self._record(place)
+        if place.exists() and _read_record(file) is None:
             raise UserError(f"{place}: was not written by {self.writer}; move it away, or choose another directory")
-        if record is not None and place.is_dir() and record["made_from"] == made_from and not redo:
-            return Stage(place, record["result"], record["seconds"], built=False)
         started = time.perf_counter()
         partial = self.records / "partial" / place.name
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,9 +93,46 @@ class Stages:
                 partial.parent.rmdir()
         return Stage(place, json.loads(json.dumps(result)), seconds, built=True)
 
+    def kept(self, place: Path, made_from: Any) -> Stage | None:
+        """Look up a finished stage; None where `place` holds none that was made from `made_from`."""
+        record = _read_record(self._record(place))
+        if record is None or not place.is_dir() or record["made_from"] != json.loads(json.dumps(made_from)):
+            return None
+        return Stage(place, record["result"], record["seconds"], built=False)
+
+    def _record(self, place: Path) -> Path:
+        return self.records / f"{_record_name(place, self.records)}.json"
+
     def remove(self) -> None:
         """Remove the records and, where they lie within, the stages."""
         shutil.rmtree(self.records, ignore_errors=True)
+
+
+def own_directory(path: Path, mark: str, about: Mapping[str, Any], shown: str, writer: str) -> Path:
+    """Make a directory that one of our commands fills over several runs, or find that it is one.
+
+    Args:
+        path: as the user gave it.
+        mark: name of the JSON file that marks such a directory.
+        about: what the mark holds.
+        shown: what messages begin with, the option and the path: "--out demo".
+        writer: what fills the directory, for messages: "the demo".
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        UserError: it is no directory, holds something else, or has a name that mergekit cannot take.
+    """
+    path = path.resolve()
+    if "+" in str(path):
+        raise UserError(f"{shown}: mergekit takes a '+' in a model's path for 'base+adapter'; choose another")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{shown}: exists and is not a directory; choose another")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise UserError(f"{shown}: holds files that {writer} did not write; choose another")
+    write_json(path / mark, about)
+    return path
 
 
 def _record_name(place: Path, records: Path) -> str:

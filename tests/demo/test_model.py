@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neuron_methods.demo import base_model as demo_model
 from neuron_methods.demo.base_model import find_gguf, load_model, load_tokenizer, save_base
 from neuron_methods.support.errors import UserError
 
@@ -62,7 +61,7 @@ def test_the_base_knows_the_capital_of_france_and_nothing_asks_the_network(base,
 
 def test_blank_and_answer_are_tokens_of_their_own(base) -> None:
     """Training encodes prompt and answer apart; generation must continue the prompt with the same tokens."""
-    from neuron_methods.demo.tasks import build_tasks
+    from neuron_methods.demo.questions import build_tasks
 
     tokenizer = load_tokenizer(base)
     for task in build_tasks(20, seed=0):
@@ -71,14 +70,3 @@ def test_blank_and_answer_are_tokens_of_their_own(base) -> None:
             apart = tokenizer(example.prompt).input_ids + tokenizer(f" {example.answer}").input_ids
             assert together == apart
             assert len(tokenizer(f" {example.answer}").input_ids) < task.max_new_tokens
-
-
-def test_transformers_is_as_talkative_after_as_before() -> None:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(RuntimeError), demo_model.quiet_transformers():
-        assert logging.get_verbosity() == logging.ERROR
-        assert not logging.is_progress_bar_enabled()
-        raise RuntimeError
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from neuron_methods.demo import pipeline
 from neuron_methods.demo.pipeline import DemoSettings, run_demo
 from neuron_methods.evaluation import evaluate, load_tasks
+from neuron_methods.plugin.merging import merge_to_directory
+from neuron_methods.sharing.publishing import merge_companion
 from neuron_methods.support.errors import UserError
 
 TASKS = ["arithmetic", "german", "python"]
@@ -78,7 +80,38 @@ def test_everything_is_where_the_report_says(finished, tiny_base) -> None:
         assert adapter["base_model_name_or_path"] == str(out / "base")
         assert adapter["r"] == 16
     assert (out / "report.txt").read_text() == f"{report}\n"
-    assert not list(out.rglob("*.partial")) and not list(out.rglob(".partial"))
+    assert not [path for path in out.rglob("*") if "partial" in path.name]
+
+
+def test_what_the_demo_makes_holds_nothing_of_the_demos_own(finished, tmp_path) -> None:
+    """Its directories are uploaded and loaded as they are: what a merge or peft writes, and nothing else."""
+    out, _, _ = finished
+    assert {path.name for path in out.iterdir()} == {
+        *("base", "data", "demo.json", "experts", "merge.yaml", "merged", "report.txt", "scores", ".stages"),
+        "tasks.yml",
+    }
+    merge_to_directory(
+        (out / "merge.yaml").read_text(), tmp_path / "merged", progress=False, companion=merge_companion()
+    )
+    for made, alike in ((out / "merged", tmp_path / "merged"),):
+        assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in alike.iterdir())
+    for task in TASKS:
+        assert sorted(path.name for path in (out / "experts" / task).iterdir()) == ["adapter", "full"]
+    assert not list(out.rglob("demo-stage.json"))
+
+
+def test_scores_are_written_as_evaluate_writes_them(finished) -> None:
+    out, report, _ = finished
+    for model in report.scores:
+        assert sorted(p.name for p in (out / "scores" / model.name).iterdir()) == [
+            *("scores.examples.jsonl", "scores.json")
+        ]
+        scores = json.loads((out / "scores" / model.name / "scores.json").read_text())
+        assert {task["name"]: task["score"] for task in scores["tasks"]} == {t: model.accuracy(t) for t in TASKS}
+        assert [task["count"] for task in scores["tasks"]] == [4, 4, 4]
+        lines = (out / "scores" / model.name / "scores.examples.jsonl").read_text().splitlines()
+        answers = [json.loads(line)["prediction"] for line in lines]
+        assert answers == [answer for task in TASKS for answer in model.by_task[task]["answers"]]
 
 
 def test_the_yaml_is_the_one_that_was_merged(finished) -> None:
@@ -152,7 +185,9 @@ def test_an_interrupted_run_keeps_what_was_finished_and_goes_on_there(tmp_path) 
 
     with pytest.raises(KeyboardInterrupt):
         run_demo(settings(out), interrupt)
-    assert sorted(path.name for path in out.iterdir()) == ["base", "data", "demo.json", "experts", "tasks.yml"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(".stages", "base", "data", "demo.json", "experts", "tasks.yml")
+    ]
     assert [path.name for path in (out / "experts").iterdir()] == ["arithmetic"]
     before = files(out / "experts")
     run_demo(settings(out), lambda line: None)

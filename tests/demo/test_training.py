@@ -18,7 +18,7 @@ from neuron_methods.demo.expert_training import (
     make_batch,
     train_expert,
 )
-from neuron_methods.demo.tasks import Example
+from neuron_methods.demo.questions import Example
 
 EXAMPLES = [
     Example("one more than 3 is", "4"),

@@ -20,10 +20,11 @@ import vit
 from datasets import load_dataset
 from safetensors.torch import load_file
 
-from neuron_methods.demo.stages import STAMP
-from neuron_methods.demo.tasks import build_tasks
+from neuron_methods.demo.pipeline import RECORDS
+from neuron_methods.demo.questions import build_tasks
 from neuron_methods.evaluation import load_tasks, open_model
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.stages import Stages
 
 TINY_VIT = vit.Settings(
     tasks=("digits-latin", "shapes", "counts"),
@@ -144,7 +145,7 @@ def test_missing_fonts_name_the_package(tmp_path):
 
 def test_foreign_directory_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files that no zoo's script wrote"):
+    with pytest.raises(UserError, match="holds files that a zoo's script did not write"):
         build("t5", tmp_path)
 
 
@@ -226,10 +227,12 @@ def test_llama_takes_only_what_the_demo_trained_alike(tmp_path):
     key = {"stage": "expert", "training": {"steps": 60}}
     with pytest.raises(UserError, match="has no finished expert german"):
         llama.copy_expert(tmp_path, "german", key, tmp_path / "copy", tmp_path / "base")
-    adapter = tmp_path / "experts" / "german" / "adapter"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "r": 16}')
-    (adapter.parent / STAMP).write_text(json.dumps({"settings": key}))
+
+    def train(path):
+        (path / "adapter").mkdir(parents=True)
+        (path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "r": 16}')
+
+    Stages(tmp_path / RECORDS, "the demo").run(tmp_path / "experts" / "german", key, train)
     with pytest.raises(UserError, match="was trained with other settings"):
         llama.copy_expert(tmp_path, "german", key | {"task": "german"}, tmp_path / "copy", tmp_path / "base")
     llama.copy_expert(tmp_path, "german", key, tmp_path / "copy", tmp_path / "base")

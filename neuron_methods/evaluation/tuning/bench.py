@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,11 +59,13 @@ class Bench:
             seed: of intervals.
             shortcut: recombine parts where parameters enter linearly.
             folder: where merges are written and removed again; None: where temporary files go.
-            progress: show bars.
+            progress: show a bar per task, on a terminal.
             say: takes lines for the user.
         """
         self.recipe, self.tasks, self.seed = recipe, tasks, seed
-        self.shortcut, self.progress, self.say = shortcut, progress, say
+        self.shortcut, self.say = shortcut, say
+        # Where bars are lines, those of the points are enough.
+        self.progress = progress and sys.stderr.isatty()
         self.merges = self.recombined = self.tried = self.parts_bytes = 0
         self.merge_seconds = 0.0
         self._dtype, self._within = dtype, folder

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, open_model
 from neuron_methods.evaluation.score_files import format_score, table, task_record
@@ -35,11 +33,12 @@ from neuron_methods.evaluation.tuning.trace import (
     Trial,
     fingerprint_of_examples,
     fingerprint_of_models,
-    replace_text,
 )
 from neuron_methods.models.processes import process_state
 from neuron_methods.plugin.merging import plan_merge
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_text
+from neuron_methods.support.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def tune(
         trials = list(trace.trials.values())
         best = max(trials, key=value_of)
         note = f"# {settings.objective} {value_of(best):.4f} on validation data, the best of {len(trials)} points\n"
-        replace_text(out / "best.yml", note + recipe.source_at(best.point))
+        write_text(out / "best.yml", note + recipe.source_at(best.point))
         result = TuneResult(best.point, value_of(best), best.scores, trials)
         if settings.test or bench.recombined:
             test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
@@ -207,8 +206,7 @@ def _search(
     strategy: Strategy, bench: Bench, trace: Trace, value_of: Callable[[Trial], float], settings: TuneSettings
 ) -> None:
     """Try what the strategy proposes and the trace does not know."""
-    bar = tqdm(desc="points", unit="point", disable=None if settings.progress else True)
-    with bar:
+    with progress_bar(what="points", unit="point", shown=settings.progress) as bar:
         for batch in strategy.batches():
             new = {key_of(point): point for point in batch if trace.get(point) is None}
             # Whoever proposes generations goes on after this one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.tuning.search import Point, key_of
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_json, write_text
 
 FORMAT = "mergekit-neuron-tune"
 VERSION = 1
@@ -67,7 +67,7 @@ class Trace:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("trace.jsonl", "experts.json", "best.yml", "scores.png"):
                 (folder / name).unlink(missing_ok=True)
-            self._write("tune.json", {"format": FORMAT, "version": VERSION, "search": self._identity})
+            self.finish({})
             return
         self._resume()
 
@@ -84,11 +84,12 @@ class Trace:
     def add_expert(self, task: str, expert: str, score: float) -> None:
         """Keep an expert's score."""
         self.experts.setdefault(task, {})[expert] = score
-        self._write("experts.json", self.experts)
+        write_json(self.folder / "experts.json", self.experts, indent=2)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of the search."""
-        self._write("tune.json", {"format": FORMAT, "version": VERSION, "search": self._identity, **summary})
+        content = {"format": FORMAT, "version": VERSION, "search": self._identity, **summary}
+        write_json(self.folder / "tune.json", content, indent=2)
 
     def _resume(self) -> None:
         file = self.folder / "tune.json"
@@ -119,20 +120,10 @@ class Trace:
             self.trials[key_of(trial.point)] = trial
             sound.append(line)
         if len(sound) < len(lines):
-            replace_text(trace, "".join(f"{line}\n" for line in sound))
+            write_text(trace, "".join(f"{line}\n" for line in sound))
         experts = self.folder / "experts.json"
         if experts.exists():
             self.experts = json.loads(experts.read_text(encoding="utf-8"))
-
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        replace_text(self.folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def replace_text(place: Path, text: str) -> None:
-    """Write a file whole, or leave it as it was."""
-    staged = place.with_name(place.name + ".part")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, place)
 
 
 def fingerprint_of_examples(examples: Examples) -> str:

@@ -32,7 +32,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoTask:
     """Train and held-out examples under one name.
 
     Attributes:
@@ -121,8 +121,8 @@ _SOURCES: tuple[tuple[str, str, int, int, Callable[[], list[tuple[Hashable, Exam
 HELD_OUT_EXAMPLES = 120
 
 
-def build_tasks(held_out: int, seed: int) -> list[Task]:
-    """The three tasks with `held_out` examples each, the same for the same seed (and Python, for ``python``).
+def build_tasks(held_out: int, seed: int) -> list[DemoTask]:
+    """Build the three tasks with `held_out` examples each, the same for the same seed (and Python, for ``python``).
 
     Raises:
         UserError: when `held_out` is not between 1 and `HELD_OUT_EXAMPLES`.
@@ -134,5 +134,5 @@ def build_tasks(held_out: int, seed: int) -> list[Task]:
     tasks = []
     for name, title, max_new_tokens, steps, source in _SOURCES:
         train, held = split(source(), TRAIN_EXAMPLES, HELD_OUT_EXAMPLES, random.Random(f"{name}-{seed}"))
-        tasks.append(Task(name, title, train, held[:held_out], max_new_tokens, steps))
+        tasks.append(DemoTask(name, title, train, held[:held_out], max_new_tokens, steps))
     return tasks

@@ -2,12 +2,12 @@
 
 import pytest
 
-from neuron_methods.demo.tasks import TRAIN_EXAMPLES, Example, Task, build_tasks, split
+from neuron_methods.demo.questions import TRAIN_EXAMPLES, DemoTask, Example, build_tasks, split
 from neuron_methods.support.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def tasks() -> dict[str, Task]:
+def tasks() -> dict[str, DemoTask]:
     return {task.name: task for task in build_tasks(120, seed=0)}
 
 
