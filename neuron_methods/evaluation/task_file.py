@@ -30,7 +30,7 @@ from neuron_methods.evaluation.kinds.settings import whole_number
 from neuron_methods.evaluation.tasks import Rows, Task
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import unknown
-from neuron_methods.support.yaml_source import Place, YamlSource
+from neuron_methods.support.yaml_source import YamlPart, YamlSource
 
 #: Keys that a task of any kind may have.
 COMMON_KEYS = ("name", "kind", "data", "columns", "metric", "batch_size", "limit")
@@ -49,11 +49,11 @@ def load_tasks(path: str | Path) -> list[Task]:
     entries = source.content.get("tasks")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: expected {expected}")
-    Place(source).check_keys(source.content, ("tasks",))
+    YamlPart(source).check_keys(source.content, ("tasks",))
     tasks: dict[str, Task] = {}
     for number, entry in enumerate(entries):
         name = entry.get("name", number + 1) if isinstance(entry, dict) else number + 1
-        place = Place(source, ("tasks", number), f"task {name!r}: ")
+        place = YamlPart(source, ("tasks", number), f"task {name!r}: ")
         if not isinstance(entry, dict):
             raise place.error(f"expected keys such as name, kind and data, found {entry!r}")
         task = _parse(entry, Path(path).parent, place)
@@ -77,7 +77,7 @@ def choose_tasks(tasks: Sequence[Task], only: Sequence[str] = (), batch_size: in
     return [replace(task, batch_size=batch_size) for task in chosen] if batch_size else chosen
 
 
-def _parse(entry: Mapping[str, Any], folder: Path, place: Place) -> Task:
+def _parse(entry: Mapping[str, Any], folder: Path, place: YamlPart) -> Task:
     """Read one task; local sources are relative to `folder`."""
     kind = entry.get("kind")
     if kind not in KINDS:
@@ -114,7 +114,7 @@ def _parse(entry: Mapping[str, Any], folder: Path, place: Place) -> Task:
     )
 
 
-def _settings(entry: Mapping[str, Any], scorer: type[Scorer], folder: Path, place: Place) -> dict[str, Any]:
+def _settings(entry: Mapping[str, Any], scorer: type[Scorer], folder: Path, place: YamlPart) -> dict[str, Any]:
     settings = {key: entry[key] for key in scorer.settings if key in entry}
     for key in scorer.path_settings:
         if key in settings:
@@ -124,7 +124,7 @@ def _settings(entry: Mapping[str, Any], scorer: type[Scorer], folder: Path, plac
     return settings
 
 
-def _data(data: Any, folder: Path, place: Place) -> tuple[str, Rows, Rows | None]:
+def _data(data: Any, folder: Path, place: YamlPart) -> tuple[str, Rows, Rows | None]:
     if isinstance(data, str):
         data = {"source": data}
     if not isinstance(data, dict) or not isinstance(data.get("source"), str) or not data["source"]:
@@ -140,7 +140,7 @@ def _data(data: Any, folder: Path, place: Place) -> tuple[str, Rows, Rows | None
     return data["source"], test, _rows(data, key, "validation_split", folder, place)
 
 
-def _rows(data: Mapping[str, str], source_key: str, split_key: str, folder: Path, place: Place) -> Rows:
+def _rows(data: Mapping[str, str], source_key: str, split_key: str, folder: Path, place: YamlPart) -> Rows:
     """Read the rows that two keys of `data` name, a source and a split."""
     source, split, config = data[source_key], data.get(split_key), data.get("name")
     found = _RANGE.fullmatch(split or "")
@@ -168,7 +168,7 @@ def _rows(data: Mapping[str, str], source_key: str, split_key: str, folder: Path
     return Rows(str(path), True, None, name or "test", **rows)
 
 
-def _columns(given: Any, scorer: type[Scorer], place: Place) -> dict[str, str]:
+def _columns(given: Any, scorer: type[Scorer], place: YamlPart) -> dict[str, str]:
     given = {} if given is None else given
     if not isinstance(given, dict) or not all(isinstance(column, str) for column in given.values()):
         raise place.error(f"expected a column for each of {', '.join(scorer.columns)}, found {given!r}")

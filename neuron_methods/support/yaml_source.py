@@ -131,7 +131,7 @@ class YamlSource:
 
 
 @dataclass(frozen=True)
-class Place:
+class YamlPart:
     """A part of a YAML that is being read, for messages about it.
 
     Attributes:
@@ -144,9 +144,9 @@ class Place:
     location: tuple[str | int, ...] = ()
     shown: str = ""
 
-    def at(self, *location: str | int, shown: str) -> Place:
+    def at(self, *location: str | int, shown: str) -> YamlPart:
         """Go on to a part of this part, which adds `shown` to what messages begin with."""
-        return Place(self.source, (*self.location, *location), self.shown + shown)
+        return YamlPart(self.source, (*self.location, *location), self.shown + shown)
 
     def error(self, problem: str, *keys: str | int) -> UserError:
         """Make the error about what `keys` lead to from here."""

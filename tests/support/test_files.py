@@ -1,0 +1,245 @@
+"""Files are whole or absent, whatever happens; what is read back has the format and version that it should."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import (
+    check_target,
+    file_in_place_after,
+    give_ordinary_permissions,
+    is_disk_full,
+    move_into_place,
+    read_json,
+    read_object,
+    signals_held,
+    staging_directory,
+    write_json,
+    write_text,
+)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """An old output: a directory that holds a model."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "old").write_text("old")
+    return folder
+
+
+# --- what may be replaced
+
+
+def test_a_new_name_is_taken_as_it_is(tmp_path):
+    assert check_target(tmp_path / "new", force=False) == tmp_path / "new"
+
+
+def test_an_existing_directory_needs_force(model):
+    with pytest.raises(UserError, match=r"exists already; .*--force"):
+        check_target(model, force=False)
+    assert check_target(model, force=True) == model
+
+
+def test_a_link_stands_for_its_target(model, tmp_path):
+    (tmp_path / "link").symlink_to(model)
+    assert check_target(tmp_path / "link", force=True) == model
+
+
+def test_force_replaces_no_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"not a directory"):
+        check_target(tmp_path / "file", force=True)
+
+
+def test_force_replaces_no_directory_without_a_model(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    with pytest.raises(UserError, match=r"holds no model"):
+        check_target(tmp_path / "thesis", force=True)
+
+
+def test_force_replaces_an_empty_directory(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert check_target(tmp_path / "empty", force=True)
+
+
+@pytest.mark.parametrize("what", [".", "..", "../out"])
+def test_force_replaces_neither_the_current_directory_nor_what_holds_it(model, monkeypatch, what):
+    monkeypatch.chdir(model)
+    with pytest.raises(UserError, match=r"is or holds the current directory"):
+        check_target(what, force=True)
+
+
+@pytest.mark.parametrize("read", ["out", "out/config.json", "link/old"])
+def test_force_replaces_nothing_that_the_merge_reads(model, tmp_path, read):
+    (tmp_path / "link").symlink_to(model)
+    with pytest.raises(UserError, match=r"which is read"):
+        check_target(model, force=True, inputs=[str(tmp_path / read)])
+
+
+# --- staging
+
+
+def test_what_is_not_moved_away_is_gone(tmp_path):
+    with pytest.raises(KeyboardInterrupt), staging_directory(tmp_path / "a" / "b" / "out") as staging:
+        assert staging.parent == tmp_path / "a" / "b"
+        (staging / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_parents_made_for_an_output_stay_with_it(tmp_path):
+    target = tmp_path / "a" / "b" / "out"
+    with staging_directory(target) as staging:
+        move_into_place(staging, target, force=False)
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: cannot write here"), staging_directory(tmp_path / "file" / "out"):
+        pass
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        with staging_directory(tmp_path / "out") as staging:
+            save_file({"a": torch.zeros(1)}, staging / "model.safetensors")
+            (staging / "read-only").write_text("")
+            (staging / "read-only").chmod(0o400)
+            give_ordinary_permissions(staging)
+            assert {path.stat().st_mode & 0o777 for path in staging.iterdir()} == {0o640}
+            assert staging.stat().st_mode & 0o777 == 0o750
+    finally:
+        os.umask(previous)
+
+
+# --- moving
+
+
+def test_the_old_output_makes_way_for_the_new(model, tmp_path):
+    with staging_directory(model) as staging:
+        (staging / "new").write_text("")
+        move_into_place(staging, model, force=True)
+    assert os.listdir(model) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_that_came_into_being_meanwhile_is_kept(model, tmp_path):
+    with pytest.raises(UserError, match=r"exists already"), staging_directory(model) as staging:
+        move_into_place(staging, model, force=False)
+    assert (model / "old").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failing_move_puts_the_old_output_back(model, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be replaced"), staging_directory(model) as staging:
+        shutil.rmtree(staging)
+        move_into_place(staging, model, force=True)
+    assert (model / "old").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_signals_wait_for_the_end_of_a_block():
+    reached = []
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), signals_held():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("end")
+    assert reached == ["end"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_file_gets_its_name_only_after_success(tmp_path):
+    path = tmp_path / "profile.json"
+    with pytest.raises(ZeroDivisionError), file_in_place_after(path) as beside:
+        beside.write_text("text")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    with file_in_place_after(path) as beside:
+        beside.write_text("text")
+        assert not path.exists()
+    assert path.read_text() == "text"
+    assert os.listdir(tmp_path) == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("two"), False),
+    ],
+)
+def test_a_full_disk_is_recognised(error, full):
+    assert is_disk_full(error) == full
+
+
+# --- small files
+
+
+def test_a_text_is_written_whole_and_left_alone_where_it_says_so_already(tmp_path):
+    path = tmp_path / "deep" / "file"
+    write_text(path, "eins\nzwölf\n")
+    assert path.read_bytes() == "eins\nzwölf\n".encode()
+    before = path.stat()
+    write_text(path, "eins\nzwölf\n")
+    assert path.stat() == before
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match=r"file: cannot be written \(No space left on device\)"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_is_written_as_it_is_read_back(tmp_path):
+    content = {"format": "f", "version": 2, "name": "zwölf"}
+    write_json(tmp_path / "file.json", content, indent=1)
+    text = (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert text == json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    assert read_object(tmp_path / "file.json") == content
+    assert read_json(tmp_path / "file.json", "profile", format="f", version=2, again="profile again") == content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "groups {}: cannot be read (No such file or directory); check the path"),
+        ('{"format": ', "groups {}: truncated, or not valid JSON; write it anew"),
+        ("[1]", "groups {}: expected a JSON object, found a list; write it anew"),
+        ("{}", "groups {}: not a file of the format 'f'; write it anew"),
+        ('{"format": "f"}', "groups {}: version None, but this release reads version 2; write it anew"),
+        ('{"format": "f", "version": 3}', "groups {}: version 3, but this release reads version 2; write it anew"),
+    ],
+)
+def test_json_that_is_another(tmp_path, text, message):
+    path = tmp_path / "file.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_json(path, "groups", format="f", version=2, again="write it anew")
+    assert str(caught.value) == message.format(path)
