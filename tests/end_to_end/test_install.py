@@ -75,6 +75,7 @@ def test_wheel_holds_the_package_and_the_hook_and_nothing_else(built):
         assert sources <= set(names)
         recipes = {f"neuron_methods/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yml")}
         assert {name for name in names if name.endswith(".yml")} == recipes != set()
+        assert not [name for name in names if name.endswith(".md")], "what links to the repository stays there"
 
 
 class Environment:

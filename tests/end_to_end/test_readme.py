@@ -1,13 +1,18 @@
-"""Every command of the README, run as the reader would run it; the demo with short training.
+"""What the README and the documents that it leads to say: every command, YAML, default, figure of a table and link.
 
-What installs is run by `.ci/run`, which takes its installation from the README; here the rest of each line runs, in an
-empty directory, with the Hub out of reach.
+Commands of `sh` blocks are run as the reader would run them, the demo with short training, in an empty directory, with
+the Hub out of reach; what installs is run by `.ci/run`, which takes its installation from the README. The scripts under
+examples take minutes, and what is in `text` blocks needs the Hub or a second process: their arguments are read by the
+program itself, which stops there.
 """
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,24 +21,72 @@ from mergekit.merge_methods import registry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import neuron_methods
+from neuron_methods.cli import main
+from neuron_methods.evaluation.tasks import load_tasks
+from neuron_methods.routing.route_yaml import RouterSettings
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, RECIPES, LEADERBOARD = ROOT / "README.md", ROOT / "recipes/README.md", ROOT / "examples/leaderboard/README.md"
+DOCUMENTS = {
+    path: path.read_text(encoding="utf-8")
+    for path in (README, RECIPES, *sorted(ROOT.glob("examples/*/README.md")), ROOT / "CONTRIBUTING.md")
+}
+README_BYTES = 10_000
+
+
+def fences(text):
+    """(language, content) of every fenced block."""
+    return [
+        (language, content.strip()) for language, content in re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.M | re.S)
+    ]
 
 
 def blocks(language):
-    return [block.strip() for block in re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)]
+    """Every block of a language in all documents, what two documents show alike once."""
+    found = chain.from_iterable(fences(text) for text in DOCUMENTS.values())
+    return list(dict.fromkeys(content for own, content in found if own == language))
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+def lines(language):
+    return list(dict.fromkeys(line for block in blocks(language) for line in block.splitlines()))
+
+
+def yamls(key):
+    """Every YAML block with a key at its top."""
+    return [text for text in blocks("yaml") if key in yaml.safe_load(text)]
+
+
+COMMANDS = lines("sh")
 SHORT = " --steps 2 --examples 4"
 SEARCH = ("lambda_orthogonal=0.5:4:0.5 --test", "lambda_orthogonal=1,2 --only german")  # as shown, as run here
 ROUTING = ("mergekit-neuron route ", "mergekit-neuron generate ")
-# The routed model's YAML as shown, and what is added to make it quick: few samples, experts as they are.
-(ROUTED,) = re.findall(r"^```\n(base_model: .*?)^```", README, re.M | re.S)
+SCRIPTS = "python examples/"
+# What is added to the routed model's YAML to make it quick: few samples, experts as they are.
 QUICK = "enhancement: {enabled: false}\nrouter: {samples: 16, epochs: 20}\n"
 OURS = ("neuro_merging", "min_merging", "neuron_merge")
 DEMO, TESTS = (next(c for c in COMMANDS if part in c and "pip" in c) for part in ("mergekit-neuron demo", "-m pytest"))
+# Runs scripts as far as their argument parsers, one [script, argument, ...] after the other.
+PARSE = """
+import argparse, json, pathlib, runpy, sys
+class Parsed(Exception): pass
+parse = argparse.ArgumentParser.parse_args
+def stop(self, *arguments):
+    parse(self, *arguments)
+    raise Parsed
+argparse.ArgumentParser.parse_args = stop
+for command in json.loads(sys.argv[1]):
+    known, folder = set(sys.modules), str(pathlib.Path(command[0]).resolve().parent)
+    sys.argv[:] = command
+    sys.path.insert(0, folder)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except Parsed:
+        print(*command)
+    sys.path.remove(folder)
+    for name in set(sys.modules) - known:  # scripts in two folders call their neighbours alike
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+            del sys.modules[name]
+"""
 
 
 def run(command, cwd):
@@ -54,12 +107,23 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def routed(demo):
-    """The same directory, with the routed model of the README."""
+    """The same directory, with the documents' routed model."""
     directory, _ = demo
-    (directory / "routed.yaml").write_text(ROUTED[: ROUTED.index("router:")] + QUICK)
+    (shown,) = yamls("experts")
+    (directory / "routed.yaml").write_text(shown[: shown.index("router:")] + QUICK)
     (command,) = [command for command in COMMANDS if command.startswith(ROUTING[0])]
     run(command, directory)
     return directory
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert README.stat().st_size <= README_BYTES
+
+
+def test_every_block_is_of_a_kind_that_is_looked_at():
+    found = {language for text in DOCUMENTS.values() for language, _ in fences(text)}
+    assert found == {"sh", "yaml", "python", "text"}
+    assert sum(map(len, map(yamls, ("merge_method", "experts", "tasks")))) == len(blocks("yaml"))
 
 
 def test_the_two_commands_install_the_tested_versions():
@@ -77,11 +141,33 @@ def test_demo_shows_every_model_on_every_task(demo):
 def test_merging_commands_run_on_what_the_demo_wrote(demo):
     directory, _ = demo
     for command in COMMANDS:
-        if command not in (DEMO, TESTS) and not command.startswith(ROUTING):
+        if command not in (DEMO, TESTS) and not command.startswith((*ROUTING, SCRIPTS)):
             short = command + SHORT if command.startswith("mergekit-neuron demo") else command.replace(*SEARCH)
             run(short, directory)
     weights = {name: (directory / name / "model.safetensors").read_bytes() for name in ("merged", "merged-by-mergekit")}
     assert weights["merged"] == weights["merged-by-mergekit"]
+
+
+def test_scripts_take_the_arguments_that_are_shown(tmp_path):
+    shown = [shlex.split(command.removeprefix("python ")) for command in COMMANDS if command.startswith(SCRIPTS)]
+    folders = {Path(command[0]).parent.name for command in shown}
+    assert folders == {"zoo", "leaderboard", "routing", "benchmarks"}
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    done = run(shlex.join([sys.executable, "-c", PARSE, json.dumps(shown)]), tmp_path)
+    assert done.stdout.splitlines() == [" ".join(command) for command in shown]
+
+
+def test_commands_that_need_the_hub_or_more_processes_are_understood(demo, monkeypatch):
+    monkeypatch.chdir(demo[0])
+    for line in lines("text"):
+        words = shlex.split(line)
+        if words[:3] == ["accelerate", "launch", "-m"]:
+            words = ["mergekit-neuron", *words[4:]]
+        if words[0] == "mergekit-neuron":
+            command = main.get_command(None, words[1])
+            assert command.make_context(words[1], words[2:]).params
+        else:
+            run(f"{line} --help", demo[0])
 
 
 def test_merge_loads_with_plain_transformers_and_answers(demo):
@@ -94,11 +180,27 @@ def test_merge_loads_with_plain_transformers_and_answers(demo):
 
 def test_yaml_examples_merge(demo):
     directory, _ = demo
-    assert blocks("yaml")
-    for number, text in enumerate(blocks("yaml")):
+    different = {json.dumps(yaml.safe_load(text), sort_keys=True): text for text in yamls("merge_method")}
+    assert different
+    for number, text in enumerate(different.values()):
         (directory / f"readme-{number}.yaml").write_text(text)
         run(f"mergekit-neuron merge readme-{number}.yaml ./readme-{number}", directory)
         assert (directory / f"readme-{number}" / "model.safetensors").is_file()
+
+
+def test_tasks_are_those_that_the_demo_leaves(demo):
+    folder = demo[0] / "mergekit-neuron-demo"
+    (shown,) = yamls("tasks")
+    (folder / "shown.yml").write_text(shown)
+    written = {task.name: task for task in load_tasks(folder / "tasks.yml")}
+    for task in load_tasks(folder / "shown.yml"):
+        same = written[task.name]
+        assert (task.kind, task.columns, task.settings) == (same.kind, same.columns, same.settings)
+        assert task.test.location == same.test.location
+    from neuron_methods.evaluation.kinds import KINDS
+
+    listed = DOCUMENTS[RECIPES].partition("\nKinds: ")[2].partition("\n\n")[0].partition(" for a task")[0]
+    assert set(re.findall(r"`([a-z-]+)`", listed)) == set(KINDS)
 
 
 def test_python_examples_run(routed):
@@ -115,7 +217,7 @@ def test_routed_model_answers_and_tells_its_routing(routed):
 def test_tables_list_the_parameters_with_their_defaults():
     neuron_methods.register()
     for name in OURS:
-        section = README.split(f"### `{name}`\n")[1].split("\n## ")[0].split("\n### ")[0]
+        section = DOCUMENTS[RECIPES].split(f"### `{name}`\n")[1].split("\n## ")[0].split("\n### ")[0]
         rows = re.findall(r"^\| `(\w+)` \| (expert|shared) \| `?([^|`]*?)`? \|", section, re.M)
         documented = {parameter: (scope, default.strip()) for parameter, scope, default in rows}
         parameters = registry.get(name).spec.parameters
@@ -125,7 +227,51 @@ def test_tables_list_the_parameters_with_their_defaults():
             assert documented[parameter.name] == (scope, str(parameter.default) or "–"), parameter.name
 
 
+def test_defaults_told_in_sentences():
+    neuron_methods.register()
+    own = {parameter.name: parameter.default for parameter in registry.get("neuro_merging").spec.parameters}
+    benchmarks = " ".join(DOCUMENTS[ROOT / "examples/benchmarks/README.md"].split())
+    assert f"the published defaults (density {own['density']}, automatic λ₂)" in benchmarks
+    assert own["lambda_orthogonal"] == "auto"
+    routing = " ".join(DOCUMENTS[ROOT / "examples/routing/README.md"].split())
+    assert f"(`{RouterSettings.model_fields['ood_score'].default}` is the default)" in routing
+
+
 def test_every_method_of_ours_has_a_yaml_example():
     neuron_methods.register()
     ours = {m.spec.name for m in registry.registered_methods() if type(m).__module__.startswith("neuron_methods")}
-    assert ours == set(OURS) == {yaml.safe_load(text)["merge_method"] for text in blocks("yaml")}
+    for document in (README, RECIPES):
+        shown = [yaml.safe_load(text) for language, text in fences(DOCUMENTS[document]) if language == "yaml"]
+        assert ours == set(OURS) == {content["merge_method"] for content in shown if "merge_method" in content}
+
+
+def test_the_leaderboards_show_the_measured_figures():
+    results = (LEADERBOARD.parent / "results.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines() if line.startswith("| ")]
+    measured = [(row[1], *(cell.partition(" ")[0] for cell in row[-3:])) for row in cells[1:]]
+    everyone = {row[1:] for row in measured}
+    best = tuple(max((row[i] for row in measured if row[0] == "mergekit"), key=float) for i in (1, 2, 3))
+    for document, count in ((README, 5), (LEADERBOARD, 17)):
+        table = DOCUMENTS[document].partition("| ViT, 8 tasks, 3 seeds |")[2].partition("\n\n")[0]
+        rows = [[cell.strip(" *").split("; ") for cell in line.split("|")[-4:-1]] for line in table.splitlines()[2:]]
+        shown = [point for row in rows for point in zip(*row, strict=True)]
+        assert len(shown) == count
+        assert set(shown) <= everyone | {best}
+    base, experts = measured[:2]
+    told = " ".join(DOCUMENTS[README].split())
+    assert "The bases score {}, {} and {}, the experts".format(*base[1:]) in told
+    assert "each on its own task, {}, {} and {}.".format(*experts[1:]) in told
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document):
+    text = re.sub(r"^```.*?^```", "", DOCUMENTS[document], flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, heading = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists() and target.is_relative_to(ROOT), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
