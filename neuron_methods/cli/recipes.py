@@ -8,6 +8,8 @@ import click
 
 from neuron_methods.cli.common import debug_option
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_text
+from neuron_methods.support.text import columns
 
 EPILOG = """\b
 Examples:
@@ -33,10 +35,8 @@ def list_recipes() -> None:
     """List all recipes; those marked * have places for your own models."""
     from neuron_methods.sharing.recipes import all_recipes
 
-    found = all_recipes()
-    width = max(len(recipe.name) for recipe in found)
-    for recipe in found:
-        click.echo(f"{recipe.name:<{width}} {' ' if recipe.is_filled else '*'} {recipe.title}")
+    rows = [(recipe.name, " " if recipe.is_filled else "*", recipe.title) for recipe in all_recipes()]
+    click.echo("\n".join(columns(rows, left=(0, 1, 2))))
 
 
 @recipes.command("show")
@@ -64,10 +64,6 @@ def new_recipe_command(family: str, method: str, base: str, experts: tuple[str, 
     if output is None:
         click.echo(text, nl=False)
         return
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{output}: exists already; choose another name") from None
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another name")
+    write_text(output, text)

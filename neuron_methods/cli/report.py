@@ -45,6 +45,7 @@ def report(
     Per layer and kind of weight: parallel and orthogonal parts of the updates, agreement and conflict of the experts,
     what is kept of each, what the merge is closest to, the singular spectrum; and what the method measured.
     """
-    from neuron_methods.sharing.publishing import ReportOptions, report_directory
+    from neuron_methods.sharing.publishing import report_directory
 
-    click.echo(report_directory(out, ReportOptions(config, rows, evaluation, new_card, not quiet)))
+    done = report_directory(out, config=config, rows=rows, evaluation=evaluation, new_card=new_card, progress=not quiet)
+    click.echo(done)

@@ -6,37 +6,36 @@ A card is made of what the YAML says and of what lies beside the weights; no net
 
 from __future__ import annotations
 
-import json
 import platform
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 
 from neuron_methods import __version__
 from neuron_methods.plugin.registration import models_in_order
-from neuron_methods.sharing.card_sections import with_section
-from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, VARIANTS, Citation
-from neuron_methods.sharing.data_sets import profiled_datasets
+from neuron_methods.sharing.card_sections import card_text, with_section
+from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.licences import Licences, find_licences
-from neuron_methods.sharing.model_names import ModelNames, reduced_yaml
+from neuron_methods.sharing.model_names import ModelNames, parts_of, reduced_yaml
+from neuron_methods.sharing.settings import profiled_datasets, variants_of
 from neuron_methods.sharing.snippets import loading_snippet, pipeline_tag
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_json
 
+MERGEKIT_URL = "https://github.com/arcee-ai/mergekit"
 _PACKAGES = ("mergekit", "transformers", "torch", "peft", "safetensors")
-_EVALUATION_FORMAT = "mergekit-neuron-evaluation"
 # Kinds of `mergekit-neuron evaluate` -> tasks of the Hub, where they are called otherwise.
 _TASK_TYPES = {
     "text-to-text": "text2text-generation",
     "generation": "text-generation",
-    "multiple-choice": "multiple-choice",
     "perplexity": "text-generation",
     "lm-eval": "text-generation",
 }
@@ -81,9 +80,9 @@ def make_card(
     """
     options = options or CardOptions()
     names = ModelNames(configuration, options.known_hub)
-    models = _models(configuration)
+    models = list(dict.fromkeys(models_in_order(configuration)))
     adapter = (place / "adapter_config.json").exists()
-    licences = find_licences(_paths(models), names.labels, options.cache_dir)
+    licences = find_licences(parts_of(models), names.labels, options.cache_dir)
     citation = citation_of(configuration.merge_method)
     bases = names.hub
     if adapter and configuration.base_model is not None:
@@ -103,7 +102,6 @@ def make_card(
         ignore_metadata_errors=True,
     )
     sections = [
-        f"---\n{data.to_yaml(line_break=chr(10))}\n---",
         f"# {name}",
         _opening(configuration, names, models, adapter),
         *_licence_section(licences),
@@ -115,7 +113,7 @@ def make_card(
         f"Made with {_versions()}.",
         f"## Citation\n\n```bibtex\n{chr(10).join(c.bibtex for c in (citation, MERGEKIT) if c.bibtex)}\n```",
     ]
-    return Card("\n\n".join(sections) + "\n", [licences.conflict] if licences.conflict else [])
+    return Card(card_text(data, sections), [licences.conflict] if licences.conflict else [])
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -124,24 +122,21 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no JSON"
-        raise UserError(f"--evaluation {path}: cannot be read ({reason})") from None
-    if not isinstance(content, dict) or content.get("format") != _EVALUATION_FORMAT:
-        raise UserError(f"--evaluation {path}: no file of `mergekit-neuron evaluate` (format {_EVALUATION_FORMAT!r})")
+    from neuron_methods.evaluation.score_files import FORMAT, VERSION
+
+    again = "name a JSON that `mergekit-neuron evaluate -o` wrote"
+    content = read_json(path, "--evaluation", format=FORMAT, version=VERSION, again=again)
     tasks = content.get("tasks")
     complete = isinstance(tasks, list) and all(
         isinstance(task, dict) and {"name", "kind", "metric", "score"} <= task.keys() for task in tasks
     )
-    if content.get("version") != 1 or not complete:
-        raise UserError(f"--evaluation {path}: of another version, or damaged; evaluate again")
+    if not complete:
+        raise UserError(f"--evaluation {path}: damaged; evaluate again")
     return content
 
 
 def citation_of(method: str) -> Citation:
-    """The method's paper; of a method that is not in our table, what mergekit knows of it."""
+    """Find the method's paper; of a method that is not in our table, what mergekit knows of it."""
     if method in CITATIONS:
         return CITATIONS[method]
     spec = registry.get(method).spec
@@ -150,25 +145,16 @@ def citation_of(method: str) -> Citation:
 
 
 def with_model_id(card: str, repository: str) -> str:
-    """The card with the id of its repository in the lines that load the model."""
+    """Put the id of its repository into the card's lines that load the model."""
     return re.sub(r'^model_id = ".*?".*$', f'model_id = "{repository}"', card, flags=re.MULTILINE)
 
 
 def with_evaluation(card: str, evaluation: dict[str, Any], name: str) -> str:
-    """The card with an evaluation: in its front matter as model-index, and as a section."""
+    """Put an evaluation into the card: into its front matter as model-index, and as a section."""
     read = huggingface_hub.ModelCard(with_section(card, _evaluation_section(evaluation)), ignore_metadata_errors=True)
     read.data.model_name = name
     read.data.eval_results = _eval_results(evaluation)
     return str(read)
-
-
-def _models(configuration: MergeConfiguration) -> list[ModelReference]:
-    base = [configuration.base_model] if configuration.base_model is not None else []
-    return list(dict.fromkeys([*base, *models_in_order(configuration)]))
-
-
-def _paths(models: list[ModelReference]) -> list[ModelPath]:
-    return list(dict.fromkeys(part for m in models for part in (m.model, m.lora) if part is not None))
 
 
 def _opening(configuration: MergeConfiguration, names: ModelNames, models: list[ModelReference], adapter: bool) -> str:
@@ -177,15 +163,8 @@ def _opening(configuration: MergeConfiguration, names: ModelNames, models: list[
     what = "This LoRA adapter is the update of a merge" if adapter else "This is a merge of fine-tuned models"
     base = configuration.base_model
     on_base = f" on the base {names.markdown(base)}" if base is not None else ""
-    merged = [model for model in models if model != base]
-    lines = [
-        f"{what} by {linked}{on_base}, made with [mergekit](https://github.com/arcee-ai/mergekit) and mergekit-neuron.",
-        "",
-        "Merged:",
-        "",
-        *(f"- {names.markdown(model)}" for model in merged),
-    ]
-    return "\n".join(lines)
+    opening = f"{what} by {linked}{on_base}, made with [mergekit]({MERGEKIT_URL}) and mergekit-neuron."
+    return "\n".join([opening, "", "Merged:", "", *(f"- {names.markdown(model)}" for model in models if model != base)])
 
 
 def _licence_section(licences: Licences) -> list[str]:
@@ -196,34 +175,6 @@ def _licence_section(licences: Licences) -> list[str]:
         "> [!WARNING]\n> The merged models are under different licences, so this card names none. Find out what holds "
         f"before you use or share the merge.\n>\n{found}"
     ]
-
-
-def variants_of(configuration: MergeConfiguration) -> list[str]:
-    """What the merge does otherwise than the paper, a clause each, by what its YAML sets anywhere."""
-    if configuration.merge_method != "neuro_merging":
-        return []
-    found: dict[str, None] = {}
-    for name, value in _settings(configuration.model_dump(exclude_none=True)):
-        if name in VARIANTS:
-            below = isinstance(value, int | float) and value < 1
-            clause = VARIANTS[name].get("below 1" if below else str(value))
-            found.update({clause: None} if clause else {})
-    return list(found)
-
-
-def _settings(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every parameter and each of its values, wherever a configuration sets one: filters and gradients have several."""
-    if isinstance(content, list):
-        for part in content:
-            yield from _settings(part)
-    elif isinstance(content, dict):
-        for name, value in content.items():
-            if name == "parameters":
-                for parameter, values in (value or {}).items():
-                    for one in values if isinstance(values, list) else [values]:
-                        yield parameter, one["value"] if isinstance(one, dict) and "value" in one else one
-            else:
-                yield from _settings(value)
 
 
 def _method_section(citation: Citation, variants: Sequence[str]) -> str:

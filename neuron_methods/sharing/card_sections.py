@@ -1,12 +1,20 @@
-"""Put a section into a card that is there, and leave the rest of it as its author has it."""
+"""Put a card together, and a section into one that is there, the rest of it as its author has it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from huggingface_hub import ModelCardData
+
+
+def card_text(data: ModelCardData, sections: Iterable[str]) -> str:
+    """Write a card: front matter, then sections."""
+    return "\n\n".join([f"---\n{data.to_yaml(line_break=chr(10))}\n---", *sections]) + "\n"
 
 
 def with_section(card: str, section: str, before: str = "## How to load it") -> str:
-    """The card with a section of level two put in, in place of an earlier one with the same heading.
+    """Put a section of level two into a card, in place of an earlier one with the same heading.
 
     Args:
         card: text of the card.

@@ -27,6 +27,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, v
 from neuron_methods.sharing.hub_copy import check_base, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import one_line
 
 # The class that errors of the connection share, whichever HTTP library this huggingface_hub is built on.
 _CONNECTION_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -113,7 +114,8 @@ def push_directory(
     with _explained(repository, "the upload did not finish"), _bars(progress):
         if not options.create_pr or not api.repo_exists(repository):
             api.create_repo(repository, private=options.private, exist_ok=True)
-        _check_privacy(api, repository, options, notes)
+        if options.private and not api.model_info(repository).private:
+            raise UserError(f"{repository}: exists and is public, --private does not change that; change it on the Hub")
         if options.revision not in (None, "main") and not options.revision.startswith("refs/"):
             api.create_branch(repository, branch=options.revision, exist_ok=True)
         with upload_copy(place, repository, options.base_model) as copy:
@@ -164,11 +166,6 @@ def _check_scopes(scopes: dict[str, Any], namespace: str, name: str, options: Pu
     )
 
 
-def _check_privacy(api: HfApi, repository: str, options: PushOptions, notes: list[str]) -> None:
-    if options.private and not api.model_info(repository).private:
-        raise UserError(f"{repository}: exists and is public, --private does not change that; change it on the Hub")
-
-
 @contextmanager
 def _bars(progress: bool) -> Iterator[None]:
     if progress:
@@ -207,7 +204,7 @@ def _explained(repository: str, what: str) -> Iterator[None]:
                 "push again and it goes on where it was"
             ) from None
         if isinstance(cause, ValueError):  # a card or a large file that the Hub refuses
-            raise UserError(f"{repository}: {what}: {_without_token(' '.join(str(cause).split()))}") from None
+            raise UserError(f"{repository}: {what}: {_without_token(one_line(cause))}") from None
         raise
 
 

@@ -8,41 +8,41 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-import yaml
 
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.merging import CONFIG_NAME
+from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
+from neuron_methods.routing.routed_files import RoutedConfig, is_routed
 from neuron_methods.sharing.card import with_model_id
 from neuron_methods.sharing.licences import front_matter
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
 from neuron_methods.sharing.routed_card import make_routed_card
-from neuron_methods.sharing.snippets import ROUTED_CONFIG
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_object
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")
 _ADAPTER_CONFIG = "adapter_config.json"
+#: What to say of a routed model whose base nobody else can find; of a directory or a YAML.
+LOCAL_BASE = "{}: its base is a local directory, which nobody else has; give the id it has on the Hub with --base-model"
 
 
 def known_hub_ids(place: Path) -> Collection[str] | None:
-    """The ids of the Hub that the directory's card names as its models; None where it has no card.
+    """Read the ids of the Hub that the directory's card names as its models; None where it has no card.
 
     Whether `a/b` was a directory or a repository is known where the merge ran; the card is the record of it.
     """
-    try:
-        content = front_matter((place / "README.md").read_text(encoding="utf-8"))
-    except OSError:
+    if not (place / "README.md").is_file():
         return None
-    named = content.get("base_model") or []
+    named = front_matter(place / "README.md").get("base_model") or []
     return {named} if isinstance(named, str) else {str(name) for name in named}
 
 
 @contextmanager
 def upload_copy(place: Path, repository: str, base_model: str | None = None) -> Iterator[Path]:
-    """A directory with links to the files of `place`, and copies of those that name paths of this machine.
+    """Make a directory with links to the files of `place`, and copies of those that name paths of this machine.
 
     Args:
         place: what to upload; it is not changed.
@@ -53,9 +53,8 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
         The directory; it is gone after the block.
 
     Raises:
-        UserError: an adapter's base is not to be found by others, or `base_model` goes with no adapter.
+        UserError: a file that names paths of this machine cannot be read.
     """
-    check_base(place, base_model)
     labels = _local_labels(place)
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-upload-") as temporary:
         copy = Path(temporary)
@@ -70,8 +69,8 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
                 os.symlink(file.resolve(), target)
             else:
                 target.write_text(text, encoding="utf-8")
-        if (place / ROUTED_CONFIG).exists() and not (copy / "README.md").exists():
-            named = base_model or str(_read(place / ROUTED_CONFIG)["base_model"])
+        if is_routed(place) and not (copy / "README.md").exists():
+            named = base_model or RoutedConfig.read(place).base_model
             card = make_routed_card(place, repository.partition("/")[2], named)
             (copy / "README.md").write_text(with_model_id(card, repository), encoding="utf-8")
         yield copy
@@ -83,23 +82,19 @@ def check_base(place: Path, base_model: str | None) -> None:
     Raises:
         UserError: a routed model's base is a directory of this machine, or `base_model` goes with a whole model.
     """
-    if (place / ROUTED_CONFIG).exists():
-        named = str(_read(place / ROUTED_CONFIG).get("base_model") or ".")
-        if base_model is None and (named.startswith(".") or os.path.isabs(named)):
-            raise UserError(
-                f"{place}: its base is a local directory, which nobody else has; give the id it has on the Hub with "
-                "--base-model"
-            )
+    if is_routed(place):
+        if base_model is None and RoutedConfig.read(place).base_is_local:
+            raise UserError(LOCAL_BASE.format(place))
     elif base_model is not None and not (place / _ADAPTER_CONFIG).exists():
         raise UserError(f"--base-model: {place} is no adapter and no routed model, it needs no base")
 
 
 def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
-    """What to tell the user of an adapter whose base others cannot find by the name it gives; None if they can."""
+    """Say what the user should know of an adapter whose base others cannot find by its name; None if they can."""
     file = place / _ADAPTER_CONFIG
     if base_model is not None or not file.exists():
         return None
-    named = str(_read(file).get("base_model_name_or_path") or "")
+    named = str(read_object(file).get("base_model_name_or_path") or "")
     if is_hub_id(named, known_hub_ids(place)):
         return None
     return (
@@ -133,14 +128,6 @@ def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str]
     return None if reduced == content else json.dumps(reduced, indent=2, ensure_ascii=False) + "\n"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{file}: cannot be read as JSON") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _with_base(card: str, base_model: str) -> str:
     content = huggingface_hub.ModelCard(card, ignore_metadata_errors=True)
     content.data.base_model = base_model
@@ -152,7 +139,7 @@ def _local_labels(place: Path) -> dict[str, str]:
     """Local paths of the merge's models -> their names; {} where no YAML tells."""
     try:
         configuration = read_configuration((place / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, UserError, yaml.YAMLError):
+    except (OSError, UserError):
         return {}
     names = ModelNames(configuration, known_hub_ids(place))
     return {path: label for path, label in names.labels.items() if not names.is_hub(path)}

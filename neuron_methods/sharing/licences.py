@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath
 
@@ -48,35 +49,27 @@ class Licences:
         return f"the models are under different licences ({said}), so the card names none: find out what holds"
 
 
-def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the two `---` lines that a card begins with; {} where there is none or it is broken."""
-    lines = text.lstrip("\ufeff").splitlines()
-    if not lines or lines[0].strip() != "---":
-        return {}
-    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
+def front_matter(card: Path) -> dict[str, Any]:
+    """Read the YAML that a card begins with, as the Hub does; {} where there is none or it is broken."""
     try:
-        content = yaml.safe_load("\n".join(lines[1:end])) if end else None
-    except yaml.YAMLError:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # not there; not UTF-8, no mapping, a date that is none; no YAML
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_card(model: ModelPath, cache_dir: str | None = None) -> dict[str, Any]:
-    """Front matter of a model's card: in its directory, or in the Hub's cache. Never asks the network."""
+    """Read the front matter of a model's card: in its directory, or in the Hub's cache. Never asks the network."""
     place: Any = os.path.join(model.path, "README.md")
     if not os.path.isdir(model.path):
         try:
             place = try_to_load_from_cache(model.path, "README.md", cache_dir=cache_dir, revision=model.revision)
         except HFValidationError:
             return {}
-    if not isinstance(place, str) or not os.path.isfile(place):
-        return {}
-    with open(place, encoding="utf-8", errors="replace") as file:
-        return front_matter(file.read())
+    return front_matter(Path(place)) if isinstance(place, str) else {}
 
 
 def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | None:
-    """The licence on a model's card, None where it says none."""
+    """Read the licence on a model's card, None where it says none."""
     card = read_card(model, cache_dir)
     identity = card.get("license")
     if isinstance(identity, list):
@@ -87,7 +80,7 @@ def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | No
 
 
 def find_licences(models: Sequence[ModelPath], labels: Mapping[str, str], cache_dir: str | None = None) -> Licences:
-    """Licences of a merge's models.
+    """Find the licences of a merge's models.
 
     Args:
         models: the base first; adapters, too.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def local_names(paths: Iterable[str]) -> dict[str, str]:
-    """Short names for local paths: the last component, or the last that tells those apart which end alike.
+    """Give local paths short names: the last component, or the last that tells those apart which end alike.
 
     `experts/math/full` and `experts/code/full` become `math` and `code`.
     """
@@ -34,7 +34,7 @@ def _told_apart(paths: list[str]) -> dict[str, str]:
 
 
 def components(path: str) -> list[str]:
-    """The parts of a path, of any system, that are names; `model` where there is none."""
+    """List the parts of a path, of any system, that are names; `model` where there is none."""
     drive, rest = ntpath.splitdrive(path)
     parts = re.split(r"[\\/]", rest if drive.endswith(":") else path)
     return [part for part in parts if part not in ("", ".", "..", "~")] or ["model"]

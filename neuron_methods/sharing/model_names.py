@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import yaml
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 
 from neuron_methods.plugin.inputs import looks_local
@@ -25,7 +25,7 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def is_hub_id(path: str, known: Collection[str] | None = None) -> bool:
-    """Whether a model's path in a YAML names a repository of the Hub.
+    """Tell whether a model's path in a YAML names a repository of the Hub.
 
     Args:
         path: as the YAML has it, without revision.
@@ -36,9 +36,9 @@ def is_hub_id(path: str, known: Collection[str] | None = None) -> bool:
     return path in known if known is not None else not os.path.exists(path)
 
 
-def paths_of(models: Iterable[ModelReference]) -> list[str]:
-    """Paths of models and adapters, each once, in order."""
-    return list(dict.fromkeys(part.path for m in models for part in (m.model, m.lora) if part is not None))
+def parts_of(models: Iterable[ModelReference]) -> list[ModelPath]:
+    """List models and adapters, each once, in order."""
+    return list(dict.fromkeys(part for m in models for part in (m.model, m.lora) if part is not None))
 
 
 class ModelNames:
@@ -51,34 +51,31 @@ class ModelNames:
 
     def __init__(self, configuration: MergeConfiguration, known: Collection[str] | None = None) -> None:
         """Name the models; `known` as in `is_hub_id`."""
-        models = models_in_order(configuration)
-        base = configuration.base_model
-        paths = paths_of([base, *models] if base is not None else models)
+        paths = list(dict.fromkeys(part.path for part in parts_of(models_in_order(configuration))))
         self.hub = [path for path in paths if is_hub_id(path, known)]
         self.labels = {path: path for path in self.hub}
         self.labels |= local_names(path for path in paths if path not in self.labels)
 
     def is_hub(self, path: str) -> bool:
-        """Whether a path is a repository."""
+        """Tell whether a path is a repository."""
         return path in self.hub
 
     def of(self, model: ModelReference) -> str:
-        """A model's name in running text and figures; an adapter goes by its own."""
+        """Name a model in running text and figures; an adapter goes by its own name."""
         return self.labels[(model.lora or model.model).path]
 
     def markdown(self, model: ModelReference) -> str:
-        """A model's name on a card: linked where it is a repository, marked as local where it is not."""
-        parts = [part for part in (model.model, model.lora) if part is not None]
+        """Name a model on a card: linked where it is a repository, marked as local where it is not."""
         return " + ".join(
             f"[{part.path}](https://huggingface.co/{part.path})"
             if self.is_hub(part.path)
             else f"`{self.labels[part.path]}` (a local directory)"
-            for part in parts
+            for part in parts_of([model])
         )
 
 
 def reduced_yaml(source: str, names: ModelNames) -> str:
-    """The YAML with every local path cut down; its order, comments and layout stay.
+    """Cut down every local path of a YAML; its order, comments and layout stay.
 
     Args:
         source: text of a merge configuration.
@@ -97,26 +94,25 @@ def reduced_yaml(source: str, names: ModelNames) -> str:
 
 
 def reduced_value(value: str, names: ModelNames) -> str:
-    """A value of the YAML with its local paths cut down to `./name`."""
+    """Cut the local paths in a value of the YAML down to `./name`."""
     parts = [part.partition("@") for part in value.split("+")]
     if all(path in names.labels for path, _, _ in parts):
         return "+".join(
             path + at + revision if names.is_hub(path) else f"./{names.labels[path]}" for path, at, revision in parts
         )
-    lines = value.count("\n") + value.count(" ")
-    if not lines and ("/" in value or "\\" in value):
+    if not re.search(r"[\n ]", value) and re.search(r"[/\\]", value):
         reads_local = looks_local(value) or bool(_WINDOWS.match(value)) or os.path.exists(value)
         return f"./{components(value)[-1]}" if reads_local else value
     return reduced_text(value)
 
 
 def reduced_text(text: str) -> str:
-    """Free text, such as comments, with absolute paths cut down to their last component."""
+    """Cut absolute paths in free text, such as comments, down to their last component."""
     return _ABSOLUTE.sub(lambda match: components(match.group())[-1], text)
 
 
 def reduced_json(content: object, labels: Mapping[str, str] | None = None) -> object:
-    """A JSON document with every string that is a local path cut down to its name.
+    """Cut every string of a JSON document that is a local path down to its name.
 
     Args:
         content: as `json.loads` gives it.

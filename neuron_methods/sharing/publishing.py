@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from mergekit.options import MergeOptions
 from torch import Tensor
 
 from neuron_methods.plugin.merging import CONFIG_NAME, Companion, MergeRun
 from neuron_methods.sharing.card import CardOptions, make_card, read_evaluation, with_evaluation
 from neuron_methods.sharing.card_sections import with_section
 from neuron_methods.sharing.hub import PushOptions
-from neuron_methods.sharing.hub_copy import known_hub_ids
+from neuron_methods.sharing.hub_copy import LOCAL_BASE, known_hub_ids
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id
 from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
 from neuron_methods.sharing.report.writing import FOLDER, require_matplotlib, write_report
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_text
+from neuron_methods.support.yaml_source import YamlSource, read_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Extras:
 
 
 def merge_companion(extras: Extras | None = None) -> Companion:
-    """The companion that writes card and report beside what a merge writes.
+    """Make the companion that writes card and report beside what a merge writes.
 
     Raises:
         UserError: the evaluation cannot be read, or the report's drawing library is missing.
@@ -73,32 +73,24 @@ def merge_companion(extras: Extras | None = None) -> Companion:
     return Companion(finish, on_plan, on_tensor) if extras.report else Companion(finish)
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """How `mergekit-neuron report` goes about it.
-
-    Attributes:
-        config: the YAML, where it is not the one in the output.
-        rows: neurons looked at per weight; None: all.
-        evaluation: JSON of `mergekit-neuron evaluate` for the card.
-        new_card: write the card anew instead of changing its sections.
-        progress: show progress bars.
-    """
-
-    config: Path | None = None
-    rows: int | None = None
-    evaluation: Path | None = None
-    new_card: bool = False
-    progress: bool = True
-
-
-def report_directory(place: Path, options: ReportOptions, merge_options: MergeOptions | None = None) -> Path:
+def report_directory(
+    place: Path,
+    *,
+    config: Path | None = None,
+    rows: int | None = None,
+    evaluation: Path | None = None,
+    new_card: bool = False,
+    progress: bool = True,
+) -> Path:
     """Write the report of a merge that is done, and put it into the card.
 
     Args:
         place: what `mergekit-neuron merge` or another command of mergekit has written.
-        options: see `ReportOptions`.
-        merge_options: mergekit's, for where models are kept.
+        config: the YAML, where it is not the one in the output.
+        rows: neurons looked at per weight; None: all.
+        evaluation: JSON of `mergekit-neuron evaluate` for the card.
+        new_card: write the card anew instead of changing its sections.
+        progress: show progress.
 
     Returns:
         The HTML page.
@@ -107,30 +99,28 @@ def report_directory(place: Path, options: ReportOptions, merge_options: MergeOp
         UserError: output, YAML or models are not there or do not belong together, or matplotlib is missing.
     """
     require_matplotlib()
-    evaluation = read_evaluation(options.evaluation) if options.evaluation is not None else None
-    config = options.config or place / CONFIG_NAME
+    scores = read_evaluation(evaluation) if evaluation is not None else None
     if not place.is_dir():
         raise UserError(f"{place}: no such directory")
+    config = config or place / CONFIG_NAME
     try:
-        source = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"{config}: cannot be read; name the YAML that the merge was made with: --config FILE"
-        ) from None
+        source = read_text(config)
+    except UserError as error:
+        raise UserError(f"{error}; name the YAML that the merge was made with: --config FILE") from None
     verify_directory(place)
-    run = MergeRun(source, str(config), merge_options)
+    run = MergeRun(source, str(config), None)
     known = known_hub_ids(place)
     names = ModelNames(run.configuration, known)
-    document = report_from_files(place, run, names, limit=options.rows, progress=options.progress)
+    document = report_from_files(place, run, names, limit=rows, progress=progress)
     name = place.resolve().name
     section = write_report(document, place, name)
     card = place / "README.md"
-    if options.new_card or not card.exists():
-        made = make_card(run.configuration, source, name, place, CardOptions(section, evaluation, known))
-        card.write_text(made.text, encoding="utf-8")
+    if new_card or not card.exists():
+        text = make_card(run.configuration, source, name, place, CardOptions(section, scores, known)).text
     else:
         text = with_section(card.read_text(encoding="utf-8"), section)
-        card.write_text(with_evaluation(text, evaluation, name) if evaluation else text, encoding="utf-8")
+        text = with_evaluation(text, scores, name) if scores else text
+    write_text(card, text)
     return place / FOLDER / "report.html"
 
 
@@ -140,12 +130,6 @@ def check_base_of_route(config: Path, options: PushOptions) -> None:
     Raises:
         UserError: its base is a local directory, and no id is given for it.
     """
-    try:
-        named = str(yaml.safe_load(config.read_text(encoding="utf-8"))["base_model"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return  # refused in a moment, with better words
+    named = str(YamlSource.read(config, "the YAML of a routed model").content.get("base_model"))
     if options.base_model is None and (not is_hub_id(named) or (config.parent / named).exists()):
-        raise UserError(
-            f"{config}: its base is a local directory, which nobody else has; give the id it has on the Hub with "
-            "--base-model"
-        )
+        raise UserError(LOCAL_BASE.format(config))

@@ -5,7 +5,6 @@ A recipe is `FAMILY/METHOD-WHAT.yml`, a merge configuration whose comments teach
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import yaml
 import neuron_methods
 from neuron_methods.sharing.local_names import local_names
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Recipe:
 
 
 def recipes_directory() -> Path:
-    """Where the recipes are: in the installed package, or beside it in a checkout."""
+    """Find the recipes: in the installed package, or beside it in a checkout."""
     package = Path(neuron_methods.__file__).parent
     for place in (package / "recipes", package.parent / "recipes"):
         if place.is_dir():
@@ -69,7 +69,7 @@ def recipes_directory() -> Path:
 
 
 def all_recipes() -> list[Recipe]:
-    """All recipes, by family and name."""
+    """Read all recipes, by family and name."""
     place = recipes_directory()
     return [
         Recipe(str(path.relative_to(place).with_suffix("").as_posix()), path, path.read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def all_recipes() -> list[Recipe]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, with or without its family and its ending.
+    """Find the recipe of a name, with or without its family and its ending.
 
     Raises:
         UserError: there is none, or several.
@@ -90,13 +90,12 @@ def find_recipe(name: str) -> Recipe:
         return found[0]
     if found:
         raise UserError(f"recipe {name}: there are several: {', '.join(r.name for r in found)}")
-    close = difflib.get_close_matches(wanted, [r.name for r in recipes], n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(wanted, [r.name for r in recipes])
     raise UserError(f"no recipe {name}{hint} (`mergekit-neuron recipes list` shows all)")
 
 
 def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:
-    """A recipe of a family and a method with somebody's own models in it; its comments stay.
+    """Fill somebody's own models into the recipe of a family and a method; its comments stay.
 
     Args:
         family: llama, t5 or vit.

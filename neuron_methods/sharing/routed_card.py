@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 
 from neuron_methods.routing.routed_files import RoutedConfig
+from neuron_methods.sharing.card_sections import card_text
 from neuron_methods.sharing.citations import CITATIONS
 from neuron_methods.sharing.snippets import loading_snippet
 
@@ -31,7 +32,6 @@ def make_routed_card(place: Path, name: str, base_model: str) -> str:
         tags=["mergekit-neuron", "merge", "min_merging", "routed", "lora"],
     )
     sections = [
-        f"---\n{data.to_yaml(line_break=chr(10))}\n---",
         f"# {name}",
         f"A routed model: adapters on [{base_model}](https://huggingface.co/{base_model}), and a router that tells "
         f"from each input which of them it needs, by [{citation.name}]({citation.url}); made with mergekit-neuron. An "
@@ -40,4 +40,4 @@ def make_routed_card(place: Path, name: str, base_model: str) -> str:
         f"## How to load it\n\n{loading_snippet(place)}",
         f"## Citation\n\n[{citation.paper}]({citation.url})\n\n```bibtex\n{citation.bibtex}\n```",
     ]
-    return "\n\n".join(sections) + "\n"
+    return card_text(data, sections)

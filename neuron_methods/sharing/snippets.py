@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-ROUTED_CONFIG = "routed_config.json"
+from neuron_methods.routing.routed_files import is_routed
+from neuron_methods.support.files import read_object
 
 # First match decides: end of the architecture's name, auto class, auto class of its inputs, task on the Hub.
 _KINDS = (
@@ -32,19 +32,19 @@ _INPUT_FILES = {
 
 
 def architecture_of(place: Path) -> str:
-    """The model's class by its config, "" where there is none."""
-    architectures = _json(place / "config.json").get("architectures") or [""]
+    """Read the model's class from its config, "" where there is none."""
+    architectures = _config(place / "config.json").get("architectures") or [""]
     return str(architectures[0])
 
 
 def pipeline_tag(place: Path) -> str | None:
-    """The task of the Hub that a model serves; None where its class does not tell."""
+    """Tell the task of the Hub that a model serves; None where its class does not."""
     return next((task for end, _, _, task in _KINDS if architecture_of(place).endswith(end)), None)
 
 
 def loading_snippet(place: Path) -> str:
-    """A Python block that loads the directory; `model_id` is to be replaced where it is uploaded."""
-    if (place / ROUTED_CONFIG).exists():
+    """Write a Python block that loads the directory; `model_id` is to be replaced where it is uploaded."""
+    if is_routed(place):
         lines = ["from neuron_methods.routing import NeuronRoutedModel", "", _MODEL_ID]
         return _block([*lines, "model = NeuronRoutedModel.from_pretrained(model_id)"])
     if (place / "adapter_config.json").exists():
@@ -64,12 +64,11 @@ _MODEL_ID = 'model_id = "."  # this directory'
 
 
 def _adapter(place: Path) -> list[str]:
-    config = _json(place / "adapter_config.json")
     task = {
         "CAUSAL_LM": "AutoPeftModelForCausalLM",
         "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
         "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    }.get(str(config.get("task_type")))
+    }.get(str(_config(place / "adapter_config.json").get("task_type")))
     if task is not None:
         return [f"from peft import {task}", "", _MODEL_ID, f"model = {task}.from_pretrained(model_id)"]
     return [
@@ -84,9 +83,5 @@ def _block(lines: list[str]) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _config(file: Path) -> dict[str, Any]:
+    return read_object(file, again="merge again") if file.exists() else {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.sharing.snippets import ROUTED_CONFIG
+from neuron_methods.routing.routed_files import ADAPTERS, ROUTER_NAME, RoutedConfig, is_routed
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_object
+from neuron_methods.support.text import first_line, listed
 
 
 def verify_directory(place: Path) -> str:
@@ -25,7 +26,7 @@ def verify_directory(place: Path) -> str:
     if not place.is_dir():
         raise UserError(f"{place}: no such directory")
     _check_safetensors(place)
-    if (place / ROUTED_CONFIG).exists():
+    if is_routed(place):
         _check_routed(place)
         return "routed"
     if (place / "adapter_config.json").exists() and not (place / "config.json").exists():
@@ -41,13 +42,11 @@ def _check_safetensors(place: Path) -> None:
     for file in sorted(place.rglob("*.safetensors")):
         open_safetensors(str(file))
     for index in sorted(place.rglob("*.safetensors.index.json")):
-        for shard in set(_read(index).get("weight_map", {}).values()):
+        for shard in set(read_object(index, again="merge again").get("weight_map", {}).values()):
             open_safetensors(str(index.parent / shard))
 
 
 def _check_routed(place: Path) -> None:
-    from neuron_methods.routing.routed_files import ADAPTERS, ROUTER_NAME, RoutedConfig
-
     config = RoutedConfig.read(place)
     if not (place / ROUTER_NAME).is_file():
         raise UserError(f"{place / ROUTER_NAME}: missing; route again")
@@ -68,7 +67,7 @@ def _check_model(place: Path) -> None:
 
     if not (place / "config.json").is_file():
         raise UserError(f"{place}: holds no model (config.json) and no adapter (adapter_config.json)")
-    config = _read(place / "config.json")
+    config = read_object(place / "config.json", again="merge again")
     if not any((place / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         pickled = any(place.glob("pytorch_model*.bin"))
         raise UserError(
@@ -79,8 +78,7 @@ def _check_model(place: Path) -> None:
     stored = set(written_headers(place))
     missing = [name for names in _required(place, config) if not stored.intersection(names) for name in names[:1]]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{place}: tensor {missing[0]}{more} is missing from its weights; merge again")
+        raise UserError(f"{place}: missing from its weights: {listed(missing, 1)}; merge again")
 
 
 def _required(place: Path, config: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -97,20 +95,7 @@ def _required(place: Path, config: dict[str, Any]) -> list[tuple[str, ...]]:
     try:
         loaded = AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise UserError(f"{place / 'config.json'}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{place / 'config.json'}: {first_line(error)}") from None
     # Of several definitions for one name the model fits one; a tensor is missing where all of them say so.
-    wanted = []
-    for definition in known[0]:
-        weights = definition.all_weights(loaded)
-        wanted.append([(w.name, *(w.aliases or ()), *(w.tied_names or ())) for w in weights if not w.optional])
-    return min(wanted, key=len)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read as JSON; merge again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds something else than a JSON object; merge again")
-    return content
+    wanted = [[w for w in definition.all_weights(loaded) if not w.optional] for definition in known[0]]
+    return [(w.name, *(w.aliases or ()), *(w.tied_names or ())) for w in min(wanted, key=len)]

@@ -16,7 +16,7 @@ from neuron_methods.cli import main
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.sharing.card import CardOptions, make_card, with_model_id
 from neuron_methods.sharing.citations import CITATIONS, VARIANTS
-from neuron_methods.sharing.licences import Licence, find_licences, front_matter, read_licence
+from neuron_methods.sharing.licences import Licence, find_licences, read_licence
 from tests.support.checkpoints import configuration
 
 HUB = """merge_method: neuro_merging
@@ -138,9 +138,22 @@ def test_a_licence_in_the_hubs_cache_is_found_without_asking(tmp_path):
     assert (found.inherited, found.silent) == (Licence("mit"), ["org/x"])
 
 
-@pytest.mark.parametrize("text", ["", "# no front matter", "---\nlicense: [", "---\n- a\n---\n", "---\nlicense: mit\n"])
-def test_cards_without_front_matter_say_nothing(text):
-    assert front_matter(text) == {}
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"# no front matter",
+        b"---\nlicense: [",
+        b"---\nlicense: [\n---\n",
+        b"---\n- a\n---\n",
+        b"---\nlicense: mit\n",
+        b"---\nlicense: mit\nreleased: 2024-13-45\n---\n",
+        b"---\nlicense: mit\n---\n\xff\n",
+    ],
+)
+def test_cards_that_the_hub_cannot_read_say_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text)
+    assert read_licence(ModelPath(path=str(tmp_path))) is None
 
 
 EVALUATION = {
@@ -209,7 +222,7 @@ def test_an_evaluation_that_is_none_is_refused_before_the_merge(workspace):
     folder = workspace("vit")
     (folder / "merge.yaml").write_text(configuration())
     (folder / "other.json").write_text('{"format": "something"}')
-    for file, said in (("other.json", "no file of `mergekit-neuron evaluate`"), ("gone.json", "cannot be read")):
+    for file, said in (("other.json", "not a file of the format"), ("gone.json", "cannot be read")):
         done = run("merge", "merge.yaml", "out", "--evaluation", file)
         assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
         assert said in done.stderr and not (folder / "out").exists()

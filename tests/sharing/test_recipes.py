@@ -157,7 +157,7 @@ def test_new_takes_a_recipe_for_what_the_experts_are():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["show", "vit/neuro_merging-clip-vit-l14"], "did you mean vit/neuro_merging-clip-vit-l-14?"),
+        (["show", "vit/neuro_merging-clip-vit-l14"], "did you mean 'vit/neuro_merging-clip-vit-l-14'?"),
         (["show", "neuro_merging-small"], "there are several"),
         (["new", "bert", "neuro_merging", "--base", "b", "--expert", "e"], "there are: llama, t5, vit"),
         (["new", "vit", "ties", "--base", "b", "--expert", "e"], "no recipe for vit by ties"),

@@ -1,0 +1,56 @@
+"""What a merge's YAML sets, as far as a card tells it: forms that are not the paper's, and the profiles' data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+
+from neuron_methods.sharing.citations import VARIANTS
+from neuron_methods.support.errors import UserError
+
+# HUB-ID[@CONFIG]:SPLIT[:COLUMNS], as `mergekit-neuron profile --data` takes it.
+_OF_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(@[^:]*)?:.+")
+
+
+def variants_of(configuration: MergeConfiguration) -> list[str]:
+    """Tell what the merge does otherwise than the paper, a clause each, by what its YAML sets anywhere."""
+    found: list[str | None] = []
+    for name, value in _settings(configuration.model_dump(exclude_none=True)):
+        below = isinstance(value, int | float) and value < 1
+        if configuration.merge_method == "neuro_merging" and name in VARIANTS:
+            found.append(VARIANTS[name].get("below 1" if below else str(value)))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def profiled_datasets(configuration: MergeConfiguration) -> list[str]:
+    """Find the ids of the data sets behind the neuron profiles that a configuration names."""
+    from neuron_methods.profiling import NeuronProfile
+
+    found: dict[str, None] = {}
+    for name, value in _settings(configuration.model_dump(exclude_none=True)):
+        if name != "profile" or not str(value).endswith(".safetensors"):
+            continue
+        try:
+            sources = NeuronProfile.load(value).info.sources.values()
+        except UserError:
+            continue  # moved away since the merge, or not a neuron profile
+        found.update({match.group(1): None for s in sources if (match := _OF_THE_HUB.fullmatch(s.source))})
+    return list(found)
+
+
+def _settings(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every parameter and each of its values, wherever a configuration sets one: filters and gradients have several."""
+    if isinstance(content, list):
+        for part in content:
+            yield from _settings(part)
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            if name == "parameters":
+                for parameter, values in (value or {}).items():
+                    for one in values if isinstance(values, list) else [values]:
+                        yield parameter, one["value"] if isinstance(one, dict) and "value" in one else one
+            else:
+                yield from _settings(value)
