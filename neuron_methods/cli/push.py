@@ -44,7 +44,7 @@ def push_options(command: F) -> F:
 
 
 def pushing(repository: str | None, options: dict[str, Any]) -> PushOptions | None:
-    """What `--push-to-hub` asks of a command that makes something first, the token already checked; None: nothing.
+    """Say what `--push-to-hub` asks of a command that makes something first, the token already checked; None: nothing.
 
     Raises:
         UserError: the token may not write there.

@@ -10,7 +10,7 @@ import platform
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +223,5 @@ def _shown(task: dict[str, Any], score: float) -> str:
 
 
 def _versions() -> str:
-    found = [f"mergekit-neuron {__version__}"]
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    packages = (f"{package} {version(package)}" for package in _PACKAGES)
+    return ", ".join([f"mergekit-neuron {__version__}", *packages, f"Python {platform.python_version()}"])

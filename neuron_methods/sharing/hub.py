@@ -7,6 +7,7 @@ folders). What is said about an error never quotes a request, which carries the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def push_directory(
         place: a model, an adapter or a routed model; it is not changed.
         repository: USER/NAME.
         options: see `PushOptions`.
-        progress: show progress bars.
+        progress: show progress on stderr.
 
     Returns:
         Where it is.
@@ -111,7 +112,7 @@ def push_directory(
     api = HfApi()
     message = options.commit_message or f"Upload {'merge' if kind == 'model' else kind} with mergekit-neuron"
     notes = [note] if (note := unloadable_base(place, options.base_model)) else []
-    with _explained(repository, "the upload did not finish"), _bars(progress):
+    with _explained(repository, "the upload did not finish"), _progress(progress, f"Uploading {place} to {repository}"):
         if not options.create_pr or not api.repo_exists(repository):
             api.create_repo(repository, private=options.private, exist_ok=True)
         if options.private and not api.model_info(repository).private:
@@ -167,10 +168,13 @@ def _check_scopes(scopes: dict[str, Any], namespace: str, name: str, options: Pu
 
 
 @contextmanager
-def _bars(progress: bool) -> Iterator[None]:
-    if progress:
+def _progress(shown: bool, what: str) -> Iterator[None]:
+    """Let huggingface_hub draw its bars on a terminal, where it would in a log, too; a log gets one line."""
+    if shown and sys.stderr.isatty():
         yield
         return
+    if shown:
+        print(what, file=sys.stderr)
     disable_progress_bars()
     try:
         yield

@@ -33,12 +33,10 @@ class Licences:
     Attributes:
         inherited: the base's, where no other model says something else; None: not known, or in conflict.
         found: model -> its licence, of those that have one.
-        silent: models whose card is not here or names none.
     """
 
     inherited: Licence | None = None
     found: dict[str, Licence] = field(default_factory=dict)
-    silent: list[str] = field(default_factory=list)
 
     @property
     def conflict(self) -> str | None:
@@ -89,10 +87,7 @@ def find_licences(models: Sequence[ModelPath], labels: Mapping[str, str], cache_
     """
     licences = Licences()
     for model in models:
-        found = read_licence(model, cache_dir)
-        if found is None:
-            licences.silent.append(labels[model.path])
-        else:
+        if (found := read_licence(model, cache_dir)) is not None:
             licences.found[labels[model.path]] = found
     base = licences.found.get(labels[models[0].path]) if models else None
     if base is not None and licences.conflict is None:

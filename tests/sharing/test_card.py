@@ -135,7 +135,7 @@ def test_a_licence_in_the_hubs_cache_is_found_without_asking(tmp_path):
     found = find_licences(
         [ModelPath(path="org/base"), ModelPath(path="org/x")], {"org/base": "org/base", "org/x": "org/x"}, str(tmp_path)
     )
-    assert (found.inherited, found.silent) == (Licence("mit"), ["org/x"])
+    assert (found.inherited, found.found) == (Licence("mit"), {"org/base": Licence("mit")})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ def test_push_creates_uploads_and_prints_the_address(standin, out):
     assert snapshot(out) == before
 
 
+def test_a_log_gets_lines_and_no_bars(standin, out):
+    done = command("push", str(out), "alice/merged")
+    assert (done.exit_code, done.stderr) == (0, f"Uploading {out} to alice/merged\n")
+
+
 def test_what_was_uploaded_is_downloaded_and_loads(standin, out, tmp_path):
     assert command("push", str(out), "alice/merged", "--quiet").exit_code == 0
     place = huggingface_hub.snapshot_download("alice/merged", cache_dir=tmp_path / "cache")

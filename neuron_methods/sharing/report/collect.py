@@ -32,19 +32,18 @@ IMPORTANT = 0.1
 KEPT = 0.5
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
-_STACKS = (("vision", "vision"), ("text", "text"), ("encoder", "encoder"), ("decoder", "decoder"))
+_STACKS = ("vision", "text", "encoder", "decoder")
 
 Place = tuple[str, int | None, str]
 
 
 def place_of(name: str) -> Place:
-    """(stack, layer, kind) of a tensor by its name; the layer is None outside of layers."""
+    """Tell (stack, layer, kind) of a tensor by its name; the layer is None outside of layers."""
     match = _LAYER.match(name)
-    kind = kind_of(name)
     if match is None:
-        return "", None, kind
-    stack = next((shown for part, shown in _STACKS if part in match.group(1)), "layers")
-    return stack, int(match.group(2)), kind
+        return "", None, kind_of(name)
+    stack = next((stack for stack in _STACKS if stack in match.group(1)), "layers")
+    return stack, int(match.group(2)), kind_of(name)
 
 
 class Collector:
@@ -54,17 +53,14 @@ class Collector:
         base: id of the base among a tensor's inputs.
         experts: ids of the experts, in order.
         limit: neurons looked at per weight; None: all.
-        skipped: tensors without rows to look at: points, integers, and what some expert lacks.
     """
 
     def __init__(self, base: Hashable, experts: Sequence[Hashable], limit: int | None) -> None:
-        """Begin with nothing."""
         self.base, self.experts, self.limit = base, list(experts), limit
-        self.skipped = 0
         self._places: dict[Place, WeightStatistics] = {}
 
     def add(self, name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> None:
-        """Look at one tensor.
+        """Look at one tensor; passed over where it has no rows, is of integers, or some expert lacks it.
 
         Args:
             name: of the output tensor.
@@ -77,19 +73,18 @@ class Collector:
         if (
             base is None
             or len(whole) != len(experts) + 2
-            or base.ndim < 2
+            or base.ndim < 2  # points have no rows
             or any(tensor.shape != base.shape or not tensor.is_floating_point() for tensor in whole)
         ):
-            self.skipped += 1
             return
         plain = merged.detach().as_subclass(Tensor) if isinstance(merged, TaskVector) else merged.detach()
         with torch.no_grad():
             found = weight_statistics(base, experts, plain, limit=self.limit, packed=is_packed(name))
-        place = place_of(name)
-        self._places[place] = self._places[place] + found if place in self._places else found
+        earlier = self._places.get(place := place_of(name))
+        self._places[place] = found if earlier is None else earlier + found
 
     def document(self, method: str, labels: Mapping[Hashable, str], state: Any = None) -> dict[str, Any]:
-        """The report's JSON.
+        """Put the report's JSON together.
 
         Args:
             method: name in the YAML.
@@ -108,7 +103,7 @@ class Collector:
             "neurons": sum(found.neurons for found in self._places.values()),
             "places": [
                 {"stack": stack, "layer": layer, "kind": kind, **_described(found)}
-                for (stack, layer, kind), found in sorted(self._places.items(), key=_in_order)
+                for (stack, layer, kind), found in sorted(self._places.items(), key=lambda item: _in_order(*item[0]))
             ],
             "important": important,
             "trim": _trim(state, labels),
@@ -118,7 +113,7 @@ class Collector:
 
     def _important(self) -> dict[str, Any]:
         """Which neurons matter most to each expert, over the model, and what became of them."""
-        places = sorted(self._places, key=lambda place: _in_order((place, None)))
+        places = sorted(self._places, key=lambda place: _in_order(*place))
         if not places:
             return {"share": IMPORTANT, "kept_from": KEPT, "kept": [], "overlap": [], "layers": []}
         importance = torch.cat([self._places[place].importance for place in places], dim=1)
@@ -149,10 +144,8 @@ class Collector:
         }
 
 
-def _in_order(item: tuple[Place, Any]) -> tuple[Any, ...]:
-    stack, layer, kind = item[0]
-    stacks = ["", "layers", *(shown for _, shown in _STACKS)]
-    return stacks.index(stack), -1 if layer is None else layer, kind
+def _in_order(stack: str, layer: int | None, kind: str = "") -> tuple[int, int, str]:
+    return ("", "layers", *_STACKS).index(stack), -1 if layer is None else layer, kind
 
 
 def _described(found: WeightStatistics) -> dict[str, Any]:
@@ -193,19 +186,15 @@ def _selection(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | N
     for block, coefficients in state.coefficients.items():
         if not any(s.kind == "mlp" and s.block == block for s in state.layout.slices.values()):
             continue
-        got = coefficients > 0
-        alone = got.sum(dim=0) == 1
+        got, takers = coefficients > 0, (coefficients > 0).sum(dim=0)
+        shares = {
+            "nobody": _share(takers == 0),
+            "alone": [_share(row & (takers == 1)) for row in got],
+            "shared": _share(takers > 1),
+        }
         stack, layer, _ = place_of(block + ".")
-        layers.append(
-            {
-                "stack": stack,
-                "layer": layer,
-                "nobody": _share(got.sum(dim=0) == 0),
-                "alone": [_share(row & alone) for row in got],
-                "shared": _share(got.sum(dim=0) > 1),
-            }
-        )
-    layers.sort(key=lambda entry: _in_order(((entry["stack"], entry["layer"], ""), None)))
+        layers.append({"stack": stack, "layer": layer, **shares})
+    layers.sort(key=lambda entry: _in_order(entry["stack"], entry["layer"]))
     kept = {labels[expert]: {"kept": k, "of": n} for expert, (k, n) in state.kept.items()}
     return {"experts": [labels[expert] for expert in state.experts], "kept": kept, "layers": layers}
 
@@ -218,7 +207,7 @@ def _groups(state: Any) -> dict[str, Any] | None:
     for key, counts in state.groups.counts().items():
         stack, layer, _ = place_of(key + ".")
         layers.append({"stack": stack, "layer": layer, "counts": [counts[group] for group in state.groups.groups]})
-    layers.sort(key=lambda entry: _in_order(((entry["stack"], entry["layer"], ""), None)))
+    layers.sort(key=lambda entry: _in_order(entry["stack"], entry["layer"]))
     return {"groups": list(state.groups.groups), "layers": layers}
 
 

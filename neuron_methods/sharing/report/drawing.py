@@ -7,13 +7,14 @@ experts also differ in marker.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from neuron_methods.support.errors import UserError
 
+Document = dict[str, Any]
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":")
@@ -31,11 +32,11 @@ class Theme:
     base: str
 
     def expert(self, index: int) -> str:
-        """Colour of an expert."""
+        """Choose the colour of an expert."""
         return _COLOURS[index % len(_COLOURS)]
 
     def line(self, index: int) -> dict[str, Any]:
-        """How an expert's line looks."""
+        """Choose how an expert's line looks."""
         return {
             "color": self.expert(index),
             "marker": _MARKERS[index % len(_MARKERS)],
@@ -56,7 +57,7 @@ DARK = Theme("dark", "#15191f", "#e6e8eb", "#3a424d", "#ffffff", "#9aa4af")
 
 @contextmanager
 def figure(theme: Theme, rows: int = 1, columns: int = 1, *, width: float = 10, height: float = 3.6) -> Iterator[Any]:
-    """A figure with its axes; closed after the block.
+    """Open a figure with its axes.
 
     Yields:
         (figure, list of axes, row by row).
@@ -100,7 +101,7 @@ def figure(theme: Theme, rows: int = 1, columns: int = 1, *, width: float = 10, 
 
 
 def png(drawn: Any) -> bytes:
-    """A figure as PNG, the same bytes for the same figure."""
+    """Write a figure as PNG, the same bytes for the same figure."""
     buffer = io.BytesIO()
     # Not savefig, which lays the figure out twice, and that is most of the time.
     drawn.canvas.print_png(buffer, metadata={"Software": None})
@@ -119,12 +120,12 @@ class LayerAxis:
 
     @classmethod
     def of(cls, entries: Sequence[dict[str, Any]]) -> LayerAxis:
-        """The layers that some entries of the report's JSON are about."""
+        """Find the layers that some entries of the report's JSON are about."""
         found = dict.fromkeys((e["stack"], e["layer"]) for e in entries if e["layer"] is not None)
         return cls(tuple(found))
 
     def place(self, entry: dict[str, Any]) -> int:
-        """Where an entry is on the axis."""
+        """Tell where an entry is on the axis."""
         return self.layers.index((entry["stack"], entry["layer"]))
 
     def decorate(self, axes: Any, theme: Theme) -> None:
@@ -143,3 +144,50 @@ class LayerAxis:
             if places[0]:
                 axes.axvline(places[0] - 0.5, color=theme.base, linewidth=1)
         axes.set_xlabel("layer of " + ", then ".join(stacks))
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One figure.
+
+    Attributes:
+        name: of its file.
+        title: heading.
+        caption: what is to be seen, in a sentence or two.
+        draw: (report's JSON, theme) -> PNG.
+        describe: report's JSON -> what the picture shows, in words and numbers.
+        applies: whether the JSON holds what it needs.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Document, Theme], bytes]
+    describe: Callable[[Document], str]
+    applies: Callable[[Document], bool]
+
+
+def stacked_bars(
+    axes: Any,
+    axis: LayerAxis,
+    entries: Sequence[dict[str, Any]],
+    parts: Sequence[tuple[str, str, Callable[[dict[str, Any]], float]]],
+    theme: Theme,
+) -> None:
+    """Draw one bar per entry, in parts that add up to 100 %.
+
+    Args:
+        axes: to draw on.
+        axis: the layers.
+        entries: of the report's JSON.
+        parts: label, colour, and an entry's share between 0 and 1.
+        theme: of the page.
+    """
+    places, bottom = [axis.place(entry) for entry in entries], [0.0] * len(entries)
+    look = {"width": 0.9, "edgecolor": theme.background, "linewidth": 0.4}
+    for label, colour, share in parts:
+        heights = [100 * share(entry) for entry in entries]
+        axes.bar(places, heights, bottom=bottom, color=colour, label=label, **look)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.set_ylim(0, 100)
+    axis.decorate(axes, theme)

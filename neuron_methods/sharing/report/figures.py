@@ -1,64 +1,48 @@
-"""The figures of a report: each takes the report's JSON and a theme, and comes with a text that tells the same."""
+"""The figures of every report: each takes the report's JSON and a theme, and comes with a text that tells the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from neuron_methods.sharing.report.drawing import LayerAxis, Theme, figure, png
+from neuron_methods.sharing.report.drawing import Document, FigureSpec, LayerAxis, Theme, figure, png, stacked_bars
 
-Document = dict[str, Any]
+Entries = Sequence[dict[str, Any]]
 # Kinds of weights that layers are made of, in the order they are shown.
 KINDS = ("attention", "MLP", "other")
 
 
-@dataclass(frozen=True)
-class FigureSpec:
-    """One figure.
-
-    Attributes:
-        name: of its file.
-        title: heading.
-        caption: what is to be seen, in a sentence or two.
-        draw: (report's JSON, theme) -> PNG.
-        describe: report's JSON -> what the picture shows, in words and numbers.
-        applies: whether the JSON holds what it needs.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Document, Theme], bytes]
-    describe: Callable[[Document], str]
-    applies: Callable[[Document], bool]
+def _in_layers(document: Document) -> list[dict[str, Any]]:
+    return [entry for entry in document["places"] if entry["layer"] is not None]
 
 
-def in_layers(document: Document, kind: str | None = None) -> list[dict[str, Any]]:
-    """Entries of weights in layers, of one kind or all."""
-    return [e for e in document["places"] if e["layer"] is not None and kind in (None, e["kind"])]
+def _by_kind(document: Document) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The kinds of weights that the layers have, each with its entries."""
+    found = [(kind, [entry for entry in _in_layers(document) if entry["kind"] == kind]) for kind in KINDS]
+    return [(kind, entries) for kind, entries in found if entries]
 
 
-def kinds_of(document: Document) -> list[str]:
-    """The kinds of weights that the layers have."""
-    found = {entry["kind"] for entry in in_layers(document)}
-    return [kind for kind in KINDS if kind in found]
+def _has_layers(document: Document) -> bool:
+    return bool(_in_layers(document))
 
 
-def _segments(axis: LayerAxis, entries: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _has_pairs(document: Document) -> bool:
+    return _has_layers(document) and len(document["experts"]) > 1
+
+
+def _pairs(document: Document) -> list[tuple[int, int]]:
+    return list(combinations(range(len(document["experts"])), 2))
+
+
+def _segments(axis: LayerAxis, entries: Entries) -> Iterator[list[dict[str, Any]]]:
     """Entries stack by stack, so that no line runs from one stack to the next."""
     for stack in dict.fromkeys(stack for stack, _ in axis.layers):
         yield [entry for entry in entries if entry["stack"] == stack]
 
 
 def _line(
-    axes: Any,
-    axis: LayerAxis,
-    entries: Sequence[dict[str, Any]],
-    value: Callable[[dict[str, Any]], float],
-    label: str,
-    **style: Any,
+    axes: Any, axis: LayerAxis, entries: Entries, value: Callable[[dict[str, Any]], float], label: str, **style: Any
 ) -> None:
     for part in _segments(axis, entries):
         if part:
@@ -77,95 +61,76 @@ def _range(values: Sequence[float], digits: int = 1, percent: bool = True) -> st
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 
+def _told(document: Document, chart: str, tell: Callable[[Entries], str], between: str = ". ") -> str:
+    """What a figure shows of each kind of weights."""
+    return f"{chart} by layer. {between.join(f'{kind}: {tell(entries)}' for kind, entries in _by_kind(document))}."
+
+
 # Update energy -------------------------------------------------------------------------------------------------------
 
 
 def draw_energy(document: Document, theme: Theme) -> bytes:
-    """Share of the update that is parallel to the neurons, and its size, per layer and kind."""
-    kinds, axis = kinds_of(document), LayerAxis.of(in_layers(document))
+    """Draw the share of the update that is parallel to the neurons, and its size, per layer and kind."""
+    kinds, axis = _by_kind(document), LayerAxis.of(_in_layers(document))
+    rows = (("parallel_share", "parallel share of update energy, %"), ("relative_update", "size of update, % of base"))
     with figure(theme, 2, len(kinds), height=2.7) as (drawn, axes):
-        for row, (key, title) in enumerate(
-            (("parallel_share", "parallel share of update energy, %"), ("relative_update", "size of update, % of base"))
-        ):
-            for column, kind in enumerate(kinds):
-                here = axes[row * len(kinds) + column]
-                entries = in_layers(document, kind)
-                for index, expert in enumerate(document["experts"]):
-                    _line(here, axis, entries, lambda e, k=key, i=index: 100 * e[k][i], expert, **theme.line(index))
-                _line(here, axis, entries, lambda e, k=key: 100 * e[k][-1], "merge", **theme.merge_line)
-                axis.decorate(here, theme)
-                here.set_ylim(bottom=0)
-                here.set_title(f"{kind}: {title}")
+        panels = [(key, title, kind, entries) for key, title in rows for kind, entries in kinds]
+        for here, (key, title, kind, entries) in zip(axes, panels, strict=True):
+            for index, expert in enumerate(document["experts"]):
+                _line(here, axis, entries, lambda e, k=key, i=index: 100 * e[k][i], expert, **theme.line(index))
+            _line(here, axis, entries, lambda e, k=key: 100 * e[k][-1], "merge", **theme.merge_line)
+            axis.decorate(here, theme)
+            here.set_ylim(bottom=0)
+            here.set_title(f"{kind}: {title}")
         _legend(drawn, axes[0])
         return png(drawn)
 
 
 def describe_energy(document: Document) -> str:
-    """Ranges of the parallel share and of the sizes."""
-    parts = []
-    for kind in kinds_of(document):
-        entries = in_layers(document, kind)
-        experts = [v for e in entries for v in e["parallel_share"][:-1]]
-        merge = [e["parallel_share"][-1] for e in entries]
-        parts.append(
-            f"{kind}: parallel share of the experts' update energy {_range(experts, 2)}, of the merge's "
-            f"{_range(merge, 2)}, the rest is orthogonal; size of the experts' updates "
-            f"{_range([v for e in entries for v in e['relative_update'][:-1]])} of the base's norm, of the merge's "
-            f"{_range([e['relative_update'][-1] for e in entries])}"
+    """Tell the ranges of the parallel share and of the sizes."""
+
+    def tell(entries: Entries) -> str:
+        experts, sizes = ([v for e in entries for v in e[key][:-1]] for key in ("parallel_share", "relative_update"))
+        merge, size = ([e[key][-1] for e in entries] for key in ("parallel_share", "relative_update"))
+        return (
+            f"parallel share of the experts' update energy {_range(experts, 2)}, of the merge's {_range(merge, 2)}, "
+            f"the rest is orthogonal; size of the experts' updates {_range(sizes)} of the base's norm, of the merge's "
+            f"{_range(size)}"
         )
-    return "Line charts by layer. " + ". ".join(parts) + "."
+
+    return _told(document, "Line charts", tell)
 
 
 # Agreement -----------------------------------------------------------------------------------------------------------
 
 
 def draw_agreement(document: Document, theme: Theme) -> bytes:
-    """Cosines between experts, and neurons in conflict before and after the merge, per layer and kind."""
-    kinds, axis = kinds_of(document), LayerAxis.of(in_layers(document))
-    pairs = list(combinations(range(len(document["experts"])), 2))
+    """Draw cosines between experts, and neurons in conflict before and after the merge, per layer and kind."""
+    kinds, axis, pairs = _by_kind(document), LayerAxis.of(_in_layers(document)), _pairs(document)
+    before = {"color": theme.expert(3), "marker": "s", "markersize": 3.5, "linestyle": "--"}
     with figure(theme, 2, len(kinds), height=2.7) as (drawn, axes):
-        for column, kind in enumerate(kinds):
-            entries, here = in_layers(document, kind), axes[column]
-            shown = pairs if len(pairs) <= 6 else []
-            for index, (a, b) in enumerate(shown):
+        for here, below, (kind, entries) in zip(axes, axes[len(kinds) :], kinds, strict=False):
+            if len(pairs) > 6:
+                _band(here, axis, entries, pairs, theme)
+            for index, (a, b) in enumerate(pairs if len(pairs) <= 6 else ()):
                 label = f"{document['experts'][a]} · {document['experts'][b]}"
                 _line(here, axis, entries, lambda e, a=a, b=b: e["cosines"][a][b], label, **theme.line(index))
-            if not shown:
-                _band(here, axis, entries, pairs, theme)
             here.axhline(0, color=theme.base, linewidth=1)
             here.set_title(f"{kind}: cosine of task vectors")
             axis.decorate(here, theme)
-            here = axes[len(kinds) + column]
-            _line(
-                here,
-                axis,
-                entries,
-                lambda e: 100 * e["conflict_before"],
-                "before: two experts oppose each other",
-                color=theme.expert(3),
-                marker="s",
-                markersize=3.5,
-                linestyle="--",
-            )
-            _line(
-                here,
-                axis,
-                entries,
-                lambda e: 100 * e["conflict_after"],
-                "after: merge goes against an expert",
-                **theme.merge_line,
-            )
-            here.set_ylim(0, 100)
-            here.set_title(f"{kind}: neurons with sign conflict, %")
-            axis.decorate(here, theme)
+            label = "before: two experts oppose each other"
+            _line(below, axis, entries, lambda e: 100 * e["conflict_before"], label, **before)
+            label = "after: merge goes against an expert"
+            _line(below, axis, entries, lambda e: 100 * e["conflict_after"], label, **theme.merge_line)
+            below.set_ylim(0, 100)
+            below.set_title(f"{kind}: neurons with sign conflict, %")
+            axis.decorate(below, theme)
         axes[0].legend(loc="best", fontsize=7.5)
         axes[len(kinds)].legend(loc="best", fontsize=7.5)
         return png(drawn)
 
 
-def _band(
-    axes: Any, axis: LayerAxis, entries: Sequence[dict[str, Any]], pairs: Sequence[tuple[int, int]], theme: Theme
-) -> None:
+def _band(axes: Any, axis: LayerAxis, entries: Entries, pairs: Sequence[tuple[int, int]], theme: Theme) -> None:
     """Mean and span over all pairs, where there are too many for lines of their own."""
     for number, part in enumerate(_segments(axis, entries)):
         values = [[e["cosines"][a][b] for a, b in pairs] for e in part]
@@ -176,25 +141,24 @@ def _band(
 
 
 def describe_agreement(document: Document) -> str:
-    """Ranges of cosines and conflicts."""
-    pairs = list(combinations(range(len(document["experts"])), 2))
-    parts = []
-    for kind in kinds_of(document):
-        entries = in_layers(document, kind)
-        values = [e["cosines"][a][b] for e in entries for a, b in pairs]
-        parts.append(
-            f"{kind}: cosine between the experts' task vectors {_range(values, 2, percent=False)}; neurons on which "
-            f"two experts oppose each other {_range([e['conflict_before'] for e in entries])}, on which the merge goes "
+    """Tell the ranges of cosines and conflicts."""
+
+    def tell(entries: Entries) -> str:
+        values = [e["cosines"][a][b] for e in entries for a, b in _pairs(document)]
+        return (
+            f"cosine between the experts' task vectors {_range(values, 2, percent=False)}; neurons on which two "
+            f"experts oppose each other {_range([e['conflict_before'] for e in entries])}, on which the merge goes "
             f"against an expert {_range([e['conflict_after'] for e in entries])}"
         )
-    return "Line charts by layer. " + ". ".join(parts) + "."
+
+    return _told(document, "Line charts", tell)
 
 
 # Important neurons ---------------------------------------------------------------------------------------------------
 
 
 def draw_important(document: Document, theme: Theme) -> bytes:
-    """Share of each expert's important neurons that the merge keeps, and how far the experts' sets overlap."""
+    """Draw the share of each expert's important neurons that the merge keeps, and how far the experts' sets overlap."""
     important, experts = document["important"], document["experts"]
     entries = [e for e in important["layers"] if e["layer"] is not None]
     axis = LayerAxis.of(entries)
@@ -206,18 +170,17 @@ def draw_important(document: Document, theme: Theme) -> bytes:
         left.set_title("important neurons kept, %")
         axis.decorate(left, theme)
         _legend(drawn, left)
-        _matrix(right, important["overlap"], experts, theme)
+        _matrix(right, important["overlap"], experts)
         right.set_title("overlap of important neurons, %")
         return png(drawn)
 
 
-def _matrix(axes: Any, values: Sequence[Sequence[float]], labels: Sequence[str], theme: Theme) -> None:
+def _matrix(axes: Any, values: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
     shown = [[100 * value for value in row] for row in values]
     axes.imshow(shown, cmap="cividis", vmin=0, vmax=100)
     axes.grid(False)
-    axes.set_xticks(
-        range(len(labels)), labels, rotation=30 if len(labels) > 3 else 0, ha="right" if len(labels) > 3 else "center"
-    )
+    slant = {"rotation": 30, "ha": "right"} if len(labels) > 3 else {"rotation": 0, "ha": "center"}
+    axes.set_xticks(range(len(labels)), labels, **slant)
     axes.set_yticks(range(len(labels)), labels)
     for i, row in enumerate(shown):
         for j, value in enumerate(row):
@@ -225,12 +188,11 @@ def _matrix(axes: Any, values: Sequence[Sequence[float]], labels: Sequence[str],
 
 
 def describe_important(document: Document) -> str:
-    """What is kept of each expert, and the overlaps."""
+    """Tell what is kept of each expert, and the overlaps."""
     important, experts = document["important"], document["experts"]
     kept = ", ".join(f"{e} {100 * k:.0f} %" for e, k in zip(experts, important["kept"], strict=True))
     overlaps = ", ".join(
-        f"{experts[a]} and {experts[b]} {100 * important['overlap'][a][b]:.0f} %"
-        for a, b in combinations(range(len(experts)), 2)
+        f"{experts[a]} and {experts[b]} {100 * important['overlap'][a][b]:.0f} %" for a, b in _pairs(document)
     )
     return f"Line chart by layer and a matrix. Important neurons kept over the model: {kept}. Overlap: {overlaps}."
 
@@ -239,41 +201,30 @@ def describe_important(document: Document) -> str:
 
 
 def draw_spectrum(document: Document, theme: Theme) -> bytes:
-    """Mean share of each singular direction in the energy of the neurons' orthogonal parts, per layer and kind."""
-    kinds, axis = kinds_of(document), LayerAxis.of(in_layers(document))
+    """Draw the mean share of each singular direction in the energy of the neurons' orthogonal parts."""
+    kinds, axis = _by_kind(document), LayerAxis.of(_in_layers(document))
+    parts = [
+        (f"direction {i + 1}", theme.expert(i), lambda e, i=i: e["spectrum"][i])
+        for i in range(len(document["experts"]))
+    ]
     with figure(theme, 1, len(kinds), height=3.0) as (drawn, axes):
-        for here, kind in zip(axes, kinds, strict=True):
-            entries = in_layers(document, kind)
-            places = [axis.place(e) for e in entries]
-            bottom = [0.0] * len(entries)
-            for direction in range(len(document["experts"])):
-                heights = [100 * e["spectrum"][direction] for e in entries]
-                here.bar(
-                    places,
-                    heights,
-                    bottom=bottom,
-                    width=0.9,
-                    color=theme.expert(direction),
-                    label=f"direction {direction + 1}",
-                    edgecolor=theme.background,
-                    linewidth=0.4,
-                )
-                bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-            here.set_ylim(0, 100)
+        for here, (kind, entries) in zip(axes, kinds, strict=True):
+            stacked_bars(here, axis, entries, parts, theme)
             here.set_title(f"{kind}: energy per singular direction, %")
-            axis.decorate(here, theme)
         _legend(drawn, axes[0])
         return png(drawn)
 
 
 def describe_spectrum(document: Document) -> str:
-    """Range of the strongest direction's share."""
-    parts = [
-        f"{kind}: the strongest direction holds {_range([e['spectrum'][0] for e in in_layers(document, kind)])}"
-        for kind in kinds_of(document)
-    ]
+    """Tell the range of the strongest direction's share."""
     even = 100 / max(1, len(document["experts"]))
-    return f"Stacked bars by layer. {'; '.join(parts)} (experts that agree: 100 %, none like another: {even:.0f} %)."
+    told = _told(
+        document,
+        "Stacked bars",
+        lambda es: f"the strongest direction holds {_range([e['spectrum'][0] for e in es])}",
+        "; ",
+    )
+    return f"{told[:-1]} (experts that agree: 100 %, none like another: {even:.0f} %)."
 
 
 # Distances -----------------------------------------------------------------------------------------------------------
@@ -285,26 +236,17 @@ def _closest(entry: dict[str, Any]) -> int:
 
 
 def draw_closest(document: Document, theme: Theme) -> bytes:
-    """Distance of the merge to the base and to every expert, per layer and kind; a strip tells which is closest."""
-    kinds, axis = kinds_of(document), LayerAxis.of(in_layers(document))
+    """Draw the distance of the merge to the base and to every expert; a strip tells which is closest."""
+    kinds, axis = _by_kind(document), LayerAxis.of(_in_layers(document))
+    colours = [theme.base, *(theme.expert(i) for i in range(len(document["experts"])))]
+    base = {"color": theme.base, "linewidth": 2, "linestyle": "--"}
     with figure(theme, 1, len(kinds), height=3.2) as (drawn, axes):
-        for here, kind in zip(axes, kinds, strict=True):
-            entries = in_layers(document, kind)
-            _line(
-                here,
-                axis,
-                entries,
-                lambda e: 100 * e["distances"][0],
-                "base",
-                color=theme.base,
-                linewidth=2,
-                linestyle="--",
-            )
+        for here, (kind, entries) in zip(axes, kinds, strict=True):
+            _line(here, axis, entries, lambda e: 100 * e["distances"][0], "base", **base)
             for index, expert in enumerate(document["experts"]):
                 _line(here, axis, entries, lambda e, i=index: 100 * e["distances"][i + 1], expert, **theme.line(index))
             values = [100 * value for e in entries for value in e["distances"]]
             span = max(values) - min(values) or max(values) or 1.0
-            colours = [theme.base, *(theme.expert(i) for i in range(len(document["experts"])))]
             for entry in entries:
                 place, colour = axis.place(entry), colours[_closest(entry)]
                 # Below the lines, in parts of the axes' height.
@@ -317,12 +259,62 @@ def draw_closest(document: Document, theme: Theme) -> bytes:
 
 
 def describe_closest(document: Document) -> str:
-    """How often the merge is closest to what."""
+    """Tell how often the merge is closest to what."""
     names = ["the base", *document["experts"]]
-    parts = []
-    for kind in kinds_of(document):
-        entries = in_layers(document, kind)
-        counts = [sum(_closest(e) == i for e in entries) for i in range(len(names))]
-        told = ", ".join(f"{name} in {count}" for name, count in zip(names, counts, strict=True) if count)
-        parts.append(f"{kind}: of {len(entries)} layers the merge is closest to {told}")
-    return "Line charts by layer. " + "; ".join(parts) + "."
+
+    def tell(entries: Entries) -> str:
+        closest = [_closest(entry) for entry in entries]
+        told = ", ".join(f"{name} in {closest.count(i)}" for i, name in enumerate(names) if i in closest)
+        return f"of {len(entries)} layers the merge is closest to {told}"
+
+    return _told(document, "Line charts", tell, "; ")
+
+
+MODEL_FIGURES = (
+    FigureSpec(
+        "energy",
+        "Parallel and orthogonal parts of the updates",
+        "The parallel part of an update makes a neuron more or less sensitive to what it already reads, the orthogonal "
+        "part makes it read something new. Above the parallel share of the squared norm, below the size of the update.",
+        draw_energy,
+        describe_energy,
+        _has_layers,
+    ),
+    FigureSpec(
+        "agreement",
+        "Do the experts agree?",
+        "Above, the cosine between the experts' updates. Below, the neurons with a sign conflict: before the merge, "
+        "where two experts pull the neuron opposite ways, averaged over the pairs of experts (unrelated updates do so "
+        "in half of the neurons); after it, where the merge moves the neuron against an expert, averaged over them.",
+        draw_agreement,
+        describe_agreement,
+        _has_pairs,
+    ),
+    FigureSpec(
+        "important",
+        "What is kept of each expert",
+        "An expert's important neurons are the tenth that it changed most, relative to the base weights. One is kept "
+        "where the merge holds at least half of the expert's update along its direction.",
+        draw_important,
+        describe_important,
+        _has_layers,
+    ),
+    FigureSpec(
+        "closest",
+        "What the merge is closest to",
+        "Distance in weight space from the merge to the base and to each expert. The strip at the bottom has the "
+        "colour of the closest.",
+        draw_closest,
+        describe_closest,
+        _has_layers,
+    ),
+    FigureSpec(
+        "spectrum",
+        "Singular spectrum of the orthogonal parts",
+        "Per neuron, the experts' orthogonal updates span as many directions as there are experts. The more of their "
+        "energy the first one holds, the more alike they are.",
+        draw_spectrum,
+        describe_spectrum,
+        _has_pairs,
+    ),
+)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuron_methods.sharing.report.drawing import LayerAxis, Theme, figure, png
-
-Document = dict[str, Any]
+from neuron_methods.sharing.report.drawing import Document, FigureSpec, LayerAxis, Theme, figure, png, stacked_bars
 
 
 def draw_trim(document: Document, theme: Theme) -> bytes:
-    """Trim threshold and σ of every expert (NeuroMerging)."""
+    """Draw trim threshold and σ of every expert (NeuroMerging)."""
     trim = document["trim"]
     places = range(len(trim["experts"]))
     colours = [theme.expert(i) for i in places]
@@ -34,7 +32,7 @@ def draw_trim(document: Document, theme: Theme) -> bytes:
 
 
 def describe_trim(document: Document) -> str:
-    """Thresholds, σ and the automatic λ₂."""
+    """Tell thresholds, σ and the automatic λ₂."""
     trim = document["trim"]
     told = [
         f"{expert} threshold {'per tensor' if threshold is None else f'{threshold:.3g}'}, σ {sigma:.3f}"
@@ -44,7 +42,7 @@ def describe_trim(document: Document) -> str:
 
 
 def draw_selection(document: Document, theme: Theme) -> bytes:
-    """Which experts get the MLP neurons of every layer (MIN-Merging)."""
+    """Draw which experts get the MLP neurons of every layer (MIN-Merging)."""
     selection = document["selection"]
     parts = [
         *((f"{e} alone", theme.expert(i), lambda x, i=i: x["alone"][i]) for i, e in enumerate(selection["experts"])),
@@ -55,7 +53,7 @@ def draw_selection(document: Document, theme: Theme) -> bytes:
 
 
 def describe_selection(document: Document) -> str:
-    """How many neurons every expert keeps."""
+    """Tell how many neurons every expert keeps."""
     selection = document["selection"]
     kept = ", ".join(f"{e} {v['kept']} of {v['of']}" for e, v in selection["kept"].items())
     shared = [layer["shared"] for layer in selection["layers"]] or [0.0]
@@ -66,7 +64,7 @@ def describe_selection(document: Document) -> str:
 
 
 def draw_groups(document: Document, theme: Theme) -> bytes:
-    """Functional groups of every layer's MLP neurons (NeuronMerge)."""
+    """Draw the functional groups of every layer's MLP neurons (NeuronMerge)."""
     groups = document["groups"]
     parts = []
     for index, name in enumerate(groups["groups"]):
@@ -77,7 +75,7 @@ def draw_groups(document: Document, theme: Theme) -> bytes:
 
 
 def describe_groups(document: Document) -> str:
-    """Size of every group over the model."""
+    """Tell the size of every group over the model."""
     groups = document["groups"]
     totals = [sum(layer["counts"][i] for layer in groups["layers"]) for i in range(len(groups["groups"]))]
     told = ", ".join(
@@ -89,25 +87,36 @@ def describe_groups(document: Document) -> str:
 def _stacked_layers(
     entries: list[dict[str, Any]], parts: list[tuple[str, str, Any]], title: str, theme: Theme
 ) -> bytes:
-    axis = LayerAxis.of(entries)
-    with figure(theme, 1, 1, height=3.0) as (drawn, (axes,)):
-        places = [axis.place(entry) for entry in entries]
-        bottom = [0.0] * len(entries)
-        for label, colour, value in parts:
-            heights = [100 * value(entry) for entry in entries]
-            axes.bar(
-                places,
-                heights,
-                bottom=bottom,
-                width=0.9,
-                color=colour,
-                label=label,
-                edgecolor=theme.background,
-                linewidth=0.4,
-            )
-            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        axes.set_ylim(0, 100)
+    with figure(theme, height=3.0) as (drawn, (axes,)):
+        stacked_bars(axes, LayerAxis.of(entries), entries, parts, theme)
         axes.set_title(title)
-        axis.decorate(axes, theme)
         drawn.legend(loc="outside right upper", reverse=True)
         return png(drawn)
+
+
+METHOD_FIGURES = (
+    FigureSpec(
+        "trim",
+        "Trimming",
+        "Entries of an update below the threshold are dropped; σ is the share of its L1 norm that goes with them.",
+        draw_trim,
+        describe_trim,
+        lambda document: document["trim"] is not None,
+    ),
+    FigureSpec(
+        "selection",
+        "Selected neurons",
+        "Every expert keeps its most important MLP neurons; those that several keep are shared out.",
+        draw_selection,
+        describe_selection,
+        lambda document: bool(document["selection"] and document["selection"]["layers"]),
+    ),
+    FigureSpec(
+        "groups",
+        "Functional groups",
+        "What makes each MLP neuron of the base fire decides which experts it takes part of.",
+        draw_groups,
+        describe_groups,
+        lambda document: bool(document["groups"] and document["groups"]["layers"]),
+    ),
+)

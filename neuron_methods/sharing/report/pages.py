@@ -6,115 +6,12 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from neuron_methods.sharing.report.drawing import DARK, LIGHT
-from neuron_methods.sharing.report.figures import (
-    FigureSpec,
-    describe_agreement,
-    describe_closest,
-    describe_energy,
-    describe_important,
-    describe_spectrum,
-    draw_agreement,
-    draw_closest,
-    draw_energy,
-    draw_important,
-    draw_spectrum,
-    in_layers,
-)
-from neuron_methods.sharing.report.method_figures import (
-    describe_groups,
-    describe_selection,
-    describe_trim,
-    draw_groups,
-    draw_selection,
-    draw_trim,
-)
+from neuron_methods.sharing.report.drawing import DARK, LIGHT, Document, FigureSpec
+from neuron_methods.sharing.report.figures import MODEL_FIGURES
+from neuron_methods.sharing.report.method_figures import METHOD_FIGURES
 
-Document = dict[str, Any]
-
-
-def _has_layers(document: Document) -> bool:
-    return bool(in_layers(document))
-
-
-def _has_pairs(document: Document) -> bool:
-    return _has_layers(document) and len(document["experts"]) > 1
-
-
-FIGURES: tuple[FigureSpec, ...] = (
-    FigureSpec(
-        "energy",
-        "Parallel and orthogonal parts of the updates",
-        "The parallel part of an update makes a neuron more or less sensitive to what it already reads, the orthogonal "
-        "part makes it read something new. Above the parallel share of the squared norm, below the size of the update.",
-        draw_energy,
-        describe_energy,
-        _has_layers,
-    ),
-    FigureSpec(
-        "agreement",
-        "Do the experts agree?",
-        "Above, the cosine between the experts' updates. Below, the neurons with a sign conflict: before the merge, "
-        "where two experts pull the neuron opposite ways, averaged over the pairs of experts (unrelated updates do so "
-        "in half of the neurons); after it, where the merge moves the neuron against an expert, averaged over them.",
-        draw_agreement,
-        describe_agreement,
-        _has_pairs,
-    ),
-    FigureSpec(
-        "important",
-        "What is kept of each expert",
-        "An expert's important neurons are the tenth that it changed most, relative to the base weights. One is kept "
-        "where the merge holds at least half of the expert's update along its direction.",
-        draw_important,
-        describe_important,
-        _has_layers,
-    ),
-    FigureSpec(
-        "closest",
-        "What the merge is closest to",
-        "Distance in weight space from the merge to the base and to each expert. The strip at the bottom has the "
-        "colour of the closest.",
-        draw_closest,
-        describe_closest,
-        _has_layers,
-    ),
-    FigureSpec(
-        "spectrum",
-        "Singular spectrum of the orthogonal parts",
-        "Per neuron, the experts' orthogonal updates span as many directions as there are experts. The more of their "
-        "energy the first one holds, the more alike they are.",
-        draw_spectrum,
-        describe_spectrum,
-        _has_pairs,
-    ),
-    FigureSpec(
-        "trim",
-        "Trimming",
-        "Entries of an update below the threshold are dropped; σ is the share of its L1 norm that goes with them.",
-        draw_trim,
-        describe_trim,
-        lambda document: document["trim"] is not None,
-    ),
-    FigureSpec(
-        "selection",
-        "Selected neurons",
-        "Every expert keeps its most important MLP neurons; those that several keep are shared out.",
-        draw_selection,
-        describe_selection,
-        lambda document: bool(document["selection"] and document["selection"]["layers"]),
-    ),
-    FigureSpec(
-        "groups",
-        "Functional groups",
-        "What makes each MLP neuron of the base fire decides which experts it takes part of.",
-        draw_groups,
-        describe_groups,
-        lambda document: bool(document["groups"] and document["groups"]["layers"]),
-    ),
-)
+FIGURES: tuple[FigureSpec, ...] = (*MODEL_FIGURES, *METHOD_FIGURES)
 
 
 @dataclass(frozen=True)
@@ -135,7 +32,7 @@ class Drawn:
 
 
 def draw_figures(document: Document) -> list[Drawn]:
-    """All figures that the report's JSON has the numbers for.
+    """Draw all figures that the report's JSON has the numbers for.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -148,7 +45,7 @@ def draw_figures(document: Document) -> list[Drawn]:
 
 
 def measured_on(document: Document) -> str:
-    """One sentence on which neurons the numbers come from."""
+    """Say in one sentence which neurons the numbers come from."""
     limit = document["rows_per_weight"]
     of = f"{document['neurons']:,} neurons"
     if limit is None:
@@ -157,7 +54,7 @@ def measured_on(document: Document) -> str:
 
 
 def markdown_section(document: Document, drawn: Sequence[Drawn], folder: str = "report") -> str:
-    """The section of the card; pictures are linked in `folder` beside it."""
+    """Write the section of the card; pictures are linked in `folder` beside it."""
     lines = [
         "## What the merge does to the neurons",
         "",
@@ -184,7 +81,7 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem 
 
 
 def html_page(document: Document, drawn: Sequence[Drawn], title: str) -> str:
-    """A page with the pictures in it; light or dark as the reader's system is."""
+    """Write a page with the pictures in it; light or dark as the reader's system is."""
     facts = {
         "method": document["method"],
         "base": document["base"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,18 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoadTensor
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_methods.plugin.merging import MergeRun, plan_only
 from neuron_methods.plugin.planning import PlannedMergeTask, evaluate_task
+from neuron_methods.plugin.registration import models_in_order
 from neuron_methods.sharing.model_names import ModelNames
 from neuron_methods.sharing.report.collect import Collector
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.progress import progress_bar
 
 
 def collector_for(run: MergeRun, limit: int | None) -> Collector:
-    """A collector for the models of a run.
+    """Make a collector for the models of a run.
 
     Raises:
         UserError: there is no base to take differences from, or nothing beside it.
@@ -35,28 +35,21 @@ def collector_for(run: MergeRun, limit: int | None) -> Collector:
 
 
 def experts_of(run: MergeRun) -> list[ModelReference]:
-    """The models beside the base, in the order of the YAML."""
-    return [model for model in run.configuration.referenced_models() if model != run.configuration.base_model]
+    """List the models beside the base, in the order of the YAML."""
+    models = dict.fromkeys(models_in_order(run.configuration))
+    return [model for model in models if model != run.configuration.base_model]
 
 
 def document_of(collector: Collector, run: MergeRun, names: ModelNames, state: Any) -> dict[str, Any]:
-    """The report's JSON of a run, once every tensor was looked at."""
+    """Make the report's JSON of a run, once every tensor was looked at."""
     labels = {model: names.of(model) for model in (collector.base, *collector.experts)}
     return collector.document(run.configuration.merge_method, labels, state)
-
-
-@dataclass
-class _Found:
-    """What looking at a plan leaves behind."""
-
-    collector: Collector | None = None
-    state: Any = None
 
 
 def report_from_files(
     place: Path, run: MergeRun, names: ModelNames, *, limit: int | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """The report's JSON of a merge that is done, from the models it was made of and what it has written.
+    """Make the report's JSON of a merge that is done, from the models it was made of and what it has written.
 
     Args:
         place: the output: a model, or an adapter on the base.
@@ -68,33 +61,27 @@ def report_from_files(
     Raises:
         UserError: models or output are not there, or do not belong together.
     """
-    found = _Found()
+    document: dict[str, Any] = {}
 
     def look(planner: Any) -> None:
         run.inspect(planner)
-        found.collector = collector_for(run, limit)
+        collector = collector_for(run, limit)
         output = _output_reference(place, run)
         known = _known(planner)
-        found.state = _measured(planner, known)
         tensors = [(weight, task) for weight, task in planner._tensors if isinstance(task, PlannedMergeTask)]
-        bar = tqdm(tensors, desc="Looking at the neurons", unit="tensor", disable=not progress)
         matched = 0
-        for weight, task in bar:
-            if task.copy_of is not None:
-                matched += 1
-                continue
-            merged = _load(output, weight)
-            if merged is None:
-                continue
-            matched += 1
-            inputs = evaluate_task(task.gather_tensors, known)
-            found.collector.add(weight.name, {k: v for k, v in inputs.items() if v is not None}, merged)
+        for weight, task in progress_bar(tensors, what="Looking at the neurons", unit="tensor", shown=progress):
+            merged = _load(output, weight) if task.copy_of is None else None
+            matched += merged is not None or task.copy_of is not None
+            if merged is not None:
+                inputs = evaluate_task(task.gather_tensors, known)
+                collector.add(weight.name, {k: v for k, v in inputs.items() if v is not None}, merged)
         if not matched:
             raise UserError(f"{place}: none of the tensors of {run.name} is in it; do they belong together?")
+        document.update(document_of(collector, run, names, _measured(planner, known)))
 
     plan_only(run, look, quiet=not progress)
-    assert found.collector is not None
-    return document_of(found.collector, run, names, found.state)
+    return document
 
 
 def _output_reference(place: Path, run: MergeRun) -> ModelReference:

@@ -15,7 +15,8 @@ looks at the experts' task vectors τ_1 … τ_T, not trimmed, and at δ, what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,24 +63,15 @@ class WeightStatistics:
     kept: Tensor
 
     def __add__(self, other: WeightStatistics) -> WeightStatistics:
-        return WeightStatistics(
-            self.neurons + other.neurons,
-            self.products + other.products,
-            self.base + other.base,
-            self.parallel + other.parallel,
-            self.pairs + other.pairs,
-            self.conflict_before + other.conflict_before,
-            self.changes + other.changes,
-            self.conflict_after + other.conflict_after,
-            self.spectrum + other.spectrum,
-            self.with_spectrum + other.with_spectrum,
-            torch.cat([self.importance, other.importance], dim=1),
-            torch.cat([self.kept, other.kept], dim=1),
-        )
+        def both(name: str) -> Any:
+            parts = getattr(self, name), getattr(other, name)
+            return torch.cat(parts, dim=1) if name in ("importance", "kept") else parts[0] + parts[1]
+
+        return WeightStatistics(**{field.name: both(field.name) for field in fields(self)})
 
 
 def sample_rows(neurons: int, limit: int | None) -> Tensor:
-    """Indices of the neurons to look at: all, or `limit` of them drawn anew for each size with one seed, ascending."""
+    """Choose the neurons to look at, ascending: all, or `limit` of them drawn anew for each size with one seed."""
     if limit is None or neurons <= limit:
         return torch.arange(neurons)
     # Not every n-th: rows of attention weights repeat the places of a head's dimensions at regular distances.
@@ -89,7 +81,7 @@ def sample_rows(neurons: int, limit: int | None) -> Tensor:
 def weight_statistics(
     base: Tensor, experts: Sequence[Tensor], merged: Tensor, *, limit: int | None = None, packed: bool = False
 ) -> WeightStatistics:
-    """Statistics of one weight.
+    """Look at one weight.
 
     Args:
         base: θ₀, at least 2-D, any float dtype.
@@ -120,7 +112,7 @@ def _stacked(rows: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def of_gram(gram: Tensor) -> WeightStatistics:
-    """Statistics from the inner products of τ_1 … τ_T, δ, w; shape (neurons, T + 2, T + 2), float64."""
+    """Derive statistics from the inner products of τ_1 … τ_T, δ, w; shape (neurons, T + 2, T + 2), float64."""
     gram = gram.cpu()
     energies = gram.diagonal(dim1=1, dim2=2)
     base, merged, own = energies[:, -1], energies[:, -2], energies[:, :-2]
@@ -152,26 +144,26 @@ def of_gram(gram: Tensor) -> WeightStatistics:
 
 
 def cosines(products: Tensor) -> Tensor:
-    """Cosines of vectors from their inner products, shape (k, k); 0 for a vector of zeros."""
+    """Derive cosines of vectors from their inner products, shape (k, k); 0 for a vector of zeros."""
     norms = products.diagonal().sqrt()
     return products / (norms.unsqueeze(0) * norms.unsqueeze(1)).clamp(min=1e-300)
 
 
 def distances(products: Tensor) -> Tensor:
-    """Distance of the merge to the base and to each expert, shape (T + 1,), from `WeightStatistics.products`."""
+    """Derive the merge's distance to the base and to each expert, shape (T + 1,), from `WeightStatistics.products`."""
     own = products.diagonal()
     to_experts = own[-1] - 2 * products[-1, :-1] + own[:-1]
     return torch.cat([own[-1:], to_experts]).clamp(min=0).sqrt()
 
 
 def top_share(values: Tensor, share: float) -> Tensor:
-    """Which of the values belong to the top `share` of them, bool; none where all are 0."""
+    """Tell which of the values belong to the top `share` of them, bool; none where all are 0."""
     count = max(1, round(share * len(values)))
     threshold = values.topk(count).values[-1] if len(values) else 0.0
     return (values >= threshold) & (values > 0)
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """Share that two sets have in common of all that is in either (Jaccard); 0 where both are empty."""
+    """Compute the share that two sets have in common of all that is in either (Jaccard); 0 where both are empty."""
     either = int((first | second).sum())
     return int((first & second).sum()) / either if either else 0.0

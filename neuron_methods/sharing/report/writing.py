@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from neuron_methods.sharing.report.drawing import LIGHT, figure
 from neuron_methods.sharing.report.pages import draw_figures, html_page, markdown_section
+from neuron_methods.support.files import write_json, write_text
 
 FOLDER = "report"
 
@@ -28,10 +29,10 @@ def write_report(document: dict[str, Any], place: Path, title: str) -> str:
     drawn = draw_figures(document)
     folder = place / FOLDER
     folder.mkdir(exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", document, indent=1)
     for one in drawn:
         (folder / f"{one.spec.name}.png").write_bytes(one.light)
-    (folder / "report.html").write_text(html_page(document, drawn, title), encoding="utf-8")
+    write_text(folder / "report.html", html_page(document, drawn, title))
     return markdown_section(document, drawn, FOLDER)
 
 
@@ -41,7 +42,5 @@ def require_matplotlib() -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    from neuron_methods.sharing.report.drawing import LIGHT, figure
-
     with figure(LIGHT):
         pass
