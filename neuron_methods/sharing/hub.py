@@ -60,12 +60,10 @@ class Pushed:
 
     Attributes:
         url: of the repository, or of the pull request.
-        kind: model, adapter or routed.
         notes: what the user should know.
     """
 
     url: str
-    kind: str
     notes: list[str]
 
 
@@ -130,7 +128,7 @@ def push_directory(
     url = done.pr_url if options.create_pr and done.pr_url else f"{api.endpoint}/{repository}"
     if options.revision not in (None, "main") and not options.create_pr:
         url += f"/tree/{options.revision}"
-    return Pushed(url, kind, notes)
+    return Pushed(url, notes)
 
 
 def _check_rights(user: dict[str, Any], namespace: str, name: str, options: PushOptions) -> None:

@@ -25,12 +25,10 @@ class Recipe:
 
     Attributes:
         name: FAMILY/FILE without its ending.
-        path: of the file.
         text: of the file.
     """
 
     name: str
-    path: Path
     text: str
 
     @property
@@ -71,10 +69,8 @@ def recipes_directory() -> Path:
 def all_recipes() -> list[Recipe]:
     """Read all recipes, by family and name."""
     place = recipes_directory()
-    return [
-        Recipe(str(path.relative_to(place).with_suffix("").as_posix()), path, path.read_text(encoding="utf-8"))
-        for path in sorted(place.glob("*/*.yml"))
-    ]
+    files = sorted(place.glob("*/*.yml"))
+    return [Recipe(f"{file.parent.name}/{file.stem}", file.read_text(encoding="utf-8")) for file in files]
 
 
 def find_recipe(name: str) -> Recipe:
