@@ -207,19 +207,17 @@ def _source_name(task: dict[str, Any]) -> str:
 
 
 def _evaluation_section(evaluation: dict[str, Any]) -> str:
+    from neuron_methods.evaluation.score_files import format_score
+
     rows = []
     for task in evaluation["tasks"]:
-        interval = ""
-        if task.get("low") is not None and task.get("high") is not None:
-            interval = f"{_shown(task, task['low'])} to {_shown(task, task['high'])}"
-        count = task.get("count", "")
-        rows.append(f"| {task['name']} | {task['metric']} | {_shown(task, task['score'])} | {interval} | {count} |")
+        score, low, high = (
+            "" if task.get(key) is None else format_score(task[key], task["metric"]) for key in ("score", "low", "high")
+        )
+        interval = f"{low} to {high}" if low and high else ""
+        rows.append(f"| {task['name']} | {task['metric']} | {score} | {interval} | {task.get('count', '')} |")
     head = "| task | metric | score | 95 % interval | examples |\n|---|---|---|---|---|"
     return f"## Evaluation\n\n{head}\n" + "\n".join(rows)
-
-
-def _shown(task: dict[str, Any], score: float) -> str:
-    return f"{score:.2f}" if task["metric"] == "perplexity" else f"{100 * score:.1f} %"
 
 
 def _versions() -> str:

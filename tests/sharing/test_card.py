@@ -187,7 +187,7 @@ def test_an_evaluation_becomes_a_model_index():
     assert results["my text"].dataset_type == "my-text"
     assert "/data" not in read.content
     assert "| grade school | exact_match | 62.5 % | 55.0 % to 70.0 % | 200 |" in read.text
-    assert "| my text | perplexity | 12.50 |" in read.text
+    assert "| my text | perplexity | 12.500 |" in read.text
 
 
 def test_the_repository_replaces_the_directory_where_the_card_loads_it():
