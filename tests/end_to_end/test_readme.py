@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import neuron_methods
 from neuron_methods.cli import main
-from neuron_methods.evaluation.tasks import load_tasks
+from neuron_methods.evaluation import load_tasks
 from neuron_methods.routing.route_yaml import RouterSettings
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +261,12 @@ def test_the_leaderboards_show_the_measured_figures():
     told = " ".join(DOCUMENTS[README].split())
     assert "The bases score {}, {} and {}, the experts".format(*base[1:]) in told
     assert "each on its own task, {}, {} and {}.".format(*experts[1:]) in told
+
+
+def test_figures_in_sentences_of_the_readme_are_those_of_the_tables():
+    told = set(re.findall(r"(\d+\.\d+) (?:×|%|points)", " ".join(DOCUMENTS[README].split())))
+    measured = {n for path, text in DOCUMENTS.items() if path != README for n in re.findall(r"\d+\.\d+", text)}
+    assert told and told <= measured
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
