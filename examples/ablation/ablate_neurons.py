@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from neuron_methods.data.feeders import Batch, Feeder
+from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import Sample, SourceReader, parse_source
 from neuron_methods.data.texts import TextFeeder
 from neuron_methods.kernels.select import keep_threshold
-from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder
+from neuron_methods.models.reference import ModelName
 from neuron_methods.neurons import find_modules
 from neuron_methods.profiling import NeuronProfile
+from neuron_methods.profiling.measured_model import LoadedModel, load_model
 from neuron_methods.support.errors import UserError
 
 Masks = dict[str, Tensor]
@@ -128,7 +130,7 @@ def main() -> None:
 def ablate(options: argparse.Namespace) -> dict[str, dict[str, float | None]]:
     """Print and return what each removal costs."""
     profile = NeuronProfile.load(options.profile)
-    name = ModelName.parse(options.model)
+    name = ModelName.find(options.model)
     report: dict[str, dict[str, float | None]] = {}
     with load_model(name, "float32") as loaded:
         profile.check_model(loaded.neurons)

@@ -25,9 +25,11 @@ from pathlib import Path
 import torch
 from measuring import machine
 
+from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import Sample, SourceReader, parse_source
 from neuron_methods.demo.base_model import find_gguf, save_base
-from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder
+from neuron_methods.models.reference import ModelName
+from neuron_methods.profiling.measured_model import LoadedModel, load_model
 from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
@@ -122,7 +124,7 @@ def main() -> None:
             save_base(find_gguf(), Path(arguments.model))
         corpus = Path(folder) / "python.jsonl"
         write_corpus(corpus, BATCH_SIZE * (arguments.batches + 1), arguments.length)
-        name = ModelName.parse(arguments.model)
+        name = ModelName.find(arguments.model)
         with load_model(name, "float32") as loaded:
             costs = measure(loaded, name, corpus, arguments.batches, arguments.length)
     tokens = arguments.batches * BATCH_SIZE * arguments.length

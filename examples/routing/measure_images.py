@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForImageClassification
 from variants import Material, forward_times, largest_gap, show
 
-from neuron_methods.routing.base import load_processor
+from neuron_methods.models.loading import load_processor
+from neuron_methods.models.reference import Place
 from neuron_methods.routing.route_yaml import read_config
 
 BATCH = 250
@@ -66,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     material = Material(arguments.config, arguments.routed)
     base = read_config(arguments.config).base_model
-    processor = load_processor(base, "image-classification", base)
+    processor = load_processor("image processor", Place(base), base)
     names = material.routed.experts
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:

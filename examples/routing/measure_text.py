@@ -28,7 +28,8 @@ from neuron_methods.data.sources import Sample
 from neuron_methods.demo.pipeline import held_out_tasks
 from neuron_methods.evaluation import Examples, Task, evaluate_model, read_examples
 from neuron_methods.evaluation.tasks import Rows
-from neuron_methods.routing.base import load_processor
+from neuron_methods.models.loading import load_processor
+from neuron_methods.models.reference import Place
 
 CAPITALS = {
     **{"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"},
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure, in this order")
     arguments = parser.parse_args()
     material = Material(arguments.config, arguments.routed)
-    tokenizer = load_processor(material.config.base_model, "causal", "base_model")
+    tokenizer = load_processor("tokenizer", Place.parse(material.config.base_model), "base_model")
     names = material.routed.experts
     tasks = {task.name: first_examples(task, arguments.examples) for task in held_out_tasks(arguments.demo)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterSummary, KindSummary, kind_of
 from neuron_methods.adapters.factor import Factors, factor
-from neuron_methods.adapters.placement import layout_shape, target_names
-from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
+from neuron_methods.adapters.live import base_weight, config_for, factors_of, layer_update, layout_of
+from neuron_methods.adapters.placement import layout_shape
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedMethod, PlannedTensor
 from neuron_methods.support.errors import UserError
@@ -77,7 +76,9 @@ def merge_adapters(
         factored = {}
         for path, update in updates:
             if bool(update.any()):
-                factored[path] = factor(layout_shape(update, _layout(layers[path], adapters)), rank=rank, energy=energy)
+                layer = layers[path]
+                layout = layout_of(layer, next(name for name in adapters if name in layer.scaling))
+                factored[path] = factor(layout_shape(update, layout), rank=rank, energy=energy)
         if not factored:
             raise UserError("merge_adapters: the merged update is zero everywhere; there is nothing to add")
         _add(model, adapters, adapter_name, layers, factored)
@@ -220,38 +221,10 @@ def _read_profile(path: str) -> Any:
 
 def _task_vectors(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """(base weight, task vector of each adapter) of one layer, in float32."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    base = dequantize_module_weight(layer.get_base_layer()).detach().float()
-    task_vectors = []
-    for name in adapters:
-        if name not in layer.scaling:
-            task_vectors.append(torch.zeros((), device=base.device).expand(base.shape))
-            continue
-        layout = _layout(layer, [name])
-        a, b = (part.detach().to(base) for part in _factors(layer, name))
-        update = low_rank_delta(a, b, layer.scaling[name], layout, base.shape)
-        if name in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[name].weight.detach().to(base)
-            axis = 1 if layout in ("transposed", "embedding") else 0
-            factors = dora_factors(base + update, magnitude, axis)
-            update = update.mul_(factors).addcmul_(base, factors - 1)
-        task_vectors.append(update)
-    return base, task_vectors
-
-
-def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    if name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
-
-
-def _layout(layer: Any, adapters: Sequence[str]) -> Layout:
-    if any(name in layer.lora_embedding_A for name in adapters):
-        return "embedding"
-    if isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "convolution"
-    return "transposed" if getattr(layer, "fan_in_fan_out", False) else "linear"
+    base = base_weight(layer)
+    updates = (layer_update(layer, name, base) for name in adapters)
+    nothing = torch.zeros((), device=base.device).expand(base.shape)
+    return base, [nothing if update is None else update for update in updates]
 
 
 def _largest_rank(config: Any) -> int:
@@ -268,18 +241,14 @@ def _add(
     ranks = {path: factors.rank for path, factors in factored.items()}
     ((default, _),) = Counter(ranks.values()).most_common(1)
     others = {path: rank for path, rank in ranks.items() if rank != default}
-    modules = [path for path, _ in model.base_model.model.named_modules() if ".base_layer" not in path]
-    config = copy.deepcopy(model.peft_config[adapters[0]])
+    config = config_for(model, adapters[0], factored)
     config.r = config.lora_alpha = default
     config.rank_pattern, config.alpha_pattern = others, dict(others)
     config.use_rslora = config.use_dora = False
-    config.target_modules = target_names(factored, modules)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.init_lora_weights = True
     config.lora_dropout = 0.0
     model.add_adapter(adapter_name, config)
     for path, factors in factored.items():
-        for part, value in zip(_factors(layers[path], adapter_name), (factors.a, factors.b), strict=True):
+        for part, value in zip(factors_of(layers[path], adapter_name), (factors.a, factors.b), strict=True):
             part.data.copy_(value.reshape(part.shape))
 
 

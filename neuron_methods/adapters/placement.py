@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_methods.adapters.checkpoint_names import Skeleton, StoredNames
+from neuron_methods.models.kinds import facts_of
 from neuron_methods.support.errors import UserError
 
 # How a tensor enters an adapter. The layouts are those of `updates.Layout`; `parameter` is a matrix that LoRA targets
@@ -176,9 +177,8 @@ def layout_shape(weight: Tensor, kind: Kind) -> Tensor:
 
 def task_type(architecture: str) -> str | None:
     """Task type as peft names it, for the two that change nothing about which modules are stored."""
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
+    facts = facts_of(architecture)
+    return facts.peft_task if facts else None
 
 
 def reshape_experts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

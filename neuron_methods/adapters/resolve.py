@@ -7,9 +7,7 @@ model's config.json.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Any
 
 from mergekit.common import ModelPath, ModelReference
@@ -17,7 +15,7 @@ from mergekit.config import MergeConfiguration
 from pydantic import BaseModel
 
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
-from neuron_methods.adapters.weights_file import is_adapter, local_directory
+from neuron_methods.models.reference import base_of, is_adapter, local_directory, same_model
 from neuron_methods.support.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -61,21 +59,12 @@ def resolve_reference(
     directory = local_directory(path, revision, cache_dir)
     assert directory is not None
     config = AdapterConfig.read(directory, str(reference.model))
-    found = config.base_model
     if base_model is not None:
         _check_same(config, base_model.model, directory)
         base = base_model.model
-    elif found is None:
-        raise UserError(
-            f"{reference.model}: its {CONFIG_NAME} names no base; write the model as base+adapter, or give base_model"
-        )
     else:
-        base = ModelPath(path=_existing(found, directory) or found, revision=config.base_revision)
-        if _can_only_be_local(base.path) and not os.path.isdir(base.path):
-            raise UserError(
-                f"{reference.model}: its {CONFIG_NAME} names the base {found}, and there is no such directory here; "
-                "write the model as base+adapter with the path of the base"
-            )
+        found = base_of(config.raw, directory, config.where)
+        base = ModelPath(path=found.path, revision=found.revision)
     return ModelReference(model=base, lora=reference.model, override_architecture=reference.override_architecture)
 
 
@@ -102,55 +91,6 @@ def _check_same(config: AdapterConfig, base_model: ModelPath, directory: str) ->
             f"{config.where}: its {CONFIG_NAME} names revision {config.base_revision} of the base, but base_model is "
             f"{base_model}; use one revision, or write {base_model}+{config.where} if the two are the same model"
         )
-
-
-def same_model(found: str, wanted: str, adapter_directory: str) -> bool | None:
-    """Whether an adapter's base and a merge's base_model are one model.
-
-    Args:
-        found: the base in the adapter's config: a repository, or a path on the machine that trained it.
-        wanted: base_model of the merge: a repository or a path here.
-        adapter_directory: where relative paths may start from, besides the current directory.
-
-    Returns:
-        True or False where it can be told: paths that exist are compared as files, names of repositories as names, and
-        a download in the hub's cache counts as its repository. None where one of the two is a path that does not
-        exist here, or only one is a repository, and their last parts agree.
-    """
-    if _plain(found) == _plain(wanted):
-        return True
-    here, there = _existing(wanted), _existing(found, adapter_directory)
-    if here and there:
-        return os.path.realpath(here) == os.path.realpath(there)
-    repositories = [_repository(here or wanted), _repository(there or found)]
-    if all(repositories):
-        return repositories[0] == repositories[1]
-    names = {PurePath(r or _plain(p)).name.lower() for r, p in zip(repositories, (wanted, found), strict=True)}
-    return None if len(names) == 1 else False
-
-
-def _existing(path: str, adapter_directory: str | None = None) -> str | None:
-    """The directory a path means here, None if there is none."""
-    candidates = [path]
-    if adapter_directory is not None and not os.path.isabs(path):
-        candidates += [os.path.join(adapter_directory, path), os.path.join(os.path.dirname(adapter_directory), path)]
-    return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
-
-
-def _repository(path: str) -> str | None:
-    """The hub's name of a model: as it stands, or from its place in the hub's cache; None for other paths."""
-    for part in reversed(PurePath(os.path.realpath(path)).parts if os.path.isdir(path) else ()):
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/").lower()
-    return None if os.path.isdir(path) or _can_only_be_local(path) else _plain(path).lower()
-
-
-def _can_only_be_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isabs(path)
-
-
-def _plain(path: str) -> str:
-    return os.path.normpath(path) if path else path
 
 
 def _walk(value: Any, resolve: Callable[[ModelReference], ModelReference]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Mapping
@@ -14,46 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neuron_methods.adapters.config import CONFIG_NAME
+from neuron_methods.models.reference import hub_file
 from neuron_methods.support.errors import UserError
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-_MODEL_NAMES = ("model.safetensors", "pytorch_model.bin")
-
-
-def local_directory(path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
-    """The local directory of a model or an adapter, as far as one can tell without downloading weights.
-
-    Args:
-        path: directory, or repository of the hub.
-        revision: of the repository.
-        cache_dir: the hub's cache, None for the default.
-
-    Returns:
-        The directory with the small files; None where there is no such directory or repository, or no network to ask.
-    """
-    if os.path.isdir(path):
-        return path
-    for name in (CONFIG_NAME, "config.json"):
-        found = _hub_file(path, name, revision, cache_dir)
-        if found:
-            return os.path.dirname(found)
-    return None
-
-
-def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
-    """Whether a path or repository holds an adapter and not a whole model.
-
-    A training directory may hold the model's config beside the adapter; what counts is whether it holds a model's
-    weights.
-    """
-    if os.path.isdir(path):
-        weights = (os.path.join(path, name + suffix) for name in _MODEL_NAMES for suffix in ("", ".index.json"))
-        return os.path.exists(os.path.join(path, CONFIG_NAME)) and not any(map(os.path.exists, weights))
-    # The request for config.json is the one that mergekit would make next; only a repository without it is an adapter.
-    if os.path.exists(path) or _hub_file(path, "config.json", revision, cache_dir):
-        return False
-    return _hub_file(path, CONFIG_NAME, revision, cache_dir) is not None
 
 
 def adapter_directory(path: str, revision: str | None = None, cache_dir: str | None = None) -> str:
@@ -66,27 +30,14 @@ def adapter_directory(path: str, revision: str | None = None, cache_dir: str | N
         if not os.path.exists(os.path.join(path, CONFIG_NAME)):
             raise UserError(f"{path}: no {CONFIG_NAME} in it, so this is no adapter; check the path after the +")
         return path
-    found = _hub_file(path, CONFIG_NAME, revision, cache_dir)
+    found = hub_file(path, CONFIG_NAME, revision, cache_dir)
     if not found:
         raise UserError(
             f"{path}: neither a directory nor a repository of the hub with an {CONFIG_NAME}; check the adapter's path"
         )
-    if not _hub_file(path, SAFETENSORS_NAME, revision, cache_dir):
-        _hub_file(path, PICKLE_NAME, revision, cache_dir)
+    if not hub_file(path, SAFETENSORS_NAME, revision, cache_dir):
+        hub_file(path, PICKLE_NAME, revision, cache_dir)
     return os.path.dirname(found)
-
-
-@functools.cache
-def _hub_file(repository: str, name: str, revision: str | None, cache_dir: str | None) -> str | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir)
-    except (HfHubHTTPError, OSError, ValueError):
-        # No such file or repository, no network, or not a repository's name at all. Where a model is asked for,
-        # mergekit meets the same obstacle next and names it.
-        return None
 
 
 class AdapterWeights:

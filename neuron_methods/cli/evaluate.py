@@ -95,8 +95,8 @@ def evaluate(
     from neuron_methods.evaluation.score_files import check_place, table, write_evaluation
     from neuron_methods.evaluation.scoring import evaluate as score
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
-    from neuron_methods.models.loading import ModelName
     from neuron_methods.models.processes import process_state
+    from neuron_methods.models.reference import ModelName
 
     chosen = choose_tasks(load_tasks(tasks), only, batch_size)
     place = output or Path(f"{ModelName.parse(model).shown.replace('/', '--')}.scores.json")

@@ -1,7 +1,7 @@
 """From samples to what a model reads: tensors, the tokens behind them, and the loss of its task.
 
-A *feeder* stands for a kind of model: decoders and other text models, text-to-text models (`text_inputs`), image
-classifiers and other vision models, images with texts (`image_inputs`). It knows which columns a sample needs, pads a
+A *feeder* stands for a kind of model: decoders and other text models, text-to-text models (`texts`), image
+classifiers and other vision models, images with texts (`images`). It knows which columns a sample needs, pads a
 batch, says which token stream each stack of layers reads, computes the loss, and turns exemplars back into text.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.data.sources import Sample, SourceReader
-from neuron_methods.profiling.exemplars import TokenBatch
+from neuron_methods.data.tokens import TokenBatch
 from neuron_methods.support.errors import UserError
 
 

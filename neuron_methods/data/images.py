@@ -1,4 +1,4 @@
-"""Feeders for models that read images; see `inputs`. Every patch counts as a token, and so does the class token."""
+"""Feeders for models that read images; see `feeders`. Every patch counts as a token, and so does the class token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
 from neuron_methods.data.sources import Sample, SourceReader
 from neuron_methods.data.texts import TextFeeder
-from neuron_methods.profiling.exemplars import TokenBatch
+from neuron_methods.data.tokens import TokenBatch
 from neuron_methods.support.errors import UserError
 
 NAME_WIDTH = 64  # characters kept of an image's name, from its end

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,23 @@ def _format_of(location: str) -> str | None:
     return _FORMATS.get(Path(location.removesuffix(".gz")).suffix.lower())
 
 
+def is_empty(value: Any) -> bool:
+    """Tell whether there is nothing in a row's value."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def has_empty(values: tuple[Any, ...]) -> bool:
+    """Tell whether one of a sample's values is empty."""
+    return any(map(is_empty, values))
+
+
 class SourceReader:
     """An opened source: its columns are known, its rows are not read yet.
 
     Attributes:
         columns: the columns that a sample's values come from, one or two.
         labels: the names behind integer labels of the second column, if the data set has them.
+        left_out: rows left out of the samples drawn last, as they are empty.
     """
 
     def __init__(self, source: DataSource, default_columns: tuple[str, ...]) -> None:
@@ -148,7 +159,7 @@ class SourceReader:
         Raises:
             UserError: it cannot be opened, is empty, or has no such split or column.
         """
-        self.source = source
+        self.source, self.left_out = source, 0
         self._rows = _undecoded(self._open())
         first = next(self.rows(), None)
         if first is None:
@@ -166,15 +177,37 @@ class SourceReader:
         """How messages name it."""
         return f"{self.source.role} {self.source.name!r} ({self.source.shown})"
 
-    def samples(self, limit: int, seed: int) -> Iterator[Sample]:
-        """Up to `limit` samples (0: all) in an order that depends on `seed` alone.
+    def samples(
+        self,
+        limit: int,
+        seed: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        leave_out: Callable[[tuple[Any, ...]], bool] = has_empty,
+    ) -> Iterator[Sample]:
+        """Draw up to `limit` samples (0: all) in an order that depends on `seed` alone.
 
-        The order is random within a buffer that is refilled as rows come in. Rows with an empty value are left out.
+        The order is random within a buffer that is refilled as rows come in.
+
+        Args:
+            limit: how many at most.
+            seed: of the order.
+            start: first row that counts.
+            stop: the row after the last one; None: all.
+            leave_out: whether a sample's values are too empty to count; by default if one is.
         """
-        buffer_size = _PATHS_BUFFER if self._is_image_folder else SHUFFLE_BUFFER
-        rows = ((row, tuple(values[c] for c in self.columns)) for row, values in self.rows())
-        kept = ((row, values) for row, values in rows if not any(map(is_empty, values)))
-        drawn = shuffled(kept, buffer_size, seed)
+        self.left_out = 0
+
+        def kept() -> Iterator[tuple[int, tuple[Any, ...]]]:
+            for row, columns in itertools.islice(self.rows(), start, stop):
+                values = tuple(columns[column] for column in self.columns)
+                if leave_out(values):
+                    self.left_out += 1
+                else:
+                    yield row, values
+
+        drawn = shuffled(kept(), _PATHS_BUFFER if self._is_image_folder else SHUFFLE_BUFFER, seed)
         for order, (row, values) in enumerate(itertools.islice(drawn, limit or None)):
             yield Sample(order, row, values)
 
@@ -210,7 +243,7 @@ class SourceReader:
             raise UserError(f"{self.label}: cannot open it: {type(error).__name__}: {error}") from error
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """All rows, in their order, with their numbers."""
+        """Read all rows, in their order, with their numbers."""
         rows = iter(self._rows)
         for number in itertools.count():
             try:
@@ -244,13 +277,8 @@ def _holds_images(folder: Path) -> bool:
     return False
 
 
-def is_empty(value: Any) -> bool:
-    """Whether there is nothing in a row's value."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def shuffled(rows: Iterator[Any], size: int, seed: int) -> Iterator[Any]:
-    """The rows, each drawn at random from the next `size` ones."""
+    """Draw the rows, each at random from the next `size` ones."""
     generator = random.Random(seed)
     buffer = list(itertools.islice(rows, size))
     generator.shuffle(buffer)

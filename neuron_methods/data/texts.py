@@ -1,4 +1,4 @@
-"""Feeders for models that read text; see `inputs`.
+"""Feeders for models that read text; see `feeders`.
 
 Text is cut off at `max_length` tokens and padded on the right. Two columns make one sequence for a decoder: input,
 separator, target, and the loss is over the target alone. A sample's loss is the mean over its targets.
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from neuron_methods.data.batching import pad
 from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
 from neuron_methods.data.sources import Sample, SourceReader
-from neuron_methods.profiling.exemplars import SeenLately, TokenBatch
+from neuron_methods.data.tokens import SeenLately, TokenBatch, decoder_identity, prefix_identity, sequence_identity
 
 NO_TOKEN = -1
-_PRIME = 0x100000001B3  # of the FNV hash
 
 
 class TextFeeder(Feeder):
@@ -132,9 +132,8 @@ class TextToTextFeeder(TextFeeder):
         targets, target_mask = pad(self.tokenize(self.texts(samples, 1)))
         labels = targets.masked_fill(~target_mask, -100)
         decoder_ids = self.model._shift_right(labels)
-        # A decoder's token depends on all that the encoder read and on what was said before.
         read = sequence_identity(ids, mask)
-        said = prefix_identity(decoder_ids) * _PRIME + read[:, :1]
+        said = decoder_identity(decoder_ids, read)
         return Batch(
             {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids},
             {
@@ -147,33 +146,6 @@ class TextToTextFeeder(TextFeeder):
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Tokens of the target."""
         return target_loss(output.logits, batch.targets)
-
-
-def pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids int64 (B, T) with 0 to the right of shorter sequences, and bool (B, T): true where a token is."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    longest = max(int(lengths.max()), 1)
-    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
-    return ids, torch.arange(longest) < lengths[:, None]
-
-
-def prefix_identity(ids: Tensor) -> Tensor:
-    """A hash of every token and all before it, int64 (B, T)."""
-    powers = torch.full((ids.shape[1],), _PRIME).cumprod(0)  # wraps around at 64 bits, as do the sums
-    return _mixed(((ids + 1) * powers).cumsum(1))
-
-
-def sequence_identity(ids: Tensor, mask: Tensor) -> Tensor:
-    """A hash of every token's place and its whole sequence, int64 (B, T)."""
-    powers = torch.full((ids.shape[1],), _PRIME).cumprod(0)
-    whole = ((ids + 1) * mask * powers).sum(1, keepdim=True)
-    return _mixed(whole * _PRIME + torch.arange(ids.shape[1]))
-
-
-def _mixed(values: Tensor) -> Tensor:
-    """The same values with all bits stirred (a round of splitmix64), so that a part of them is a good hash."""
-    values = (values ^ (values >> 30)) * -0x40A7B892E31B1A47
-    return values ^ (values >> 27)
 
 
 def target_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from neuron_methods.data.sources import SHUFFLE_BUFFER, DataSource, Sample, SourceReader, shuffled
+from neuron_methods.data.sources import DataSource, Sample, SourceReader, is_empty
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 
@@ -118,20 +116,8 @@ def read_examples(task: Task, split: str = "test", seed: int = 0, limit: int | N
     )
     reader = SourceReader(source, columns)
     bound = min(filter(None, (task.limit, limit)), default=None)
-    skipped = 0
-
-    def kept() -> Any:
-        nonlocal skipped
-        for row, values in itertools.islice(reader.rows(), rows.start, rows.stop):
-            chosen = tuple(values[column] for column in columns)
-            # An empty answer may be the right one; an empty question is none.
-            if any(value is None for value in chosen) or (isinstance(chosen[0], str) and not chosen[0].strip()):
-                skipped += 1
-            else:
-                yield Sample(0, row, chosen)
-
-    # A part of the rows must not be the first ones: a folder of images lists one class after the other.
-    drawn = list(itertools.islice(shuffled(kept(), SHUFFLE_BUFFER, seed), bound)) if bound else list(kept())
+    drawn = list(reader.samples(bound or 0, seed, start=rows.start, stop=rows.stop, leave_out=_asks_nothing))
+    skipped = reader.left_out
     if not drawn:
         why = f", {skipped} rows with an empty column" if skipped else ""
         raise UserError(f"{reader.label}: nothing to score in split {rows.split_shown!r}{why}")
@@ -139,6 +125,6 @@ def read_examples(task: Task, split: str = "test", seed: int = 0, limit: int | N
     return Examples(task, split, reader, samples, roles, skipped)
 
 
-def by_length(lengths: Sequence[int]) -> list[int]:
-    """Places of the longest first: batches of like length, and one that does not fit fails at once."""
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+def _asks_nothing(values: tuple[Any, ...]) -> bool:
+    """Tell whether an example is to be left out. An empty answer may be the right one; an empty question is none."""
+    return any(value is None for value in values) or is_empty(values[0])

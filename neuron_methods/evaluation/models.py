@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
 
+from neuron_methods.adapters.live import opened_model
 from neuron_methods.models.loading import (
-    ModelName,
-    load_checkpoint,
+    computing_dtype,
+    device_map,
     load_processor,
-    quiet_transformers,
     read_architecture,
     read_config,
 )
 from neuron_methods.models.processes import process_state
-from neuron_methods.support.errors import UserError
-
-#: The file that marks a routed model's directory.
-ROUTED_FILE = "routed_config.json"
+from neuron_methods.models.reference import ModelName, Place
+from neuron_methods.routing.routed_files import RoutedConfig, is_routed
+from neuron_methods.support.quiet import quiet_transformers
 
 
 class Processors:
@@ -36,12 +34,12 @@ class Processors:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; raises UserError if there is none."""
-        return load_processor(AutoTokenizer, self._name, "tokenizer")
+        return load_processor("tokenizer", self._name.base, f"model {self._name.shown}")
 
     @cached_property
     def image_processor(self) -> Any:
         """The image processor; raises UserError if there is none."""
-        return load_processor(AutoImageProcessor, self._name, "image processor")
+        return load_processor("image processor", self._name.base, f"model {self._name.shown}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ModelSpec:
     """MODEL as the user names it, looked up but not loaded.
 
     Attributes:
-        name: path, hub id, or base+adapter; the base of a routed model.
+        name: of the model; of the base, if routed.
         routed: directory of a routed model; None: it is none.
         config: of the model (of the base, if routed).
         architecture: class of transformers.
@@ -78,18 +76,13 @@ class ModelSpec:
     @classmethod
     def parse(cls, text: str) -> ModelSpec:
         """Find out what MODEL is; raises UserError where there is no such model."""
-        name = ModelName.parse(text)
-        directory = Path(name.base)
-        if name.adapter is None and (directory / ROUTED_FILE).is_file():
-            from neuron_methods.routing.routed_files import RoutedConfig
-
-            base = ModelName(RoutedConfig.read(directory).base_reference(directory))
-            config = read_config(base)
-            return cls(base, directory, config, read_architecture(base, config))
-        if Path(name.base).is_dir() and not (Path(name.base) / "config.json").is_file():
-            name = _adapter_by_itself(name)
-        config = read_config(name)
-        return cls(name, None, config, read_architecture(name, config))
+        routed = Path(text) if is_routed(text) else None
+        if routed is not None:
+            name = ModelName(Place.parse(RoutedConfig.read(routed).base_reference(routed)))
+        else:
+            name = ModelName.find(text)
+        config = read_config(name.base, f"model {name.shown}")
+        return cls(name, routed, config, read_architecture(config, f"model {name.shown}"))
 
     @property
     def shown(self) -> str:
@@ -109,7 +102,7 @@ def open_model(
     """Load a model, of whatever kind, and let accelerate place it for as long as the block lasts.
 
     Args:
-        spec: directory, repository of the hub, base+adapter, or a routed model's directory.
+        spec: directory, repository of the hub, adapter, base+adapter, or a routed model's directory.
         dtype: ``auto`` (see `computing_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         max_memory: accelerate's bounds per device, by default what is free.
 
@@ -120,44 +113,21 @@ def open_model(
     if found.routed:
         yield _open_routed(found, dtype)
         return
-    with load_checkpoint(found.name, computing_dtype(dtype), max_memory) as (model, device):
+    with opened_model(found.name, computing_dtype(dtype), max_memory) as (model, device):
         yield OpenedModel(model, found.processors, device)
-
-
-def computing_dtype(dtype: str) -> str:
-    """What ``auto`` means: as stored; but float32 on a CPU, where 16 bits are several times slower."""
-    if dtype == "auto" and process_state().device.type == "cpu":
-        return "float32"
-    return dtype
-
-
-def _adapter_by_itself(name: ModelName) -> ModelName:
-    """base+adapter for the directory of an adapter, whose config names the base."""
-    import json
-
-    file = Path(name.base) / "adapter_config.json"
-    if name.adapter is not None or not file.is_file():
-        raise UserError(f"model {name.shown}: the directory holds no config.json; it is no model")
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"model {name.shown}: the adapter's config names no base; write base+adapter")
-    return ModelName(base, name.base)
 
 
 def _open_routed(spec: ModelSpec, dtype: str) -> OpenedModel:
     from neuron_methods.routing import NeuronRoutedModel
 
-    state = process_state()
-    placement: Any = None if state.device.type == "cpu" else {"": state.device}
-    if placement is not None and state.num_processes == 1:
-        placement = "auto"
     with quiet_transformers():
-        model = NeuronRoutedModel.from_pretrained(str(spec.routed), device_map=placement, dtype=computing_dtype(dtype))
-    return OpenedModel(model.eval(), spec.processors, state.device)
+        routed = str(spec.routed)
+        model = NeuronRoutedModel.from_pretrained(routed, device_map=device_map(), dtype=computing_dtype(dtype))
+    return OpenedModel(model.eval(), spec.processors, process_state().device)
 
 
 def architecture_of(model: Any) -> str:
-    """The class of transformers that a model in memory is, under the wrappers of peft and routing."""
+    """Name the class of transformers that a model in memory is, under the wrappers of peft and routing."""
     if hasattr(model, "routed_config"):
         model = model.base
     elif hasattr(model, "get_base_model"):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from neuron_methods.evaluation.examples import Examples, Outcome, by_length, read_examples
+from neuron_methods.data.batching import by_length
+from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.base import processor_part
 from neuron_methods.evaluation.kinds.harness import run_harness

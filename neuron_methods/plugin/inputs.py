@@ -20,6 +20,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
+from neuron_methods.models.reference import looks_local
 from neuron_methods.plugin.preflight import open_safetensors
 from neuron_methods.plugin.registration import models_in_order
 from neuron_methods.support.errors import UserError
@@ -151,8 +152,3 @@ def _without_warnings(library: str) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def looks_local(path: str) -> bool:
-    """Whether a model path can only mean a local directory: no repository on the Hub is named like it."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from neuron_methods.models.processes import process_state
 from neuron_methods.profiling.recorder import Recorder
+from neuron_methods.support.files import file_in_place_after
 
 
 class Checkpoint:
@@ -57,15 +57,10 @@ class Checkpoint:
             for key, record in recorder.records.items()
             for name, values in record.state().items()
         }
-        beside = self.path.with_name(self.path.name + ".writing")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with file_in_place_after(self.path) as beside:
             save_file(states, beside, metadata={"belongs_to": self._belongs_to, "batches": str(batches)})
-            os.replace(beside, self.path)
-        finally:
-            beside.unlink(missing_ok=True)
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """The source is finished."""
+        """Remove the state, as the source is finished."""
         self.path.unlink(missing_ok=True)

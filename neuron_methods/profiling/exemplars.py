@@ -4,19 +4,18 @@ An exemplar is one token in one sample. Per layer and neuron the `top` exemplars
 kept, each with a *payload* of fixed width: the token ids around it, or the name of its image. Nothing else of the data
 is held back, so the memory is neurons × top × (payload + 32 bytes), whatever the number of samples.
 
-Where an activation depends on the tokens read so far alone, samples that begin alike (a prompt's template, the token
-that opens every sequence) repeat the same activations. Each token therefore carries an *identity*, a hash of all its
-activations depend on; of equal identities the first in reading order counts, so that repetitions do not crowd out the
-rest, and the outcome does not depend on how the data is split into batches and processes.
+Of tokens with one identity (see `data.tokens`) the first in reading order counts, so that repetitions do not crowd out
+the rest, and the outcome does not depend on how the data is split into batches and processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from neuron_methods.data.tokens import Entries, TokenBatch
 
 NOBODY = torch.iinfo(torch.int64).max  # the order of an empty place: after everything
 
@@ -28,50 +27,6 @@ _DTYPES = {
     "position": torch.int32,
     "payload": torch.int32,
 }
-
-Entries = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """The tokens of one batch that one stack of layers reads, as the exemplars need them.
-
-    B samples, T positions; token b·T + t stands at position t of sample b. Images have no identities of their own
-    (None: every token is a new one) and leave T to the model.
-
-    Attributes:
-        order: int64 (B,), the samples' place in reading order.
-        row: int64 (B,), the samples' rows in their data set.
-        payload: int32 (B, T, width) or, the same for all tokens of a sample, (B, 1, width).
-        identity: int64 (B, T), or None.
-        valid: int64 (V,), the tokens that are not padding; None: all.
-        fresh: int64 (F,), those of `valid` whose identity was not seen lately; None: all of `valid`.
-    """
-
-    order: Tensor
-    row: Tensor
-    payload: Tensor
-    identity: Tensor | None = None
-    valid: Tensor | None = None
-    fresh: Tensor | None = None
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """The same on `device`."""
-        return TokenBatch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
-
-    def entries(self, tokens: Tensor, length: int) -> Entries:
-        """Everything but the activation of the given tokens (any shape), samples being `length` tokens long."""
-        sample, position = tokens // length, tokens % length
-        order = self.order[sample]
-        identity = order * (1 << 20) + position if self.identity is None else self.identity[sample, position]
-        column = position if self.payload.shape[1] > 1 else torch.zeros_like(position)
-        return {
-            "identity": identity,
-            "order": order,
-            "row": self.row[sample],
-            "position": position.int(),
-            "payload": self.payload[sample, column],
-        }
 
 
 class TopActivations:
@@ -147,21 +102,3 @@ class TopActivations:
         for process in range(1, processes):
             span = slice(process * neurons, (process + 1) * neurons)
             self.merge({field: values[span] for field, values in collected.items()})
-
-
-class SeenLately:
-    """Tells tokens whose identity came by before, in a table of fixed size; what it forgets costs time only."""
-
-    def __init__(self, size: int = 1 << 18) -> None:
-        self._table = torch.zeros(size, dtype=torch.int64)
-
-    def fresh(self, identity: Tensor, valid: Tensor) -> Tensor:
-        """Those of the `valid` tokens, int64 (V,), that are the first of their identity, int64 (B, T); in order."""
-        hashes = identity.flatten()[valid]
-        known = self._table[hashes % len(self._table)] == hashes
-        self._table[hashes % len(self._table)] = hashes
-        _, inverse = hashes.unique(return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(hashes), dtype=torch.int64)
-        first.scatter_reduce_(0, inverse, torch.arange(len(hashes)), "amin")
-        is_first = first[inverse] == torch.arange(len(hashes))
-        return valid[is_first & ~known]

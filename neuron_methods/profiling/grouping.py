@@ -20,6 +20,7 @@ from neuron_methods.kernels.groups import domain_shares, label_neurons
 from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
 from neuron_methods.profiling.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import columns
 
 # One label: (layer, neuron, group), and where it was read, for messages.
 Label = tuple[str, Any, str, str]
@@ -89,16 +90,12 @@ def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> Neuro
 
 
 def describe_groups(groups: NeuronGroups) -> Iterator[str]:
-    """A line per layer: how many neurons each group has; and the sums."""
+    """List how many neurons each group has, a line per layer; and the sums."""
     counts = groups.counts()
-    width = max(len(layer) for layer in (*counts, "layer"))
-    cells = [max(len(name), 6) for name in groups.groups]
-    yield "  ".join(["layer".ljust(width), *(n.rjust(c) for n, c in zip(groups.groups, cells, strict=True))])
-    for layer, of_group in counts.items():
-        row = [str(of_group[name]).rjust(c) for name, c in zip(groups.groups, cells, strict=True)]
-        yield "  ".join([layer.ljust(width), *row])
-    total = [sum(of_group[name] for of_group in counts.values()) for name in groups.groups]
-    yield "  ".join(["all".ljust(width), *(str(n).rjust(c) for n, c in zip(total, cells, strict=True))])
+    rows = [["layer", *groups.groups]]
+    rows += [[layer, *(str(of_group[name]) for name in groups.groups)] for layer, of_group in counts.items()]
+    rows.append(["all", *(str(sum(of_group[name] for of_group in counts.values())) for name in groups.groups)])
+    yield from columns(rows)
 
 
 def _layer(profile: NeuronProfile, name: Any, where: str) -> str:

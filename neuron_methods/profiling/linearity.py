@@ -13,7 +13,6 @@ scaled to the same ‖Δ‖ in the same layer.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import SourceReader, parse_source
-from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder
+from neuron_methods.models.reference import ModelName
 from neuron_methods.neurons import MlpLayer, NeuronMap, find_modules
 from neuron_methods.plugin.updates import PlannedUpdates
+from neuron_methods.profiling.measured_model import LoadedModel, load_model
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import write_json
+from neuron_methods.support.text import columns
 
 ALPHAS = (0.25, 0.5, 0.75)
 TASK_ARITHMETIC = "task_arithmetic"
@@ -52,29 +55,24 @@ class LinearityReport:
     sizes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def mean(self, variant: str) -> float:
-        """Mean error over the layers that the variant changes."""
+        """Average the error over the layers that the variant changes."""
         found = [errors[variant] for errors in self.errors.values() if variant in errors]
         return sum(found) / len(found) if found else float("nan")
 
     def lines(self) -> Iterator[str]:
-        """A table for people: error, and in brackets the relative size of the update, both in percent."""
-        width = max(len(name) for name in (*self.errors, "layer", "mean"))
-        columns = [max(len(v), 15) for v in self.variants]
+        """Lay out a table: error, and in brackets the relative size of the update, both in percent."""
         yield f"inputs: {self.inputs}"
         yield "relative error in % (size of the update relative to the base weights, in %)"
-        titles = [v.rjust(c) for v, c in zip(self.variants, columns, strict=True)]
-        yield "  ".join(["layer".ljust(width), *titles])
+        rows = [["layer", *self.variants]]
         for layer, errors in self.errors.items():
-            cells = [
-                f"{100 * errors[v]:.2f} ({100 * self.sizes[layer][v]:.2f})".rjust(c) if v in errors else "-".rjust(c)
-                for v, c in zip(self.variants, columns, strict=True)
-            ]
-            yield "  ".join([layer.ljust(width), *cells])
-        means = [f"{100 * self.mean(v):.2f}".rjust(c) for v, c in zip(self.variants, columns, strict=True)]
-        yield "  ".join(["mean".ljust(width), *means])
+            sizes = self.sizes[layer]
+            cells = (f"{100 * errors[v]:.2f} ({100 * sizes[v]:.2f})" if v in errors else "-" for v in self.variants)
+            rows.append([layer, *cells])
+        rows.append(["mean", *(f"{100 * self.mean(v):.2f}" for v in self.variants)])
+        yield from columns(rows)
 
     def write(self, path: Path) -> None:
-        """Write everything as JSON."""
+        """Write everything as JSON; raises UserError if it cannot be written."""
         content = {
             "inputs": self.inputs,
             "alphas": ALPHAS,
@@ -82,10 +80,7 @@ class LinearityReport:
             "errors": self.errors,
             "sizes": self.sizes,
         }
-        try:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        write_json(path, content, indent=2)
 
 
 def measure_linearity(
@@ -104,7 +99,7 @@ def measure_linearity(
     Raises:
         UserError: the base cannot be loaded, is of an unknown family, or the data cannot be read.
     """
-    name = ModelName(planned.base.model.path)
+    name = ModelName.parse(str(planned.base))
     with load_model(name, "float32") as loaded:
         layers = {layer.key: (layer, _mlp(loaded.model, layer)) for layer in loaded.neurons.layers}
         if data:
@@ -135,7 +130,7 @@ def measure_linearity(
 def relative_error(
     mlp: nn.Module, base: dict[str, Tensor], update: dict[str, Tensor], inputs: Tensor, alphas: Sequence[float] = ALPHAS
 ) -> float | None:
-    """The error of interpolating outputs instead of weights; see the module's formula.
+    """Measure the error of interpolating outputs instead of weights; see the module's formula.
 
     Args:
         mlp: computes f.

@@ -8,7 +8,7 @@ by float rounding. A finished source is in the file; an unfinished one leaves it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from neuron_methods import __version__
+from neuron_methods.data.batching import batched
 from neuron_methods.data.feeders import Feeder
+from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import DataSource, Sample, SourceReader, parse_source
-from neuron_methods.models.loading import LoadedModel, ModelName, load_model, make_feeder, read_neurons
 from neuron_methods.models.processes import add_up, collect, process_state
+from neuron_methods.models.reference import ModelName
 from neuron_methods.profiling.checkpoint import Checkpoint
+from neuron_methods.profiling.measured_model import LoadedModel, load_model, read_neurons
 from neuron_methods.profiling.profile_file import (
     NeuronProfile,
     ProfileInfo,
@@ -34,6 +36,7 @@ from neuron_methods.profiling.profile_file import (
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def measure_profile(
     Sources that the file already holds, measured with the same settings, are not measured again.
 
     Args:
-        model: directory, repository of the hub, or base+adapter.
+        model: directory, repository of the hub, adapter, or base+adapter.
         data: ``NAME=SOURCE`` each; see `sources`.
         output: the file to write, ending in ``.safetensors``.
         settings: how to measure.
@@ -98,7 +101,7 @@ def measure_profile(
     """
     state = process_state()
     sources = _parse(data)
-    name = ModelName.parse(model)
+    name = ModelName.find(model)
     neurons = read_neurons(name)
     fresh = NeuronProfile(
         ProfileInfo(
@@ -143,7 +146,7 @@ def _parse(data: Sequence[str]) -> list[DataSource]:
 
 
 def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, overwrite: bool) -> NeuronProfile:
-    """What `output` holds already, `fresh` if nothing; raises UserError if what it holds was made in another way."""
+    """Read what `output` holds already, `fresh` if nothing; raises UserError if that was made in another way."""
     if output.suffix != ".safetensors" or output.is_dir():
         raise UserError(f"-o {output}: expected a file name that ends in .safetensors")
     if overwrite or not output.exists():
@@ -153,7 +156,7 @@ def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, ov
     new, old = asdict(fresh.info), asdict(there.info)
     for key in ("model", "model_fingerprint", "model_type", "layers", "settings"):
         if new[key] != old[key]:
-            what = key.replace("_fingerprint", "'s place")
+            what = key.replace("_fingerprint", "'s place or files")
             if key == "settings":
                 changed = [k for k in new[key] if new[key][k] != old[key].get(k)]
                 what = ", ".join(f"{k} {old[key].get(k)}, now {new[key][k]}" for k in changed)
@@ -231,9 +234,9 @@ def _measure(
     )
     count = 0
     share = -(-settings.samples // state.num_processes) or None
-    bar = tqdm(total=share, desc=reader.source.name, unit="sample", disable=None if state.is_main_process else True)
+    bar = progress_bar(total=share, what=reader.source.name, unit="sample", shown=state.is_main_process)
     with bar, recorder.watching():
-        for number, samples in enumerate(_batches(own, settings.batch_size)):
+        for number, samples in enumerate(batched(own, settings.batch_size)):
             count += len(samples)
             if number >= done:
                 run_batch(samples, loaded, feeder, recorder, settings.gradients)
@@ -243,15 +246,10 @@ def _measure(
 
 
 def run_batch(samples: list[Sample], loaded: LoadedModel, feeder: Feeder, recorder: Recorder, gradients: bool) -> None:
-    """One forward pass, and with `gradients` one backward pass, under the eyes of `recorder`."""
+    """Run a forward pass, and with `gradients` a backward pass, under the eyes of `recorder`."""
     batch = feeder.batch(samples).to(loaded.device)
     recorder.expect(batch.streams)
     with nullcontext() if gradients else torch.no_grad():
         output = loaded.forward(batch.inputs, with_head=gradients)
         if gradients:
             feeder.loss(output, batch).backward()
-
-
-def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    while batch := list(itertools.islice(samples, size)):
-        yield batch

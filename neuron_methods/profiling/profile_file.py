@@ -26,6 +26,7 @@ from torch import Tensor
 
 from neuron_methods.neurons import NeuronMap
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import file_in_place_after
 
 FORMAT = "mergekit-neuron profile"
 VERSION = "1"
@@ -144,17 +145,9 @@ class NeuronProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics beside `path` and move them into place; the exemplars have to be there already."""
-        path = Path(path)
         metadata = {"format": FORMAT, "version": VERSION, "profile": json.dumps(asdict(self.info))}
-        beside = path.with_name(path.name + ".writing")
-        try:
+        with file_in_place_after(path) as beside:
             save_file(self.tensors, beside, metadata=metadata)
-            umask = os.umask(0)
-            os.umask(umask)
-            beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -286,13 +279,8 @@ def read_exemplars(profile: Path, count: int) -> list[dict[str, Any]]:
 def write_exemplars(profile: Path, keep: int, exemplars: Iterable[Mapping[str, Any]]) -> None:
     """Put exemplars behind the first `keep` lines of the file beside a profile, by way of a new file."""
     path = exemplars_path(profile)
-    beside = path.with_name(path.name + ".writing")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            if keep:
-                with path.open(encoding="utf-8") as old:
-                    file.writelines(line for line, _ in zip(old, range(keep), strict=False))
-            file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with file_in_place_after(path) as beside, beside.open("w", encoding="utf-8") as file:
+        if keep:
+            with path.open(encoding="utf-8") as old:
+                file.writelines(line for line, _ in zip(old, range(keep), strict=False))
+        file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from neuron_methods.data.tokens import TokenBatch
 from neuron_methods.neurons import MlpLayer, NeuronMap, find_modules
-from neuron_methods.profiling.exemplars import TokenBatch, TopActivations
+from neuron_methods.profiling.exemplars import TopActivations
 from neuron_methods.profiling.statistics import NeuronSums
 
 
@@ -23,7 +24,7 @@ class LayerRecord:
     """What is recorded of one MLP: its sums and its exemplars.
 
     Attributes:
-        stream: which of a batch's token streams the layer reads ("encoder", "decoder", ... ; see `inputs`).
+        stream: which of a batch's token streams the layer reads ("encoder", "decoder", ... ; see `feeders`).
     """
 
     def __init__(self, layer: MlpLayer, stream: str, top: int, width: int, gradients: bool, device: Any) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import columns
 
 
 def describe_profile(profile: NeuronProfile) -> Iterator[str]:
-    """The model, the sources, and a line per layer: how active its neurons are on each source, how many never fire."""
+    """Describe the model, the sources, and each layer in a line: how active it is, how many neurons never fire."""
     info = profile.info
     total = sum(profile.layers.values())
     yield f"model      {info.model} ({info.model_type}): {total} MLP neurons in {len(profile.layers)} layers"
@@ -27,11 +28,11 @@ def describe_profile(profile: NeuronProfile) -> Iterator[str]:
             cells.append(f"{mean:.4g}, {silent}")
         rows.append([layer, str(neurons), *cells])
     yield ""
-    yield from _table(rows)
+    yield from columns(rows)
 
 
 def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Iterator[str]:
-    """For each source the layer's `count` neurons of the largest mean |activation|."""
+    """List for each source the layer's `count` neurons of the largest mean |activation|."""
     layer = find_layer(profile, layer)
     for source in profile.sources:
         mean = profile.statistic("mean_abs", source, layer)
@@ -41,12 +42,12 @@ def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Itera
             values = [f"{profile.statistic(name, source, layer)[neuron]:.4g}" for name in profile.info.statistics]
             best = profile.exemplars(source, layer, neuron)[:1]
             rows.append([str(neuron), *values, _in_context(best[0]) if best else ""])
-        yield from _table(rows, text=(0, len(rows[0]) - 1))
+        yield from columns(rows, left=(0, len(rows[0]) - 1))
         yield ""
 
 
 def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator[str]:
-    """One neuron: its statistics on every source, and the tokens that drive it furthest, marked »so«."""
+    """Describe one neuron: its statistics on every source, and the tokens that drive it furthest, marked »so«."""
     layer = find_layer(profile, layer)
     exemplars = {source: profile.exemplars(source, layer, neuron) for source in profile.sources}
     gated = "fires: the gate is open" if layer in profile.info.gated else "fires: the activation is positive"
@@ -55,7 +56,7 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
     for source in profile.sources:
         values = [f"{profile.statistic(name, source, layer)[neuron]:.4g}" for name in profile.info.statistics]
         rows.append([source, *values])
-    yield from _table(rows)
+    yield from columns(rows)
     for source, found in exemplars.items():
         yield ""
         yield f"{source}:" if found else f"{source}: no token activates it"
@@ -65,7 +66,7 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
 
 
 def find_layer(profile: NeuronProfile, layer: str) -> str:
-    """The key of a layer given by its key, or by its number alone if only one layer has that number.
+    """Find the key of a layer given by its key, or by its number alone if only one layer has that number.
 
     Raises:
         UserError: there is no such layer, or several.
@@ -89,14 +90,3 @@ def _in_context(exemplar: Exemplar) -> str:
     blank = " " * (len(text["token"]) - len(token))
     shown = f"{text['before']}{blank}»{token}«{text['after']}"
     return shown.replace("\n", "⏎").replace("\t", " ")
-
-
-def _table(rows: list[list[str]], text: tuple[int, ...] = (0,)) -> Iterator[str]:
-    """Rows with aligned columns: those in `text` to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in text else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()

@@ -7,29 +7,21 @@ from collections.abc import Iterable, Sequence
 from neuron_methods.routing.enhancement import Enhanced, Step
 from neuron_methods.routing.route_yaml import RouteConfig
 from neuron_methods.routing.router_training import RouterReport
+from neuron_methods.support.text import columns
 
 
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows with columns under each other; all but the first column to the right."""
-    rows = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"  {line}" for line in columns(rows))
 
 
 def describe_enhancement(enhanced: Enhanced) -> str:
-    """Every step with its loss, and what is left."""
+    """Describe every step with its loss, and what is left."""
     rows = [("step", "importance", "loss", "outcome")]
     rows += [_describe_step(step) for step in enhanced.trace]
     layers = len(enhanced.core) + len(enhanced.redundant)
     return (
         f"{enhanced.expert}: {len(enhanced.core)} of {layers} layers are core, density {enhanced.density:g} "
-        f"({enhanced.samples} calibration samples)\n{table(rows)}"
+        f"({enhanced.samples} calibration samples)\n{_table(rows)}"
     )
 
 
@@ -44,13 +36,13 @@ def _describe_step(step: Step) -> tuple[str, str, str, str]:
 
 
 def describe_router(report: RouterReport, names: Sequence[str], ood_score: str, threshold: float, share: float) -> str:
-    """Accuracy by expert and what passes the threshold."""
+    """Describe accuracy by expert and what passes the threshold."""
     rows = [("expert", "held-out accuracy")]
     rows += [(name, f"{accuracy:.1%}") for name, accuracy in zip(names, report.accuracies, strict=True)]
     rows.append(("all", f"{report.accuracy:.1%}"))
     return (
         f"router: {report.training} training inputs, {report.epochs} epochs; {report.held_out} held-out inputs\n"
-        f"{table(rows)}\n"
+        f"{_table(rows)}\n"
         f"  out of domain: {ood_score} below {threshold:.4g}; {report.in_domain:.1%} of the held-out inputs pass "
         f"({100 * share:g}% asked for)"
     )
@@ -59,7 +51,7 @@ def describe_router(report: RouterReport, names: Sequence[str], ood_score: str, 
 def describe_plan(
     config: RouteConfig, layers: Sequence[str], counts: Sequence[tuple[int, int]], behind: Sequence[int]
 ) -> str:
-    """What a run is going to do."""
+    """Describe what a run is going to do."""
     rows = [("expert", "training", "calibration")]
     rows += [(e.name, str(train), str(held)) for e, (train, held) in zip(config.experts, counts, strict=True)]
     enhancement = config.enhancement
@@ -74,7 +66,7 @@ def describe_plan(
     return "\n".join(
         (
             f"base: {config.base_model}",
-            table(rows),
+            _table(rows),
             first,
             f"router: {router.pooling} of the hidden states behind {read} layers, {router.hidden} "
             f"hidden units, top {router.top_k}, {router.ood_score} for {100 * router.in_domain_share:g}% in domain",

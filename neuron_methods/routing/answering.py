@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from neuron_methods.routing.base import context_length, load_processor, placement
+from neuron_methods.models.kinds import text_limit
+from neuron_methods.models.loading import device_map, load_processor
+from neuron_methods.models.reference import Place
+from neuron_methods.routing.base import processor_of
 from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.routed_files import routed_directory
 from neuron_methods.routing.routes import Routing
@@ -69,10 +72,11 @@ def answer(
         UserError: the model cannot be loaded or is of the other kind, an image cannot be read, or a prompt does not
             fit into the context.
     """
-    model = NeuronRoutedModel.from_pretrained(routed, base_model=base_model, device_map=placement(device))
+    model = NeuronRoutedModel.from_pretrained(routed, base_model=base_model, device_map=device_map(device))
     directory = routed_directory(routed)
     own = any((directory / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
-    processor = load_processor(directory if own else model.base_reference, model.kind, routed)
+    place = Place(str(directory)) if own else Place.parse(model.base_reference)
+    processor = load_processor(processor_of(model.kind), place, routed)
     if model.kind == "image-classification":
         if prompts:
             raise UserError(f"{routed}: classifies images; give --image FILE instead of --prompt")
@@ -85,7 +89,7 @@ def answer(
 def _generate(
     model: NeuronRoutedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, sample: bool, seed: int
 ) -> list[Answer]:
-    limit = context_length(model.base)
+    limit = text_limit(model.config)
     for prompt in prompts:
         tokens = len(tokenizer(prompt).input_ids)
         if not tokens:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,11 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from neuron_methods import __version__
+from neuron_methods.adapters.live import save_adapter, stored_dtype
+from neuron_methods.models.loading import device_map, input_device, load_processor
+from neuron_methods.models.reference import Place
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
-from neuron_methods.routing.base import input_device, kind_of, load_base, load_processor, placement
+from neuron_methods.routing.base import load_base, processor_of, routable_kind
 from neuron_methods.routing.data import BackgroundSamples, CalibrationLoss, ExpertSamples
 from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import (
@@ -23,8 +27,6 @@ from neuron_methods.routing.experts import (
     check_adapter,
     check_bases,
     load_experts,
-    save_expert,
-    stored_dtype,
 )
 from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.model import NeuronRoutedModel
@@ -42,9 +44,16 @@ from neuron_methods.routing.routed_files import (
 )
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
-from neuron_methods.routing.stages import WorkDirectory, fingerprint
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import check_target, give_ordinary_permissions, move_into_place, staging_directory
+from neuron_methods.support.files import (
+    check_target,
+    give_ordinary_permissions,
+    move_into_place,
+    staging_directory,
+    write_json,
+)
+from neuron_methods.support.progress import progress_bar
+from neuron_methods.support.stages import Stage, Stages
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def build_routed_model(
     )
     if options.dry_run:
         return
-    work = WorkDirectory(options.work_dir or target.parent / f".{target.name}.work")
+    work = Stages(options.work_dir or target.parent / f".{target.name}.work", "mergekit-neuron route")
     train, calibration = run.inputs(work)
     router, figures = train_router(train, calibration, config.router, run.background_inputs(work))
     report(
@@ -127,13 +136,15 @@ class _Run:
         self.options, self.report = options, report
         adapters = {name: check_adapter(d, f"{where}: adapter of {name}") for name, d in directories.items()}
         if config.check_base:
-            check_bases(adapters, config.base_model, self.where)
+            for note in check_bases(adapters, directories, config.base_model, self.where):
+                report(note)
         base = load_base(
-            config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=placement(options.device)
+            config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=device_map(options.device)
         )
-        self.kind = kind_of(base, f"{where}: base_model")
+        self.kind = routable_kind(base)
         self.read = resolve_layers(base, config.router.layer, f"{where}: router.layer")
-        self.processor = load_processor(config.base_model, self.kind, f"{where}: base_model")
+        place = Place.parse(config.base_model)
+        self.processor = load_processor(processor_of(self.kind), place, f"{where}: base_model")
         self.peft_model = load_experts(base, directories, self.where)
         self.mixer = AdapterMixer(self.peft_model, list(directories))
         self.base = base
@@ -145,14 +156,14 @@ class _Run:
             BackgroundSamples(data, number, config, base, self.processor, self.kind)
             for number, data in enumerate(config.background)
         ]
-        self.models_key = [fingerprint(config.base_model), config.dtype]
+        self.models_key = [place.state(), config.dtype]
 
     def reference(self, target: Path) -> str:
-        """How the base is named in `target`."""
+        """Name the base as it is named in `target`."""
         return reference_to(self.config.base_model, target)
 
-    def inputs(self, work: WorkDirectory) -> tuple[Inputs, Inputs]:
-        """Pooled hidden states of all training and all calibration samples."""
+    def inputs(self, work: Stages) -> tuple[Inputs, Inputs]:
+        """Pool hidden states of all training and all calibration samples."""
         parts: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
         labels: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
         for number, (name, samples) in enumerate(self.samples.items()):
@@ -163,39 +174,40 @@ class _Run:
         train, calibration = (Inputs(torch.cat(parts[part]), torch.cat(labels[part])) for part in parts)
         return train, calibration
 
-    def background_inputs(self, work: WorkDirectory) -> torch.Tensor | None:
-        """Pooled hidden states of what no expert is for, None if there is nothing."""
+    def background_inputs(self, work: Stages) -> torch.Tensor | None:
+        """Pool hidden states of what no expert is for, None if there is nothing."""
         found = [self._states(samples.name, samples, work)["train"] for samples in self.background]
         return torch.cat(found) if found else None
 
-    def _states(self, name: str, samples: ExpertSamples, work: WorkDirectory) -> dict[str, torch.Tensor]:
+    def _states(self, name: str, samples: ExpertSamples, work: Stages) -> dict[str, torch.Tensor]:
         pooling = self.config.router.pooling
         key = [*self.models_key, samples.fingerprint(), self.read, pooling]
 
         def build(place: Path) -> dict[str, Any]:
             tensors = {}
             total = len(samples.train) + len(samples.calibration)
-            with tqdm(total=total, desc=f"{name}: inputs", unit="sample", disable=not self.options.progress) as bar:
+            what = f"{name}: inputs"
+            with progress_bar(total=total, what=what, unit="sample", shown=self.options.progress) as bar:
                 for part in samples.parts:
                     pooled = []
                     for inputs in samples.inputs(part):
                         pooled.append(pooled_states(self.base, inputs, self.read, pooling).cpu())
                         bar.update(len(pooled[-1]))
                     tensors[part] = torch.cat(pooled)
+            place.mkdir()
             save_file(tensors, place / "states.safetensors")
             return {}
 
-        place, _, _ = work.stage(f"inputs-{name}", key, build)
-        return load_file(place / "states.safetensors")
+        return load_file(_stage(work, f"inputs-{name}", key, build).place / "states.safetensors")
 
-    def enhance(self, name: str, work: WorkDirectory) -> tuple[Enhanced, Path]:
-        """The expert's enhancement and the directory of its adapter."""
+    def enhance(self, name: str, work: Stages) -> tuple[Enhanced, Path]:
+        """Make or take the expert's enhancement and the directory of its adapter."""
         settings = self.config.enhancement
         samples = self.samples[name]
         text = self.config.text.model_dump()
         key = [
             *self.models_key,
-            fingerprint(self.directories[name]),
+            Place(self.directories[name]).state(),
             settings.model_dump(),
             text,
             samples.fingerprint(),
@@ -205,7 +217,7 @@ class _Run:
         def build(place: Path) -> dict[str, Any]:
             if settings.enabled:
                 loss = CalibrationLoss(*samples.labelled(settings.samples))
-                with tqdm(desc=f"{name}: layers", unit="layer", disable=not self.options.progress) as bar:
+                with progress_bar(what=f"{name}: layers", unit="layer", shown=self.options.progress) as bar:
 
                     def progress(done: int, total: int) -> None:
                         bar.total = total
@@ -215,14 +227,14 @@ class _Run:
             else:
                 enhanced = untouched(self.mixer, name)
             paths = kept_paths(self.mixer, enhanced)
-            save_expert(self.peft_model, name, place / "adapter", paths, stored_dtype(self.directories[name]))
+            save_adapter(self.peft_model, name, place / "adapter", paths, stored_dtype(self.directories[name]))
             return enhanced.to_json()
 
-        place, content, there = work.stage(f"expert-{name}", key, build)
-        enhanced = Enhanced.from_json(content)
+        stage = _stage(work, f"expert-{name}", key, build)
+        enhanced = Enhanced.from_json(stage.result)
         if settings.enabled:
-            self.report(("(done before) " if there else "") + describe_enhancement(enhanced))
-        return enhanced, place / "adapter"
+            self.report(("" if stage.built else "(done before) ") + describe_enhancement(enhanced))
+        return enhanced, stage.place / "adapter"
 
     def write(
         self,
@@ -233,8 +245,6 @@ class _Run:
         enhanced: dict[str, tuple[Enhanced, Path]],
     ) -> None:
         """Fill the output directory."""
-        import shutil
-
         settings = self.config.router
         shape = RouterShape(
             layers=self.read,
@@ -263,10 +273,15 @@ class _Run:
             "settings": self.config.enhancement.model_dump(),
             "experts": [e.to_json() for e, _ in enhanced.values()],
         }
-        text = json.dumps(trace, indent=1, ensure_ascii=False) + "\n"
-        (staging / ENHANCEMENT_NAME).write_text(text, encoding="utf-8")
+        write_json(staging / ENHANCEMENT_NAME, trace, indent=1)
         self.processor.save_pretrained(staging)
         config.write(staging)
+
+
+def _stage(work: Stages, name: str, key: Any, build: Callable[[Path], Any]) -> Stage:
+    """Make or take a stage; runs with other settings have places of their own."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return work.run(work.records / f"{name}-{digest}", key, build)
 
 
 def _verify(staging: Path, config: RouteConfig, reference: str, calibration: Inputs, router: Router) -> None:

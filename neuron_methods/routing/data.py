@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from neuron_methods.data.batching import batched, by_length, pad
 from neuron_methods.data.feeders import Batch, Feeder
 from neuron_methods.data.images import ImageFeeder
 from neuron_methods.data.sources import DataSource, Sample, SourceReader
-from neuron_methods.data.texts import TextFeeder, TextToTextFeeder, pad, target_loss
-from neuron_methods.routing.base import Kind, context_length, input_device
+from neuron_methods.data.texts import TextFeeder, TextToTextFeeder, target_loss
+from neuron_methods.models.kinds import text_limit
+from neuron_methods.models.loading import input_device
+from neuron_methods.routing.base import Routable
 from neuron_methods.routing.route_yaml import Data, Expert, RouteConfig, Text
 from neuron_methods.support.errors import UserError
 
@@ -111,7 +114,7 @@ class ExpertSamples:
 
     parts: tuple[str, ...] = ("train", "calibration")
 
-    def __init__(self, expert: Expert, config: RouteConfig, model: Any, processor: Any, kind: Kind) -> None:
+    def __init__(self, expert: Expert, config: RouteConfig, model: Any, processor: Any, kind: Routable) -> None:
         """Open the sources and draw.
 
         Raises:
@@ -150,7 +153,7 @@ class ExpertSamples:
     def inputs(self, part: str) -> Iterator[dict[str, Tensor]]:
         """What the router sees of the samples of ``train`` or ``calibration``, in batches: no targets."""
         feeder = self._train if part == "train" else self._calibration
-        for samples in _batches(getattr(self, part), self.batch_size):
+        for samples in batched(getattr(self, part), self.batch_size):
             if isinstance(feeder, ImageFeeder):
                 yield {"pixel_values": feeder.pixels(samples)}
             else:
@@ -161,8 +164,9 @@ class ExpertSamples:
         """Batches with targets of the first `count` calibration samples, those of like length together."""
         samples = self.calibration[:count]
         if self.kind != "image-classification":
-            samples = sorted(samples, key=lambda sample: sum(map(len, map(str, sample.values))))
-        return self._calibration, [self._calibration.batch(some) for some in _batches(samples, self.batch_size)]
+            order = by_length([sum(map(len, map(str, sample.values))) for sample in samples])
+            samples = [samples[i] for i in order]
+        return self._calibration, [self._calibration.batch(some) for some in batched(samples, self.batch_size)]
 
     def fingerprint(self) -> str:
         """Tells apart samples that differ."""
@@ -177,7 +181,9 @@ class BackgroundSamples(ExpertSamples):
 
     parts = ("train",)
 
-    def __init__(self, data: Data, number: int, config: RouteConfig, model: Any, processor: Any, kind: Kind) -> None:
+    def __init__(
+        self, data: Data, number: int, config: RouteConfig, model: Any, processor: Any, kind: Routable
+    ) -> None:
         """Open the source and draw; errors as for an expert's."""
         self.name = f"background-{number}"
         self.kind = kind
@@ -190,7 +196,7 @@ class BackgroundSamples(ExpertSamples):
 
 
 def _open(
-    name: str, data: Data, config: RouteConfig, model: Any, processor: Any, kind: Kind, needs_loss: bool
+    name: str, data: Data, config: RouteConfig, model: Any, processor: Any, kind: Routable, needs_loss: bool
 ) -> Feeder:
     """The feeder of a source."""
     made = _feeder(kind, config.text, model, processor, data.labels)
@@ -200,11 +206,6 @@ def _open(
     made.columns_needed = 1
     made.start(reader, False)
     return made
-
-
-def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    for start in range(0, len(samples), size):
-        yield list(samples[start : start + size])
 
 
 def _update(digest: Any, value: Any) -> None:
@@ -231,7 +232,7 @@ def _source(name: str, data: Data) -> DataSource:
     return DataSource(name, data.source, local, data.name, data.split, columns)
 
 
-def _defaults(kind: Kind, data: Data, feeder: Feeder) -> tuple[str, ...]:
+def _defaults(kind: Routable, data: Data, feeder: Feeder) -> tuple[str, ...]:
     wanted = {"image", "label"} if kind == "image-classification" else {"input", "target", "text"}
     wrong = next((key for key in data.columns if key not in wanted), None)
     if wrong is not None:
@@ -239,7 +240,7 @@ def _defaults(kind: Kind, data: Data, feeder: Feeder) -> tuple[str, ...]:
     return feeder.columns
 
 
-def _refuse_unlabelled(reader: SourceReader, kind: Kind, data: Data, needs_loss: bool) -> None:
+def _refuse_unlabelled(reader: SourceReader, kind: Routable, data: Data, needs_loss: bool) -> None:
     if len(reader.columns) >= 2 or not needs_loss or (kind == "causal" and "text" in data.columns):
         return
     label = "label" if kind == "image-classification" else "target"
@@ -249,13 +250,13 @@ def _refuse_unlabelled(reader: SourceReader, kind: Kind, data: Data, needs_loss:
     )
 
 
-def _feeder(kind: Kind, text: Text, model: Any, processor: Any, classes: Sequence[int] | None) -> Feeder:
+def _feeder(kind: Routable, text: Text, model: Any, processor: Any, classes: Sequence[int] | None) -> Feeder:
     if kind == "image-classification":
         wrong = next((c for c in classes or () if not 0 <= c < model.config.num_labels), None)
         if wrong is not None:
             raise UserError(f"data.labels: {wrong} is none of the model's {model.config.num_labels} classes")
         return TaskImageFeeder(processor, model.config, classes)
-    limit = min(text.max_length, context_length(model) or text.max_length)
+    limit = min(text.max_length, text_limit(model.config) or text.max_length)
     if kind == "text-to-text":
         return TargetFeeder(processor, limit, 0, model)
     return PromptFeeder(processor, text, limit)

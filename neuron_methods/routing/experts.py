@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from neuron_methods.adapters.config import AdapterConfig
-from neuron_methods.adapters.placement import target_names
-from neuron_methods.adapters.weights_file import AdapterWeights, adapter_directory
+from neuron_methods.adapters.live import load_adapters
+from neuron_methods.adapters.weights_file import adapter_directory
+from neuron_methods.models.reference import Place, same_model
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.quiet import quiet_transformers
-
-_SAMPLE = 1 << 16  # bytes compared at a few places of each file
 
 # What changes the model otherwise than by s·B·A on a linear layer, and what to do instead.
 _REFUSED = {
@@ -57,60 +51,48 @@ def check_adapter(directory: str, where: str) -> AdapterConfig:
     return config
 
 
-def check_bases(configs: Mapping[str, AdapterConfig], base: str, where: str) -> None:
-    """Make sure that all adapters name the same base model as the YAML.
-
-    Where both names are directories that exist, their weights are compared (by size and samples of the files),
-    otherwise the last parts of the names: a base may have been moved or downloaded since.
+def check_bases(
+    configs: Mapping[str, AdapterConfig], directories: Mapping[str, str], base: str, where: str
+) -> list[str]:
+    """Make sure that all adapters were trained on the base model of the YAML; see `models.reference.same_model`.
 
     Args:
         configs: expert -> its adapter's config.
+        directories: expert -> directory of its adapter.
         base: the base model's directory or hub id.
         where: file name for messages.
+
+    Returns:
+        Lines for the user about bases whose last names alone agree with the base model's.
 
     Raises:
         UserError: naming the expert and both bases.
     """
     named: tuple[str, str] | None = None
+    notes = []
     for expert, config in configs.items():
         if config.base_model is None:
             continue
-        if named is not None and not _same_model(config.base_model, named[1]):
+        if named is not None and same_model(config.base_model, named[1], directories[expert]) is False:
             raise UserError(
                 f"{where}: adapters of different bases: {named[0]} was trained on {named[1]}, {expert} on "
                 f"{config.base_model}; route adapters of one base"
             )
         named = named or (expert, config.base_model)
-    if named is not None and not _same_model(named[1], base):
-        raise UserError(
-            f"{where}: the adapter of {named[0]} was trained on {named[1]}, base_model is {base}; name that base, or "
-            "set check_base: false if they are the same model"
-        )
-
-
-def _same_model(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    if os.path.isdir(one) and os.path.isdir(other):
-        return os.path.samefile(one, other) or _weights(one) == _weights(other)
-    return Path(one).name.lower() == Path(other).name.lower()
-
-
-def _weights(directory: str) -> list[Any]:
-    """Name, size and some bytes of every file of weights."""
-    found: list[Any] = []
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            found += [path.name, size]
-            for place in (0, size // 3, size // 2, max(0, size - _SAMPLE)):
-                file.seek(place)
-                found.append(file.read(_SAMPLE))
-    return found
+        verdict = same_model(config.base_model, base, directories[expert])
+        if verdict is False:
+            raise UserError(
+                f"{where}: the adapter of {expert} was trained on {config.base_model}, base_model is {base}; name that "
+                "base, or set check_base: false if they are the same model"
+            )
+        if verdict is None:
+            note = f"trained on {config.base_model}; taking {base} for it, as the last parts of the names agree"
+            notes.append(f"note: {expert} was {note}")
+    return notes
 
 
 def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
-    """One `PeftModel` that carries all adapters, each under its expert's name, on top of `base`.
+    """Put all adapters into one `PeftModel`, each under its expert's name, on top of `base`.
 
     Args:
         base: a model of transformers; its linear layers become peft's LoRA layers, in place.
@@ -120,34 +102,16 @@ def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
     Raises:
         UserError: an adapter does not fit the base, or is in a layer that cannot be mixed per sample.
     """
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    model = None
-    for name, directory in directories.items():
-        label = f"{where}: adapter of {name}"
-        AdapterWeights(directory, label)  # says more clearly than peft what is wrong with a file
-        try:
-            with quiet_transformers():
-                if model is None:
-                    model = PeftModel.from_pretrained(base, directory, adapter_name=name)
-                result = model.load_adapter(directory, adapter_name=name)  # also the first: it tells what was missing
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-            raise UserError(f"{label} does not fit the base model: {reason}") from None
-        lost = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
-        if lost:
-            raise UserError(
-                f"{label} does not fit the base model: {len(lost)} of its tensors found no place or are missing, such "
-                f"as {lost[0]}; was it trained on another one?"
-            )
+    model = load_adapters(base, directories, {name: f"{where}: adapter of {name}" for name in directories})
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and not _is_linear(module):
             raise UserError(
                 f"{where}: the adapters change {path} ({type(module.get_base_layer()).__name__}); only linear layers "
                 "can be mixed per input"
             )
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _is_linear(module: Any) -> bool:
@@ -156,47 +120,6 @@ def _is_linear(module: Any) -> bool:
 
 
 def adapter_directories(adapters: Mapping[str, str]) -> dict[str, str]:
-    """Expert -> local directory of its adapter; those of the hub are downloaded."""
-    return {name: adapter_directory(path) for name, path in adapters.items()}
-
-
-def save_expert(peft_model: Any, name: str, directory: Path, paths: Sequence[str], dtype: torch.dtype | None) -> None:
-    """Write one adapter in peft's format, with the updates of some modules only.
-
-    Args:
-        peft_model: carries it.
-        name: of the adapter.
-        directory: is made.
-        paths: modules whose updates are kept.
-        dtype: to store in; None: as it is in memory.
-    """
-    import copy
-
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    kept = set(paths)
-    tensors = {}
-    for key, tensor in get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False).items():
-        path = key.removeprefix("base_model.model.").partition(".lora_")[0]
-        if path in kept:
-            tensors[key] = tensor.detach().to("cpu", dtype or tensor.dtype).clone().contiguous()
-    modules = [path for path, _ in peft_model.get_base_model().named_modules() if ".base_layer" not in path]
-    config = copy.deepcopy(peft_model.peft_config[name])
-    config.target_modules = target_names(kept, modules)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.init_lora_weights = True  # what it was initialised by is no concern of who loads it
-    config.inference_mode = True
-    directory.mkdir(parents=True)
-    config.save_pretrained(str(directory))
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    written = directory / "adapter_config.json"
-    content = json.loads(written.read_text(encoding="utf-8"))
-    written.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def stored_dtype(directory: str) -> torch.dtype | None:
-    """The dtype an adapter's tensors are stored in, None if they differ."""
-    file = AdapterWeights(directory)
-    dtypes = {file.tensor(key).dtype for key in file.shapes}
-    return dtypes.pop() if len(dtypes) == 1 else None
+    """Find the local directory of each expert's adapter; those of the hub are downloaded."""
+    places = {name: Place.parse(text) for name, text in adapters.items()}
+    return {name: adapter_directory(place.path, place.revision) for name, place in places.items()}

@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from neuron_methods.adapters.live import base_weight
 from neuron_methods.kernels.select import keep_threshold, relative_norms
-from neuron_methods.models.loading import LoadedModel
+from neuron_methods.models.loading import input_device
 from neuron_methods.neurons import NeuronMap, Ownership, neuron_map
+from neuron_methods.profiling.measured_model import LoadedModel
 from neuron_methods.profiling.recorder import Recorder
-from neuron_methods.routing.base import input_device
 from neuron_methods.routing.data import CalibrationLoss
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
 
@@ -50,7 +51,7 @@ class ExpertImportance:
 
 
 def neurons_of(model: Any) -> NeuronMap:
-    """The neurons of a model in memory; UserError if its family is unknown."""
+    """Map the neurons of a model in memory; raises UserError if its family is unknown."""
     return neuron_map(model.config, type(model).__name__)
 
 
@@ -83,7 +84,7 @@ def measure_importance(
         delta = mixer.delta(path, expert)
         if delta is None:
             continue
-        weight = _weight(mixer.modules[path])
+        weight = base_weight(mixer.modules[path])
         totals = squares.setdefault(layer_of(path), [0.0, 0.0])
         totals[0] += float(delta.square().sum())
         totals[1] += float(weight.square().sum())
@@ -120,7 +121,7 @@ def measure_importance(
 
 
 def keep_masks(importance: ExpertImportance, density: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Which neurons of each layer keep their update: the `density` most important ones, ties with them.
+    """Choose which neurons of each layer keep their update: the `density` most important ones, ties with them.
 
     Returns:
         Bool masks: layer -> (neurons,) of MLP neurons, module path -> (out,) of other modules' rows.
@@ -133,7 +134,7 @@ def keep_masks(importance: ExpertImportance, density: float) -> tuple[dict[str, 
 
 
 def factor_masks(importance: ExpertImportance, density: float, mixer: AdapterMixer) -> dict[str, tuple[str, Tensor]]:
-    """The same as masks of LoRA's factors: module path -> ("B", rows kept) or ("A", columns kept).
+    """Choose likewise, as masks of LoRA's factors: module path -> ("B", rows kept) or ("A", columns kept).
 
     A neuron's incoming weights are rows of the update, and so of B; its outgoing weights are columns of the update, and
     so of A: an update of which only some neurons are left is still a product of two factors, of the same rank.
@@ -153,12 +154,6 @@ def _per_neuron(tensor: Tensor, owner: Ownership) -> Tensor:
     """Sum of squares of the slices that each neuron owns, float64 (neurons,) on the CPU."""
     sums = tensor.double().square().sum(1 - owner.axis)
     return sums.view(len(owner.roles), -1).sum(0).cpu()
-
-
-def _weight(module: Any) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(module.get_base_layer()).detach().float()
 
 
 def _transposed(module: Any) -> bool:

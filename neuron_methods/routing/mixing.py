@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuron_methods.adapters.live import layer_update
 from neuron_methods.support.errors import UserError
 
 # The first number in a module's path is that of its layer: "model.layers.3.mlp.up_proj" belongs to "model.layers.3".
@@ -100,9 +101,8 @@ class AdapterMixer:
         return self._index[path]
 
     def delta(self, path: str, expert: str) -> Tensor | None:
-        """An expert's update s·B·A of one module in float32, arranged like its weight; None where it has none."""
-        module = self.modules[path]
-        return module.get_delta_weight(expert).float() if expert in module.lora_A else None
+        """Form an expert's update s·B·A of one module in float32, arranged like its weight; None where it has none."""
+        return layer_update(self.modules[path], expert)
 
     def _hook(self, path: str) -> Any:
         # A closure and no bound method: copying the model must not copy the mixer.

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.routing.base import context_length, input_device, kind_of, load_base
-from neuron_methods.routing.experts import load_experts, save_expert
+from neuron_methods.adapters.live import save_adapter
+from neuron_methods.models.kinds import text_limit
+from neuron_methods.models.loading import input_device
+from neuron_methods.routing.base import load_base, routable_kind
+from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.pooling import pooled_states
 from neuron_methods.routing.routed_files import (
@@ -61,7 +64,7 @@ class NeuronRoutedModel(nn.Module):
         self.base_reference = base
         names = [expert.name for expert in routed_config.experts]
         self.mixer = AdapterMixer(peft_model, names)
-        self.kind = kind_of(self.base)
+        self.kind = routable_kind(self.base)
         redundant = [expert.redundant_layers for expert in routed_config.experts]
         self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
         self.router.to(input_device(self.base))
@@ -98,7 +101,7 @@ class NeuronRoutedModel(nn.Module):
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of the experts."""
         return self.mixer.experts
 
     def can_generate(self) -> bool:
@@ -236,7 +239,7 @@ class NeuronRoutedModel(nn.Module):
             if place.exists():
                 shutil.rmtree(place)
             paths = [path for path, module in self.mixer.modules.items() if name in module.lora_A]
-            save_expert(self.peft_model, name, place, paths, None)
+            save_adapter(self.peft_model, name, place, paths)
         state = {key: value.detach().cpu().contiguous() for key, value in self.router.state_dict().items()}
         save_file(state, target / ROUTER_NAME, metadata={"format": "pt"})
         replace(self.routed_config, base_model=base_model or reference_to(self.base_reference, target)).write(target)
@@ -346,7 +349,7 @@ class NeuronRoutedModel(nn.Module):
         return (input_ids != pad).long()
 
     def _refuse_long(self, inputs: Mapping[str, Any], room: int = 0) -> None:
-        limit = context_length(self.base)
+        limit = text_limit(self.config)
         if limit is None or inputs.get("input_ids") is None:
             return
         mask = inputs.get("attention_mask")

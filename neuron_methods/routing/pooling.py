@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.routing.base import body_of, input_device
+from neuron_methods.models.loading import input_device
+from neuron_methods.routing.base import body_of
 from neuron_methods.support.errors import UserError
 
 Pooling = Literal["moments", "mean", "first", "last"]
@@ -20,7 +21,7 @@ class _Reached(Exception):
 
 
 def resolve_layers(model: Any, layer: int | Sequence[int] | None, where: str = "router.layer") -> tuple[int, ...]:
-    """How many layers lie before each of the hidden states that are read, from 0 to the number of layers.
+    """Count how many layers lie before each of the hidden states that are read, from 0 to the number of layers.
 
     Args:
         model: the base.
@@ -49,7 +50,7 @@ def resolve_layers(model: Any, layer: int | Sequence[int] | None, where: str = "
 def pooled_states(
     model: Any, inputs: Mapping[str, Tensor], layers: Sequence[int], pooling: Pooling = "moments"
 ) -> Tensor:
-    """Pooled hidden states, those of the layers side by side; layers behind the last one read are not computed.
+    """Pool hidden states, those of the layers side by side; layers behind the last one read are not computed.
 
     Padding does not matter, on whichever side it is: padded tokens are not pooled, and positions count real tokens
     where the model takes positions.

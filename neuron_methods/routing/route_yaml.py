@@ -6,16 +6,13 @@ its line.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.yaml_source import YamlSource
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -197,86 +194,12 @@ def read_config(path: Path) -> RouteConfig:
     Raises:
         UserError: naming the file, the line and the key.
     """
-    try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    try:
-        node, content = yaml.compose(source, yaml.SafeLoader), yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise UserError(f"{path}{where}: not readable as YAML: {problem}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected the keys base_model and experts; see mergekit-neuron route --help")
-    _refuse_repeated_keys(node, path)
-    try:
-        config = RouteConfig.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}{_describe(error, node)}") from None
-    return _located(config, path.resolve().parent)
-
-
-def _describe(error: ValidationError, node: yaml.Node) -> str:
-    """`, line 3: experts[0].adaptor: ...` of the first problem, an unknown key before what is missing by its fault."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    location = tuple(part for part in first["loc"] if part != "[key]")
-    shown = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).removeprefix(".")
-    where = f", line {_line(node, location)}: {shown}: " if location else ": "
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
-        return f"{where}unknown key{hint}"
-    if first["type"] == "missing":
-        return f"{where}missing"
-    message = first["msg"].removeprefix("Value error, ")
-    found = first.get("input")
-    return where + message + (f", found {found!r}" if isinstance(found, (str, int, float)) and location else "")
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = RouteConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
-
-
-def _line(node: yaml.Node, location: Sequence[str | int]) -> int:
-    """The line of the deepest part of `location` that is there."""
-    line = node.start_mark.line + 1
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
-
-
-def _refuse_repeated_keys(node: yaml.Node, path: Path) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise UserError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} appears twice")
-            seen.add(key.value)
-            _refuse_repeated_keys(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_repeated_keys(value, path)
+    source = YamlSource.read(path, "the keys base_model and experts; see mergekit-neuron route --help")
+    return _located(source.validated(RouteConfig), path.resolve().parent)
 
 
 def _located(config: RouteConfig, folder: Path) -> RouteConfig:
-    """The same with paths that exist made absolute; what does not exist is left for the hub to know."""
+    """Make paths that exist absolute; what does not exist is left for the hub to know."""
 
     def place(text: str) -> str:
         return str(folder / text) if (folder / text).exists() else text

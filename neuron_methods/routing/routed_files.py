@@ -9,13 +9,14 @@ tokenizer or processor   of the base
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_object, write_json
+from neuron_methods.support.text import first_line
 
 CONFIG_NAME = "routed_config.json"
 ROUTER_NAME = "router.safetensors"
@@ -23,6 +24,7 @@ ENHANCEMENT_NAME = "enhancement.json"
 ADAPTERS = "adapters"
 FORMAT = "mergekit-neuron-routed"
 FORMAT_VERSION = 1
+_AGAIN = "download it or make the routed model again"
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,7 @@ class RoutedConfig:
     def write(self, directory: Path) -> None:
         """Write routed_config.json."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+        write_json(directory / CONFIG_NAME, content, indent=2)
 
     @classmethod
     def read(cls, directory: Path) -> RoutedConfig:
@@ -81,13 +82,10 @@ class RoutedConfig:
             UserError: it is not there, damaged, of another format, or of a version that is not known here.
         """
         path = directory / CONFIG_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"{directory}: no {CONFIG_NAME} in it, so this is no routed model") from None
-        except ValueError:
-            raise UserError(f"{path}: not valid JSON; download it or make the routed model again") from None
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        if not path.is_file():
+            raise UserError(f"{directory}: no {CONFIG_NAME} in it, so this is no routed model")
+        content = read_object(path, again=_AGAIN)
+        if content.pop("format", None) != FORMAT:
             raise UserError(f"{path}: its format is not {FORMAT!r}, so this is no routed model")
         version = content.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -100,7 +98,7 @@ class RoutedConfig:
             router = RouterShape(**{**shape, "layers": tuple(shape["layers"])})
             return cls(experts=experts, router=router, **content)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error}); download it or make the routed model again") from None
+            raise UserError(f"{path}: damaged ({error}); {_AGAIN}") from None
 
     def base_reference(self, directory: Path) -> str:
         """Where the base is: a hub id, or the path of a directory."""
@@ -144,7 +142,6 @@ def routed_directory(path_or_repo: str, revision: str | None = None, cache_dir: 
     try:
         return Path(snapshot_download(path_or_repo, revision=revision, cache_dir=cache_dir))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path_or_repo}: neither a directory nor a repository that can be had from the hub ({reason})"
+            f"{path_or_repo}: neither a directory nor a repository that can be had from the hub ({first_line(error)})"
         ) from None

@@ -5,25 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from neuron_methods.models.kinds import KindFacts, facts_of
 from neuron_methods.routing.routed_files import is_routed
 from neuron_methods.support.files import read_object
 
-# First match decides: end of the architecture's name, auto class, auto class of its inputs, task on the Hub.
-_KINDS = (
-    ("ForCausalLM", "AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
-    ("LMHeadModel", "AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
-    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM", "AutoTokenizer", "text2text-generation"),
-    ("ForSequenceClassification", "AutoModelForSequenceClassification", "AutoTokenizer", "text-classification"),
-    ("ForImageClassification", "AutoModelForImageClassification", "AutoImageProcessor", "image-classification"),
-    ("CLIPVisionModel", "CLIPVisionModel", "AutoImageProcessor", "image-feature-extraction"),
-    (
-        "CLIPVisionModelWithProjection",
-        "CLIPVisionModelWithProjection",
-        "AutoImageProcessor",
-        "image-feature-extraction",
-    ),
-    ("CLIPModel", "AutoModel", "AutoProcessor", "zero-shot-image-classification"),
-)
 _INPUT_FILES = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "spiece.model"),
     "AutoImageProcessor": ("preprocessor_config.json", "processor_config.json"),
@@ -37,9 +22,15 @@ def architecture_of(place: Path) -> str:
     return str(architectures[0])
 
 
+def _kind(place: Path) -> KindFacts | None:
+    config = _config(place / "config.json")
+    return facts_of(architecture_of(place), bool(config.get("is_encoder_decoder", True)))
+
+
 def pipeline_tag(place: Path) -> str | None:
     """Tell the task of the Hub that a model serves; None where its class does not."""
-    return next((task for end, _, _, task in _KINDS if architecture_of(place).endswith(end)), None)
+    facts = _kind(place)
+    return facts.hub_task if facts else None
 
 
 def loading_snippet(place: Path) -> str:
@@ -49,8 +40,8 @@ def loading_snippet(place: Path) -> str:
         return _block([*lines, "model = NeuronRoutedModel.from_pretrained(model_id)"])
     if (place / "adapter_config.json").exists():
         return _block(_adapter(place))
-    architecture = architecture_of(place)
-    _, auto, inputs, _ = next((k for k in _KINDS if architecture.endswith(k[0])), ("", "AutoModel", "", ""))
+    facts = _kind(place)
+    auto, inputs = (facts.auto_class, facts.processor) if facts else ("AutoModel", "")
     found = inputs if any((place / name).exists() for name in _INPUT_FILES.get(inputs, ())) else ""
     lines = [f"from transformers import {', '.join(sorted(filter(None, (auto, found))))}", "", _MODEL_ID]
     lines.append(f'model = {auto}.from_pretrained(model_id, dtype="auto")')

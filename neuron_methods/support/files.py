@@ -56,6 +56,7 @@ def file_in_place_after(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
+        beside.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None

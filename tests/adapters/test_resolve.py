@@ -11,8 +11,7 @@ import pytest
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from neuron_methods.adapters.resolve import resolve_adapters, same_model
-from neuron_methods.adapters.weights_file import is_adapter
+from neuron_methods.adapters.resolve import resolve_adapters
 from neuron_methods.support.errors import UserError
 
 
@@ -109,48 +108,6 @@ def test_another_revision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="revision v1 of the base, but base_model is org/model@v2"):
         referenced("org/model@v2")
     assert referenced("org/model@v1") == referenced("org/model") == 2
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted", "verdict"),
-    [
-        ("org/model", "org/model", True),
-        ("Org/Model", "org/model", True),
-        ("org/model", "other/model", False),
-        ("org/model", "org/model-2", False),
-        ("{base}", "{base}/", True),
-        ("{base}", "{link}", True),
-        ("{base}", "{copy}", False),
-        ("../base", "{base}", True),
-        ("org/base", "{base}", None),
-        ("org/model", "{base}", False),
-        ("/gone/base", "{base}", None),
-        ("/gone/base", "org/base", None),
-        ("/gone/base", "org/model", False),
-        ("org/base", "{cache}", True),
-        ("/gone/base", "{cache}", None),
-        ("org/other", "{cache}", False),
-    ],
-)
-def test_same_model(found: str, wanted: str, verdict: bool | None, tmp_path: Path) -> None:
-    places = {
-        "base": directory(tmp_path / "base"),
-        "copy": directory(tmp_path / "elsewhere" / "base"),
-        "link": tmp_path / "link",
-        "cache": directory(tmp_path / "hub" / "models--Org--base" / "snapshots" / "abc123"),
-    }
-    places["link"].symlink_to(places["base"])
-    lora = directory(tmp_path / "lora")
-    assert same_model(found.format(**places), wanted.format(**places), str(lora)) is verdict
-
-
-def test_what_an_adapter_is(tmp_path: Path) -> None:
-    both = adapter(directory(tmp_path / "both"), "org/model")
-    assert is_adapter(str(both))  # a training directory with the model's config
-    (both / "model.safetensors.index.json").write_text("{}")
-    assert not is_adapter(str(both))  # but its weights make it a model
-    assert not is_adapter(str(directory(tmp_path / "model")))
-    assert not is_adapter("no-such/repository")
 
 
 def test_a_broken_adapter_config(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from neuron_methods.plugin.configuration import read_configuration
-from neuron_methods.plugin.inputs import looks_local, opened_models
+from neuron_methods.plugin.inputs import opened_models
 from neuron_methods.plugin.registration import register
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import build, configuration, edit, fine_tune, save
@@ -56,11 +56,6 @@ def test_sound_models_are_open_within_the_block_only(workspace):
 def test_a_path_that_is_no_model(workspace, path, message):
     workspace("llama-tied")
     refused(message, configuration(models=[{"model": path}]))
-
-
-def test_names_that_can_only_be_local():
-    assert all(map(looks_local, ["./a", "../a", "/a", "~/a", "a/b/c", "a/", "a/b/"]))
-    assert not any(map(looks_local, ["a", "a/b", "gpt2"]))
 
 
 def test_config_missing(workspace):

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuron_methods.data.texts import pad, prefix_identity, sequence_identity
-from neuron_methods.profiling.exemplars import NOBODY, SeenLately, TokenBatch, TopActivations
+from neuron_methods.data.batching import pad
+from neuron_methods.data.tokens import SeenLately, TokenBatch, prefix_identity, sequence_identity
+from neuron_methods.profiling.exemplars import NOBODY, TopActivations
 
 NEURONS, LENGTH, WIDTH = 5, 4, 3
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,16 +15,21 @@ import tracemalloc
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
+from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import Sample, SourceReader, parse_source
-from neuron_methods.models.loading import ModelName, load_model, make_feeder
+from neuron_methods.evaluation.models import open_model
+from neuron_methods.models.reference import ModelName
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
 from neuron_methods.profiling.checkpoint import Checkpoint
+from neuron_methods.profiling.measured_model import load_model
 from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.profile_file import exemplars_path
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.support.errors import UserError
 from tests.profiling import tiny
+from tests.routing.tiny import save_adapter
 
 SETTINGS = Settings(batch_size=3, top=4, gradients=True)
 
@@ -116,14 +123,14 @@ def test_four_processes_give_the_profile_of_one(llama, texts, tmp_path):
 
 
 def test_an_adapter_is_measured_as_if_it_were_merged(llama, texts, tmp_path):
-    with load_model(ModelName(str(llama)), "float32") as loaded:
+    with load_model(ModelName.parse(str(llama)), "float32") as loaded:
         wrapper = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["up_proj", "gate_proj", "q_proj"]))
     for name, parameter in wrapper.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     wrapper.save_pretrained(tmp_path / "adapter")
     merged = tmp_path / "merged"
-    with load_model(ModelName(str(llama)), "float32") as loaded:
+    with load_model(ModelName.parse(str(llama)), "float32") as loaded:
         PeftModel.from_pretrained(loaded.model, tmp_path / "adapter").merge_and_unload().save_pretrained(merged)
     tiny.build_tokenizer(bos=True).save_pretrained(merged)
 
@@ -139,13 +146,51 @@ def test_an_adapter_is_measured_as_if_it_were_merged(llama, texts, tmp_path):
             torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("base", ["{llama}", "../base"])
+def test_an_adapter_by_itself_is_measured_on_the_base_it_names(base, llama, texts, tmp_path):
+    shutil.copytree(llama, tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", "llama", tmp_path / "adapter", seed=1)
+    file = adapter / "adapter_config.json"
+    named = base.format(llama=llama)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": named}))
+    measure_profile(str(adapter), [f"a={texts}"], tmp_path / "alone.safetensors", SETTINGS)
+    measure_profile(f"{llama}+{adapter}", [f"a={texts}"], tmp_path / "both.safetensors", SETTINGS)
+    assert_same(*(NeuronProfile.load(tmp_path / f"{name}.safetensors") for name in ("alone", "both")))
+
+
+@pytest.mark.parametrize("command", ["profile", "evaluate"])
+def test_an_adapter_that_does_not_fit_is_refused(command, llama, texts, tmp_path):
+    adapter = save_adapter(llama, "llama", tmp_path / "adapter", seed=1)
+    file = adapter / "adapter_model.safetensors"
+    tensors = {key.replace("layers.1", "layers.7"): tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="of its tensors found no place or are missing"):
+        if command == "profile":
+            measure_profile(f"{llama}+{adapter}", [f"a={texts}"], tmp_path / "p.safetensors", SETTINGS)
+        else:
+            with open_model(f"{llama}+{adapter}"):
+                pass
+
+
+def test_no_code_of_a_model_is_run_or_asked_about(llama, texts, tmp_path, monkeypatch):
+    """transformers asks on stdin where it is not told."""
+    shutil.copytree(llama, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    strange = {"model_type": "strange", "auto_map": {"AutoConfig": "configuration.Strange"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **strange}))
+    (tmp_path / "model" / "configuration.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(UserError, match="cannot read its config"):
+        measure_profile(str(tmp_path / "model"), [f"a={texts}"], tmp_path / "p.safetensors", SETTINGS)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_model_larger_than_memory_is_offloaded_to_disk(gradients, llama, texts, tmp_path):
     settings = Settings(batch_size=3, top=4, gradients=gradients)
     whole, offloaded = tmp_path / "whole.safetensors", tmp_path / "offloaded.safetensors"
     measure_profile(str(llama), [f"a={texts}"], whole, settings)
     bound = {"cpu": 9000}
-    with load_model(ModelName(str(llama)), "auto", bound) as loaded:
+    with load_model(ModelName.parse(str(llama)), "auto", bound) as loaded:
         assert "disk" in loaded.model.hf_device_map.values()
     measure_profile(str(llama), [f"a={texts}"], offloaded, settings, max_memory=bound)
     assert_same(NeuronProfile.load(offloaded), NeuronProfile.load(whole))
@@ -165,8 +210,8 @@ def test_memory_does_not_grow_with_the_number_of_samples(llama, texts):
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values()), tracemalloc.get_traced_memory()[0]
 
-    with load_model(ModelName(str(llama)), "float32") as loaded:
-        feeder = make_feeder(ModelName(str(llama)), loaded.model, 64, 4)
+    with load_model(ModelName.parse(str(llama)), "float32") as loaded:
+        feeder = make_feeder(ModelName.parse(str(llama)), loaded.model, 64, 4)
         feeder.start(SourceReader(parse_source(f"a={texts}"), feeder.columns), gradients=True)
         recorder = Recorder(loaded.model, loaded.neurons, feeder.stream_of, 5, feeder.payload_width, True)
         measured = []

@@ -199,6 +199,65 @@ def rename_base(name, base):
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
 
 
+@pytest.mark.parametrize("given", ["org/base", "bob/base"])
+def test_a_base_of_the_hub_is_its_own_download_and_nobody_elses_model(workspace, given):
+    """What the adapters were trained on is known by its repository, and the base lies in the hub's cache."""
+    folder = workspace("llama")
+    snapshot = folder / "hub" / "models--org--base" / "snapshots" / "abc123"
+    snapshot.parent.mkdir(parents=True)
+    Path("base").rename(snapshot)
+    for name in ("numbers", "colours", "animals"):
+        rename_base(name, given)
+    content = {**settings("llama"), "base_model": str(snapshot)}
+    if given == "org/base":
+        route(content, "--dry-run")
+    else:
+        assert "was trained on bob/base, base_model is" in refused(content)
+
+
+def test_repositories_of_one_last_name_are_two_models(workspace):
+    workspace("llama")
+    for name, base in (("numbers", "alice/base"), ("colours", "bob/base"), ("animals", "alice/base")):
+        rename_base(name, base)
+    message = refused(settings("llama"))
+    assert "numbers was trained on alice/base, colours on bob/base" in message
+
+
+def test_a_copy_of_the_base_is_the_base_and_a_base_that_is_gone_is_believed_by_its_name(workspace):
+    folder = workspace("llama")
+    shutil.copytree("base", "copy")
+    route({**settings("llama"), "base_model": "copy"}, "--dry-run")
+    for name in ("numbers", "colours", "animals"):
+        rename_base(name, "/gone/base")
+    output = route(settings("llama"), "--dry-run").output
+    assert f"trained on /gone/base; taking {folder / 'base'} for it" in output
+
+
+def test_a_relative_base_is_found_from_the_adapter_too(workspace):
+    workspace("llama")
+    for name in ("numbers", "colours", "animals"):
+        rename_base(name, "../../base")
+    Path("base/model.safetensors").touch()
+    assert "taking" not in route(settings("llama"), "--dry-run").output
+
+
+def lose_a_weight():
+    tensors = load_file("base/model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, "base/model.safetensors", {"format": "pt"})
+
+
+def test_a_base_that_lacks_weights_is_refused_everywhere(workspace):
+    workspace("llama")
+    lose_a_weight()
+    lacking = "its files lack weights of LlamaForCausalLM, which its config names: model.layers.1.mlp.up_proj.weight"
+    assert lacking in refused(settings("llama", check_base=False))
+    assert lacking in invoke("generate", "routed", "--prompt", "one", code=1).stderr
+    task = {"name": "t", "kind": "perplexity", "data": {"source": "data/numbers.jsonl"}, "columns": {"text": "input"}}
+    Path("tasks.yml").write_text(yaml.safe_dump({"tasks": [task]}))
+    assert lacking in invoke("evaluate", "routed", "--task", "tasks.yml", code=1).stderr
+
+
 def test_a_base_that_the_adapters_were_not_trained_on(workspace):
     folder = workspace("llama")
     another_base()
@@ -329,7 +388,7 @@ def test_sources_and_models_that_are_not_there(workspace):
     content = settings("llama")
     content["experts"][1]["data"]["source"] = "data/none.jsonl"
     assert "expert 'colours': data.source: there is no file data/none.jsonl" in refused(content)
-    assert "base_model: cannot load the base model" in refused(
+    assert "base_model: cannot read its config (neither a directory here nor to be had from the hub)" in refused(
         {**settings("llama"), "base_model": "./none", "check_base": False}
     )
     content = settings("llama")

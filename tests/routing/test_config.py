@@ -52,7 +52,10 @@ def test_defaults_and_paths_relative_to_the_file(tmp_path, monkeypatch):
         (("name: b", "name: a"), "two are called 'a'"),
         (("name: b", "name: b.c"), ", line 6: experts[1].name: 'b.c' is no name"),
         (("source: a.jsonl", "source: a.jsonl, columns: {inputs: x}"), "experts[0].data.columns.inputs"),
-        (("base_model: ./base", "base_model: ./base\nbase_model: ./other"), ", line 2: key 'base_model' appears twice"),
+        (
+            ("base_model: ./base", "base_model: ./base\nbase_model: ./other"),
+            ", line 2, column 1: key 'base_model' appears twice",
+        ),
         (("experts:", "experts: ["), ": not readable as YAML"),
     ],
 )

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from neuron_methods.adapters.live import save_adapter
 from neuron_methods.routing.base import load_base
 from neuron_methods.routing.enhancement import Enhanced, core_layers, enhance_expert, kept_paths, untouched
-from neuron_methods.routing.experts import load_experts, save_expert
+from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.importance import factor_masks, keep_masks, measure_importance, neurons_of
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
 from neuron_methods.routing.route_yaml import Enhancement
@@ -122,7 +123,9 @@ def test_density_is_raised_until_the_loss_allows_it_and_all_are_kept_if_nothing_
 def test_never_worse_than_the_original_by_more_than_the_tolerance(load, made, kind, importance):
     import yaml
 
-    from neuron_methods.routing.base import kind_of, load_processor
+    from neuron_methods.models.loading import load_processor
+    from neuron_methods.models.reference import Place
+    from neuron_methods.routing.base import processor_of, routable_kind
     from neuron_methods.routing.data import CalibrationLoss, ExpertSamples
     from neuron_methods.routing.route_yaml import RouteConfig
 
@@ -133,8 +136,9 @@ def test_never_worse_than_the_original_by_more_than_the_tolerance(load, made, ki
     expert = expert.model_copy(update={"data": expert.data.model_copy(update={"source": source})})
     peft_model, mixer = load(kind)
     base = peft_model.get_base_model()
-    processor = load_processor(folder / "base", kind_of(base), "base")
-    loss = CalibrationLoss(*ExpertSamples(expert, config, base, processor, kind_of(base)).labelled(8))
+    kind = routable_kind(base)
+    processor = load_processor(processor_of(kind), Place(str(folder / "base")), "base")
+    loss = CalibrationLoss(*ExpertSamples(expert, config, base, processor, kind).labelled(8))
     settings = Enhancement(tolerance=0.02, importance=importance, samples=8)
     enhanced = enhance_expert(base, mixer, expert.name, loss, settings)
     coefficients = mixer.only(expert.name).clone()
@@ -204,7 +208,7 @@ def test_an_enhanced_expert_is_a_plain_adapter_of_what_is_left(load, made, tmp_p
     whole = untouched(mixer, name)
     dropped = whole.core[0]
     enhanced = Enhanced(name, whole.core[1:], (dropped,), 1.0, 0, ())
-    save_expert(peft_model, name, tmp_path / "adapter", kept_paths(mixer, enhanced), torch.float32)
+    save_adapter(peft_model, name, tmp_path / "adapter", kept_paths(mixer, enhanced), torch.float32)
     assert core_layers(mixer, [whole, enhanced]).sum(0).tolist() == [len(mixer.layers), len(mixer.layers) - 1]
 
     base = load_base(str(made(kind) / "base"), "base")

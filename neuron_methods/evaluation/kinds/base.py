@@ -11,6 +11,7 @@ import torch
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.settings import Check
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
 
 
@@ -89,23 +90,6 @@ def processor_part(processor: Any, name: str) -> Any:
 def wrong_model(task: Task, shown: str, architecture: str, needed: str) -> UserError:
     """The error about a model of another kind."""
     return UserError(f"task {task.name!r}: model {shown} is a {architecture}, kind {task.kind} needs {needed}")
-
-
-def is_causal(architecture: str) -> bool:
-    """Whether a class of transformers predicts the next token."""
-    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def is_text_to_text(config: Any, architecture: str) -> bool:
-    """Whether a class of transformers reads a text and says another."""
-    return bool(getattr(config, "is_encoder_decoder", False)) and architecture.endswith("ForConditionalGeneration")
-
-
-def text_limit(config: Any) -> int | None:
-    """How many tokens a model can read; None: any number."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def longest_input(task: Task, config: Any, reserved: int = 0, unless_set: int | None = None) -> int | None:

@@ -13,6 +13,7 @@ from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
 from neuron_methods.evaluation.kinds.settings import different_labels
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.kinds import facts_of
 from neuron_methods.support.errors import UserError
 
 
@@ -42,7 +43,8 @@ class Classification(Scorer):
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """Refuse what is no such classifier, and one that lacks a label of the task."""
-        if not architecture.endswith(cls.head):
+        facts = facts_of(architecture)
+        if facts is None or facts.ending != cls.head:
             raise wrong_model(task, shown, architecture, f"{cls.classifier} with its head (…{cls.head})")
         for label in task.settings.get("labels", ()):
             if class_index(label, None, config) is None:

@@ -9,18 +9,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from neuron_methods.data.batching import pad
 from neuron_methods.evaluation.examples import Outcome
-from neuron_methods.evaluation.kinds.base import (
-    Scorer,
-    is_causal,
-    is_text_to_text,
-    longest_input,
-    text_limit,
-    wrong_model,
-)
+from neuron_methods.evaluation.kinds.base import Scorer, longest_input, wrong_model
 from neuron_methods.evaluation.kinds.settings import string, whole_number
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.kinds import model_kind, text_limit
 from neuron_methods.support.errors import UserError
 
 
@@ -50,7 +45,7 @@ class Generation(Scorer):
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """A causal model with room for the answer."""
-        if not is_causal(architecture):
+        if model_kind(architecture, config) != "causal":
             raise wrong_model(task, shown, architecture, "a causal language model (text-to-text is a kind of its own)")
         limit, new = text_limit(config), task.settings.get("max_new_tokens", cls.default_new_tokens)
         if limit is not None and new >= limit:
@@ -102,29 +97,19 @@ class Generation(Scorer):
         )
 
     def _answer(self, prompts: list[list[int]]) -> list[str]:
-        ids, mask = self._pad(prompts)
+        # On the left, so that answers follow their prompts.
+        ids, mask = pad(prompts, self.settings_of_generate.pad_token_id, left=self._pads_left)
         said_from = 0 if self.model.config.is_encoder_decoder else ids.shape[1]
         stop = self.task.settings.get("stop")
         criteria = StoppingCriteriaList([StopAt(self.tokenizer, stop, said_from)] if stop else [])
         output = self.model.generate(
             input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
+            attention_mask=mask.long().to(self.device),
             generation_config=self.settings_of_generate,
             stopping_criteria=criteria,
         )
         texts = self.tokenizer.batch_decode(output[:, said_from:], skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
-
-    def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(ids, mask), int64 (B, T): on the left, so that answers follow their prompts."""
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self.settings_of_generate.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(prompts):
-            place = slice(width - len(tokens), width) if self._pads_left else slice(0, len(tokens))
-            ids[row, place] = torch.tensor(tokens)
-            mask[row, place] = 1
-        return ids, mask
 
     _pads_left: ClassVar[bool] = True
 
@@ -138,7 +123,7 @@ class TextToText(Generation):
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """An encoder-decoder that generates."""
-        if not is_text_to_text(config, architecture):
+        if model_kind(architecture, config) != "text-to-text":
             raise wrong_model(task, shown, architecture, "a text-to-text model such as T5 (causal models: generation)")
 
     def _reserved(self) -> int:

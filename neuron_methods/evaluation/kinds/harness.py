@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, ClassVar
 
-from neuron_methods.evaluation.kinds.base import Scorer, is_causal, is_text_to_text, wrong_model
+from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
 from neuron_methods.evaluation.kinds.settings import string, whole_number
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.kinds import model_kind
 from neuron_methods.support.errors import UserError
 
 
@@ -31,7 +32,7 @@ class Harness(Scorer):
             raise UserError(
                 f"task {task.name!r}: kind lm-eval needs the package lm_eval: pip install 'mergekit-neuron[lm-eval]'"
             )
-        if not is_causal(architecture) and not is_text_to_text(config, architecture):
+        if model_kind(architecture, config) not in ("causal", "text-to-text"):
             raise wrong_model(task, shown, architecture, "a causal or a text-to-text model")
 
 

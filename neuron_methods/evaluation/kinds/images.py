@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 
 from neuron_methods.data.images import ImageFeeder
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.base import Scorer, text_limit, wrong_model
+from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
 from neuron_methods.evaluation.kinds.classification import Classification
 from neuron_methods.evaluation.kinds.settings import different_labels
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
 
 #: Pixels of at most this many bytes are kept, for when the same examples are scored again.

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neuron_methods.evaluation.examples import Examples, Outcome, by_length
+from neuron_methods.data.batching import by_length, pad
+from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.base import (
     Scorer,
-    is_causal,
-    is_text_to_text,
     longest_input,
     wrong_model,
 )
 from neuron_methods.evaluation.kinds.settings import one_of, string, whole_number
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.kinds import model_kind
 from neuron_methods.support.errors import UserError
 
 #: Tokens of a window of perplexity, unless the task or the model sets another bound.
@@ -51,7 +51,7 @@ class MultipleChoice(Scorer):
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """A model that predicts tokens."""
-        if not is_causal(architecture) and not is_text_to_text(config, architecture):
+        if model_kind(architecture, config) not in ("causal", "text-to-text"):
             raise wrong_model(task, shown, architecture, "a causal or a text-to-text model")
 
     @classmethod
@@ -161,7 +161,7 @@ class Perplexity(Scorer):
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """A causal model."""
-        if not is_causal(architecture):
+        if model_kind(architecture, config) != "causal":
             raise wrong_model(task, shown, architecture, "a causal language model")
 
     def length(self, index: int) -> int:
@@ -208,11 +208,9 @@ def _sum(logits: Tensor, tokens: Sequence[int], start: int) -> float:
 
 
 def pad_right(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), int64 (B, T)."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in sequences], device=device)
-    lengths = torch.tensor([len(tokens) for tokens in sequences], device=device)
-    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
+    """Lay sequences side by side on a device: ids and mask, int64 (B, T)."""
+    ids, mask = pad(sequences)
+    return ids.to(device), mask.long().to(device)
 
 
 def read_choices(examples: Examples) -> tuple[list[list[str]], list[int]]:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from neuron_methods.evaluation.examples import Examples
-from neuron_methods.evaluation.models import computing_dtype, open_model
+from neuron_methods.evaluation.models import open_model
 from neuron_methods.evaluation.scoring import RunningTask, TaskResult, start_task
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
+from neuron_methods.models.loading import computing_dtype
 from neuron_methods.support.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -32,9 +32,9 @@ from neuron_methods.evaluation.tuning.trace import (
     Trace,
     Trial,
     fingerprint_of_examples,
-    fingerprint_of_models,
 )
 from neuron_methods.models.processes import process_state
+from neuron_methods.models.reference import ModelName
 from neuron_methods.plugin.merging import plan_merge
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
@@ -261,7 +261,7 @@ def _identity(
     return {
         "set of parameters": sorted(names),
         "configuration": recipe.source_at(dict.fromkeys(names)),
-        "state of the models' files": fingerprint_of_models([recipe.base, *recipe.experts]),
+        "state of the models' files": [ModelName.parse(model).fingerprint for model in (recipe.base, *recipe.experts)],
         "set of tasks": [
             {"name": t.name, "kind": t.kind, "metric": t.metric, "settings": dict(t.settings)} for t, _ in prepared
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,3 @@ def fingerprint_of_examples(examples: Examples) -> str:
     for sample in examples.samples:
         digest.update(repr((sample.row, sample.values)).encode())
     return digest.hexdigest()[:16]
-
-
-def fingerprint_of_models(models: Sequence[str]) -> str:
-    """Tells whether models' files were written anew; a model of the hub is known by its name."""
-    facts = []
-    for model in models:
-        for part in model.split("+"):
-            files = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
-            facts.append((part, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
