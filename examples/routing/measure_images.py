@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     material = Material(arguments.config, arguments.routed)
     base = read_config(arguments.config).base_model
-    processor = load_processor("image processor", Place(base), base)
+    processor = load_processor("AutoImageProcessor", Place(base), base)
     names = material.routed.experts
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure, in this order")
     arguments = parser.parse_args()
     material = Material(arguments.config, arguments.routed)
-    tokenizer = load_processor("tokenizer", Place.parse(material.config.base_model), "base_model")
+    tokenizer = load_processor("AutoTokenizer", Place.parse(material.config.base_model), "base_model")
     names = material.routed.experts
     tasks = {task.name: first_examples(task, arguments.examples) for task in held_out_tasks(arguments.demo)}
 

@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_model(
-    name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None
+    name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None, *, merged: bool = False
 ) -> Iterator[tuple[Any, torch.device]]:
     """Load a model with its adapter, if it has one, for as long as the block lasts.
 
-    The adapter stays unmerged: nothing is rounded, and offloaded weights stay offloaded.
+    The adapter stays unmerged unless asked for: nothing is rounded, and offloaded weights stay offloaded.
 
     Args:
         name: of the model.
         dtype: as for `models.loading.load_weights`.
         max_memory: accelerate's bounds per device, by default what is free.
+        merged: merge the adapter, so that the model's modules are those of its base.
 
     Yields:
         The model as transformers makes it, all weights frozen, and the device where its inputs go.
@@ -52,7 +53,10 @@ def opened_model(
     with placed_weights(name.base, where, dtype, max_memory) as model:
         if name.adapter is not None:
             directory = adapter_directory(name.adapter.path, name.adapter.revision)
-            load_adapters(model, {"default": directory}, {"default": f"{where}: the adapter"}, allow_pickle=True)
+            labels = {"default": f"{where}: the adapter"}
+            adapted = load_adapters(model, {"default": directory}, labels, allow_pickle=True)
+            if merged:
+                model = adapted.merge_and_unload()
         yield model.eval().requires_grad_(False), process_state().device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,11 +25,16 @@ class ImageFeeder(Feeder):
     columns = ("image", "label")
     columns_for_loss = 2
 
-    def __init__(self, processor: Any, config: Any, has_loss: bool) -> None:
-        """`processor` makes pixels of images, `config` tells the model's classes apart."""
-        self.processor = processor
-        self.config = config
-        self.has_loss = has_loss
+    def __init__(self, processor: Any, config: Any, has_loss: bool, classes: Collection[int] | None = None) -> None:
+        """Make a feeder.
+
+        Args:
+            processor: makes pixels of images.
+            config: tells the model's classes apart.
+            has_loss: whether the model has a head that says classes.
+            classes: those that count in the loss, where the head has more than the task at hand; None: all.
+        """
+        self.processor, self.config, self.has_loss, self.classes = processor, config, has_loss, classes
 
     def payload_width(self, stream: str) -> int:
         """The characters of an image's name."""
@@ -48,8 +54,13 @@ class ImageFeeder(Feeder):
         return self.processor(images, return_tensors="pt")["pixel_values"]
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Class of the image."""
-        return cross_entropy(output.logits.float(), batch.targets, reduction="sum")
+        """Measure how well the image's class is told, among those that count."""
+        logits = output.logits.float()
+        if self.classes is not None:
+            others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            others[list(self.classes)] = False
+            logits = logits.masked_fill(others, float("-inf"))
+        return cross_entropy(logits, batch.targets, reduction="sum")
 
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
         """The image's name."""
@@ -75,12 +86,14 @@ class ImageFeeder(Feeder):
         return image
 
     def class_of(self, sample: Sample) -> int:
-        """The model's number of a sample's label; raises UserError if it has no such class."""
+        """Find the model's number of a sample's label; raises UserError if it has no such class."""
         label, names = sample.values[1], self.reader.labels
         index = class_index(label, names, self.config)
         if index is None:
             shown = names[label] if isinstance(label, int) and names and 0 <= label < len(names) else label
             raise self.wrong_value(sample, 1, f"one of the model's {self.config.num_labels} labels, not {shown!r}")
+        if self.classes is not None and index not in self.classes:
+            raise UserError(f"{self.reader.label}: class {index} of row {sample.row} is none of the labels that count")
         return index
 
 

@@ -25,12 +25,12 @@ def make_feeder(
     kind = model_kind(architecture, model.config)
 
     def images() -> ImageFeeder:
-        processor = load_processor("image processor", name.base, where)
+        processor = load_processor("AutoImageProcessor", name.base, where)
         return ImageFeeder(processor, model.config, has_loss=kind == "image-classification")
 
     if kind != "image-text" and model.main_input_name == "pixel_values":
         return images()
-    tokenizer = load_processor("tokenizer", name.base, where)
+    tokenizer = load_processor("AutoTokenizer", name.base, where)
     limit = min(max_length, text_limit(model.config) or max_length)
     if kind == "image-text":
         return ImageTextFeeder(images(), TextFeeder(tokenizer, limit, context, causal=False))

@@ -107,15 +107,28 @@ def parse_source(text: str) -> DataSource:
     if Path(location).exists():
         split = fields[0] if len(fields) == 2 else None
         return DataSource(name, location, True, None, split, _columns(fields[-1] if fields else "", text))
+    is_local(location, f"--data {text}")
     hub = _HUB_ID.fullmatch(location)
-    if hub is None or _format_of(location) or Path(location).is_absolute():
-        raise UserError(f"--data {text}: there is no file or folder {location!r}")
+    assert hub is not None
     if not fields:
         raise UserError(
             f"--data {text}: there is no file or folder {location!r}, and a data set of the hub needs a split: "
             f"{name}={location}:train"
         )
     return DataSource(name, hub["id"], False, hub["config"], fields[0], _columns("".join(fields[1:]), text))
+
+
+def is_local(location: str, where: str) -> bool:
+    """Tell whether a source is a file or folder; False for what may be a data set of the hub.
+
+    Raises:
+        UserError: it can only be a file or folder, and is not there; `where` is for the message.
+    """
+    if Path(location).exists():
+        return True
+    if not _HUB_ID.fullmatch(location) or _format_of(location) or Path(location).is_absolute():
+        raise UserError(f"{where}: there is no file or folder {location!r}")
+    return False
 
 
 def _columns(text: str, argument: str) -> tuple[str, ...]:

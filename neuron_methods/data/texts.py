@@ -17,14 +17,20 @@ from neuron_methods.data.batching import pad
 from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
 from neuron_methods.data.sources import Sample, SourceReader
 from neuron_methods.data.tokens import SeenLately, TokenBatch, decoder_identity, prefix_identity, sequence_identity
+from neuron_methods.support.errors import UserError
 
 NO_TOKEN = -1
 
 
 class TextFeeder(Feeder):
-    """Decoders with a causal loss, and other text models without one."""
+    """Decoders with a causal loss, and other text models without one.
+
+    Attributes:
+        truncates: whether texts are cut off at `max_length`; else longer ones are refused.
+    """
 
     columns = ("text",)
+    truncates: bool = True
 
     def __init__(self, tokenizer: Any, max_length: int, context: int, causal: bool, separator: str = "\n") -> None:
         """Make a feeder whose exemplars show `context` tokens on either side; `separator` joins two columns."""
@@ -90,9 +96,21 @@ class TextFeeder(Feeder):
         return [sample.values[column] for sample in samples]
 
     def tokenize(self, texts: list[str], special: bool = True) -> list[list[int]]:
-        """Token ids, at most `max_length` per text."""
-        options = {"truncation": True, "max_length": self.max_length, "add_special_tokens": special}
-        return self.tokenizer(texts, **options)["input_ids"]
+        """Make token ids, at most `max_length` per text; raises UserError for a longer one that is not to be cut."""
+        options = {"truncation": True, "max_length": self.max_length} if self.truncates else {}
+        sequences = self.tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
+        self.refuse_long(texts, sequences)
+        return sequences
+
+    def refuse_long(self, texts: list[str], sequences: list[list[int]]) -> None:
+        """Raise UserError if one of the texts has too many tokens."""
+        for text, tokens in zip(texts, sequences, strict=True):
+            if len(tokens) > self.max_length:
+                raise UserError(
+                    f"{self.reader.label}: a sample is {len(tokens)} tokens long ({text[:30]!r}...), and "
+                    f"{self.max_length} is the limit (max_length, or what the model can read); shorten it or raise the "
+                    "limit"
+                )
 
     def stream(self, name: str, ids: Tensor, mask: Tensor, identity: Tensor, samples: list[Sample]) -> TokenBatch:
         """The tokens of one stream, each with the window around it; `ids`, `mask` and `identity` are (B, T)."""

@@ -34,12 +34,12 @@ class Processors:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; raises UserError if there is none."""
-        return load_processor("tokenizer", self._name.base, f"model {self._name.shown}")
+        return load_processor("AutoTokenizer", self._name.base, f"model {self._name.shown}")
 
     @cached_property
     def image_processor(self) -> Any:
         """The image processor; raises UserError if there is none."""
-        return load_processor("image processor", self._name.base, f"model {self._name.shown}")
+        return load_processor("AutoImageProcessor", self._name.base, f"model {self._name.shown}")
 
 
 @dataclass(frozen=True)

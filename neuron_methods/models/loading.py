@@ -9,21 +9,18 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from neuron_methods.models.kinds import Processor
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import listed, one_line
-
-Processor = Literal["tokenizer", "image processor"]
-
-_PROCESSORS = {"tokenizer": "AutoTokenizer", "image processor": "AutoImageProcessor"}
 
 
 def read_config(place: Place, where: str) -> PretrainedConfig:
@@ -139,12 +136,14 @@ def computing_dtype(dtype: str) -> str:
     return dtype
 
 
-def load_processor(what: Processor, place: Place, where: str) -> Any:
+def load_processor(processor: Processor, place: Place, where: str) -> Any:
     """Load the tokenizer or image processor saved beside a model; raises UserError if there is none."""
-    loader = getattr(transformers, _PROCESSORS[what])
+    what = "tokenizer" if processor == "AutoTokenizer" else "image processor"
     try:
         with quiet_transformers():
-            return loader.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
+            return getattr(transformers, processor).from_pretrained(
+                place.path, revision=place.revision, trust_remote_code=False
+            )
     except ImportError as error:
         raise UserError(f"{where}: its {what} needs another package: {one_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:

@@ -72,7 +72,7 @@ def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> Neuro
     labels = {layer: [GENERAL] * count for layer, count in profile.layers.items()}
     seen: set[tuple[str, int]] = set()
     for name, neuron, group, where in _read_labels(Path(path)):
-        layer = _layer(profile, name, where)
+        layer = profile.find_layer(name, where)
         try:
             index = int(neuron)
         except (TypeError, ValueError):
@@ -96,15 +96,6 @@ def describe_groups(groups: NeuronGroups) -> Iterator[str]:
     rows += [[layer, *(str(of_group[name]) for name in groups.groups)] for layer, of_group in counts.items()]
     rows.append(["all", *(str(sum(of_group[name] for of_group in counts.values())) for name in groups.groups)])
     yield from columns(rows)
-
-
-def _layer(profile: NeuronProfile, name: Any, where: str) -> str:
-    """The key of a layer given by its key, or by its number where only one layer has it."""
-    found = [key for key in profile.layers if str(name) in (key, key.rsplit(".", 1)[-1])]
-    if len(found) != 1:
-        problem = f"could be {', '.join(found)}" if found else f"is none of {', '.join(profile.layers)}"
-        raise UserError(f"{where}: layer {name!r} {problem}")
-    return found[0]
 
 
 def _read_labels(path: Path) -> Iterator[Label]:

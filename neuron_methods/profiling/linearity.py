@@ -100,7 +100,7 @@ def measure_linearity(
         UserError: the base cannot be loaded, is of an unknown family, or the data cannot be read.
     """
     name = ModelName.parse(str(planned.base))
-    with load_model(name, "float32") as loaded:
+    with load_model(name, "float32", merged=True) as loaded:
         layers = {layer.key: (layer, _mlp(loaded.model, layer)) for layer in loaded.neurons.layers}
         if data:
             inputs = _read_inputs(name, loaded, {k: m for k, (_, m) in layers.items()}, data, samples, tokens, seed)

@@ -49,12 +49,14 @@ def read_neurons(name: ModelName) -> NeuronMap:
 
 
 @contextmanager
-def load_model(name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None) -> Iterator[LoadedModel]:
+def load_model(
+    name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None, *, merged: bool = False
+) -> Iterator[LoadedModel]:
     """Load a model whose neurons are known, as `adapters.live.opened_model` does.
 
     Raises:
         UserError: as there, and as `read_neurons`.
     """
     neurons = read_neurons(name)
-    with opened_model(name, dtype, max_memory) as (model, device):
+    with opened_model(name, dtype, max_memory, merged=merged) as (model, device):
         yield LoadedModel(model, neurons, device)

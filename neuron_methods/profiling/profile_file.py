@@ -151,7 +151,7 @@ class NeuronProfile:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of the data sources."""
+        """Names of the data sources."""
         return tuple(self.info.sources)
 
     @property
@@ -159,12 +159,24 @@ class NeuronProfile:
         """Key of each layer -> its number of neurons."""
         return self.info.layers
 
+    def find_layer(self, name: Any, where: str) -> str:
+        """Find the key of a layer given by its key, or by its number where only one layer has that number.
+
+        Raises:
+            UserError: there is no such layer, or several; `where` is for the message.
+        """
+        found = [key for key in self.layers if str(name) in (key, key.rsplit(".", 1)[-1])]
+        if len(found) != 1:
+            problem = f"could be {', '.join(found)}" if found else f"is none of {', '.join(self.layers)}"
+            raise UserError(f"{where}: layer {name!r} {problem}")
+        return found[0]
+
     def tokens(self, source: str, layer: str) -> int:
-        """How many tokens of a source a layer read."""
+        """Count the tokens of a source that a layer read."""
         return self.info.sources[self._source(source)].tokens[self._layer(layer)]
 
     def statistic(self, name: str, source: str, layer: str) -> Tensor:
-        """A statistic of a layer's neurons on a source, float32 (neurons,).
+        """Get a statistic of a layer's neurons on a source, float32 (neurons,).
 
         Raises:
             UserError: there is no such source, layer or statistic in this profile.
@@ -175,11 +187,11 @@ class NeuronProfile:
         return self.tensors[f"{self._source(source)}/{self._layer(layer)}/{name}"]
 
     def top_activations(self, source: str, layer: str) -> Tensor:
-        """The activations of the exemplars, float32 (neurons, top), by descending size; 0 in empty places."""
+        """Get the activations of the exemplars, float32 (neurons, top), by descending size; 0 in empty places."""
         return self.tensors[f"{self._source(source)}/{self._layer(layer)}/{TOP_ACTIVATION}"]
 
     def exemplars(self, source: str, layer: str, neuron: int) -> list[Exemplar]:
-        """The tokens of a source that drive a neuron furthest, by descending |activation|.
+        """Get the tokens of a source that drive a neuron furthest, by descending |activation|.
 
         Raises:
             UserError: there is no such source, layer or neuron, or the JSONL file is missing or damaged.
@@ -253,12 +265,12 @@ class NeuronProfile:
 
 
 def exemplars_path(profile: Path) -> Path:
-    """The JSONL file beside a profile."""
+    """Name the JSONL file beside a profile."""
     return profile.with_name(profile.name.removesuffix(".safetensors") + ".exemplars.jsonl")
 
 
 def read_exemplars(profile: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` exemplars of the file beside a profile; more may be there from an interrupted run.
+    """Read the first `count` exemplars of the file beside a profile; more may be there from an interrupted run.
 
     Raises:
         UserError: it is missing, damaged or too short.

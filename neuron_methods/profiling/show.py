@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
-from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import columns
 
 
@@ -33,7 +32,7 @@ def describe_profile(profile: NeuronProfile) -> Iterator[str]:
 
 def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Iterator[str]:
     """List for each source the layer's `count` neurons of the largest mean |activation|."""
-    layer = find_layer(profile, layer)
+    layer = profile.find_layer(layer, "--layer")
     for source in profile.sources:
         mean = profile.statistic("mean_abs", source, layer)
         yield f"{layer}, {source}: most active of {len(mean)} neurons ({profile.tokens(source, layer)} tokens)"
@@ -48,7 +47,7 @@ def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Itera
 
 def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator[str]:
     """Describe one neuron: its statistics on every source, and the tokens that drive it furthest, marked »so«."""
-    layer = find_layer(profile, layer)
+    layer = profile.find_layer(layer, "--layer")
     exemplars = {source: profile.exemplars(source, layer, neuron) for source in profile.sources}
     gated = "fires: the gate is open" if layer in profile.info.gated else "fires: the activation is positive"
     yield f"{layer}, neuron {neuron} of {profile.layers[layer]} ({gated})"
@@ -63,23 +62,6 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
         for exemplar in found:
             place = "" if "image" in exemplar.text else f", position {exemplar.position}"
             yield f"  {exemplar.activation:>10.4g}  {_in_context(exemplar)}  (row {exemplar.row}{place})"
-
-
-def find_layer(profile: NeuronProfile, layer: str) -> str:
-    """Find the key of a layer given by its key, or by its number alone if only one layer has that number.
-
-    Raises:
-        UserError: there is no such layer, or several.
-    """
-    if layer in profile.layers:
-        return layer
-    found = [key for key in profile.layers if key.rsplit(".", 1)[-1] == layer]
-    if len(found) == 1:
-        return found[0]
-    place = profile.path or "the profile"
-    if found:
-        raise UserError(f"--layer {layer}: {place} has {len(found)} layers of this number: {', '.join(found)}")
-    raise UserError(f"--layer {layer}: {place} has no such layer (there are: {', '.join(profile.layers)})")
 
 
 def _in_context(exemplar: Exemplar) -> str:

@@ -13,7 +13,7 @@ import torch
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.models.loading import device_map, load_processor
 from neuron_methods.models.reference import Place
-from neuron_methods.routing.base import processor_of
+from neuron_methods.routing.base import routable_kind
 from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.routed_files import routed_directory
 from neuron_methods.routing.routes import Routing
@@ -76,7 +76,7 @@ def answer(
     directory = routed_directory(routed)
     own = any((directory / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
     place = Place(str(directory)) if own else Place.parse(model.base_reference)
-    processor = load_processor(processor_of(model.kind), place, routed)
+    processor = load_processor(routable_kind(model.base).processor, place, routed)
     if model.kind == "image-classification":
         if prompts:
             raise UserError(f"{routed}: classifies images; give --image FILE instead of --prompt")

@@ -1,17 +1,13 @@
-"""The frozen base: loading it, what kind of model it is, and where its layers are."""
+"""The frozen base: loading it, and what kind of model it is."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
-from torch import nn
-
-from neuron_methods.models.kinds import model_kind
-from neuron_methods.models.loading import Processor, load_weights
+from neuron_methods.models.kinds import KindFacts, facts_of
+from neuron_methods.models.loading import load_weights
 from neuron_methods.models.reference import ModelName
 from neuron_methods.support.errors import UserError
-
-Routable = Literal["causal", "text-to-text", "image-classification"]
 
 
 def load_base(reference: str, where: str, *, dtype: str = "auto", device_map: Any = None) -> Any:
@@ -34,28 +30,14 @@ def load_base(reference: str, where: str, *, dtype: str = "auto", device_map: An
     return model
 
 
-def routable_kind(model: Any, where: str = "the base model") -> Routable:
-    """Name what a model does, by its class.
+def routable_kind(model: Any, where: str = "the base model") -> KindFacts:
+    """Look up what a model does, by its class.
 
     Raises:
         UserError: it neither generates text nor classifies images.
     """
     name = type(model).__name__
-    kind = model_kind(name, model.config)
-    if kind not in get_args(Routable):
+    facts = facts_of(name, bool(model.config.is_encoder_decoder))
+    if facts is None or facts.kind not in ("causal", "text-to-text", "image-classification"):
         raise UserError(f"{where}: {name} cannot be routed; causal, text-to-text and image-classification models can")
-    return kind
-
-
-def processor_of(kind: Routable) -> Processor:
-    """Name what makes the inputs of a kind of model."""
-    return "image processor" if kind == "image-classification" else "tokenizer"
-
-
-def body_of(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """Find what computes hidden states from the inputs (of an encoder-decoder the encoder), and its layers in order."""
-    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UserError(f"{type(model).__name__}: no list of layers in it, so there are no hidden states to route by")
-    return body, max(lists, key=len)
+    return facts

@@ -19,8 +19,8 @@ from neuron_methods.adapters.live import save_adapter, stored_dtype
 from neuron_methods.models.loading import device_map, input_device, load_processor
 from neuron_methods.models.reference import Place
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
-from neuron_methods.routing.base import load_base, processor_of, routable_kind
-from neuron_methods.routing.data import BackgroundSamples, CalibrationLoss, ExpertSamples
+from neuron_methods.routing.base import load_base, routable_kind
+from neuron_methods.routing.data import SampleDrawer, Samples, fingerprint_of_samples
 from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import (
     adapter_directories,
@@ -95,11 +95,8 @@ def build_routed_model(
     if options.force and target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
         raise UserError(f"{out}: holds no routed model, so --force does not replace it; choose another name")
     run = _Run(config, configuration, directories, options, report)
-    report(
-        describe_plan(
-            config, run.mixer.layers, [(len(s.train), len(s.calibration)) for s in run.samples.values()], run.read
-        )
-    )
+    counts = [(len(parts["train"]), len(parts["calibration"])) for parts in run.samples.values()]
+    report(describe_plan(config, run.mixer.layers, counts, run.read))
     if options.dry_run:
         return
     work = Stages(options.work_dir or target.parent / f".{target.name}.work", "mergekit-neuron route")
@@ -141,21 +138,17 @@ class _Run:
         base = load_base(
             config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=device_map(options.device)
         )
-        self.kind = routable_kind(base)
+        kind = routable_kind(base)
         self.read = resolve_layers(base, config.router.layer, f"{where}: router.layer")
         place = Place.parse(config.base_model)
-        self.processor = load_processor(processor_of(self.kind), place, f"{where}: base_model")
+        self.processor = load_processor(kind.processor, place, f"{where}: base_model")
         self.peft_model = load_experts(base, directories, self.where)
         self.mixer = AdapterMixer(self.peft_model, list(directories))
         self.base = base
         self.data = {expert.name: (expert.data, expert.calibration) for expert in config.experts}
-        self.samples = {
-            expert.name: ExpertSamples(expert, config, base, self.processor, self.kind) for expert in config.experts
-        }
-        self.background = [
-            BackgroundSamples(data, number, config, base, self.processor, self.kind)
-            for number, data in enumerate(config.background)
-        ]
+        drawer = SampleDrawer(config, base, self.processor, kind.kind)
+        self.samples = {expert.name: drawer.of_expert(expert) for expert in config.experts}
+        self.background = [drawer.of_background(number, data) for number, data in enumerate(config.background)]
         self.models_key = [place.state(), config.dtype]
 
     def reference(self, target: Path) -> str:
@@ -166,8 +159,8 @@ class _Run:
         """Pool hidden states of all training and all calibration samples."""
         parts: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
         labels: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
-        for number, (name, samples) in enumerate(self.samples.items()):
-            states = self._states(name, samples, work)
+        for number, name in enumerate(self.samples):
+            states = self._states(name, self.samples[name], work)
             for part in parts:
                 parts[part].append(states[part])
                 labels[part].append(torch.full((len(states[part]),), number))
@@ -176,21 +169,20 @@ class _Run:
 
     def background_inputs(self, work: Stages) -> torch.Tensor | None:
         """Pool hidden states of what no expert is for, None if there is nothing."""
-        found = [self._states(samples.name, samples, work)["train"] for samples in self.background]
+        found = [self._states(f"background-{i}", p, work)["train"] for i, p in enumerate(self.background)]
         return torch.cat(found) if found else None
 
-    def _states(self, name: str, samples: ExpertSamples, work: Stages) -> dict[str, torch.Tensor]:
+    def _states(self, name: str, parts: dict[str, Samples], work: Stages) -> dict[str, torch.Tensor]:
         pooling = self.config.router.pooling
-        key = [*self.models_key, samples.fingerprint(), self.read, pooling]
+        key = [*self.models_key, fingerprint_of_samples(parts), self.read, pooling]
 
         def build(place: Path) -> dict[str, Any]:
             tensors = {}
-            total = len(samples.train) + len(samples.calibration)
-            what = f"{name}: inputs"
-            with progress_bar(total=total, what=what, unit="sample", shown=self.options.progress) as bar:
-                for part in samples.parts:
+            options = {"total": sum(map(len, parts.values())), "unit": "sample", "shown": self.options.progress}
+            with progress_bar(what=f"{name}: inputs", **options) as bar:
+                for part, samples in parts.items():
                     pooled = []
-                    for inputs in samples.inputs(part):
+                    for inputs in samples.inputs():
                         pooled.append(pooled_states(self.base, inputs, self.read, pooling).cpu())
                         bar.update(len(pooled[-1]))
                     tensors[part] = torch.cat(pooled)
@@ -203,20 +195,18 @@ class _Run:
     def enhance(self, name: str, work: Stages) -> tuple[Enhanced, Path]:
         """Make or take the expert's enhancement and the directory of its adapter."""
         settings = self.config.enhancement
-        samples = self.samples[name]
-        text = self.config.text.model_dump()
         key = [
             *self.models_key,
             Place(self.directories[name]).state(),
             settings.model_dump(),
-            text,
-            samples.fingerprint(),
+            self.config.text.model_dump(),
+            fingerprint_of_samples(self.samples[name]),
             *(list(data.labels) for data in self.data[name] if data is not None and data.labels is not None),
         ]
 
         def build(place: Path) -> dict[str, Any]:
             if settings.enabled:
-                loss = CalibrationLoss(*samples.labelled(settings.samples))
+                loss = self.samples[name]["calibration"].loss(settings.samples)
                 with progress_bar(what=f"{name}: layers", unit="layer", shown=self.options.progress) as bar:
 
                     def progress(done: int, total: int) -> None:

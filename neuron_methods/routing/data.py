@@ -4,262 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from neuron_methods.data.batching import batched, by_length, pad
 from neuron_methods.data.feeders import Batch, Feeder
 from neuron_methods.data.images import ImageFeeder
-from neuron_methods.data.sources import DataSource, Sample, SourceReader
+from neuron_methods.data.sources import DataSource, Sample, SourceReader, is_local
 from neuron_methods.data.texts import TextFeeder, TextToTextFeeder, target_loss
-from neuron_methods.models.kinds import text_limit
+from neuron_methods.models.kinds import Kind, text_limit
 from neuron_methods.models.loading import input_device
-from neuron_methods.routing.base import Routable
-from neuron_methods.routing.route_yaml import Data, Expert, RouteConfig, Text
+from neuron_methods.routing.route_yaml import Data, Expert, RouteConfig
 from neuron_methods.support.errors import UserError
 
 FEWEST = 4  # calibration samples that can be halved and still hold something
 
 
-class _Refusing(TextFeeder):
-    """Refuses texts that it would have to cut off."""
-
-    def tokenize(self, texts: list[str], special: bool = True) -> list[list[int]]:
-        """Token ids; raises UserError for a text of more than `max_length`."""
-        sequences = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-        for text, tokens in zip(texts, sequences, strict=True):
-            self.refuse_long(text, len(tokens))
-        return sequences
-
-    def refuse_long(self, text: str, tokens: int) -> None:
-        """Raise UserError if so many tokens are too many."""
-        if tokens > self.max_length:
-            raise UserError(
-                f"{self.reader.label}: a sample is {tokens} tokens long ({text[:30]!r}...), and {self.max_length} is "
-                "the limit (text.max_length, or the base model's context); shorten it or raise the limit"
-            )
-
-
-class TargetFeeder(_Refusing, TextToTextFeeder):
-    """Text-to-text models: input for the encoder, target for the decoder."""
-
-
-class PromptFeeder(_Refusing):
+class PromptFeeder(TextFeeder):
     """A decoder's input and target as one sequence; the loss is over the target."""
 
     columns = ("input", "target")
     columns_for_loss = 2
-
-    def __init__(self, tokenizer: Any, text: Text, max_length: int) -> None:
-        """Feed texts of up to `max_length` tokens, joined and ended as `text` says."""
-        super().__init__(tokenizer, max_length, context=0, causal=True, separator=text.separator)
-        self.end = [tokenizer.eos_token_id] if text.end_of_sequence and tokenizer.eos_token_id is not None else []
+    end: tuple[int, ...] = ()  # of a target
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """Input, separator with target, and the end of the sequence."""
+        """Lay out input, separator with target, and the end of the sequence."""
         texts = self.texts(samples, 0)
         prompts = self.tokenize(texts)
         if len(self.reader.columns) < 2:
             return self.sequences(prompts, [1] * len(prompts), samples)
         answers = self.tokenize([self.separator + text for text in self.texts(samples, 1)], special=False)
-        both = [prompt + answer + self.end for prompt, answer in zip(prompts, answers, strict=True)]
-        for text, tokens in zip(texts, both, strict=True):
-            self.refuse_long(text, len(tokens))
+        both = [[*prompt, *answer, *self.end] for prompt, answer in zip(prompts, answers, strict=True)]
+        self.refuse_long(texts, both)
         return self.sequences(both, [len(prompt) for prompt in prompts], samples)
-
-
-class TaskImageFeeder(ImageFeeder):
-    """Image classifiers whose head may have more classes than the task at hand."""
-
-    def __init__(self, processor: Any, config: Any, classes: Sequence[int] | None) -> None:
-        """Count `classes` alone in the loss; None: all of the head."""
-        super().__init__(processor, config, has_loss=True)
-        self.classes = classes
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Class of the image, among those of the task."""
-        if self.classes is None:
-            return super().loss(output, batch)
-        logits = output.logits.float()
-        others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-        others[list(self.classes)] = False
-        return cross_entropy(logits.masked_fill(others, float("-inf")), batch.targets, reduction="sum")
-
-    def batch(self, samples: list[Sample]) -> Batch:
-        """Pixels and classes; raises UserError for a class that is none of the task's."""
-        batch = super().batch(samples)
-        if self.classes is not None and batch.targets is not None:
-            strange = [target for target in batch.targets.tolist() if target not in self.classes]
-            if strange:
-                raise UserError(f"{self.reader.label}: class {strange[0]} is none of the expert's data.labels")
-        return batch
-
-
-class ExpertSamples:
-    """The samples of one expert.
-
-    Attributes:
-        name: the expert's.
-        train: what the router learns from.
-        calibration: what is held out of that.
-        parts: names of the two.
-        batch_size: samples per forward pass.
-    """
-
-    parts: tuple[str, ...] = ("train", "calibration")
-
-    def __init__(self, expert: Expert, config: RouteConfig, model: Any, processor: Any, kind: Routable) -> None:
-        """Open the sources and draw.
-
-        Raises:
-            UserError: a source cannot be read, a column is missing, or too few samples are there.
-        """
-        self.name = expert.name
-        self.kind = kind
-        self.batch_size = config.batch_size
-        settings = config.router
-        needs_loss = config.enhancement.enabled
-
-        def feeder(data: Data, what: str) -> Feeder:
-            return _open(f"{expert.name}{what}", data, config, model, processor, kind, needs_loss)
-
-        self._train = self._calibration = feeder(expert.data, "")
-        drawn = list(self._train.reader.samples(settings.samples, settings.seed))
-        if expert.calibration is None:
-            held = max(round(settings.holdout * len(drawn)), min(FEWEST, len(drawn)))
-            self.calibration, self.train = drawn[:held], drawn[held:]
-        else:
-            self._calibration = feeder(expert.calibration, ".calibration")
-            wanted = max(round(settings.holdout * settings.samples), config.enhancement.samples)
-            self.train, self.calibration = drawn, list(self._calibration.reader.samples(wanted, settings.seed))
-        for part, samples, source in (
-            ("training", self.train, self._train),
-            ("calibration", self.calibration, self._calibration),
-        ):
-            if len(samples) < FEWEST:
-                raise UserError(
-                    f"expert {expert.name!r}: {len(samples)} {part} samples from {source.reader.label} that are not "
-                    f"empty; {FEWEST} are needed at least"
-                )
-        if needs_loss:
-            self.labelled(config.enhancement.samples)  # what is wrong with them is better known now than in an hour
-
-    def inputs(self, part: str) -> Iterator[dict[str, Tensor]]:
-        """What the router sees of the samples of ``train`` or ``calibration``, in batches: no targets."""
-        feeder = self._train if part == "train" else self._calibration
-        for samples in batched(getattr(self, part), self.batch_size):
-            if isinstance(feeder, ImageFeeder):
-                yield {"pixel_values": feeder.pixels(samples)}
-            else:
-                ids, mask = pad(feeder.tokenize(feeder.texts(samples, 0)))
-                yield {"input_ids": ids, "attention_mask": mask.long()}
-
-    def labelled(self, count: int) -> tuple[Feeder, list[Batch]]:
-        """Batches with targets of the first `count` calibration samples, those of like length together."""
-        samples = self.calibration[:count]
-        if self.kind != "image-classification":
-            order = by_length([sum(map(len, map(str, sample.values))) for sample in samples])
-            samples = [samples[i] for i in order]
-        return self._calibration, [self._calibration.batch(some) for some in batched(samples, self.batch_size)]
-
-    def fingerprint(self) -> str:
-        """Tells apart samples that differ."""
-        digest = hashlib.sha256()
-        for sample in (*self.train, None, *self.calibration):
-            _update(digest, sample and sample.values)
-        return digest.hexdigest()[:16]
-
-
-class BackgroundSamples(ExpertSamples):
-    """Samples that no expert is for: inputs alone, all of them to train on."""
-
-    parts = ("train",)
-
-    def __init__(
-        self, data: Data, number: int, config: RouteConfig, model: Any, processor: Any, kind: Routable
-    ) -> None:
-        """Open the source and draw; errors as for an expert's."""
-        self.name = f"background-{number}"
-        self.kind = kind
-        self.batch_size = config.batch_size
-        self._train = _open(self.name, data, config, model, processor, kind, needs_loss=False)
-        self.train = list(self._train.reader.samples(config.router.samples, config.router.seed))
-        self.calibration = []
-        if not self.train:
-            raise UserError(f"{self._train.reader.label}: all its rows are empty")
-
-
-def _open(
-    name: str, data: Data, config: RouteConfig, model: Any, processor: Any, kind: Routable, needs_loss: bool
-) -> Feeder:
-    """The feeder of a source."""
-    made = _feeder(kind, config.text, model, processor, data.labels)
-    reader = SourceReader(_source(name, data), _defaults(kind, data, made))
-    _refuse_unlabelled(reader, kind, data, needs_loss)
-    # Text-to-text feeders ask for a target even where the loss is not wanted.
-    made.columns_needed = 1
-    made.start(reader, False)
-    return made
-
-
-def _update(digest: Any, value: Any) -> None:
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            _update(digest, part)
-    elif isinstance(value, dict):
-        _update(digest, sorted(value.items(), key=lambda item: item[0]))
-    else:
-        digest.update(value if isinstance(value, bytes) else repr(value).encode())
-        digest.update(b"\0")
-
-
-def _source(name: str, data: Data) -> DataSource:
-    local = Path(data.source).exists()
-    if not local and (Path(data.source).suffix in (".jsonl", ".json", ".csv", ".txt", ".parquet", ".tsv")):
-        raise UserError(f"expert {name!r}: data.source: there is no file {data.source}")
-    if not local and data.split is None:
-        raise UserError(
-            f"expert {name!r}: data.source: there is no file or folder {data.source}, and a data set of the hub needs "
-            "a split"
-        )
-    columns = tuple(data.columns[key] for key in ("text", "input", "image", "target", "label") if key in data.columns)
-    return DataSource(name, data.source, local, data.name, data.split, columns)
-
-
-def _defaults(kind: Routable, data: Data, feeder: Feeder) -> tuple[str, ...]:
-    wanted = {"image", "label"} if kind == "image-classification" else {"input", "target", "text"}
-    wrong = next((key for key in data.columns if key not in wanted), None)
-    if wrong is not None:
-        raise UserError(f"data.columns: {wrong!r} says nothing to a {kind} model (known: {', '.join(sorted(wanted))})")
-    return feeder.columns
-
-
-def _refuse_unlabelled(reader: SourceReader, kind: Routable, data: Data, needs_loss: bool) -> None:
-    if len(reader.columns) >= 2 or not needs_loss or (kind == "causal" and "text" in data.columns):
-        return
-    label = "label" if kind == "image-classification" else "target"
-    raise UserError(
-        f"{reader.label}: labels are missing: no column {label!r}, and enhancement needs a loss; name the column as "
-        f"data.columns.{label}, or set enhancement.enabled: false"
-    )
-
-
-def _feeder(kind: Routable, text: Text, model: Any, processor: Any, classes: Sequence[int] | None) -> Feeder:
-    if kind == "image-classification":
-        wrong = next((c for c in classes or () if not 0 <= c < model.config.num_labels), None)
-        if wrong is not None:
-            raise UserError(f"data.labels: {wrong} is none of the model's {model.config.num_labels} classes")
-        return TaskImageFeeder(processor, model.config, classes)
-    limit = min(text.max_length, text_limit(model.config) or text.max_length)
-    if kind == "text-to-text":
-        return TargetFeeder(processor, limit, 0, model)
-    return PromptFeeder(processor, text, limit)
 
 
 @dataclass(frozen=True)
@@ -290,3 +71,150 @@ class CalibrationLoss:
                 else:
                     total += float(self.feeder.loss(model(**batch.inputs), batch))
         return total / self.samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one source, and the feeder that lays them out."""
+
+    feeder: Feeder
+    samples: list[Sample]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        """Lay out what the router sees, in batches: no targets."""
+        for samples in batched(self.samples, self.batch_size):
+            if isinstance(self.feeder, ImageFeeder):
+                yield {"pixel_values": self.feeder.pixels(samples)}
+            else:
+                ids, mask = pad(self.feeder.tokenize(self.feeder.texts(samples, 0)))
+                yield {"input_ids": ids, "attention_mask": mask.long()}
+
+    def loss(self, count: int) -> CalibrationLoss:
+        """Lay out the first `count` samples with their targets, those of like length together."""
+        samples = self.samples[:count]
+        if not isinstance(self.feeder, ImageFeeder):
+            order = by_length([sum(map(len, map(str, sample.values))) for sample in samples])
+            samples = [samples[i] for i in order]
+        return CalibrationLoss(self.feeder, [self.feeder.batch(some) for some in batched(samples, self.batch_size)])
+
+
+def fingerprint_of_samples(parts: dict[str, Samples]) -> str:
+    """Tell apart samples that differ."""
+    digest = hashlib.sha256()
+    for samples in parts.values():
+        _update(digest, [sample.values for sample in samples.samples])
+        digest.update(b"\1")
+    return digest.hexdigest()[:16]
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            _update(digest, part)
+    elif isinstance(value, dict):
+        _update(digest, sorted(value.items(), key=lambda item: item[0]))
+    else:
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+        digest.update(b"\0")
+
+
+@dataclass(frozen=True)
+class SampleDrawer:
+    """Opens the sources of a configuration for a base, and draws from them.
+
+    Attributes:
+        config: says what to read, and how much of it.
+        model: the base.
+        processor: its tokenizer or image processor.
+        kind: what the base does.
+    """
+
+    config: RouteConfig
+    model: Any
+    processor: Any
+    kind: Kind
+
+    def of_expert(self, expert: Expert) -> dict[str, Samples]:
+        """Draw an expert's samples: ``train`` for the router to learn from, and what is held out, ``calibration``.
+
+        Raises:
+            UserError: a source cannot be read, a column is missing, or too few samples are there.
+        """
+        settings, enhancement = self.config.router, self.config.enhancement
+        train = calibration = self._drawn(expert.name, expert.data, settings.samples, enhancement.enabled)
+        if expert.calibration is None:
+            held = max(round(settings.holdout * len(train)), min(FEWEST, len(train)))
+            train, calibration = (
+                Samples(train.feeder, part, train.batch_size) for part in (train.samples[held:], train.samples[:held])
+            )
+        else:
+            wanted = max(round(settings.holdout * settings.samples), enhancement.samples)
+            calibration = self._drawn(f"{expert.name}.calibration", expert.calibration, wanted, enhancement.enabled)
+        for part, samples in (("training", train), ("calibration", calibration)):
+            if len(samples) < FEWEST:
+                raise UserError(
+                    f"expert {expert.name!r}: {len(samples)} {part} samples from {samples.feeder.reader.label} that "
+                    f"are not empty; {FEWEST} are needed at least"
+                )
+        if enhancement.enabled:
+            calibration.loss(enhancement.samples)  # what is wrong with them is better known now than in an hour
+        return {"train": train, "calibration": calibration}
+
+    def of_background(self, number: int, data: Data) -> dict[str, Samples]:
+        """Draw samples that no expert is for, inputs alone, all of them to train on; errors as for an expert's."""
+        samples = self._drawn(f"background-{number}", data, self.config.router.samples, needs_loss=False)
+        if not samples:
+            raise UserError(f"{samples.feeder.reader.label}: all its rows are empty")
+        return {"train": samples}
+
+    def _drawn(self, name: str, data: Data, count: int, needs_loss: bool) -> Samples:
+        feeder = self._feeder(data)
+        reader = SourceReader(self._source(name, data), feeder.columns)
+        label = "label" if self.kind == "image-classification" else "target"
+        one_text = self.kind == "causal" and "text" in data.columns
+        if needs_loss and len(reader.columns) < 2 and not one_text:
+            raise UserError(
+                f"{reader.label}: labels are missing: no column {label!r}, and enhancement needs a loss; name the "
+                f"column as data.columns.{label}, or set enhancement.enabled: false"
+            )
+        feeder.columns_needed = 1  # text-to-text feeders ask for a target even where the loss is not wanted
+        feeder.start(reader, False)
+        return Samples(feeder, list(reader.samples(count, self.config.router.seed)), self.config.batch_size)
+
+    def _source(self, name: str, data: Data) -> DataSource:
+        known = ("image", "label") if self.kind == "image-classification" else ("text", "input", "target")
+        wrong = next((key for key in data.columns if key not in known), None)
+        if wrong is not None:
+            raise UserError(
+                f"data.columns: {wrong!r} says nothing to a {self.kind} model (known: {', '.join(sorted(known))})"
+            )
+        where = f"expert {name!r}: data.source"
+        local = is_local(data.source, where)
+        if not local and data.split is None:
+            raise UserError(
+                f"{where}: there is no file or folder {data.source}, and a data set of the hub needs a split"
+            )
+        columns = tuple(data.columns[key] for key in known if key in data.columns)
+        return DataSource(name, data.source, local, data.name, data.split, columns)
+
+    def _feeder(self, data: Data) -> Feeder:
+        config, text, processor = self.model.config, self.config.text, self.processor
+        if self.kind == "image-classification":
+            wrong = next((c for c in data.labels or () if not 0 <= c < config.num_labels), None)
+            if wrong is not None:
+                raise UserError(f"data.labels: {wrong} is none of the model's {config.num_labels} classes")
+            return ImageFeeder(processor, config, has_loss=True, classes=data.labels)
+        limit = min(text.max_length, text_limit(config) or text.max_length)
+        feeder: TextFeeder
+        if self.kind == "text-to-text":
+            feeder = TextToTextFeeder(processor, limit, 0, self.model)
+        else:
+            feeder = PromptFeeder(processor, limit, 0, causal=True, separator=text.separator)
+            if text.end_of_sequence and processor.eos_token_id is not None:
+                feeder.end = (processor.eos_token_id,)
+        feeder.truncates = False
+        return feeder

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neuron_methods.routing.data import CalibrationLoss
@@ -204,9 +203,3 @@ def kept_paths(mixer: AdapterMixer, enhanced: Enhanced) -> list[str]:
         for path, module in mixer.modules.items()
         if enhanced.expert in module.lora_A and layer_of(path) in enhanced.core
     ]
-
-
-def core_layers(mixer: AdapterMixer, experts: list[Enhanced]) -> Tensor:
-    """Bool (L, E): True where a layer is not redundant for an expert."""
-    redundant = torch.tensor([[layer in enhanced.redundant for enhanced in experts] for layer in mixer.layers])
-    return ~redundant

@@ -64,7 +64,7 @@ class NeuronRoutedModel(nn.Module):
         self.base_reference = base
         names = [expert.name for expert in routed_config.experts]
         self.mixer = AdapterMixer(peft_model, names)
-        self.kind = routable_kind(self.base)
+        self.kind = routable_kind(self.base).kind
         redundant = [expert.redundant_layers for expert in routed_config.experts]
         self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
         self.router.to(input_device(self.base))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from neuron_methods.models.loading import input_device
-from neuron_methods.routing.base import body_of
 from neuron_methods.support.errors import UserError
 
 Pooling = Literal["moments", "mean", "first", "last"]
@@ -18,6 +17,15 @@ Pooling = Literal["moments", "mean", "first", "last"]
 
 class _Reached(Exception):
     """No error: it ends a forward pass that has gone far enough."""
+
+
+def body_of(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """Find what computes hidden states from the inputs (of an encoder-decoder the encoder), and its layers in order."""
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"{type(model).__name__}: no list of layers in it, so there are no hidden states to route by")
+    return body, max(lists, key=len)
 
 
 def resolve_layers(model: Any, layer: int | Sequence[int] | None, where: str = "router.layer") -> tuple[int, ...]:

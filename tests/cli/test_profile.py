@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from neuron_methods.cli import main
 from neuron_methods.profiling import NeuronProfile
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 def run(*arguments: object):

@@ -9,7 +9,7 @@ import pytest
 
 from neuron_methods.data.sources import SHUFFLE_BUFFER, SourceReader, parse_source
 from neuron_methods.support.errors import UserError
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 def read(text: str, *defaults: str, limit: int = 0, seed: int = 0) -> list[tuple[int, tuple]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.routing.tiny import make_workspace, settings
+from tests.support.routed import make_workspace, settings
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "mergekit-neuron"
 

@@ -9,7 +9,7 @@ import yaml
 
 from neuron_methods.evaluation import load_tasks
 from neuron_methods.evaluation.tasks import Task
-from tests.profiling import tiny
+from tests.support import tiny
 from tests.support.checkpoints import fine_tune
 
 QUESTIONS = [

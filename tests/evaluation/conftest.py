@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation import cases
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`model("llama")`: a saved model of `tests.profiling.tiny`, shared and not to be changed."""
+    """`model("llama")`: a saved model of `tests.support.tiny`, shared and not to be changed."""
     made: dict[str, Path] = {}
 
     def save(kind: str) -> Path:

@@ -11,7 +11,7 @@ import transformers
 from neuron_methods.evaluation import evaluate_model, open_model, read_examples
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from neuron_methods.evaluation import evaluate, evaluate_model, open_model, read
 from neuron_methods.evaluation.score_files import table
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
-from tests.profiling import tiny
+from tests.support import tiny
 from tests.support.checkpoints import edit
 
 
@@ -230,7 +230,7 @@ def test_places_to_write_that_are_none(model, folder, no_loading, place):
 def test_a_routed_model(folder, kind):
     from neuron_methods.routing import NeuronRoutedModel
     from neuron_methods.routing.build import Options, build_routed_model
-    from tests.routing import tiny as routing
+    from tests.support import routed as routing
 
     made = folder / "made"
     made.mkdir()

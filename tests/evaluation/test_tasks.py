@@ -11,7 +11,7 @@ from neuron_methods.evaluation.task_file import choose_tasks
 from neuron_methods.evaluation.tasks import Rows
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from neuron_methods.evaluation.tuning.trace import Trace
 from neuron_methods.plugin import merging
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
-from tests.profiling import tiny
+from tests.support import tiny
 from tests.support.plans import write_groups
 
 L1, L2 = "lambda_parallel", "lambda_orthogonal"

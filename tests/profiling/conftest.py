@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="session")

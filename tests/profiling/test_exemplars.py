@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuron_methods.data.batching import pad
-from neuron_methods.data.tokens import SeenLately, TokenBatch, prefix_identity, sequence_identity
+from neuron_methods.data.tokens import SeenLately, TokenBatch
 from neuron_methods.profiling.exemplars import NOBODY, TopActivations
 
 NEURONS, LENGTH, WIDTH = 5, 4, 3
@@ -104,22 +103,3 @@ def test_several_processes_keep_the_same(processes, seed, samples, kinds, top, s
     asked = iter(tops[0].entries)
     tops[0].gather(lambda values: collected[next(asked)])
     assert kept(tops[0]) == sorted_at_the_end(activations, identities, top)
-
-
-def test_a_token_counts_once_for_each_identity_and_batch():
-    ids, mask = pad([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7]])
-    identity = prefix_identity(ids)
-    assert identity[0, 1] == identity[1, 1] and identity[0, 2] != identity[1, 2]
-    valid = mask.flatten().nonzero().squeeze(1)
-    seen = SeenLately()
-    assert seen.fresh(identity, valid).tolist() == [0, 1, 2, 6, 7]
-    assert seen.fresh(identity, valid).tolist() == []
-
-
-def test_a_token_read_both_ways_depends_on_its_whole_sequence():
-    ids, mask = pad([[5, 6, 7], [5, 6, 8], [5, 6, 7], [5, 6]])
-    identity = sequence_identity(ids, mask)
-    assert (identity[0, :3] == identity[2, :3]).all()
-    assert len(set(identity[0, :3].tolist() + identity[1, :3].tolist() + identity[3, :2].tolist())) == 8
-    alone, _ = pad([[5, 6]])
-    assert (sequence_identity(alone, torch.ones(1, 2, dtype=torch.bool)) == identity[3, :2]).all()

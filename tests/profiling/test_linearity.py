@@ -9,15 +9,18 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from neuron_methods.cli import main
 from neuron_methods.plugin.updates import plan_updates
 from neuron_methods.profiling.linearity import SAME_SIZE, TASK_ARITHMETIC, measure_linearity, relative_error
 from neuron_methods.support.errors import UserError
-from tests.profiling.tiny import build_tokenizer
 from tests.support.checkpoints import FAMILIES, read, save_family
 from tests.support.plans import write_groups
+from tests.support.routed import save_adapter
+from tests.support.tiny import build_tokenizer
 
 torch.set_num_threads(1)
 
@@ -122,6 +125,28 @@ def test_the_command_reads_data_and_writes_json(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "l.json").read_text())
     assert set(content["errors"]) == {"layers.0", "layers.1"}
     assert content["mean"]["expert-a"] > 0
+
+
+def test_the_base_may_be_an_adapter_by_itself(tmp_path: Path) -> None:
+    """Measured as if it had been merged before; its config names the base relative to itself."""
+    config = tmp_path / "merge.yaml"
+    config.write_text(configuration("llama-tied", tmp_path))
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "texts.txt").write_text("one red cat\ntwo green dog and three blue house\n")
+    adapter = save_adapter(tmp_path / "base", "llama", tmp_path / "adapter", seed=1)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "../base"}))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    PeftModel.from_pretrained(loaded, adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    build_tokenizer().save_pretrained(tmp_path / "merged")
+    reports = []
+    for base in ("adapter", "merged"):
+        source = config.read_text().replace(str(tmp_path / "base"), str(tmp_path / base))
+        reports.append(measure_linearity(plan_updates(source), [f"words={tmp_path / 'texts.txt'}"]))
+    alone, merged = reports
+    for layer, errors in merged.errors.items():
+        assert alone.errors[layer] == pytest.approx(errors, rel=1e-3)
+        assert alone.sizes[layer] == pytest.approx(merged.sizes[layer], rel=1e-3)
 
 
 def test_a_configuration_without_a_base_is_refused() -> None:

@@ -14,7 +14,7 @@ from neuron_methods.neurons import neuron_map
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
 from neuron_methods.profiling.profile_file import exemplars_path
 from neuron_methods.support.errors import UserError
-from tests.profiling import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

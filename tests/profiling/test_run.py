@@ -28,8 +28,8 @@ from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.profile_file import exemplars_path
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.support.errors import UserError
-from tests.profiling import tiny
-from tests.routing.tiny import save_adapter
+from tests.support import tiny
+from tests.support.routed import save_adapter
 
 SETTINGS = Settings(batch_size=3, top=4, gradients=True)
 

@@ -11,7 +11,7 @@ import transformers
 
 from neuron_methods.neurons import find_modules, neuron_map
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
-from tests.profiling import tiny
+from tests.support import tiny
 
 TOP = 4
 TEXT_KINDS = ["llama", "mistral", "phi3", "starcoder2", "t5", "t5-gated"]

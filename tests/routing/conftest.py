@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from tests.routing.tiny import make_workspace, settings
+from tests.support.routed import make_workspace, settings
 
 
 @pytest.fixture(autouse=True, scope="session")

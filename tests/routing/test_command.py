@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from neuron_methods.cli import main
 from neuron_methods.routing import is_routed
-from tests.routing.tiny import save_adapter, settings, write_topic
+from tests.support.routed import save_adapter, settings, write_topic
 
 
 def invoke(*args, code=0):
@@ -334,7 +334,7 @@ def test_labels_of_a_task_are_all_that_its_loss_counts(workspace):
     route(content, "--force")
     assert all(loss < 0.9 < other for loss, other in zip(first_losses(), losses[0], strict=True))  # ln 2 and ln 3
     content["experts"][0]["data"]["labels"] = [1, 2]
-    assert "class 0 is none of the expert's data.labels" in refused(content, "--force")
+    assert "class 0 of row 0 is none of the labels that count" in refused(content, "--force")
     content["experts"][0]["data"]["labels"] = [0, 7]
     assert "data.labels: 7 is none of the model's 3 classes" in refused(content, "--force")
 
@@ -387,7 +387,7 @@ def test_sources_and_models_that_are_not_there(workspace):
     workspace("llama")
     content = settings("llama")
     content["experts"][1]["data"]["source"] = "data/none.jsonl"
-    assert "expert 'colours': data.source: there is no file data/none.jsonl" in refused(content)
+    assert "expert 'colours': data.source: there is no file or folder 'data/none.jsonl'" in refused(content)
     assert "base_model: cannot read its config (neither a directory here nor to be had from the hub)" in refused(
         {**settings("llama"), "base_model": "./none", "check_base": False}
     )

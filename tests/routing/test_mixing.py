@@ -7,7 +7,7 @@ from neuron_methods.routing.base import load_base
 from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
 from neuron_methods.support.errors import UserError
-from tests.routing.tiny import EXPERTS
+from tests.support.routed import EXPERTS
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [5, 5, 6, 6, 7]])
 INPUTS = {

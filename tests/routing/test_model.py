@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from neuron_methods import NeuronRoutedModel
 from neuron_methods.routing import is_routed
 from neuron_methods.support.errors import UserError
-from tests.routing.tiny import EXPERTS
+from tests.support.routed import EXPERTS
 
 KINDS = ["llama", "t5", "vit"]
 TEXTS = {"numbers": "one two three one two", "colours": "red green blue", "animals": "cat dog dog cat"}

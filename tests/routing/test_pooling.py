@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from neuron_methods.routing.base import body_of, load_base
-from neuron_methods.routing.pooling import pooled_states, resolve_layers
+from neuron_methods.routing.base import load_base
+from neuron_methods.routing.pooling import body_of, pooled_states, resolve_layers
 from neuron_methods.support.errors import UserError
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])

@@ -242,7 +242,7 @@ def test_data_sets_of_profiles_are_named_where_others_have_them(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from neuron_methods.profiling import Settings, measure_profile
-    from tests.profiling import tiny
+    from tests.support import tiny
 
     profile = tmp_path / "p.safetensors"
     base, texts = tiny.save_model("llama", tmp_path / "base"), tiny.write_texts(tmp_path / "texts.jsonl", 8)

@@ -274,7 +274,7 @@ def test_an_output_that_is_not_whole_is_refused(standin, out, made, tmp_path):
 @pytest.fixture
 def routed(tmp_path):
     """A small routed model; what made it is gone."""
-    from tests.routing.tiny import make_workspace, settings
+    from tests.support.routed import make_workspace, settings
 
     (tmp_path / "made").mkdir()
     folder = make_workspace("llama", tmp_path / "made")
@@ -307,7 +307,7 @@ def test_a_routed_model_is_pushed_and_loads_again(standin, routed, tmp_path):
 
 
 def test_route_checks_the_token_first_and_pushes(standin, tmp_path, monkeypatch):
-    from tests.routing.tiny import make_workspace, settings
+    from tests.support.routed import make_workspace, settings
 
     (tmp_path / "made").mkdir()
     folder = make_workspace("llama", tmp_path / "made")

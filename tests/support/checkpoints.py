@@ -13,11 +13,11 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-_LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-_VISION = {**_LAYERS, "image_size": 8, "patch_size": 4}
-_TEXT = {**_LAYERS, "vocab_size": 40, "max_position_embeddings": 8, "projection_dim": 8}
+LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+VISION = {**LAYERS, "image_size": 8, "patch_size": 4}
+_TEXT = {**LAYERS, "vocab_size": 40, "max_position_embeddings": 8, "projection_dim": 8}
 _T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
-_LLAMA = {**_LAYERS, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 40, "pad_token_id": 0, "eos_token_id": 1}
+_LLAMA = {**LAYERS, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 40, "pad_token_id": 0, "eos_token_id": 1}
 
 _TOKENS = torch.tensor([[3, 4, 5, 1], [6, 7, 8, 1]])
 _PIXELS = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -37,7 +37,7 @@ class Family:
 
 
 def _clip() -> transformers.CLIPConfig:
-    return transformers.CLIPConfig(text_config=_TEXT, vision_config={**_VISION, "projection_dim": 8}, projection_dim=8)
+    return transformers.CLIPConfig(text_config=_TEXT, vision_config={**VISION, "projection_dim": 8}, projection_dim=8)
 
 
 def _t5(feed_forward: str) -> Family:
@@ -59,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     "t5-ungated": _t5("relu"),
     "vit": Family(
         "ViTForImageClassification",
-        lambda: transformers.ViTConfig(**_VISION, num_labels=3),
+        lambda: transformers.ViTConfig(**VISION, num_labels=3),
         {"pixel_values": _PIXELS},
     ),
     "clip-vision": Family("CLIPVisionModel", lambda: _clip().vision_config, {"pixel_values": _PIXELS}),

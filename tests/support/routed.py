@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.profiling.tiny import save_model
+from tests.support.tiny import save_model
 
 TOPICS = {"numbers": ["one", "two", "three", "four"], "colours": ["red", "green", "blue"], "animals": ["cat", "dog"]}
 EXPERTS = tuple(TOPICS)

@@ -9,21 +9,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
+
+from tests.support import tokenizers
+from tests.support.checkpoints import LAYERS, VISION
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = [*NUMBERS, "red", "green", "blue", "cat", "dog", "house", "tree", "and", "or"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
 VOCABULARY = {word: i for i, word in enumerate(SPECIAL + WORDS)}
 
-LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TOKENS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**LAYERS, **TOKENS, "num_key_value_heads": 1, "head_dim": 8}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2, **TOKENS, "decoder_start_token_id": 0}
-VISION = {**LAYERS, "image_size": 8, "patch_size": 4}
 CLIP_TEXT = {**LAYERS, **TOKENS, "max_position_embeddings": 12, "projection_dim": 8}
 LABELS = {"cat": 0, "dog": 1, "tree": 2}
 
@@ -56,12 +54,8 @@ def build_model(kind: str) -> transformers.PreTrainedModel:
 
 def build_tokenizer(*, bos: bool = False) -> transformers.PreTrainedTokenizerFast:
     """One token per word; with `bos` every text begins with <s>."""
-    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    if bos:
-        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return tokenizers.build_tokenizer(SPECIAL + WORDS, "<s>" if bos else None, **names)
 
 
 def save_model(kind: str, folder: Path, *, bos: bool = False) -> Path:
