@@ -32,7 +32,7 @@ def describe_profile(profile: NeuronProfile) -> Iterator[str]:
 
 def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Iterator[str]:
     """List for each source the layer's `count` neurons of the largest mean |activation|."""
-    layer = profile.find_layer(layer, "--layer")
+    layer = profile.find_layer(layer, f"--layer {layer}")
     for source in profile.sources:
         mean = profile.statistic("mean_abs", source, layer)
         yield f"{layer}, {source}: most active of {len(mean)} neurons ({profile.tokens(source, layer)} tokens)"
@@ -47,7 +47,7 @@ def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Itera
 
 def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator[str]:
     """Describe one neuron: its statistics on every source, and the tokens that drive it furthest, marked »so«."""
-    layer = profile.find_layer(layer, "--layer")
+    layer = profile.find_layer(layer, f"--layer {layer}")
     exemplars = {source: profile.exemplars(source, layer, neuron) for source in profile.sources}
     gated = "fires: the gate is open" if layer in profile.info.gated else "fires: the activation is positive"
     yield f"{layer}, neuron {neuron} of {profile.layers[layer]} ({gated})"

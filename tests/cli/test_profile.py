@@ -55,7 +55,7 @@ def test_a_neuron(measured):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layer", "9"], "error: --layer 9: .*no such layer"),
+        (["--layer", "9"], "error: --layer 9: layer '9' is none of layers.0"),
         (["--layer", "0", "--neuron", "24"], "error: .*neurons 0 to 23, not 24"),
     ],
 )
