@@ -35,7 +35,7 @@ def opened_model(
 ) -> Iterator[tuple[Any, torch.device]]:
     """Load a model with its adapter, if it has one, for as long as the block lasts.
 
-    The adapter stays unmerged unless asked for: nothing is rounded, and offloaded weights stay offloaded.
+    The adapter stays unmerged unless asked for, so that nothing is rounded.
 
     Args:
         name: of the model.
@@ -52,6 +52,11 @@ def opened_model(
     where = f"model {name.shown}"
     with placed_weights(name.base, where, dtype, max_memory) as model:
         if name.adapter is not None:
+            if "disk" in getattr(model, "hf_device_map", {}).values():  # peft 0.21 fails there
+                raise UserError(
+                    f"{where}: the base does not fit into memory, and an adapter cannot be put on weights that are on "
+                    "disk; merge the two into a directory first"
+                )
             directory = adapter_directory(name.adapter.path, name.adapter.revision)
             labels = {"default": f"{where}: the adapter"}
             adapted = load_adapters(model, {"default": directory}, labels, allow_pickle=True)
@@ -91,8 +96,9 @@ def load_adapters(
                 weights = load_peft_weights(directory, device="cpu")
                 result = set_peft_model_state_dict(model, weights, adapter_name=name)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
-            raise UserError(f"{labels[name]} does not fit the base model: {reason or first_line(error)}") from None
+            misfit = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+            reason = f"does not fit the base model: {misfit}" if misfit else f"cannot be loaded: {first_line(error)}"
+            raise UserError(f"{labels[name]} {reason}") from None
         if model.peft_config[name].is_prompt_learning:
             raise UserError(f"{labels[name]} learned prompts, it does not change the neurons")
         own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")

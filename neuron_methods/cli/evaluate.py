@@ -9,7 +9,7 @@ import click
 from neuron_methods.cli.common import debug_option
 
 EPILOG = """\b
-MODEL is a directory, a repository of the hub, base+adapter, or a routed model's directory.
+MODEL is a directory, a repository of the hub, an adapter, base+adapter, or a routed model's directory.
 
 \b
 TASKS.yml:

@@ -69,7 +69,7 @@ class ProfileCommand(click.Command):
 @click.option("--overwrite", is_flag=True, help="Start anew if FILE exists.")
 @debug_option
 def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **settings: Any) -> None:
-    """Measure the MLP neurons of MODEL on data: a path, a hub id, or base+adapter.
+    """Measure the MLP neurons of MODEL on data: a path, a hub id, an adapter, or base+adapter.
 
     Per source and neuron: mean |activation|, second moment, firing rate and the tokens that drive it furthest; with
     --gradients also mean |activation × gradient of the loss|. Every model family in neuron_methods/neurons can be

@@ -35,7 +35,7 @@ class Batch:
     targets: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same with inputs and targets on `device`."""
+        """Move inputs and targets to `device`."""
         inputs = {name: values.to(device) for name, values in self.inputs.items()}
         return Batch(inputs, self.streams, None if self.targets is None else self.targets.to(device))
 
@@ -76,12 +76,12 @@ class Feeder(ABC):
             )
 
     def stream_of(self, layer_key: str) -> str:
-        """The stream that a layer reads."""
+        """Name the stream that a layer reads."""
         return ""
 
     @abstractmethod
     def payload_width(self, stream: str) -> int:
-        """The width of the payloads of a stream's exemplars."""
+        """Give the width of the payloads of a stream's exemplars."""
 
     @abstractmethod
     def batch(self, samples: list[Sample]) -> Batch:
@@ -89,14 +89,14 @@ class Feeder(ABC):
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """The sum over the batch of each sample's loss, a scalar."""
+        """Add up over the batch each sample's loss, a scalar."""
 
     @abstractmethod
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
-        """What is behind the payloads of a stream, int32 (exemplars, width), as fields of text."""
+        """Tell what is behind the payloads of a stream, int32 (exemplars, width), as fields of text."""
 
     def wrong_value(self, sample: Sample, column: int, needed: str) -> UserError:
-        """The error about a value that is not what is needed."""
+        """Make the error about a value that is not what is needed."""
         value = sample.values[column]
         return UserError(
             f"{self.reader.label}: column {self.reader.columns[column]!r} of row {sample.row} holds "
@@ -106,5 +106,5 @@ class Feeder(ABC):
 
 
 def orders_and_rows(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """`order` and `row` of samples, int64 (B,) each."""
+    """Read `order` and `row` of samples, int64 (B,) each."""
     return torch.tensor([sample.order for sample in samples]), torch.tensor([sample.row for sample in samples])

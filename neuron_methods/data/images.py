@@ -37,11 +37,11 @@ class ImageFeeder(Feeder):
         self.processor, self.config, self.has_loss, self.classes = processor, config, has_loss, classes
 
     def payload_width(self, stream: str) -> int:
-        """The characters of an image's name."""
+        """Count the characters of an image's name."""
         return NAME_WIDTH
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """Pixels, and classes if there is a head to say them."""
+        """Lay out pixels, and classes if there is a head to say them."""
         order, row = orders_and_rows(samples)
         names = torch.tensor([_encode_name(image_name(sample)) for sample in samples], dtype=torch.int32)
         labelled = self.has_loss and len(self.reader.columns) == 2
@@ -49,7 +49,7 @@ class ImageFeeder(Feeder):
         return Batch({"pixel_values": self.pixels(samples)}, {"": TokenBatch(order, row, names[:, None])}, targets)
 
     def pixels(self, samples: list[Sample]) -> Tensor:
-        """The images as float32 (B, channels, height, width)."""
+        """Make float32 pixels (B, channels, height, width)."""
         images = [self._open(sample).convert("RGB") for sample in samples]
         return self.processor(images, return_tensors="pt")["pixel_values"]
 
@@ -63,7 +63,7 @@ class ImageFeeder(Feeder):
         return cross_entropy(logits, batch.targets, reduction="sum")
 
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
-        """The image's name."""
+        """Tell the image's name."""
         return [{"image": "".join(map(chr, filter(None, name)))} for name in payloads.tolist()]
 
     def _open(self, sample: Sample) -> Any:
@@ -114,15 +114,15 @@ class ImageTextFeeder(Feeder):
         self.texts.start(reader, False)
 
     def stream_of(self, layer_key: str) -> str:
-        """``text_model`` or ``vision_model``."""
+        """Name ``text_model`` or ``vision_model``."""
         return layer_key.split(".")[0]
 
     def payload_width(self, stream: str) -> int:
-        """That of images or of texts."""
+        """Give that of images or of texts."""
         return self._of(stream).payload_width("")
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """Images with their texts; a class that has a name becomes a sentence."""
+        """Lay out images with their texts; a class that has a name becomes a sentence."""
         images = self.images.batch(samples)
         ids = self.texts.tokenize([self._caption(sample) for sample in samples])
         texts = self.texts.sequences(ids, [1] * len(ids), samples)
@@ -130,13 +130,13 @@ class ImageTextFeeder(Feeder):
         return Batch({**images.inputs, **texts.inputs}, streams)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Which text belongs to which image, and the other way round."""
+        """Measure how well it is told which text belongs to which image, and the other way round."""
         logits = output.logits_per_image.float()
         which = torch.arange(len(logits), device=logits.device)
         return (cross_entropy(logits, which, reduction="sum") + cross_entropy(logits.T, which, reduction="sum")) / 2
 
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
-        """Of an image its name, of a text the token in its context."""
+        """Tell of an image its name, of a text the token in its context."""
         return self._of(stream).describe("", payloads)
 
     def _of(self, stream: str) -> Feeder:
@@ -152,7 +152,7 @@ class ImageTextFeeder(Feeder):
 
 
 def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:
-    """The number of a label among a model's classes: by its name if both know names, else as it stands.
+    """Find the number of a label among a model's classes: by its name if both know names, else as it stands.
 
     Args:
         label: as the data has it, a number or a name.
@@ -175,7 +175,7 @@ def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:
 
 
 def image_name(sample: Sample) -> str:
-    """What an image is called in a profile: folder and file as far as known, else its row."""
+    """Say what an image is called in a profile: folder and file as far as known, else its row."""
     value = sample.values[0]
     path = value.get("path") if isinstance(value, dict) else value
     return "/".join(path.split("/")[-2:]) if isinstance(path, str) and path else f"row {sample.row}"

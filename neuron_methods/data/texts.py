@@ -47,11 +47,11 @@ class TextFeeder(Feeder):
         self._seen = {}
 
     def payload_width(self, stream: str) -> int:
-        """The token and its context on both sides."""
+        """Count the token and its context on both sides."""
         return 2 * self.context + 1
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """One sequence per sample."""
+        """Lay out one sequence per sample."""
         texts = self.texts(samples, 0)
         if len(self.reader.columns) < 2:
             return self.sequences(self.tokenize(texts), [1] * len(texts), samples)
@@ -73,11 +73,11 @@ class TextFeeder(Feeder):
         )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Next token."""
+        """Measure how well the next token is told."""
         return target_loss(output.logits, batch.targets)
 
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
-        """The token and the text before and after it."""
+        """Tell the token and the text before and after it."""
         windows = payloads.tolist()
         before, with_token, whole = (
             self.tokenizer.batch_decode([[t for t in window[:end] if t != NO_TOKEN] for window in windows])
@@ -89,7 +89,7 @@ class TextFeeder(Feeder):
         ]
 
     def texts(self, samples: list[Sample], column: int) -> list[str]:
-        """The values of a column, which must be text."""
+        """Read the values of a column, which must be text."""
         for sample in samples:
             if not isinstance(sample.values[column], str):
                 raise self.wrong_value(sample, column, "text")
@@ -113,7 +113,7 @@ class TextFeeder(Feeder):
                 )
 
     def stream(self, name: str, ids: Tensor, mask: Tensor, identity: Tensor, samples: list[Sample]) -> TokenBatch:
-        """The tokens of one stream, each with the window around it; `ids`, `mask` and `identity` are (B, T)."""
+        """Describe one stream's tokens, each with the window around it; `ids`, `mask` and `identity` are (B, T)."""
         margin = torch.full((len(ids), self.context), NO_TOKEN)
         around = torch.cat((margin, ids.masked_fill(~mask, NO_TOKEN), margin), dim=1).int()
         windows = around.unfold(1, 2 * self.context + 1, 1)
@@ -135,17 +135,17 @@ class TextToTextFeeder(TextFeeder):
     columns_needed = columns_for_loss = 2
 
     def __init__(self, tokenizer: Any, max_length: int, context: int, model: PreTrainedModel) -> None:
-        """`model` knows how targets become the decoder's inputs."""
+        """Make a feeder; `model` knows how targets become the decoder's inputs."""
         super().__init__(tokenizer, max_length, context, causal=True)
         self.model = model
         self.has_loss = "ForConditionalGeneration" in type(model).__name__
 
     def stream_of(self, layer_key: str) -> str:
-        """``encoder`` or ``decoder``."""
+        """Name ``encoder`` or ``decoder``."""
         return layer_key.split(".")[0]
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """Inputs and targets, padded apart."""
+        """Lay out inputs and targets, padded apart."""
         ids, mask = pad(self.tokenize(self.texts(samples, 0)))
         targets, target_mask = pad(self.tokenize(self.texts(samples, 1)))
         labels = targets.masked_fill(~target_mask, -100)
@@ -162,12 +162,12 @@ class TextToTextFeeder(TextFeeder):
         )
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Tokens of the target."""
+        """Measure how well the target's tokens are told."""
         return target_loss(output.logits, batch.targets)
 
 
 def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy, the mean over the targets of each sample, added up over samples.
+    """Measure the cross-entropy, the mean over the targets of each sample, added up over samples.
 
     Args:
         logits: (B, T, vocabulary).

@@ -41,11 +41,11 @@ class TokenBatch:
     fresh: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same on `device`."""
+        """Move everything to `device`."""
         return TokenBatch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
 
     def entries(self, tokens: Tensor, length: int) -> Entries:
-        """Everything but the activation of the given tokens (any shape), samples being `length` tokens long."""
+        """Look up everything but the activation of the given tokens (any shape), samples being `length` tokens long."""
         sample, position = tokens // length, tokens % length
         order = self.order[sample]
         identity = order * (1 << 20) + position if self.identity is None else self.identity[sample, position]
@@ -66,7 +66,7 @@ class SeenLately:
         self._table = torch.zeros(size, dtype=torch.int64)
 
     def fresh(self, identity: Tensor, valid: Tensor) -> Tensor:
-        """Those of the `valid` tokens, int64 (V,), that are the first of their identity, int64 (B, T); in order."""
+        """Find the `valid` tokens, int64 (V,), that are the first of their identity, int64 (B, T); in order."""
         hashes = identity.flatten()[valid]
         known = self._table[hashes % len(self._table)] == hashes
         self._table[hashes % len(self._table)] = hashes
@@ -78,20 +78,20 @@ class SeenLately:
 
 
 def prefix_identity(ids: Tensor) -> Tensor:
-    """A hash of every token and all before it, int64 (B, T)."""
+    """Hash every token and all before it, int64 (B, T)."""
     powers = torch.full((ids.shape[1],), _PRIME).cumprod(0)  # wraps around at 64 bits, as do the sums
     return _mixed(((ids + 1) * powers).cumsum(1))
 
 
 def sequence_identity(ids: Tensor, mask: Tensor) -> Tensor:
-    """A hash of every token's place and its whole sequence, int64 (B, T)."""
+    """Hash every token's place and its whole sequence, int64 (B, T)."""
     powers = torch.full((ids.shape[1],), _PRIME).cumprod(0)
     whole = ((ids + 1) * mask * powers).sum(1, keepdim=True)
     return _mixed(whole * _PRIME + torch.arange(ids.shape[1]))
 
 
 def decoder_identity(ids: Tensor, read: Tensor) -> Tensor:
-    """A hash of every token that a decoder is given, all before it, and all that its encoder read, int64 (B, T).
+    """Hash every token that a decoder is given, all before it, and all that its encoder read, int64 (B, T).
 
     Args:
         ids: (B, T), what the decoder is given.

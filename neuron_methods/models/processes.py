@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def process_state() -> PartialState:
-    """Which process this is, of how many, and its device.
+    """Find out which process this is, of how many, and its device.
 
     Without a GPU, accelerate finds the other processes only if it is told that the CPU is meant.
     """
@@ -20,7 +20,7 @@ def process_state() -> PartialState:
 
 
 def add_up(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on the device where it is."""
+    """Add up a tensor over all processes, on the device where it is."""
     state = process_state()
     if state.num_processes == 1:
         return values
@@ -28,7 +28,7 @@ def add_up(values: Tensor) -> Tensor:
 
 
 def collect(values: Tensor) -> Tensor:
-    """A tensor of all processes, one behind the other along the first axis."""
+    """Stack a tensor of all processes, one behind the other along the first axis."""
     state = process_state()
     if state.num_processes == 1:
         return values

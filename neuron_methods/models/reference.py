@@ -138,12 +138,12 @@ def base_of(config: Mapping[str, Any], directory: str, where: str) -> Place:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path can only mean a directory: no repository of the hub is named like it."""
+    """Tell whether a path can only mean a directory: no repository of the hub is named like it."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/") or os.path.isabs(path)
 
 
 def same_model(found: str, wanted: str, adapter_directory: str | None = None) -> bool | None:
-    """Whether two names mean one model.
+    """Tell whether two names mean one model.
 
     Directories are one model if they are one directory or hold the same weights: a base may have been copied or
     downloaded since. Weights are compared by name, dtype and shape of all tensors and a sample of each one's bytes.
@@ -234,7 +234,7 @@ def local_directory(path: str, revision: str | None = None, cache_dir: str | Non
 
 
 def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
-    """Whether a path or repository holds an adapter and not a whole model.
+    """Tell whether a path or repository holds an adapter and not a whole model.
 
     A training directory may hold the model's config beside the adapter; what counts is whether it holds a model's
     weights.

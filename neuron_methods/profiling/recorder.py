@@ -57,7 +57,7 @@ class LayerRecord:
         self.sums.add_taylor(_pick(activations, batch.valid).float(), _pick(gradient, batch.valid).float())
 
     def state(self) -> dict[str, Tensor]:
-        """Everything recorded so far, to be stored."""
+        """Hand out everything recorded so far, to be stored."""
         tokens = torch.tensor(self.sums.tokens)
         return {"tokens": tokens, **self.sums.sums, **self.top.entries}
 

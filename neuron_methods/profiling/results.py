@@ -15,7 +15,7 @@ from neuron_methods.profiling.recorder import Recorder
 
 
 def source_tensors(recorder: Recorder, source: str, lines: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one source in a profile; `lines` comes from `describe_exemplars`."""
+    """Make the tensors of one source in a profile; `lines` comes from `describe_exemplars`."""
     tensors = {}
     for key, record in recorder.records.items():
         for name, values in record.sums.means().items():
@@ -28,7 +28,7 @@ def source_tensors(recorder: Recorder, source: str, lines: dict[str, Tensor]) ->
 def describe_exemplars(
     recorder: Recorder, feeder: Feeder, source: str, first_line: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Every exemplar once, and for each layer which of them its neurons have.
+    """Describe every exemplar once, and for each layer which of them its neurons have.
 
     Returns:
         Layer -> line numbers, int32 (neurons, top), -1 in empty places; and the lines themselves, numbered from

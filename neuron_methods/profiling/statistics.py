@@ -64,5 +64,5 @@ class NeuronSums:
         self.sums = {name: add_up(values) for name, values in self.sums.items()}
 
     def means(self) -> dict[str, Tensor]:
-        """The statistics, float32 (neurons,) on the CPU; 0 where no token was seen."""
+        """Form the statistics, float32 (neurons,) on the CPU; 0 where no token was seen."""
         return {name: (values / max(self.tokens, 1)).float().cpu() for name, values in self.sums.items()}

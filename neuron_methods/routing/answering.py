@@ -37,11 +37,11 @@ class Answer:
     sample: int
 
     def as_text(self) -> str:
-        """Three lines."""
+        """Show it in three lines."""
         return f"{self.given}\n  answer:  {self.answer}\n  routing: {self.routing.describe(self.sample)}"
 
     def as_json(self) -> str:
-        """One line."""
+        """Show it in one line."""
         routing, i = self.routing, self.sample
         weights = {name: round(float(routing.weights[i, routing.names.index(name)]), 6) for name in routing.experts[i]}
         content = {

@@ -65,12 +65,12 @@ class Enhanced:
     trace: tuple[Step, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Turn it into plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Enhanced:
-        """What `to_json` made."""
+        """Read what `to_json` made."""
         trace = tuple(Step(**step) for step in content["trace"])
         return cls(**{**content, "trace": trace, **{k: tuple(content[k]) for k in ("core", "redundant")}})
 
@@ -191,13 +191,13 @@ def _masked(
 
 
 def untouched(mixer: AdapterMixer, expert: str) -> Enhanced:
-    """An expert as it is, for a routed model without enhancement: every layer it changes is core."""
+    """Take an expert as it is, for a routed model without enhancement: every layer it changes is core."""
     own = [path for path, module in mixer.modules.items() if expert in module.lora_A]
     return Enhanced(expert, tuple(dict.fromkeys(layer_of(path) for path in own)), (), 1.0, 0, ())
 
 
 def kept_paths(mixer: AdapterMixer, enhanced: Enhanced) -> list[str]:
-    """The modules whose updates an enhanced expert still has."""
+    """Name the modules whose updates an enhanced expert still has."""
     return [
         path
         for path, module in mixer.modules.items()

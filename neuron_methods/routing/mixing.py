@@ -28,7 +28,7 @@ _LAYER = re.compile(r"(.*?\.\d+)(\.|$)")
 
 
 def layer_of(path: str) -> str:
-    """The layer that a module belongs to; a module outside all layers (embedding, head) is one by itself."""
+    """Name the layer that a module belongs to; a module outside all layers (embedding, head) is one by itself."""
     found = _LAYER.match(path)
     return found[1] if found else path
 
@@ -89,15 +89,15 @@ class AdapterMixer:
             self._mixture.reset(token)
 
     def uniform(self, weights: Tensor) -> Tensor:
-        """Coefficients (1, L, E) that give every layer the same `weights`, (E,)."""
+        """Make coefficients (1, L, E) that give every layer the same `weights`, (E,)."""
         return weights.float().expand(1, len(self.layers), -1)
 
     def only(self, expert: str) -> Tensor:
-        """Coefficients (1, L, E) of one expert as it is."""
+        """Make coefficients (1, L, E) of one expert as it is."""
         return self.uniform(torch.tensor([float(name == expert) for name in self.experts]))
 
     def index_of(self, path: str) -> int:
-        """The layer that a module belongs to, as an index of the coefficients' middle axis."""
+        """Find the layer that a module belongs to, as an index of the coefficients' middle axis."""
         return self._index[path]
 
     def delta(self, path: str, expert: str) -> Tensor | None:

@@ -105,7 +105,7 @@ class NeuronRoutedModel(nn.Module):
         return self.mixer.experts
 
     def can_generate(self) -> bool:
-        """Whether the base generates text."""
+        """Tell whether the base generates text."""
         return self.base.can_generate()
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class NeuronRoutedModel(nn.Module):
         return Routing(self.experts, probabilities.float(), weights, scores, self.router.threshold, coefficients)
 
     def forward(self, *, routing: Routing | None = None, return_routing: bool = False, **inputs: Any) -> Any:
-        """The base's forward, each sample with its experts.
+        """Run the base's forward, each sample with its experts.
 
         Args:
             routing: of `route`; by default the inputs are routed (all tokens of them: to score an answer behind a
@@ -164,7 +164,7 @@ class NeuronRoutedModel(nn.Module):
         return_routing: bool = False,
         **options: Any,
     ) -> Any:
-        """The base's generate: routes once on the prompt, then holds.
+        """Run the base's generate: routes once on the prompt, then holds.
 
         Args:
             inputs: ``input_ids``, if not given by name.
@@ -187,7 +187,7 @@ class NeuronRoutedModel(nn.Module):
 
     @torch.no_grad()
     def as_static(self, weights: Mapping[str, float] | Tensor) -> Any:
-        """The plain model of fixed coefficients: θ₀ + Σ_e c_e τ_e; no adapter, no router, no routing.
+        """Make the plain model of fixed coefficients: θ₀ + Σ_e c_e τ_e; no adapter, no router, no routing.
 
         Args:
             weights: one coefficient per expert, the same in all layers; or float (L, E), one per layer and expert, such

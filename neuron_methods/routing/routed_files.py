@@ -101,7 +101,7 @@ class RoutedConfig:
             raise UserError(f"{path}: damaged ({error}); {_AGAIN}") from None
 
     def base_reference(self, directory: Path) -> str:
-        """Where the base is: a hub id, or the path of a directory."""
+        """Say where the base is: a hub id, or the path of a directory."""
         if not self.base_is_local:
             return self.base_model
         return str(Path(os.path.normpath(directory / self.base_model)))
@@ -113,12 +113,12 @@ class RoutedConfig:
 
 
 def is_routed(path: str | os.PathLike[str]) -> bool:
-    """Whether a local directory holds a routed model."""
+    """Tell whether a local directory holds a routed model."""
     return (Path(path) / CONFIG_NAME).is_file()
 
 
 def reference_to(base: str, directory: Path) -> str:
-    """How routed_config.json in `directory` names a base: hub ids as they are, directories relative to it."""
+    """Name a base as routed_config.json in `directory` does: hub ids as they are, directories relative to it."""
     if not os.path.isdir(base):
         return base
     try:
@@ -129,7 +129,7 @@ def reference_to(base: str, directory: Path) -> str:
 
 
 def routed_directory(path_or_repo: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The local directory of a routed model; one of the hub is downloaded.
+    """Find the local directory of a routed model; one of the hub is downloaded.
 
     Raises:
         UserError: there is none.

@@ -47,7 +47,7 @@ class Router(nn.Module):
         ood_score: OodScore = "combined",
         threshold: float = float("-inf"),
     ) -> None:
-        """An untrained router.
+        """Make an untrained router.
 
         Args:
             width: of the hidden states.
@@ -73,20 +73,20 @@ class Router(nn.Module):
         self.register_buffer("gap", torch.ones(2))
 
     def standardised(self, states: Tensor) -> Tensor:
-        """Hidden states with mean 0 and deviation 1 over the training inputs, in the router's dtype and place."""
+        """Bring hidden states to mean 0 and deviation 1 over the training inputs, in the router's dtype and place."""
         return (states.to(self.mean) - self.mean) / self.scale
 
     def logits(self, states: Tensor) -> Tensor:
-        """(B, experts + 1), the last one nobody's; not yet divided by the temperature."""
+        """Compute (B, experts + 1), the last one nobody's; not yet divided by the temperature."""
         return self.outer(functional.gelu(self.inner(self.standardised(states))))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (B, experts), and scores (B,) of which larger ones look more in domain."""
+        """Compute probabilities (B, experts), and scores (B,) of which larger ones look more in domain."""
         logits = self.logits(states) / self.temperature
         return logits[:, :-1].softmax(dim=1), self.scores(states, logits, self.ood_score)
 
     def scores(self, states: Tensor, logits: Tensor, kind: OodScore) -> Tensor:
-        """How much in domain inputs look, (B,); `logits` are divided by the temperature."""
+        """Measure how much in domain inputs look, (B,); `logits` are divided by the temperature."""
         if kind == "probability":
             return logits.softmax(dim=1)[:, :-1].amax(1)
         if kind == "combined":
@@ -140,12 +140,12 @@ class Router(nn.Module):
 
 
 def axes_for(inputs: int, width: int) -> int:
-    """How many axes of the scatter that many inputs can tell: an eighth as many, 64 at most."""
+    """Count how many axes of the scatter that many inputs can tell: an eighth as many, 64 at most."""
     return max(1, min(64, inputs // 8, width - 1))
 
 
 def threshold_for(scores: Tensor, share: float, margin: float = 0.0) -> float:
-    """The largest threshold that at least `share` of the scores reach, less `margin` × its gap to their median."""
+    """Find the largest threshold that at least `share` of the scores reach, less `margin` × its gap to their median."""
     ordered = scores.sort(descending=True).values
     needed = max(1, min(len(ordered), int(-(-share * len(ordered) // 1))))
     threshold = ordered[needed - 1]

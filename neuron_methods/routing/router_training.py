@@ -31,7 +31,7 @@ class Inputs:
         return len(self.labels)
 
     def halves(self) -> tuple[Inputs, Inputs]:
-        """Every expert's inputs dealt out to two, the odd one to the first."""
+        """Deal every expert's inputs out to two, the odd one to the first."""
         turn = torch.empty_like(self.labels)
         for expert in self.labels.unique():
             places = (self.labels == expert).nonzero().squeeze(1)
@@ -60,7 +60,7 @@ class RouterReport:
     training: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Turn it into plain values."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 

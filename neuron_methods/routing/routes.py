@@ -54,12 +54,12 @@ class Routing:
         return len(self.weights)
 
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Routing:
-        """The routing of some of the samples."""
+        """Take the routing of some of the samples."""
         parts = (self.probabilities[index], self.weights[index], self.scores[index])
         return Routing(self.names, *parts, self.threshold, self.coefficients[index])
 
     def describe(self, sample: int) -> str:
-        """One line: ``german 0.98, python 0.02 (score -0.91, threshold -1.34)``."""
+        """Show a sample's routing in one line: ``german 0.98, python 0.02 (score -0.91, threshold -1.34)``."""
         score = f"score {self.scores[sample]:.3g}, threshold {self.threshold:.3g}"
         chosen = self.experts[sample]
         if not chosen:
@@ -70,7 +70,7 @@ class Routing:
 
 
 def chosen_weights(probabilities: Tensor, top_k: int, in_domain: Tensor) -> Tensor:
-    """The weights of the `top_k` most probable experts, renormalised; (B, E) like `probabilities`.
+    """Weigh the `top_k` most probable experts, renormalised; (B, E) like `probabilities`.
 
     Args:
         probabilities: (B, E), rows sum to 1.
@@ -83,7 +83,7 @@ def chosen_weights(probabilities: Tensor, top_k: int, in_domain: Tensor) -> Tens
 
 
 def layer_coefficients(weights: Tensor, core: Tensor, redundant: Redundant = "router", seed: int = 0) -> Tensor:
-    """How much of each expert's update each layer gets, float32 (B, L, E).
+    """Compute how much of each expert's update each layer gets, float32 (B, L, E).
 
     Args:
         weights: (B, E), as `chosen_weights` makes them.

@@ -196,6 +196,14 @@ def test_a_model_larger_than_memory_is_offloaded_to_disk(gradients, llama, texts
     assert_same(NeuronProfile.load(offloaded), NeuronProfile.load(whole))
 
 
+def test_an_adapter_on_a_base_that_does_not_fit_into_memory_is_refused(llama, texts, tmp_path):
+    adapter = save_adapter(llama, "llama", tmp_path / "adapter", seed=1)
+    with pytest.raises(UserError, match="merge the two into a directory first"):
+        measure_profile(
+            f"{llama}+{adapter}", [f"a={texts}"], tmp_path / "p.safetensors", SETTINGS, max_memory={"cpu": 9000}
+        )
+
+
 def test_memory_does_not_grow_with_the_number_of_samples(llama, texts):
     """Live tensors and Python objects after 60 and after 120 batches of fresh texts of equal length."""
     size, generator = 32, random.Random(3)
