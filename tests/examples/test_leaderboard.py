@@ -15,7 +15,6 @@ import report
 import rows as kept_rows
 import scales
 import torch
-import vit
 from common import ZooModels, mean_score
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ import neuron_methods
 from neuron_methods.neurons import infer_neurons
 from neuron_methods.profiling import NeuronProfile
 from neuron_methods.support.errors import UserError
+from tests.support.zoos import build_zoo
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = candidates.candidates(3)
@@ -48,11 +48,7 @@ def board():
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     out = tmp_path_factory.mktemp("leaderboard") / "vit"
-    sizes = {"width": 16, "layers": 1, "pretraining_steps": 3, "steps": 2, "train": 12, "validation": 6, "test": 10}
-    settings = vit.Settings(
-        tasks=("digits-latin", "shapes", "counts"), scripts=("pillow",), latin_faces=("pillow",), **sizes
-    )
-    vit.build_zoo(out, settings, checks=False, say=lambda line: None, progress=False)
+    build_zoo("vit", out, checks=False)
     return out
 
 
