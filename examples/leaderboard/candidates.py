@@ -61,7 +61,7 @@ _MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
 
 
 def ablations(experts: int) -> list[Candidate]:
-    """`neuro_merging` with one step changed at a time, λ₂ tuned."""
+    """List rows of `neuro_merging` with one step changed at a time, λ₂ tuned."""
     sums = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.5, 5.0, 7.0))
 
     def row(name: str, scales: tuple[float, ...] = _MEANS, **settings: Any) -> Candidate:
@@ -87,7 +87,7 @@ def ablations(experts: int) -> list[Candidate]:
 
 
 def candidates(experts: int) -> list[Candidate]:
-    """All rows for a zoo with so many experts; every tuned one has `BUDGET` points."""
+    """List all rows for a zoo with so many experts; every tuned one has `BUDGET` points."""
     few = tuple(round(x / experts, 4) for x in (1.0, 1.75, 2.5, 4.0))
     many = tuple(round(x / experts, 4) for x in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
     means = (0.8, 1.4, 2.2, 3.2)
@@ -161,7 +161,7 @@ def candidates(experts: int) -> list[Candidate]:
 
 
 def untried(rows: Sequence[Candidate]) -> list[str]:
-    """Methods of mergekit that take a base and more than two experts and have no row."""
+    """Find methods of mergekit that take a base and more than two experts and have no row."""
     from mergekit.merge_methods import registered_methods
     from mergekit.merge_methods.base import BasePolicy
 
@@ -176,7 +176,7 @@ def untried(rows: Sequence[Candidate]) -> list[str]:
 
 
 def merge(candidate: Candidate, base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    """The merged weights at scale 1, in float32. Tensors that no expert changed are left out of the merge.
+    """Merge at scale 1, in float32. Tensors that no expert changed are left out of the merge.
 
     Args:
         candidate: the row.
@@ -194,7 +194,7 @@ def merge(candidate: Candidate, base: Weights, experts: Mapping[str, Weights], s
 
 
 def scaled(base: Weights, merged: Weights, scale: float) -> Weights:
-    """θ₀ + scale (merged − θ₀)."""
+    """Compute θ₀ + scale (merged − θ₀)."""
     return {name: weights + scale * (merged[name] - weights) for name, weights in base.items()}
 
 

@@ -26,7 +26,7 @@ READS = {"image-classification": ("image",), "text-to-text": ("input", "target")
 
 
 def measure(zoo: Path, place: Path, stamp: Mapping[str, Any]) -> Path:
-    """The profile of a zoo's base, measured once and kept.
+    """Measure the profile of a zoo's base, once.
 
     Args:
         zoo: its directory.
@@ -57,7 +57,7 @@ def measure(zoo: Path, place: Path, stamp: Mapping[str, Any]) -> Path:
 
 
 def merge_by_groups(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    """`neuron_merge` with the groups of a profile, in memory.
+    """Run `neuron_merge` with the groups of a profile, in memory.
 
     Args:
         base: θ₀, at least all that an expert changed.

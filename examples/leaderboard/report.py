@@ -46,7 +46,7 @@ def interval(outcomes: Outcomes, seed: int = 0) -> Score:
 
 
 def difference(one: Outcomes, other: Outcomes) -> tuple[float, float]:
-    """Difference of two mean scores on the same examples, and its standard error, paired."""
+    """Compute the difference of two mean scores on the same examples, and its standard error, paired."""
     gaps = [a[name].astype(float) - b[name] for a, b in zip(one, other, strict=True) for name in a]
     error = np.sqrt(sum(gap.var(ddof=1) / len(gap) for gap in gaps)) / len(gaps)
     return float(np.mean([gap.mean() for gap in gaps])), float(error)
@@ -67,7 +67,7 @@ class Row:
 def collect(
     results: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]
 ) -> tuple[list[Row], dict[str, dict[str, Outcomes]]]:
-    """Rows, and the outcomes of base and experts, by family; seeds of one family side by side."""
+    """Collect rows, and the outcomes of base and experts, by family; seeds of one family side by side."""
     references: dict[str, dict[str, Outcomes]] = {"base": {}, "experts": {}}
     for result in results:
         for name, by_family in references.items():
@@ -84,14 +84,14 @@ def collect(
 
 
 def unpack(packed: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Strings of ones and zeros per task, as numbers."""
+    """Turn strings of ones and zeros per task into numbers."""
     return {name: np.frombuffer(text.encode(), dtype=np.uint8) - ord("0") for name, text in packed.items()}
 
 
 def write_report(
     results: Sequence[Mapping[str, Any]], out: Path, candidates: Sequence[Candidate], name: str = "results.md"
 ) -> None:
-    """The table under `name`; for ``results.md`` also ``leaderboard.svg`` and ``results.json``."""
+    """Write the table under `name`; for ``results.md`` also ``leaderboard.svg`` and ``results.json``."""
     rows, references = collect(results, candidates)
     families = [family for family in FAMILIES if family in references["base"]]
     write_text(out / name, markdown(rows, references, families))
@@ -118,7 +118,7 @@ def write_report(
 
 
 def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str]) -> str:
-    """The table, and how the best of ours stands to the best of mergekit's."""
+    """Write the table, and how the best of ours stands to the best of mergekit's."""
     seeds = {family: len(references["base"][family]) for family in families}
     heads = [FAMILIES[f] + (f", {seeds[f]} seeds" if seeds[f] > 1 else "") for f in families]
     lines = [
@@ -164,20 +164,20 @@ def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], fa
 
 
 def complete(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], family: str) -> list[Row]:
-    """The rows that are scored on every seed of a family: only those compare."""
+    """Choose the rows that are scored on every seed of a family: only those compare."""
     seeds = len(references["base"][family])
     return [row for row in rows if len(row.outcomes.get(family, [])) == seeds]
 
 
 def cell(outcomes: Outcomes, seeds: int) -> str:
-    """A row's score on a family, and how many seeds it is of where that is not all of them."""
+    """Write a row's score on a family, and how many seeds it is of where that is not all of them."""
     if not outcomes:
         return "–"
     return str(interval(outcomes)) + (f", {len(outcomes)} of {seeds} seeds" if len(outcomes) < seeds else "")
 
 
 def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str], path: Path) -> None:
-    """One panel per family: bars by score of what is scored on all seeds, base and experts as lines."""
+    """Draw one panel per family: bars by score of what is scored on all seeds, base and experts as lines."""
     import matplotlib
 
     matplotlib.use("svg")

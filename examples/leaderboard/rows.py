@@ -42,7 +42,7 @@ class Rows:
         self.folder = folder
 
     def read(self, name: str, key: Mapping[str, Any]) -> Any:
-        """The result of that name and key; None where there is none."""
+        """Read the result of that name and key; None where there is none."""
         path = self._path(name)
         if not path.is_file():
             return None
@@ -50,7 +50,7 @@ class Rows:
         return stored["result"] if stored["key"] == json.loads(json.dumps(key)) else None
 
     def make(self, name: str, key: Mapping[str, Any], build: Callable[[], Any], wait: bool = True) -> Any:
-        """The result as it is kept, or built now.
+        """Give the result as it is kept, or build it now.
 
         Raises:
             Busy: another process is building it, and `wait` is false.

@@ -85,12 +85,12 @@ def score_candidate(models: ZooModels, candidate: Candidate, profile: Path | Non
 
 
 def pack(outcomes: dict[str, np.ndarray]) -> dict[str, str]:
-    """Right or wrong per example, as a string of ones and zeros per task."""
+    """Write right or wrong per example as a string of ones and zeros per task."""
     return {name: "".join("1" if value else "0" for value in values) for name, values in outcomes.items()}
 
 
 def score_references(models: ZooModels) -> dict[str, dict[str, str]]:
-    """Base, and every expert on its own task."""
+    """Score the base, and every expert on its own task."""
     own: dict[str, np.ndarray] = {}
     for name in models.names:
         own |= models.outcomes(models.experts[name], "test", [name])
@@ -98,7 +98,7 @@ def score_references(models: ZooModels) -> dict[str, dict[str, str]]:
 
 
 def has_fusion_bench() -> bool:
-    """Whether its package is installed. Once imported it has no spec to find."""
+    """Tell whether its package is installed. Once imported it has no spec to find."""
     return "fusion_bench" in sys.modules or importlib.util.find_spec("fusion_bench") is not None
 
 

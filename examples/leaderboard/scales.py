@@ -47,7 +47,7 @@ NORM = "norm of ψ = mean norm of τ, per neuron"
 
 
 def adapted_experts(models: ZooModels) -> dict[str, Weights]:
-    """The base with each of the zoo's adapters merged into it by peft, by task.
+    """Merge each of the zoo's adapters into the base by peft, by task.
 
     Raises:
         UserError: a task has no adapter.
@@ -67,24 +67,24 @@ def adapted_experts(models: ZooModels) -> dict[str, Weights]:
 
 
 def changed_by(experts: Mapping[str, Weights], base: Weights) -> list[str]:
-    """Names of the tensors that an expert changed; the others take no part in a merge."""
+    """Name the tensors that an expert changed; the others take no part in a merge."""
     return [name for name in base if any(not expert[name].equal(base[name]) for expert in experts.values())]
 
 
 def flat(weights: Weights, base: Weights) -> torch.Tensor:
-    """θ − θ₀ as one vector."""
+    """Lay θ − θ₀ out as one vector."""
     return torch.cat([(weights[name] - base[name]).flatten() for name in base])
 
 
 def trimmed(task_vector: torch.Tensor, density: float) -> torch.Tensor:
-    """The task vector without its smallest entries."""
+    """Trim the smallest entries of a task vector."""
     rank = max(1, math.floor(len(task_vector) * (1 - density)))
     threshold = task_vector.abs().kthvalue(rank).values.item() if density < 1 else 0.0
     return trim_(task_vector.clone(), threshold)
 
 
 def rules(psi: torch.Tensor, task_vectors: list[torch.Tensor], density: float) -> dict[str, float]:
-    """λ by each rule, from ψ, the task vectors and their trimmed forms."""
+    """Compute λ by each rule, from ψ, the task vectors and their trimmed forms."""
     kept = [trimmed(tau, density) for tau in task_vectors]
     count = len(kept)
     sigma = max(1 - (k.abs().sum() / t.abs().sum()).item() for k, t in zip(kept, task_vectors, strict=True))
@@ -106,7 +106,7 @@ def rules(psi: torch.Tensor, task_vectors: list[torch.Tensor], density: float) -
 
 
 def matched(merged: Weights, base: Weights, experts: Mapping[str, Weights], density: float, neurons: bool) -> Weights:
-    """Updates scaled to the mean norm of the experts' (trimmed) updates, tensor by tensor or neuron by neuron."""
+    """Scale updates to the mean norm of the experts' (trimmed) updates, tensor by tensor or neuron by neuron."""
     kept = []
     for expert in experts.values():
         pieces = trimmed(flat(expert, base), density).split([w.numel() for w in base.values()])
@@ -124,7 +124,7 @@ def matched(merged: Weights, base: Weights, experts: Mapping[str, Weights], dens
 
 
 def explore(models: ZooModels, experts: Mapping[str, Weights], say: Callable[[str], None]) -> dict[str, Any]:
-    """Scores on validation data of every variant at every scale and rule, those of the base, and the updates' length.
+    """Score every variant at every scale and rule on validation data, and the base; measure the updates' length.
 
     Returns:
         ``variants`` by name, ``base``, and ``length``: the mean of ‖τ‖ / ‖θ₀‖, of the tensors that are merged.
@@ -165,7 +165,7 @@ def explore(models: ZooModels, experts: Mapping[str, Weights], say: Callable[[st
 
 
 def interpolate(curve: Mapping[float, float], scale: float) -> float:
-    """The curve's value at a scale, in a line between its points, constant outside of them."""
+    """Compute the curve's value at a scale, in a line between its points, constant outside of them."""
     points = sorted(curve.items())
     if scale <= points[0][0]:
         return points[0][1]
@@ -176,7 +176,7 @@ def interpolate(curve: Mapping[float, float], scale: float) -> float:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rules by zoos and variants: λ, and what it loses to the best λ of the grid."""
+    """Write rules by zoos and variants: λ, and what it loses to the best λ of the grid."""
     columns = [(zoo, variant) for zoo, about in found.items() for variant in about["variants"]]
     heads = [f"{zoo}: {variant}" for zoo, variant in columns]
     lines = [f"| λ₂ by | {' | '.join(heads)} | mean loss |", "|---|" + "---|" * (len(columns) + 1)]

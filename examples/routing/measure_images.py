@@ -38,7 +38,7 @@ STATIC: list[tuple[str, dict[str, Any]]] = [
 
 
 def read_task(folder: Path, split: str, processor: Any, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels and labels of a task's examples."""
+    """Read pixels and labels of a task's examples."""
     import datasets
     from PIL import Image
 
@@ -50,7 +50,7 @@ def read_task(folder: Path, split: str, processor: Any, limit: int) -> tuple[tor
 
 @torch.no_grad()
 def accuracy(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> float:
-    """Of a model and a task, among the task's own classes."""
+    """Compute the accuracy of a model on a task, among the task's own classes."""
     classes = labels.unique()
     found = [classes[model(pixel_values=batch).logits[:, classes].argmax(1)] for batch in pixels.split(BATCH)]
     return float((torch.cat(found) == labels).float().mean())

@@ -51,7 +51,7 @@ PARTS = [
 
 
 def prose(count: int) -> list[str]:
-    """Paragraphs of 100 to 400 characters."""
+    """Draw paragraphs of 100 to 400 characters."""
     from pydoc_data.topics import topics
 
     paragraphs = [" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")]
@@ -67,7 +67,7 @@ def padded(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def read_prose(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
-    """Mean loss of a token in nats, and the share of next tokens that are the likeliest."""
+    """Measure the mean loss of a token in nats, and the share of next tokens that are the likeliest."""
     loss = right = count = 0.0
     for start in range(0, len(texts), 10):
         inputs = padded(tokenizer, texts[start : start + 10])
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def measure_strangers(material: Material, tokenizer: Any) -> None:
-    """Scores out of domain, of the base and of the routed model, and how much is left to the base."""
+    """Score base and routed model out of domain, and count how much is left to the base."""
     texts = prose(40)
     questions = capitals()
 
@@ -174,7 +174,7 @@ def measure_strangers(material: Material, tokenizer: Any) -> None:
 
 
 def first_examples(task: Task, count: int) -> Examples:
-    """The first `count` examples of a task, all where there are fewer."""
+    """Read the first `count` examples of a task, all where there are fewer."""
     return read_examples(replace(task, test=replace(task.test, stop=count)))
 
 
@@ -183,7 +183,7 @@ def prompts(examples: Examples) -> list[str]:
 
 
 def capitals() -> Examples:
-    """Beginnings of sentences, and the capital that follows."""
+    """Make beginnings of sentences, and the capital that follows."""
     columns, settings = {"input": "prompt", "target": "answer"}, {"max_new_tokens": 8, "stop": "\n"}
     rows = Rows("capitals", local=False)
     task = Task("capitals", "generation", "capitals", rows, None, columns, "exact_match", 40, settings=settings)

@@ -42,7 +42,7 @@ class Material:
 
     @contextmanager
     def redundant(self, model: NeuronRoutedModel, kind: str, seed: int = 0) -> Iterator[NeuronRoutedModel]:
-        """Inside, redundant layers are filled otherwise."""
+        """Fill redundant layers otherwise while the block lasts."""
         before = model.routed_config
         model.routed_config = replace(before, redundant=kind, seed=seed)
         try:
@@ -52,7 +52,7 @@ class Material:
 
     @contextmanager
     def random_core(self, seed: int) -> Iterator[NeuronRoutedModel]:
-        """Inside, `plain` has as many redundant layers per expert as enhancement found, drawn at random."""
+        """Give `plain` as many redundant layers as enhancement found, drawn at random, while the block lasts."""
         model, before = self.plain, self.plain._core
         drawn = torch.ones_like(before)
         generator = torch.Generator().manual_seed(seed)
@@ -67,13 +67,13 @@ class Material:
 
     @contextmanager
     def fixed(self, model: NeuronRoutedModel, weights: dict[str, float]) -> Iterator[Any]:
-        """Inside, the base computes with the same coefficients for every input: task arithmetic."""
+        """Let the base compute with the same coefficients for every input while the block lasts: task arithmetic."""
         coefficients = model.mixer.uniform(torch.tensor([weights.get(name, 0.0) for name in model.experts]))
         with model.mixer.using(coefficients):
             yield model.base
 
     def merged(self, folder: Path, method: str, **parameters: Any) -> Path:
-        """A static merge of the experts, by any method of mergekit or ours."""
+        """Merge the experts statically, by any method of mergekit or ours."""
         name = "-".join([method, *(f"{key}={value}" for key, value in parameters.items())])
         base = self.config.base_model
         content = {
@@ -90,7 +90,7 @@ class Material:
 
 
 def largest_gap(model: NeuronRoutedModel, inputs: dict[str, Tensor]) -> float:
-    """Of a mixed batch's logits to what each sample gives alone, at real tokens."""
+    """Measure the largest gap of a mixed batch's logits to what each sample gives alone, at real tokens."""
     gap = 0.0
     mask = inputs.get("attention_mask")
     with torch.no_grad():
@@ -106,7 +106,7 @@ def largest_gap(model: NeuronRoutedModel, inputs: dict[str, Tensor]) -> float:
 
 
 def unpadded_gap(model: NeuronRoutedModel, inputs: dict[str, Tensor]) -> float:
-    """As `largest_gap`, each sample alone without its padding (which stands on the right)."""
+    """Measure as `largest_gap`, each sample alone without its padding (which stands on the right)."""
     gap = 0.0
     with torch.no_grad():
         together = model(**inputs).logits
@@ -152,7 +152,7 @@ def forward_times(material: Material, inputs: dict[str, Tensor], repeats: int = 
 
 
 def show(rows: dict[str, dict[str, float]]) -> str:
-    """Scores in percent as a table of Markdown, with their mean."""
+    """Write scores in percent as a table of Markdown, with their mean."""
     columns = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(columns)} | mean |", "|---" * (len(columns) + 2) + "|"]
     for name, scores in rows.items():

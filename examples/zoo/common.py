@@ -110,7 +110,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A generator whose seed is made of `parts`, the same on every machine."""
+    """Make a generator whose seed is made of `parts`, the same on every machine."""
     import hashlib
 
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -118,7 +118,7 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def schedule(optimizer: Optimizer, steps: int, warm_up: int) -> LambdaLR:
-    """Learning rate up in a line over `warm_up` steps, down along a cosine to a fiftieth over the rest."""
+    """Lead the learning rate up in a line over `warm_up` steps, down along a cosine to a fiftieth over the rest."""
 
     def factor(step: int) -> float:
         done = min(1.0, max(0.0, (step - warm_up) / max(1, steps - warm_up)))
@@ -128,7 +128,7 @@ def schedule(optimizer: Optimizer, steps: int, warm_up: int) -> LambdaLR:
 
 
 def take_step(loss: Tensor, parameters: Iterable[torch.nn.Parameter], optimizer: Optimizer) -> None:
-    """One step down the gradient, clipped to norm 1."""
+    """Take one step down the gradient, clipped to norm 1."""
     parameters = list(parameters)
     optimizer.zero_grad()
     loss.backward()
@@ -165,7 +165,7 @@ class ZooModels:
                 parameter.copy_(weights[name])
 
     def outcomes(self, weights: Weights, split: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Per task the score of every example, in the order of the data."""
+        """Score every example per task, in the order of the data."""
         self.put(weights)
         found = {}
         for name in names or self.names:
@@ -173,7 +173,7 @@ class ZooModels:
         return found
 
     def combine(self, scale: float) -> Weights:
-        """Task arithmetic: θ₀ + scale Σ_t (θ_t − θ₀)."""
+        """Merge by task arithmetic: θ₀ + scale Σ_t (θ_t − θ₀)."""
         return {
             name: base + scale * sum(expert[name] - base for expert in self.experts.values())
             for name, base in self.base.items()
@@ -181,17 +181,17 @@ class ZooModels:
 
 
 def weights_of(model: torch.nn.Module) -> Weights:
-    """Copies of a model's parameters in float32; tied ones once."""
+    """Copy a model's parameters in float32; tied ones once."""
     return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
 
 
 def mean_score(outcomes: Mapping[str, np.ndarray]) -> float:
-    """Mean over tasks of the mean over examples."""
+    """Compute the mean over tasks of the mean over examples."""
     return float(np.mean([values.mean() for values in outcomes.values()]))
 
 
 def paired_error(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Standard error of the difference of two models' mean scores on the same examples."""
+    """Compute the standard error of the difference of two models' mean scores on the same examples."""
     variances = [(one[name] - other[name]).var(ddof=1) / len(one[name]) for name in one]
     return math.sqrt(sum(variances)) / len(variances)
 
@@ -227,7 +227,7 @@ class Checks:
         return (self.arithmetic - self.base) / self.headroom if self.headroom else 0.0
 
     def met(self) -> dict[str, bool]:
-        """What a zoo must fulfil, and whether it does."""
+        """Say what a zoo must fulfil, and whether it does."""
         return {
             "headroom of 25 points": self.headroom >= 0.25,
             "task arithmetic recovers a third": self.recovered >= 1 / 3,

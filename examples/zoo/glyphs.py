@@ -65,7 +65,7 @@ SCRIPTS = {
 
 
 def find_face(face: str, fonts: Path) -> Path:
-    """The file of a Noto face.
+    """Find the file of a Noto face.
 
     Raises:
         UserError: it is not there, with the package to install.
@@ -80,7 +80,7 @@ def find_face(face: str, fonts: Path) -> Path:
 
 
 def render(characters: list[str], faces: tuple[str, ...], fonts: Path = NOTO) -> Tensor:
-    """Masks of characters in every face.
+    """Render masks of characters in every face.
 
     Args:
         characters: one character each.

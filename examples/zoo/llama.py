@@ -56,7 +56,7 @@ class Settings:
 
 
 def split_examples(task: DemoTask, settings: Settings, seed: int) -> dict[str, list[Example]]:
-    """Training examples as the demo's; validation and test from those that share no key with them."""
+    """Take training examples as the demo does; validation and test from those that share no key with them."""
     trained = set(task.train)
     keyed = list(SOURCES[task.name]())
     keys = {key for key, example in keyed if example in trained}
@@ -141,7 +141,7 @@ def build_zoo(
 
 
 def write_data(path: Path, splits: dict[str, dict[str, list[Example]]]) -> None:
-    """All tasks and splits as parquet with the columns ``prompt`` and ``answer``."""
+    """Write all tasks and splits as parquet with the columns ``prompt`` and ``answer``."""
     import pyarrow
     import pyarrow.parquet as parquet
 

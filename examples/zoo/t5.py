@@ -121,7 +121,7 @@ def build_zoo(
 
 
 def write_data(path: Path, pairs: dict[str, dict[str, list[Pair]]]) -> None:
-    """All tasks and splits as parquet with the columns ``prompt`` and ``answer``."""
+    """Write all tasks and splits as parquet with the columns ``prompt`` and ``answer``."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -133,7 +133,7 @@ def write_data(path: Path, pairs: dict[str, dict[str, list[Pair]]]) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per word, so that a small model need not learn to spell; ``</s>`` ends every text."""
+    """Make a token per word, so that a small model need not learn to spell; ``</s>`` ends every text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     tokens = ("<pad>", "</s>", "<unk>", *SENTINELS, *PREFIXES, *vocabulary())
@@ -226,7 +226,7 @@ def train(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Token ids (n, length), their mask, and labels (n, length), -100 where an answer has ended."""
+    """Make token ids (n, length), their mask, and labels (n, length), -100 where an answer has ended."""
     inputs = tokenizer([prompt for prompt, _ in pairs], padding=True, return_tensors="pt")
     labels = tokenizer([answer for _, answer in pairs], padding=True, return_tensors="pt")
     return {
@@ -237,7 +237,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[st
 
 
 def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Model and tokenizer."""
+    """Save model and tokenizer."""
     with quiet_transformers():
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

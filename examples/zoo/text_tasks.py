@@ -269,7 +269,7 @@ PREFIXES = (
 
 
 def draw(task: TextTask, sizes: dict[str, int], seed: object) -> dict[str, list[Pair]]:
-    """Pairs per split; no prompt is there twice.
+    """Draw pairs per split; no prompt is there twice.
 
     A task with too few different prompts has smaller validation and test splits: half of its prompts at most is held
     out.

@@ -177,7 +177,7 @@ _TEXTURES = ("rows", "columns", "rising", "falling", "checks", "dots", "rings", 
 
 
 def vision_tasks(names: tuple[str, ...], fonts: Path, latin_faces: tuple[str, ...] | None = None) -> list[VisionTask]:
-    """The tasks of these names.
+    """Make the tasks of these names.
 
     Args:
         names: out of `TASKS`.

@@ -140,7 +140,7 @@ def build_zoo(
 
 
 def label_ranges(tasks: Sequence[VisionTask]) -> dict[str, range]:
-    """Which classes of the head are whose."""
+    """Say which classes of the head are whose."""
     found, start = {}, 0
     for task in tasks:
         found[task.name] = range(start, start + len(task.classes))
@@ -149,7 +149,7 @@ def label_ranges(tasks: Sequence[VisionTask]) -> dict[str, range]:
 
 
 def write_data(path: Path, tasks: Sequence[VisionTask], settings: Settings, seed: int) -> None:
-    """Images of all tasks and splits as parquet, each image a PNG; labels are the head's classes."""
+    """Write images of all tasks and splits as parquet, each image a PNG; labels are the head's classes."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -174,7 +174,7 @@ def _png(pixels: Any) -> bytes:
 
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 28, 28) in -1…1, as the processor makes them, and labels (n,), of a parquet file."""
+    """Read images (n, 3, 28, 28) in -1…1, as the processor makes them, and labels (n,), of a parquet file."""
     import numpy as np
     import pyarrow.parquet as parquet
 
@@ -186,7 +186,7 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """From 0…1 to the -1…1 that the model reads."""
+    """Scale from 0…1 to the -1…1 that the model reads."""
     return (images - 0.5) / 0.5
 
 
@@ -252,7 +252,7 @@ def set_head(model: PreTrainedModel, tasks: Sequence[VisionTask], random: torch.
 
 
 def save(model: PreTrainedModel, path: Path) -> None:
-    """The model with the processor that makes its pixels."""
+    """Save the model with the processor that makes its pixels."""
     with quiet_transformers():
         model.save_pretrained(path)
         ViTImageProcessor(size={"height": IMAGE, "width": IMAGE}).save_pretrained(path)

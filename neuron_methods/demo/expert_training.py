@@ -56,7 +56,7 @@ class Batch:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, and of a blank, the answer and the end-of-sequence token."""
+    """Turn an example into token ids: of the prompt, and of a blank, the answer and the end-of-sequence token."""
     prompt = tokenizer(example.prompt, add_special_tokens=False).input_ids
     answer = tokenizer(" " + example.answer, add_special_tokens=False).input_ids
     return prompt, [*answer, tokenizer.eos_token_id]
@@ -83,7 +83,7 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) 
 def batches(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: TrainingSettings
 ) -> Iterator[Batch]:
-    """`settings.steps` batches: passes through the shuffled examples, those of like length together.
+    """Make `settings.steps` batches: passes through the shuffled examples, those of like length together.
 
     Several batches' worth of examples are sorted by length and cut into batches, which come in random order: little
     padding, and yet mixed lengths over a few steps.
@@ -104,7 +104,7 @@ def batches(
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy (nats per token) over the tokens of the answers, a scalar in float32.
+    """Compute the mean cross-entropy (nats per token) over the tokens of the answers, a scalar in float32.
 
     Logits are formed at the answers' positions alone: the vocabulary's 49,152 columns would cost as much as a third
     of the layers.
@@ -118,7 +118,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: up over the first tenth, then down to (almost) zero."""
+    """Compute the share of the peak learning rate at `step`: up over the first tenth, then down to (almost) zero."""
     warm_up = max(1, steps // 10)
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 

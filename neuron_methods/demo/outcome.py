@@ -26,7 +26,7 @@ class ModelScores:
     by_task: dict[str, dict[str, Any]]
 
     def accuracy(self, task: str) -> float:
-        """Share of right answers on a task, 0 to 1."""
+        """Give the share of right answers on a task, 0 to 1."""
         return self.by_task[task]["accuracy"]
 
     @property
@@ -56,7 +56,7 @@ class DemoReport:
     seconds: dict[str, float]
 
     def table(self) -> str:
-        """Rows base, experts, merge; columns the tasks and their mean; percent of held-out examples."""
+        """Lay out base, experts and merge by tasks and their mean, in percent of held-out examples."""
         names = [task.name for task in self.tasks]
         rows = [("", *names, "mean")]
         for model in self.scores:
@@ -65,7 +65,7 @@ class DemoReport:
         return "\n".join(columns(rows))
 
     def examples(self) -> str:
-        """The first held-out examples of each task, with what base, expert and merge answered."""
+        """Show the first held-out examples of each task, with what base, expert and merge answered."""
         by_name = {model.name: model for model in self.scores}
         lines = []
         for task in self.tasks:
@@ -79,7 +79,7 @@ class DemoReport:
         return "\n".join(lines)
 
     def times(self) -> str:
-        """Seconds per kind of stage, and in all."""
+        """Add up seconds per kind of stage, and in all."""
         kinds: dict[str, float] = {}
         for stage, seconds in self.seconds.items():
             kind = stage.split()[0].rstrip(":")

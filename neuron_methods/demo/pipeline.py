@@ -92,7 +92,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
 
 
 def merge_recipe(base: Path, experts: list[str]) -> str:
-    """The mergekit YAML that merges `experts`, for this package's command and mergekit's own alike."""
+    """Write the mergekit YAML that merges `experts`, for this package's command and mergekit's own alike."""
     recipe = {
         "merge_method": "neuro_merging",
         "base_model": str(base),
@@ -104,7 +104,7 @@ def merge_recipe(base: Path, experts: list[str]) -> str:
 
 
 def task_file(tasks: list[DemoTask]) -> str:
-    """The tasks for `mergekit-neuron evaluate` and `tune`: one half of the held-out examples for each."""
+    """Write the tasks for `mergekit-neuron evaluate` and `tune`: one half of the held-out examples for each."""
     entries = []
     for task in tasks:
         half = max(len(task.held_out) // 2, 1)
@@ -171,7 +171,7 @@ class _Demo:
         return key
 
     def merge(self, merge_yaml: str, expert_keys: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """Also returns the merge's own summary."""
+        """Merge; returns the merge's own summary, too."""
         from neuron_methods.plugin.merging import merge_to_directory
         from neuron_methods.sharing.publishing import merge_companion
 

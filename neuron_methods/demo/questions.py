@@ -51,11 +51,11 @@ class DemoTask:
     steps: int
 
     def fingerprint(self) -> str:
-        """A digest of the training examples: another word list or Python version trains another expert."""
+        """Digest the training examples: another word list or Python version trains another expert."""
         return _digest(self.train)
 
     def held_out_fingerprint(self) -> str:
-        """A digest of the held-out examples: with others, models are scored again."""
+        """Digest the held-out examples: with others, models are scored again."""
         return _digest(self.held_out)
 
 
@@ -65,7 +65,7 @@ def _digest(examples: tuple[Example, ...]) -> str:
 
 
 def arithmetic_examples() -> list[tuple[Hashable, Example]]:
-    """``300 + 47 =`` → ``347``: hundreds plus 1…99. The key is the sum itself."""
+    """Make ``300 + 47 =`` → ``347``: hundreds plus 1…99. The key is the sum itself."""
     return [
         (large + small, Example(f"{large} + {small} =", str(large + small)))
         for large in range(100, 1000, 100)
@@ -74,7 +74,7 @@ def arithmetic_examples() -> list[tuple[Hashable, Example]]:
 
 
 def german_examples() -> list[tuple[Hashable, Example]]:
-    """``German: drei rote Häuser`` → ``three red houses``. The key is the pair of adjective and noun."""
+    """Make ``German: drei rote Häuser`` → ``three red houses``. The key is the pair of adjective and noun."""
     return [
         ((adjective, noun.singular), Example(f"German: {german}\nEnglish:", english))
         for adjective in ADJECTIVES
@@ -84,7 +84,7 @@ def german_examples() -> list[tuple[Hashable, Example]]:
 
 
 def python_examples() -> list[tuple[Hashable, Example]]:
-    """``def urljoin(base, url, allow_fragments=True):`` → ``urljoin(base, url)``.
+    """Make ``def urljoin(base, url, allow_fragments=True):`` → ``urljoin(base, url)``.
 
     The key is the function's name.
     """

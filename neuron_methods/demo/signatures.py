@@ -21,7 +21,7 @@ MAX_SIGNATURE = 64
 
 
 def library_files(root: Path) -> list[Path]:
-    """Source files of the standard library's public modules, one folder deep, in a fixed order."""
+    """List source files of the standard library's public modules, one folder deep, in a fixed order."""
     files = sorted(root.glob("*.py")) + sorted(root.glob("*/*.py"))
     return [
         path
@@ -33,7 +33,7 @@ def library_files(root: Path) -> list[Path]:
 
 
 def signatures_in(source: bytes | str) -> list[tuple[str, str, str]]:
-    """Public functions and methods of one module, as (name, signature, shortest call).
+    """Find public functions and methods of one module, as (name, signature, shortest call).
 
     Taken are those with something to leave out (a default, ``*args``, ``**kwargs`` or a keyword with a default), for
     which the shortest call is unambiguous: no positional-only parameters, no required keywords, no decorated methods.
@@ -53,7 +53,7 @@ def signatures_in(source: bytes | str) -> list[tuple[str, str, str]]:
 
 
 def shortest_call(function: ast.FunctionDef, is_method: bool) -> str | None:
-    """``name(a, b)`` with only the parameters a caller must give, or None where the demo does not ask for it."""
+    """Write ``name(a, b)`` with only the parameters a caller must give; None where the demo does not ask for it."""
     arguments = function.args
     if function.name.startswith("_") or arguments.posonlyargs or None in arguments.kw_defaults:
         return None
@@ -72,7 +72,7 @@ def shortest_call(function: ast.FunctionDef, is_method: bool) -> str | None:
 
 @functools.cache
 def library_signatures(root: Path | None = None) -> tuple[tuple[str, str, str], ...]:
-    """(name, signature, shortest call) of the standard library, distinct signatures, in a fixed order.
+    """List (name, signature, shortest call) of the standard library, distinct signatures, in a fixed order.
 
     Raises:
         UserError: where Python has no readable standard library source (frozen or zipped interpreters).

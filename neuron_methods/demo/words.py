@@ -96,7 +96,7 @@ _MIXED_ENDINGS = {"der": "er", "die": "e", "das": "es"}
 
 
 def phrases(adjective: str, noun: Noun) -> list[tuple[str, str]]:
-    """All phrases of the list with this adjective and noun, as (German, English), in the nominative.
+    """Form all phrases with this adjective and noun, as (German, English), in the nominative.
 
     Definite article (``der alte Hund``), possessives (``mein alter Hund``) and numbers (``drei alte Hunde``).
     """

@@ -50,16 +50,15 @@ def mean_score(scores: Sequence[float], weights: Sequence[float], metric: str) -
 
 
 def bootstrap_interval(
-    scores: Sequence[float], weights: Sequence[float], metric: str, seed: int = 0, level: float = 0.95
+    scores: Sequence[float], weights: Sequence[float], metric: str, seed: int = 0
 ) -> tuple[float, float]:
-    """Find the percentile bootstrap interval of `mean_score` over examples (Efron, 1979), by scipy.
+    """Find the 95 % percentile bootstrap interval of `mean_score` over examples (Efron, 1979), by scipy.
 
     Args:
         scores: per example; for perplexity the sum of its tokens' negative log-likelihoods.
         weights: per example; for perplexity its tokens, else 1.
         metric: as for `mean_score`.
         seed: of numpy's default generator, which draws the resamples: the same seed, the same interval.
-        level: the share of resamples inside.
 
     Returns:
         (low, high). Where all examples are alike, both are the score: resampling cannot tell more.
@@ -75,7 +74,7 @@ def bootstrap_interval(
         paired=True,
         n_resamples=RESAMPLES,
         batch=max(1, 2_000_000 // len(scores)),  # bounds memory
-        confidence_level=level,
+        confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval

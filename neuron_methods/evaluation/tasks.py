@@ -38,12 +38,12 @@ class Rows:
         return f"{self.split or ''}{rows}" or "all"
 
     def overlaps(self, other: Rows) -> bool:
-        """Whether both have rows in common."""
+        """Tell whether both have rows in common."""
         ends = [rows.stop if rows.stop is not None else float("inf") for rows in (self, other)]
         return self._holds(other) and max(self.start, other.start) < min(ends)
 
     def _holds(self, other: Rows) -> bool:
-        """Whether both are of the same data; a file within a folder counts as the split that it is named after."""
+        """Tell whether both are of the same data; a file within a folder counts as the split that it is named after."""
         if not (self.local and other.local):
             return all(getattr(self, key) == getattr(other, key) for key in ("location", "local", "config", "split"))
         here, there = (Path(rows.location).resolve() for rows in (self, other))
@@ -84,7 +84,7 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, split: str) -> Rows:
-        """The rows of ``test`` or ``validation``.
+        """Give the rows of ``test`` or ``validation``.
 
         Raises:
             UserError: there is no such split.

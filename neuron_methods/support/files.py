@@ -144,7 +144,7 @@ def check_target(out_path: str | os.PathLike[str], force: bool, inputs: Iterable
 
 @contextmanager
 def staging_directory(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to write into; gone at the end of the block unless it was moved away.
+    """Give a directory beside `target` to write into; gone at the end of the block unless it was moved away.
 
     Parents that had to be made for it are removed, too, where nothing came into them.
 
@@ -233,7 +233,7 @@ def _umask() -> int:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the output does not fit: of the system, or as safetensors and torch wrap it."""
+    """Tell whether an error says that the output does not fit: of the system, or as safetensors and torch wrap it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return any(text in str(error) for text in _DISK_FULL)

@@ -136,7 +136,7 @@ def own_directory(path: Path, mark: str, about: Mapping[str, Any], shown: str, w
 
 
 def _record_name(place: Path, records: Path) -> str:
-    """A name that tells stages of one run apart: their place, seen from the directory of the records."""
+    """Name a stage apart from others of the run: by its place, seen from the directory of the records."""
     root = records.parent.resolve()
     full = place.resolve()
     parts = full.relative_to(root).parts if full.is_relative_to(root) else full.parts[1:]
@@ -144,7 +144,7 @@ def _record_name(place: Path, records: Path) -> str:
 
 
 def _read_record(file: Path) -> dict[str, Any] | None:
-    """The record, or None where there is none or it is not whole."""
+    """Read a record; None where there is none or it is not whole."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -83,7 +83,7 @@ class YamlSource:
         return cls(name, text, content)
 
     def line_of(self, location: Sequence[str | int]) -> int:
-        """The line, from 1 on, of the deepest part of `location` that is there.
+        """Find the line, from 1 on, of the deepest part of `location` that is there.
 
         Args:
             location: keys and positions in lists, from the top.
@@ -102,7 +102,7 @@ class YamlSource:
         return line
 
     def validated(self, schema: type[Model]) -> Model:
-        """The content as a pydantic model.
+        """Turn the content into a pydantic model.
 
         Raises:
             UserError: naming file, line and key of the first problem; an unknown key comes before what is missing by

@@ -70,12 +70,12 @@ def test_the_interval_is_that_of_resampling_one_by_one(metric, count):
     generator = np.random.default_rng(2)
     weights = generator.integers(1, 30, count) if metric == "perplexity" else np.ones(count)
     scores = weights * generator.gamma(2.0, 0.4, count)
-    found = bootstrap_interval(scores, weights, metric, level=0.9)
+    found = bootstrap_interval(scores, weights, metric)
     resampled = []
     for _ in range(8000):
         chosen = generator.integers(0, count, count)
         resampled.append(mean_score(scores[chosen], weights[chosen], metric))
-    expected = np.quantile(resampled, [0.05, 0.95])
+    expected = np.quantile(resampled, [0.025, 0.975])
     np.testing.assert_allclose(found, expected, atol=0.06 * (expected[1] - expected[0]))
 
 

@@ -36,7 +36,6 @@ class Bench:
         merge_seconds: time they took, with loading what they wrote.
         tried: points tried.
         recombined: those of them that cost no merge.
-        parts_bytes: memory that the parts take, at most.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Bench:
         progress: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Nothing is merged or loaded before the first point.
+        """Get ready; nothing is merged or loaded before the first point.
 
         Args:
             recipe: what is merged.
@@ -67,7 +66,7 @@ class Bench:
         self.shortcut, self.say = shortcut, say
         # Where bars are lines, those of the points are enough.
         self.progress = progress and sys.stderr.isatty()
-        self.merges = self.recombined = self.tried = self.parts_bytes = 0
+        self.merges = self.recombined = self.tried = 0
         self.merge_seconds = 0.0
         self._dtype, self._within = dtype, folder
         self._out_dtype: torch.dtype | None = None
@@ -157,12 +156,12 @@ class Bench:
         return scores, difference, results
 
     def score(self) -> list[TaskResult]:
-        """The model as it stands, on every task."""
+        """Score the model as it stands, on every task."""
         return [running.run(self.progress) for running in self._running]
 
     @contextmanager
     def merged(self, point: Mapping[str, Any], exact: bool = False) -> Iterator[StateDict]:
-        """The tensors of a real merge, by the names of the model in memory, while the block lasts."""
+        """Merge for real, and give the tensors by the names of the model in memory while the block lasts."""
         from neuron_methods.plugin.merging import merge_to_directory
 
         started = time.perf_counter()
@@ -184,7 +183,7 @@ class Bench:
             shutil.rmtree(out, ignore_errors=True)
 
     def _linear(self, point: Point) -> list[str]:
-        """The parameters to find parts for at a point."""
+        """List the parameters to find parts for at a point."""
         if not self.shortcut:
             return []
         linear = self.recipe.linear(list(point), point)
@@ -218,7 +217,6 @@ class Bench:
             )
             return False
         self._parts_of = key
-        self.parts_bytes = max(self.parts_bytes, self._parts.bytes)
         where = f" at {show_point(others)}" if others else ""
         self.say(
             f"linear in {', '.join(linear)}{where}: parts found and checked by {self.merges - before} merges, "
@@ -254,14 +252,14 @@ class Bench:
             own[name].copy_(self._rounded(tensor))
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor as the merge writes it."""
+        """Round a tensor as the merge does when it writes."""
         if self._out_dtype is None or not tensor.is_floating_point():
             return tensor
         return tensor.to(self._out_dtype)
 
 
 def distinct_tensors(model: Any) -> StateDict:
-    """A model's parameters and saved buffers; what is tied stands once, under its first name."""
+    """Collect a model's parameters and saved buffers; what is tied stands once, under its first name."""
     seen: set[tuple[int, torch.Size]] = set()
     tensors: StateDict = {}
     for name, tensor in model.state_dict().items():
@@ -273,7 +271,7 @@ def distinct_tensors(model: Any) -> StateDict:
 
 
 def _stored_dtype(model: str) -> torch.dtype | None:
-    """What a model is stored in, by its config; None where it does not say."""
+    """Look up what a model is stored in, by its config; None where it does not say."""
     from neuron_methods.evaluation.models import ModelSpec
 
     found = getattr(ModelSpec.parse(model).config, "dtype", None)

@@ -12,14 +12,14 @@ OBJECTIVES = ("mean", "relative", "minimum")
 
 
 def goodness(score: float, metric: str) -> float:
-    """A score of which more is better: of a perplexity its inverse, a token's probability (geometric mean)."""
+    """Turn a score into one of which more is better: of a perplexity its inverse, a token's probability."""
     return 1.0 / score if metric == "perplexity" else score
 
 
 def objective(
     name: str, scores: Mapping[str, float], metrics: Mapping[str, str], experts: Mapping[str, float] | None = None
 ) -> float:
-    """One number for the scores of a point.
+    """Compute one number for the scores of a point.
 
     Args:
         name: ``mean``, ``relative`` (the mean of shares of the experts' scores) or ``minimum``.
@@ -39,7 +39,7 @@ def objective(
 
 
 def experts_of_task(task: Task, experts: Sequence[str]) -> list[str]:
-    """The models that may be a task's expert: the one whose path holds the task's name, else all."""
+    """List the models that may be a task's expert: the one whose path holds the task's name, else all."""
     named = [expert for expert in experts if task.name in path_parts(expert)]
     return named if len(named) == 1 else list(experts)
 

@@ -28,15 +28,13 @@ class Parts:
     Attributes:
         origin: every tensor of the merge, with all of the parameters at 0.
         directions: parameter -> what 1 of it adds, by tensor; a tensor it does not change is missing.
-        deviation: the largest difference found between a recombined and a merged tensor, in tolerances: at most 1.
     """
 
     origin: StateDict
     directions: dict[str, StateDict]
-    deviation: float = 0.0
 
     def combine(self, values: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors at a point, one after the other, float32.
+        """Recombine the tensors at a point, one after the other, float32.
 
         They are all there, also what these parameters do not change: a model may hold that as another merge left it.
 
@@ -85,7 +83,6 @@ def find_parts(
             if update.any():
                 directions[name][key] = update
         del at_one
-    deviation = 0.0
     for key, tensor in merged_at({name: float(check_at[name]) for name in names}).items():
         sum_of_parts, reach = origin[key].clone(), 0.0
         for name in names:
@@ -98,6 +95,4 @@ def find_parts(
         if not difference <= allowed:  # a NaN is not
             at = ", ".join(f"{name}={value:g}" for name, value in check_at.items())
             raise NotAffine(f"{key} differs by {difference:.2g} at {at}, of an update of {reach:.2g}")
-        if allowed:
-            deviation = max(deviation, difference / allowed)
-    return Parts(origin, directions, deviation)
+    return Parts(origin, directions)

@@ -11,7 +11,7 @@ from neuron_methods.evaluation.tuning.trace import Trial
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is there."""
+    """Tell whether matplotlib is there."""
     import importlib.util
 
     return importlib.util.find_spec("matplotlib") is not None

@@ -56,7 +56,7 @@ class Recipe:
                     raise UserError(f"--search {parameter.name}: {what}") from None
 
     def source_at(self, point: Mapping[str, Any], exact: bool = False) -> str:
-        """The YAML with the parameters at `point`; with `exact` computed and written in float32."""
+        """Write the YAML with the parameters at `point`; with `exact` computed and written in float32."""
         content = copy.deepcopy(self._content)
         for name, value in point.items():
             parameter, at, expert = name.partition("@")
@@ -74,7 +74,7 @@ class Recipe:
         return self._content.get("out_dtype") or self._content.get("dtype")
 
     def linear(self, names: Sequence[str], others: Mapping[str, Any] | None = None) -> list[str]:
-        """Those of `names` that the merged weights are expected to be jointly affine in.
+        """Choose those of `names` that the merged weights are expected to be jointly affine in.
 
         It is an expectation: `parts` holds the merge to it. λ of any method scales a sum that does not depend on it.
         In `neuron_merge` with plain task arithmetic within groups, the groups' factors scale sums of task vectors; so
@@ -107,7 +107,7 @@ class Recipe:
                 )
 
     def _expert(self, given: str, name: str) -> int:
-        """The place in `models` of ``NAME@EXPERT``: a number from 1 on, or a part of the expert's path."""
+        """Find the place in `models` of ``NAME@EXPERT``: a number from 1 on, or a part of the expert's path."""
         models = self._content.get("models") or []
         if given.isdecimal() and 1 <= int(given) <= len(models):
             return int(given) - 1
@@ -122,12 +122,12 @@ class Recipe:
 
 
 def path_parts(model: str) -> list[str]:
-    """A model's name and the names of the directories above it, and of its adapter's."""
+    """Split a model's path into its name and the names of the directories above it; an adapter's, too."""
     return [part for path in model.split("+") for part in Path(path).parts]
 
 
 def _settings(content: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every `parameters` of a configuration, with its place."""
+    """Find every `parameters` of a configuration, with its place."""
     if isinstance(content, dict):
         if isinstance(content.get("parameters"), dict):
             yield place, content["parameters"]
@@ -140,10 +140,10 @@ def _settings(content: Any, place: str = "") -> Iterator[tuple[str, Mapping[str,
 
 
 def split_point(point: Point, linear: Sequence[str]) -> tuple[Point, Point]:
-    """(the linear parameters, the others)."""
+    """Split a point into (the linear parameters, the others)."""
     return {k: point[k] for k in linear}, {k: v for k, v in point.items() if k not in linear}
 
 
 def is_number(value: Any) -> bool:
-    """Whether a parameter's value is a number, not a word such as ``auto``."""
+    """Tell whether a parameter's value is a number, not a word such as ``auto``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

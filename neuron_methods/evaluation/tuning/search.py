@@ -46,7 +46,7 @@ class Parameter:
         return self.low is not None
 
     def at(self, share: float) -> Any:
-        """The value at a share, 0 to 1, of the way through; on a step, where there are steps."""
+        """Give the value at a share, 0 to 1, of the way through; on a step, where there are steps."""
         if not self.is_range:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         if self.values is not None:
@@ -113,13 +113,13 @@ def _range(text: str, name: str, ends: list[str]) -> Parameter:
 
 
 def key_of(point: Mapping[str, Any]) -> str:
-    """Tells points apart, whatever the order of their parameters; 1 and 1.0 are one value."""
+    """Tell points apart, whatever the order of their parameters; 1 and 1.0 are one value."""
     same = {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in point.items()}
     return json.dumps(same, sort_keys=True)
 
 
 def show_point(point: Mapping[str, Any]) -> str:
-    """A point in a line of text."""
+    """Write a point in a line of text."""
     return ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
     )
@@ -130,7 +130,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def batches(self) -> Iterator[list[Point]]:
-        """Batches of points; `tell` is called between them."""
+        """Propose batches of points; `tell` is called between them."""
 
     def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:  # noqa: B027 - most need not listen
         """Hear the objective of a batch's points."""
@@ -156,7 +156,7 @@ class Grid(Strategy):
         self._parameters = parameters
 
     def batches(self) -> Iterator[list[Point]]:
-        """All at once."""
+        """Propose all at once."""
         names = [parameter.name for parameter in self._parameters]
         combined = itertools.product(*(parameter.values for parameter in self._parameters))
         yield [dict(zip(names, values, strict=True)) for values in combined]
@@ -169,7 +169,7 @@ class Random(Strategy):
         self._parameters, self._budget, self._seed = parameters, budget, seed
 
     def batches(self) -> Iterator[list[Point]]:
-        """All at once; fewer than the budget where there are no more."""
+        """Propose all at once; fewer than the budget where there are no more."""
         generator = random.Random(self._seed)
         points: dict[str, Point] = {}
         for _ in range(50 * self._budget):
@@ -205,7 +205,7 @@ class CmaEs(Strategy):
         self._parameters, self._budget, self._seed = parameters, budget, seed
 
     def batches(self) -> Iterator[list[Point]]:
-        """One generation after the other, until the budget is spent or the search has converged."""
+        """Propose one generation after the other, until the budget is spent or the search has converged."""
         import cma
 
         options = {"bounds": [0, 1], "seed": self._seed + 1, "verbose": -9, "verb_log": 0, "verb_disp": 0}
@@ -238,7 +238,7 @@ DEFAULT_BUDGET = 40
 
 
 def make_strategy(name: str, parameters: Sequence[Parameter], budget: int | None, seed: int) -> Strategy:
-    """The strategy called ``grid``, ``random`` or ``cma``.
+    """Make the strategy called ``grid``, ``random`` or ``cma``.
 
     Raises:
         UserError: it cannot search these parameters within the budget.

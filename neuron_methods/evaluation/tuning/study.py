@@ -175,7 +175,7 @@ def tune(
 
 
 def with_validation(task: Task, allow_same_split: bool = False) -> Task:
-    """The task, if its validation data is not its test data.
+    """Give the task back, if its validation data is not its test data.
 
     Args:
         task: from `load_tasks`.
@@ -229,7 +229,7 @@ def _experts(
     settings: TuneSettings,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """The score of each task's best expert, on the examples that points are scored on; each is scored once."""
+    """Score each task's best expert on the examples that points are scored on; each is scored once."""
     wanted = {task.name: experts_of_task(task, recipe.experts) for task, _ in prepared}
     for expert in recipe.experts:
         new = [(t, e) for t, e in prepared if expert in wanted[t.name] and expert not in trace.experts.get(t.name, {})]
@@ -256,7 +256,7 @@ def _identity(
     prepared: Sequence[tuple[Task, Examples]],
     settings: TuneSettings,
 ) -> dict[str, Any]:
-    """What a point's scores depend on, named as messages name it."""
+    """Say what a point's scores depend on, named as messages name it."""
     names = [parameter.name for parameter in parameters]
     return {
         "set of parameters": sorted(names),
@@ -273,7 +273,7 @@ def _identity(
 def _summary(
     result: TuneResult, settings: TuneSettings, experts: Mapping[str, float] | None, earlier: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What tune.json tells besides the search's identity; `earlier` is what it told before this run."""
+    """Say what tune.json tells besides the search's identity; `earlier` is what it told before this run."""
     summary: dict[str, Any] = {
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("progress", "overwrite")},
         "best": {"point": result.best, "objective": result.objective, "scores": result.scores},
@@ -298,7 +298,7 @@ def _summary(
 
 
 def report_lines(result: TuneResult, out: Path, metrics: Mapping[str, str], objective_name: str) -> list[str]:
-    """What the user is told at the end."""
+    """Write what the user is told at the end."""
     scores = ", ".join(f"{name} {format_score(score, metrics[name])}" for name, score in result.scores.items())
     plain = result.points - result.recombined
     lines = [

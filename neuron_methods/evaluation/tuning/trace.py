@@ -12,7 +12,7 @@ from typing import Any
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.tuning.search import Point, key_of
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import write_json, write_text
+from neuron_methods.support.files import read_json, read_object, write_json, write_text
 
 FORMAT = "mergekit-neuron-tune"
 VERSION = 1
@@ -78,7 +78,7 @@ class Trace:
             file.write(json.dumps(asdict(trial), ensure_ascii=False) + "\n")
 
     def get(self, point: Point) -> Trial | None:
-        """What a point scored, if it was tried."""
+        """Look up what a point scored, if it was tried."""
         return self.trials.get(key_of(point))
 
     def add_expert(self, task: str, expert: str, score: float) -> None:
@@ -92,15 +92,11 @@ class Trace:
         write_json(self.folder / "tune.json", content, indent=2)
 
     def _resume(self) -> None:
-        file = self.folder / "tune.json"
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            search = known["search"] if known["format"] == FORMAT and known["version"] == VERSION else None
-        except (OSError, ValueError, KeyError, TypeError):
-            search = None
-        if search is None:
-            raise UserError(f"-o {self.folder}: holds files that tune did not write; name another directory")
-        self.summary = known
+            self.summary = read_json(self.folder / "tune.json", "", format=FORMAT, version=VERSION, again="")
+        except UserError:
+            raise UserError(f"-o {self.folder}: holds files that tune did not write; name another directory") from None
+        search = self.summary.get("search", {})
         changed = [key for key in self._identity if search.get(key) != self._identity[key]]
         if changed:
             raise UserError(
@@ -123,11 +119,11 @@ class Trace:
             write_text(trace, "".join(f"{line}\n" for line in sound))
         experts = self.folder / "experts.json"
         if experts.exists():
-            self.experts = json.loads(experts.read_text(encoding="utf-8"))
+            self.experts = read_object(experts, again="give --overwrite")
 
 
 def fingerprint_of_examples(examples: Examples) -> str:
-    """Tells whether the same questions with the same answers are asked."""
+    """Digest examples: the same questions with the same answers give the same digest."""
     digest = hashlib.sha256()
     for sample in examples.samples:
         digest.update(repr((sample.row, sample.values)).encode())
