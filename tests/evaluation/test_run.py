@@ -198,6 +198,21 @@ def test_a_head_that_does_not_fit(folder):
         evaluate(str(folder / "vit"), tasks)
 
 
+def test_where_stderr_is_no_terminal_each_task_begins_with_a_line(model, folder, capfd):
+    tasks = cases.tasks_of(folder, cases.choice_task(batch_size=2), cases.perplexity_task(batch_size=2))
+    path = str(model("llama"))
+    capfd.readouterr()  # what saving the model has shown
+    evaluate(path, tasks)
+    shown = capfd.readouterr().err
+    assert "\r" not in shown
+    assert [line.split(",")[0] for line in shown.splitlines() if " of 12 " in line] == [
+        "choices: 0 of 12 examples",
+        "words: 0 of 12 examples",
+    ]
+    evaluate(path, tasks, progress=False)
+    assert capfd.readouterr().err == ""
+
+
 def test_models_that_are_none(folder):
     tasks = cases.tasks_of(folder, cases.choice_task())
     with pytest.raises(UserError, match="model no/such/model: cannot read its config"):

@@ -173,6 +173,18 @@ def test_parameters_that_are_not_linear_share_parts_where_they_agree(experts, fo
     assert by_key[0.1, 0] == by_key[0.4, 0] and by_key[0.1, 2] != by_key[0.4, 2]
 
 
+def test_where_stderr_is_no_terminal_only_the_points_are_told(experts, folder, capfd):
+    """A line for each task of each point would bury everything else."""
+    source = cases.merge_yaml(experts("llama"))
+    capfd.readouterr()  # what saving the models has shown
+    tune(source, words(folder), ["lambda_orthogonal=1,2,3"], folder / "out", settings(progress=True))
+    shown = capfd.readouterr().err
+    assert "\r" not in shown
+    assert [line for line in shown.splitlines() if "point" in line or "example" in line] == [
+        "points: 0 points, 00:00 elapsed"
+    ]
+
+
 def test_few_points_are_merged_one_by_one(experts, folder, merges):
     tune(cases.merge_yaml(experts("llama")), words(folder), ["lambda_orthogonal=1,2,3"], folder / "out", QUIET)
     assert [m["dtype"] for m in merges] == ["bfloat16"] * 3
