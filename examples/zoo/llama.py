@@ -24,7 +24,7 @@ from typing import Any
 from common import Zoo, finish, parse_arguments, run_script
 
 from neuron_methods.demo import questions
-from neuron_methods.demo.base_model import find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.demo.base_model import find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
 from neuron_methods.demo.pipeline import RECORDS
 from neuron_methods.demo.questions import HELD_OUT_EXAMPLES, DemoTask, Example, build_tasks
@@ -109,17 +109,8 @@ def build_zoo(
             if demo is not None:
                 copy_expert(demo, task.name, key, path, zoo.out / "base")
                 return
-            path.mkdir()
-            base = zoo.out / "base"
-            train_expert(
-                load_model(base),
-                load_tokenizer(base),
-                task.train,
-                training,
-                path,
-                description=f"train {task.name}",
-                progress=progress,
-            )
+            options = {"description": f"train {task.name}", "progress": progress}
+            train_expert(zoo.out / "base", task.train, training, path, **options)
 
         zoo.stage(f"trained/{task.name}", key, build)
         for place, part in (("experts", "full"), ("adapters", "adapter")):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neuron_methods.demo.base_model import load_model, load_tokenizer
 from neuron_methods.demo.questions import Example
 from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.quiet import quiet_transformers
@@ -124,8 +125,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train_expert(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
     examples: Sequence[Example],
     settings: TrainingSettings,
     directory: Path,
@@ -133,14 +133,13 @@ def train_expert(
     description: str,
     progress: bool = True,
 ) -> list[float]:
-    """Fine-tune `base` (in place) and write ``adapter`` (peft) and ``full`` (merged, bf16) into `directory`.
+    """Fine-tune the model in `base` and write ``adapter`` (peft) and ``full`` (merged, bf16) into `directory`.
 
     Args:
-        base: float32 model whose config names the directory it was loaded from; used up by the training.
-        tokenizer: of the base; written beside the merged expert.
+        base: directory of a model and its tokenizer.
         examples: what to train on.
         settings: see `TrainingSettings`.
-        directory: an existing directory.
+        directory: made here.
         description: label of the progress bar.
         progress: whether to show it.
 
@@ -150,12 +149,14 @@ def train_expert(
     import torch
     from peft import LoraConfig, get_peft_model
 
+    directory.mkdir(exist_ok=True)
+    model, tokenizer = load_model(base), load_tokenizer(base)
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     with quiet_transformers():
-        model = get_peft_model(base, config)
+        model = get_peft_model(model, config)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)

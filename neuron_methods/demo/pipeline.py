@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from neuron_methods import evaluation
-from neuron_methods.demo.base_model import BASE_NAME, find_gguf, load_model, load_tokenizer, save_base
+from neuron_methods.demo.base_model import BASE_NAME, find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
 from neuron_methods.demo.outcome import DemoReport, ModelScores
 from neuron_methods.demo.questions import DemoTask, build_tasks
@@ -155,16 +155,8 @@ class _Demo:
         key |= {"training": asdict(training)}
 
         def build(path: Path) -> dict[str, Any]:
-            path.mkdir()
-            losses = train_expert(
-                load_model(self.out / "base"),
-                load_tokenizer(self.out / "base"),
-                task.train,
-                training,
-                path,
-                description=f"train {task.name}",
-                progress=self.settings.progress,
-            )
+            options = {"description": f"train {task.name}", "progress": self.settings.progress}
+            losses = train_expert(self.out / "base", task.train, training, path, **options)
             return {"losses": [round(loss, 4) for loss in losses]}
 
         self._stage(f"expert {task.name}: {task.title}", self.out / "experts" / task.name, key, build)

@@ -76,12 +76,10 @@ def test_the_learning_rate_rises_and_falls(steps) -> None:
 
 
 @pytest.fixture(scope="module")
-def expert(tokenizer, tiny_base, tmp_path_factory):
+def expert(tiny_base, tmp_path_factory):
     directory = tmp_path_factory.mktemp("expert")
     settings = TrainingSettings(steps=60, batch_size=4, learning_rate=2e-2)
-    losses = train_expert(
-        load_model(tiny_base), tokenizer, EXAMPLES, settings, directory, description="tiny", progress=False
-    )
+    losses = train_expert(tiny_base, EXAMPLES, settings, directory, description="tiny", progress=False)
     return directory, losses
 
 
@@ -104,12 +102,10 @@ def test_the_full_expert_is_the_adapter_merged_into_the_base(expert, tiny_base) 
     assert changed == {name for name in full if "_proj" in name}
 
 
-def test_training_again_gives_the_same_bytes(expert, tokenizer, tiny_base, tmp_path) -> None:
+def test_training_again_gives_the_same_bytes(expert, tiny_base, tmp_path) -> None:
     directory, losses = expert
     settings = TrainingSettings(steps=60, batch_size=4, learning_rate=2e-2)
-    again = train_expert(
-        load_model(tiny_base), tokenizer, EXAMPLES, settings, tmp_path, description="tiny", progress=False
-    )
+    again = train_expert(tiny_base, EXAMPLES, settings, tmp_path, description="tiny", progress=False)
     assert again == losses
     for name in ("adapter/adapter_model.safetensors", "full/model.safetensors"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
