@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json, write_text
 from neuron_methods.support.stages import Stages, own_directory
+from neuron_methods.support.text import columns
 
 Weights = dict[str, Tensor]
 
@@ -235,13 +236,12 @@ class Checks:
         }
 
     def __str__(self) -> str:
-        """A table of scores in percent, and the three checks."""
-        lines = [f"{'':20}{'base':>8}{'expert':>8}{'merged':>8}"]
+        """Lay out scores in percent, and say which checks are met."""
+        rows = [("", "base", "expert", "merged")]
         for name, row in self.by_task.items():
-            lines.append(f"{name:20}" + "".join(f"{100 * row[key]:8.1f}" for key in ("base", "expert", "arithmetic")))
-        lines.append(
-            f"{'mean':20}" + "".join(f"{100 * value:8.1f}" for value in (self.base, self.experts, self.arithmetic))
-        )
+            rows.append((name, *(f"{100 * row[key]:.1f}" for key in ("base", "expert", "arithmetic"))))
+        rows.append(("mean", *(f"{100 * value:.1f}" for value in (self.base, self.experts, self.arithmetic))))
+        lines = columns(rows)
         lines.append(
             f"headroom {100 * self.headroom:.1f} points; task arithmetic (scale {self.scale:g}) recovers "
             f"{100 * self.recovered:.0f} %; standard error of a paired difference {100 * self.paired_error:.2f} points"
