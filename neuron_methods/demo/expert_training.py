@@ -65,20 +65,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[i
 
 def make_batch(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Batch:
     """Encode and pad examples; see `Batch`."""
-    import torch
+    from neuron_methods.data.batching import pad
 
     encoded = [encode(tokenizer, example) for example in examples]
-    length = max(len(prompt) + len(answer) for prompt, answer in encoded)
-    answer_length = max(len(answer) for _, answer in encoded)
-    input_ids = torch.full((len(encoded), length), tokenizer.eos_token_id)
-    attention_mask = torch.zeros((len(encoded), length), dtype=torch.int64)
-    labels = torch.full((len(encoded), answer_length), IGNORED)
-    for row, (prompt, answer) in enumerate(encoded):
-        tokens = torch.tensor(prompt + answer)
-        input_ids[row, length - len(tokens) :] = tokens
-        attention_mask[row, length - len(tokens) :] = 1
-        labels[row, answer_length - len(answer) :] = tokens[len(prompt) :]
-    return Batch(input_ids, attention_mask, labels)
+    input_ids, mask = pad([prompt + answer for prompt, answer in encoded], tokenizer.eos_token_id, left=True)
+    labels, _ = pad([answer for _, answer in encoded], IGNORED, left=True)
+    return Batch(input_ids, mask.long(), labels)
 
 
 def batches(

@@ -13,8 +13,8 @@ import torch
 from neuron_methods.data.batching import by_length
 from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
 from neuron_methods.evaluation.kinds import KINDS
-from neuron_methods.evaluation.kinds.base import processor_part
 from neuron_methods.evaluation.kinds.harness import run_harness
+from neuron_methods.evaluation.kinds.scorer import processor_part
 from neuron_methods.evaluation.models import ModelSpec, architecture_of, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task

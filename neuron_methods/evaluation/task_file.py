@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods.evaluation.kinds import KINDS
-from neuron_methods.evaluation.kinds.base import Scorer
+from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.settings import whole_number
 from neuron_methods.evaluation.tasks import Rows, Task
 from neuron_methods.support.errors import UserError

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from neuron_methods.data.images import class_index
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
+from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.settings import different_labels
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.models.kinds import facts_of
 from neuron_methods.support.errors import UserError
 
 
@@ -21,16 +20,12 @@ class Classification(Scorer):
     """The class with the largest logit, among all or among `labels` alone.
 
     Attributes:
-        head: end of the names of the classes of transformers that fit.
-        classifier: what such a model is, for messages.
         targets: the model's class of every example.
         classes: the model's classes to choose from, int64 (classes of the task,); None: all.
         names: of the model's classes.
     """
 
     settings: ClassVar = {"labels": different_labels(str, int)}
-    head: ClassVar[str]
-    classifier: ClassVar[str]
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -43,9 +38,7 @@ class Classification(Scorer):
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """Refuse what is no such classifier, and one that lacks a label of the task."""
-        facts = facts_of(architecture)
-        if facts is None or facts.ending != cls.head:
-            raise wrong_model(task, shown, architecture, f"{cls.classifier} with its head (…{cls.head})")
+        super().check_model(task, config, architecture, shown)
         for label in task.settings.get("labels", ()):
             if class_index(label, None, config) is None:
                 known = [name for name in config.label2id or {} if not name.startswith("LABEL_")]

@@ -11,11 +11,11 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from neuron_methods.data.batching import pad
 from neuron_methods.evaluation.examples import Outcome
-from neuron_methods.evaluation.kinds.base import Scorer, longest_input, wrong_model
+from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input
 from neuron_methods.evaluation.kinds.settings import string, whole_number
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.models.kinds import model_kind, text_limit
+from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
 
 
@@ -24,18 +24,22 @@ class Generation(Scorer):
 
     columns: ClassVar[Mapping[str, str]] = {"input": "input", "target": "target"}
     metrics = tuple(TEXT_METRICS)
+    models = ("causal",)
+    needed = "a causal language model (text-to-text is a kind of its own)"
     settings: ClassVar = {
         "max_new_tokens": whole_number(),
         "stop": string('the text that ends an answer, such as "\\n"'),
         "max_length": whole_number(),
     }
     default_new_tokens: ClassVar[int] = 32
+    #: Whether prompt and answer are one text, and share what the model can read.
+    goes_on: ClassVar[bool] = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.tokenizer = self.part("tokenizer")
         self.new_tokens: int = self.task.settings.get("max_new_tokens", self.default_new_tokens)
-        self.longest = longest_input(self.task, self.model.config, self._reserved())
+        self.longest = longest_input(self.task, self.model.config, self.new_tokens if self.goes_on else 0)
         self.prompts: list[list[int]] = []
         self.truncated: list[bool] = []
         for index in range(len(self.examples)):
@@ -44,17 +48,16 @@ class Generation(Scorer):
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """A causal model with room for the answer."""
-        if model_kind(architecture, config) != "causal":
-            raise wrong_model(task, shown, architecture, "a causal language model (text-to-text is a kind of its own)")
+        """Refuse, too, a model that has no room for a prompt and its answer."""
+        super().check_model(task, config, architecture, shown)
         limit, new = text_limit(config), task.settings.get("max_new_tokens", cls.default_new_tokens)
-        if limit is not None and new >= limit:
+        if cls.goes_on and limit is not None and new >= limit:
             raise UserError(
                 f"task {task.name!r}: max_new_tokens: model {shown} reads {limit} tokens, {new} leave none for a prompt"
             )
 
     def length(self, index: int) -> int:
-        """Tokens of the prompt."""
+        """Count the tokens of the prompt."""
         return len(self.prompts[index])
 
     def score(self, indices: Sequence[int]) -> list[Outcome]:
@@ -68,10 +71,6 @@ class Generation(Scorer):
             outcomes.append(Outcome(row, measure(answer, targets), answer, shown, truncated=self.truncated[index]))
         return outcomes
 
-    def _reserved(self) -> int:
-        """Tokens that the answer takes of what the model can read."""
-        return self.new_tokens
-
     def _add(self, tokens: list[int]) -> None:
         """Keep a prompt; its end, where it is too long, as the answer follows there."""
         cut = self.longest is not None and len(tokens) > self.longest
@@ -79,7 +78,7 @@ class Generation(Scorer):
         self.truncated.append(cut)
 
     def _generation_config(self) -> GenerationConfig:
-        """Greedy, whatever the checkpoint would do by itself."""
+        """Ask greedily, whatever the checkpoint would do by itself."""
         own = getattr(self.model, "generation_config", None)
         ends = getattr(own, "eos_token_id", None)
         ends = self.tokenizer.eos_token_id if ends is None else ends
@@ -98,8 +97,8 @@ class Generation(Scorer):
 
     def _answer(self, prompts: list[list[int]]) -> list[str]:
         # On the left, so that answers follow their prompts.
-        ids, mask = pad(prompts, self.settings_of_generate.pad_token_id, left=self._pads_left)
-        said_from = 0 if self.model.config.is_encoder_decoder else ids.shape[1]
+        ids, mask = pad(prompts, self.settings_of_generate.pad_token_id, left=self.goes_on)
+        said_from = ids.shape[1] if self.goes_on else 0
         stop = self.task.settings.get("stop")
         criteria = StoppingCriteriaList([StopAt(self.tokenizer, stop, said_from)] if stop else [])
         output = self.model.generate(
@@ -111,23 +110,13 @@ class Generation(Scorer):
         texts = self.tokenizer.batch_decode(output[:, said_from:], skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
-    _pads_left: ClassVar[bool] = True
-
 
 class TextToText(Generation):
     """A text-to-text model (T5 and its kin) answers the input."""
 
-    batch_size = 32
-    _pads_left = False
-
-    @classmethod
-    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """An encoder-decoder that generates."""
-        if model_kind(architecture, config) != "text-to-text":
-            raise wrong_model(task, shown, architecture, "a text-to-text model such as T5 (causal models: generation)")
-
-    def _reserved(self) -> int:
-        return 0
+    models = ("text-to-text",)
+    needed = "a text-to-text model such as T5 (causal models: generation)"
+    goes_on = False
 
     def _add(self, tokens: list[int]) -> None:
         """Keep an input; its beginning and its end token, where it is too long."""
@@ -137,13 +126,13 @@ class TextToText(Generation):
 
 
 class StopAt(StoppingCriteria):
-    """Ends each answer that holds a text."""
+    """The end of each answer that holds a text."""
 
     def __init__(self, tokenizer: Any, stop: str, start: int) -> None:
         """Look for `stop` in what comes after the first `start` tokens."""
         self.tokenizer, self.stop, self.start = tokenizer, stop, start
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows are done, bool (B,)."""
+        """Tell which rows are done, bool (B,)."""
         said = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
         return torch.tensor([self.stop in text for text in said], device=input_ids.device)

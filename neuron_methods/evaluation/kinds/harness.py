@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, ClassVar
 
-from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
+from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.settings import string, whole_number
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.models.kinds import model_kind
 from neuron_methods.support.errors import UserError
 
 
@@ -27,13 +26,12 @@ class Harness(Scorer):
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """A model that predicts tokens; raises UserError, too, where the package is missing."""
+        """Refuse any model where the package is missing, too."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(
                 f"task {task.name!r}: kind lm-eval needs the package lm_eval: pip install 'mergekit-neuron[lm-eval]'"
             )
-        if model_kind(architecture, config) not in ("causal", "text-to-text"):
-            raise wrong_model(task, shown, architecture, "a causal or a text-to-text model")
+        super().check_model(task, config, architecture, shown)
 
 
 def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> tuple[float, float, list[dict[str, Any]]]:

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from neuron_methods.data.batching import by_length, pad
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.base import (
-    Scorer,
-    longest_input,
-    wrong_model,
-)
+from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input
 from neuron_methods.evaluation.kinds.settings import one_of, string, whole_number
-from neuron_methods.evaluation.tasks import Task
-from neuron_methods.models.kinds import model_kind
 from neuron_methods.support.errors import UserError
 
 #: Tokens of a window of perplexity, unless the task or the model sets another bound.
@@ -49,18 +43,12 @@ class MultipleChoice(Scorer):
         self.pairs = [[self._pair(i, choice) for choice in choices] for i, choices in enumerate(self.choices)]
 
     @classmethod
-    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """A model that predicts tokens."""
-        if model_kind(architecture, config) not in ("causal", "text-to-text"):
-            raise wrong_model(task, shown, architecture, "a causal or a text-to-text model")
-
-    @classmethod
     def check_examples(cls, examples: Examples, config: Any) -> None:
-        """Every example has choices, and a label among them."""
+        """Refuse an example without choices, or without a label among them."""
         read_choices(examples)
 
     def length(self, index: int) -> int:
-        """Tokens of the input and the longest choice."""
+        """Count the tokens of the input and the longest choice."""
         return max(len(before) + len(after) for before, after in self.pairs[index])
 
     def score(self, indices: Sequence[int]) -> list[Outcome]:
@@ -82,7 +70,7 @@ class MultipleChoice(Scorer):
         return outcomes
 
     def _pair(self, index: int, choice: str) -> tuple[list[int], list[int]]:
-        """Tokens that are given, tokens that are scored."""
+        """Split into tokens that are given and tokens that are scored."""
         text = self.examples.text(index, "input")
         if self.encodes:
             before = self.tokenizer(text)["input_ids"]
@@ -131,7 +119,7 @@ class MultipleChoice(Scorer):
         plain = self.model.base if hasattr(self.model, "route") else self.model
         decoder_ids = plain.prepare_decoder_input_ids_from_labels(labels)
         output = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
-        return [_sum(logits, ids, 0) for logits, ids in zip(output.logits, [after for _, after in batch], strict=True)]
+        return [_sum(logits, ids) for logits, ids in zip(output.logits, [after for _, after in batch], strict=True)]
 
 
 class Perplexity(Scorer):
@@ -143,6 +131,8 @@ class Perplexity(Scorer):
 
     columns: ClassVar[Mapping[str, str]] = {"text": "text"}
     metrics = ("perplexity",)
+    models = ("causal",)
+    needed = "a causal language model"
     settings: ClassVar = {"max_length": whole_number(2)}
     batch_size = 8
 
@@ -158,18 +148,12 @@ class Perplexity(Scorer):
         if not any(self.tokens):
             raise UserError(f"task {self.task.name!r}: no text has a second token to predict")
 
-    @classmethod
-    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """A causal model."""
-        if model_kind(architecture, config) != "causal":
-            raise wrong_model(task, shown, architecture, "a causal language model")
-
     def length(self, index: int) -> int:
-        """Tokens of the text."""
+        """Count the tokens of the text."""
         return self.tokens[index]
 
     def score(self, indices: Sequence[int]) -> list[Outcome]:
-        """Negative log-likelihood of each text, in nats."""
+        """Compute the negative log-likelihood of each text, in nats."""
         flat = [(i, window) for i in indices for window in self.windows[i]]
         sums = dict.fromkeys(indices, 0.0)
         for start in range(0, len(flat), self.task.batch_size):
@@ -183,7 +167,7 @@ class Perplexity(Scorer):
 def causal_log_likelihoods(
     model: Any, sequences: Sequence[list[int]], starts: Sequence[int], device: torch.device, **options: Any
 ) -> list[float]:
-    """Log-likelihood of each sequence's tokens from its `start` on, in nats, given those before; summed in float64.
+    """Compute the log-likelihood of each sequence's tokens from its `start` on, given those before.
 
     Args:
         model: causal.
@@ -191,19 +175,22 @@ def causal_log_likelihoods(
         starts: from 1 on.
         device: where the model's inputs go.
         **options: more for the model.
+
+    Returns:
+        Nats, summed in float64.
     """
     ids, mask = pad_right(sequences, device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return [
-        _sum(row[start - 1 : len(tokens) - 1], tokens[start:], 0)
+        _sum(row[start - 1 : len(tokens) - 1], tokens[start:])
         for row, tokens, start in zip(logits, sequences, starts, strict=True)
     ]
 
 
-def _sum(logits: Tensor, tokens: Sequence[int], start: int) -> float:
-    """Log-likelihood of `tokens`, the first predicted by the logits at `start`; logits (positions, vocabulary)."""
+def _sum(logits: Tensor, tokens: Sequence[int]) -> float:
+    """Add up log-likelihoods of `tokens`, each predicted by the logits (positions, vocabulary) in its place."""
     wanted = torch.tensor(tokens, device=logits.device)
-    chosen = logits[start : start + len(tokens)].float().log_softmax(dim=-1)
+    chosen = logits[: len(tokens)].float().log_softmax(dim=-1)
     return float(chosen.gather(1, wanted[:, None]).double().sum())
 
 
@@ -214,7 +201,7 @@ def pad_right(sequences: Sequence[list[int]], device: torch.device) -> tuple[Ten
 
 
 def read_choices(examples: Examples) -> tuple[list[list[str]], list[int]]:
-    """The choices of every example, and the place of the right one.
+    """Read the choices of every example, and the place of the right one.
 
     Choices are a list of texts, or ``{text: [...], label: [...]}``; the label is a place, a choice's text, or one of
     the labels beside the choices.

@@ -12,10 +12,9 @@ from torch.nn.functional import normalize
 
 from neuron_methods.data.images import ImageFeeder
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.base import Scorer, wrong_model
 from neuron_methods.evaluation.kinds.classification import Classification
+from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.settings import different_labels
-from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
 
@@ -34,7 +33,7 @@ class PixelCache:
         self._bytes = 0
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """The pixels of some examples, (B, channels, height, width)."""
+        """Give the pixels of some examples, (B, channels, height, width)."""
         new = [i for i in indices if i not in self._kept]
         found = (
             dict(zip(new, self._feeder.pixels([self._examples.samples[i] for i in new]), strict=True)) if new else {}
@@ -53,8 +52,8 @@ class ImageClassification(Classification):
     columns: ClassVar[Mapping[str, str]] = {"image": "image", "label": "label"}
     batch_size = 64
     needs = ("image_processor",)
-    head = "ForImageClassification"
-    classifier = "an image classifier"
+    models = ("image-classification",)
+    needed = "an image classifier with its head (…ForImageClassification)"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -80,6 +79,7 @@ class ZeroShotImageClassification(Scorer):
     columns: ClassVar[Mapping[str, str]] = {"image": "image", "label": "label"}
     settings: ClassVar = {"labels": different_labels(str), "prompts": _prompts}
     batch_size = 64
+    needed = "a model of images and texts (CLIPModel)"
     needs = ("image_processor", "tokenizer")
 
     def __init__(self, *arguments: Any) -> None:
@@ -96,11 +96,10 @@ class ZeroShotImageClassification(Scorer):
         self.classes = torch.empty(0)
 
     @classmethod
-    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
-        """Refuse a model without two towers."""
+    def fits(cls, architecture: str, config: Any) -> bool:
+        """Tell whether it has both towers."""
         model_class = getattr(transformers, architecture, None)
-        if not all(hasattr(model_class, f"get_{what}_features") for what in ("image", "text")):
-            raise wrong_model(task, shown, architecture, "a model of images and texts (CLIPModel)")
+        return all(hasattr(model_class, f"get_{what}_features") for what in ("image", "text"))
 
     @classmethod
     def check_examples(cls, examples: Examples, config: Any) -> None:
@@ -135,12 +134,12 @@ class ZeroShotImageClassification(Scorer):
 
 
 def _features(output: Any) -> Tensor:
-    """Embeddings, float32 (B, width): transformers 5 hands them out within an output."""
+    """Take embeddings, float32 (B, width): transformers 5 hands them out within an output."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()
 
 
 def class_names(examples: Examples) -> list[str]:
-    """The classes' names: the task's `labels`, else the data's.
+    """Name the classes: by the task's `labels`, else the data's.
 
     Raises:
         UserError: neither names them.
@@ -152,7 +151,7 @@ def class_names(examples: Examples) -> list[str]:
 
 
 def named_targets(examples: Examples) -> list[int]:
-    """The place of every example's label among `class_names`.
+    """Find the place of every example's label among `class_names`.
 
     Raises:
         UserError: a label is none of them.

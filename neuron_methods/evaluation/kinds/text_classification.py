@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from neuron_methods.evaluation.examples import Outcome
-from neuron_methods.evaluation.kinds.base import longest_input
 from neuron_methods.evaluation.kinds.classification import Classification
+from neuron_methods.evaluation.kinds.scorer import longest_input
 from neuron_methods.evaluation.kinds.settings import whole_number
 
 
@@ -20,8 +20,8 @@ class TextClassification(Classification):
     columns: ClassVar[Mapping[str, str]] = {"text": "text", "label": "label"}
     optional_columns = ("pair",)
     settings: ClassVar = {**Classification.settings, "max_length": whole_number()}
-    head = "ForSequenceClassification"
-    classifier = "a text classifier"
+    models = ("text-classification",)
+    needed = "a text classifier with its head (…ForSequenceClassification)"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

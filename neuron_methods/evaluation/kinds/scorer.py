@@ -11,7 +11,7 @@ import torch
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.settings import Check
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.models.kinds import text_limit
+from neuron_methods.models.kinds import model_kind, text_limit
 from neuron_methods.support.errors import UserError
 
 
@@ -26,6 +26,8 @@ class Scorer(ABC):
         required: those of them that a task must have.
         path_settings: those of them that are paths, relative to the file of tasks.
         batch_size: where the task gives none.
+        models: kinds of model that fit, by `neuron_methods.models.kinds`.
+        needed: what such a model is, for messages.
         needs: what the model's processor must hold, ``tokenizer`` and ``image_processor``.
         reads_data: whether the task names its data.
     """
@@ -37,6 +39,8 @@ class Scorer(ABC):
     required: ClassVar[tuple[str, ...]] = ()
     path_settings: ClassVar[tuple[str, ...]] = ()
     batch_size: ClassVar[int] = 32
+    models: ClassVar[tuple[str, ...]] = ("causal", "text-to-text")
+    needed: ClassVar[str] = "a causal or a text-to-text model"
     needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
     reads_data: ClassVar[bool] = True
 
@@ -53,9 +57,17 @@ class Scorer(ABC):
         self.task = examples.task
 
     @classmethod
-    @abstractmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
         """Refuse, by its config alone, a model that cannot do the task; `shown` is its name."""
+        if not cls.fits(architecture, config):
+            raise UserError(
+                f"task {task.name!r}: model {shown} is a {architecture}, kind {task.kind} needs {cls.needed}"
+            )
+
+    @classmethod
+    def fits(cls, architecture: str, config: Any) -> bool:
+        """Tell whether a model of this class is one for this kind of task."""
+        return model_kind(architecture, config) in cls.models
 
     @classmethod  # noqa: B027 - optional
     def check_examples(cls, examples: Examples, config: Any) -> None:
@@ -65,7 +77,7 @@ class Scorer(ABC):
         """Get ready for one run over the examples: the model's weights may have changed since the last."""
 
     def length(self, index: int) -> int:
-        """The size of an example's input, to put like to like."""
+        """Measure an example's input, to put like to like."""
         return 0
 
     @abstractmethod
@@ -73,12 +85,12 @@ class Scorer(ABC):
         """Score one batch."""
 
     def part(self, name: str) -> Any:
-        """The tokenizer or the image processor."""
+        """Give the tokenizer or the image processor."""
         return processor_part(self.processor, name)
 
 
 def processor_part(processor: Any, name: str) -> Any:
-    """The ``tokenizer`` or ``image_processor`` that a processor holds, or is."""
+    """Find the ``tokenizer`` or ``image_processor`` that a processor holds, or is."""
     found = getattr(processor, name, None)
     if found is None and callable(processor) and hasattr(processor, "batch_decode") == (name == "tokenizer"):
         found = processor
@@ -87,13 +99,8 @@ def processor_part(processor: Any, name: str) -> Any:
     return found
 
 
-def wrong_model(task: Task, shown: str, architecture: str, needed: str) -> UserError:
-    """The error about a model of another kind."""
-    return UserError(f"task {task.name!r}: model {shown} is a {architecture}, kind {task.kind} needs {needed}")
-
-
 def longest_input(task: Task, config: Any, reserved: int = 0, unless_set: int | None = None) -> int | None:
-    """How many tokens a task lets a model read; None: any number.
+    """Tell how many tokens a task lets a model read; None: any number.
 
     Args:
         task: its `max_length` is one bound.
