@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.evaluation import cases
+from tests.support import tiny
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -24,7 +25,7 @@ def run(folder, command, *arguments, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = cases.save_experts(tmp_path_factory.mktemp("tune"))
+    folder = tiny.save_experts(tmp_path_factory.mktemp("tune"))
     cases.questions(folder)
     (folder / "merge.yml").write_text(cases.merge_yaml(Path(".")))
     cases.write_tasks(folder, cases.perplexity_task(), cases.choice_task())

@@ -1,8 +1,7 @@
-"""Tiny models, data and tasks for the tests of this room."""
+"""Data, tasks and merges for the tests of this room."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import yaml
@@ -10,7 +9,6 @@ import yaml
 from neuron_methods.evaluation import load_tasks
 from neuron_methods.evaluation.tasks import Task
 from tests.support import tiny
-from tests.support.checkpoints import fine_tune
 
 QUESTIONS = [
     {"prompt": text, "answer": " ".join(text.split()[:2]), "choices": ["cat dog", "red", "two"], "right": len(text) % 3}
@@ -57,19 +55,10 @@ def perplexity_task(**changes: object) -> dict:
     }
 
 
-def save_experts(folder: Path, kind: str = "llama", scale: float = 0.1) -> Path:
-    """base, expert-a and expert-b of a kind of model, each with its tokenizer or image processor."""
-    tiny.save_model(kind, folder / "base")
-    for seed, name in enumerate(("expert-a", "expert-b")):
-        shutil.copytree(folder / "base", folder / name)
-        fine_tune(tiny.build_model(kind), seed, scale).save_pretrained(folder / name)
-    return folder
-
-
 def merge_yaml(
     folder: Path, method: str = "neuro_merging", dtype: str | None = "bfloat16", **parameters: object
 ) -> str:
-    """YAML of a merge of the experts of `save_experts`."""
+    """YAML of a merge of the experts of `tests.support.tiny.save_experts`."""
     content = {
         "merge_method": method,
         "base_model": str(folder / "base"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation import cases
 from tests.support import tiny
 
 
@@ -36,7 +35,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def save(kind: str) -> Path:
         if kind not in made:
-            made[kind] = cases.save_experts(tmp_path_factory.mktemp(f"experts-{kind}"), kind)
+            made[kind] = tiny.save_experts(tmp_path_factory.mktemp(f"experts-{kind}"), kind)
         return made[kind]
 
     return save

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 from tests.support import tokenizers
-from tests.support.checkpoints import LAYERS, VISION
+from tests.support.checkpoints import LAYERS, VISION, fine_tune
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = [*NUMBERS, "red", "green", "blue", "cat", "dog", "house", "tree", "and", "or"]
@@ -68,6 +69,15 @@ def save_model(kind: str, folder: Path, *, bos: bool = False) -> Path:
     if kind == "clip":
         size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
         transformers.CLIPImageProcessor(**size).save_pretrained(folder)
+    return folder
+
+
+def save_experts(folder: Path, kind: str = "llama", scale: float = 0.1) -> Path:
+    """Save base, expert-a and expert-b of a kind of model, each with its tokenizer or image processor."""
+    save_model(kind, folder / "base")
+    for seed, name in enumerate(("expert-a", "expert-b")):
+        shutil.copytree(folder / "base", folder / name)
+        fine_tune(build_model(kind), seed, scale).save_pretrained(folder / name)
     return folder
 
 
