@@ -15,12 +15,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from neuron_methods.support.errors import UserError
@@ -233,56 +232,3 @@ def only_value(values: set[Any], varies: str, advice: str) -> Any:
         raise UserError(f"{varies} ({', '.join(sorted(map(str, values))[:4])}){advice}")
     (value,) = values
     return value
-
-
-def _number(name: str, value: Any, low: float, high: float, low_open: bool) -> float:
-    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}]"
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not (low < number <= high if low_open else low <= number <= high) or abs(number) == float("inf"):
-        expected = "a finite number" if (low, high) == (-float("inf"), float("inf")) else f"a number in {bounds}"
-        raise UserError(f"{name} must be {expected}; got {value!r}")
-    return number
-
-
-def number(name: str, low: float = -float("inf"), high: float = float("inf"), *, low_open: bool = False) -> Any:
-    """Type of a numeric parameter; out of range it is refused with the parameter's name and range.
-
-    Args:
-        name: the parameter as the YAML spells it.
-        low: smallest value.
-        high: largest value, included.
-        low_open: whether `low` itself is excluded.
-
-    Returns:
-        A float type for mergekit's `ParameterSpec`.
-    """
-    return Annotated[float, BeforeValidator(lambda value: _number(name, value, low, high, low_open))]
-
-
-def choice(name: str, *values: str) -> Any:
-    """Type of a parameter that takes one of a few words."""
-
-    def validate(value: Any) -> str:
-        if value not in values:
-            raise UserError(f"{name} must be one of {', '.join(values)}; got {value!r}")
-        return value
-
-    return Annotated[str, BeforeValidator(validate)]
-
-
-def number_or(name: str, *words: str) -> Any:
-    """Type of a parameter that takes a finite number or one of some words."""
-    shown = " or ".join(map(repr, words))
-
-    def validate(value: Any) -> float | str:
-        if isinstance(value, str) and value in words:
-            return value
-        try:
-            return _number(name, value, -float("inf"), float("inf"), True)
-        except UserError:
-            raise UserError(f"{name} must be a finite number or {shown}; got {value!r}") from None
-
-    return Annotated[float | str, BeforeValidator(validate)]

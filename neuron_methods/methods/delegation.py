@@ -17,7 +17,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from mergekit.merge_methods import registry
@@ -30,7 +30,6 @@ from mergekit.merge_methods.base import (
     TensorGroup,
     TensorMetadata,
 )
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import TaskVector
@@ -43,6 +42,7 @@ from neuron_methods.methods.contract import (
     only_value,
 )
 from neuron_methods.methods.neuron_layout import NeuronLayout
+from neuron_methods.methods.parameters import checked, declared
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import did_you_mean
 
@@ -93,15 +93,15 @@ class DelegatingMethod(PlannedMethod):
         return configured
 
 
-def method_name(slot: str, *words: str) -> Any:
-    """Type of a parameter that names a registered method, or is one of a few other words."""
+def method_of(slot: str, *words: str, default: str, about: str) -> ParameterSpec:
+    """Declare a parameter that names a registered method, or is one of a few other words."""
 
     def validate(value: Any) -> str:
         if value not in words and find_method(slot, value) is None:
             raise UserError(f"{slot}: {value!r} is no merge method; name one that mergekit knows")
         return str(value)
 
-    return Annotated[str, BeforeValidator(validate)]
+    return declared(slot, checked(validate), default, "merge", about)
 
 
 def find_method(slot: str, name: Any) -> MergeMethod | None:

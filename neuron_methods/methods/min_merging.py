@@ -21,97 +21,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    ParameterScope,
-    ParameterSpec,
-)
 from torch import Tensor
 
 from neuron_methods.kernels.select import CONFLICTS, combine_slices, conflict_coefficients
-from neuron_methods.methods.contract import MergeSettings, PlannedTensor, choice, number
-from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_name
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor
+from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_of
 from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms, read_importance, select
 from neuron_methods.methods.neuron_layout import Slices
+from neuron_methods.methods.parameters import choice, method_spec, number, text
 from neuron_methods.support.errors import UserError
 
 NAME = "min_merging"
-
-PARAMETERS = (
-    ParameterSpec(
-        "weight",
-        number("weight", 0.0),
-        ParameterScope.NON_BASE,
-        default=1.0,
-        description="the expert's say where several want a neuron; its factor under conflict: sum",
-    ),
-    ParameterSpec(
-        "density",
-        number("density", 0.0, 1.0, low_open=True),
-        ParameterScope.NON_BASE,
-        default=0.5,
-        description="share of neurons the expert keeps",
-    ),
-    ParameterSpec(
-        "importance",
-        choice("importance", "magnitude", "activation", "taylor"),
-        ParameterScope.NON_BASE,
-        default="magnitude",
-        description="what makes a neuron important; activation and taylor need the expert's profile",
-    ),
-    ParameterSpec(
-        "profile",
-        str,
-        ParameterScope.NON_BASE,
-        default="",
-        description="file of mergekit-neuron profile, of this expert on its task's data",
-    ),
-    ParameterSpec(
-        "data",
-        str,
-        ParameterScope.NON_BASE,
-        default="",
-        description="data source within the profile; all of them, by tokens, if not given",
-    ),
-    ParameterSpec(
-        "scope",
-        choice("scope", "model", "layer"),
-        ParameterScope.SHARED,
-        default="model",
-        description="neurons are ranked over the whole model, or in each layer",
-    ),
-    ParameterSpec(
-        "conflict",
-        choice("conflict", *CONFLICTS),
-        ParameterScope.SHARED,
-        default="weighted",
-        description="who gets a neuron that several experts keep",
-    ),
-    ParameterSpec(
-        "lambda",
-        number("lambda"),
-        ParameterScope.SHARED,
-        default=1.0,
-        description="scale of the merged update",
-    ),
-    ParameterSpec(
-        "attention",
-        choice("attention", "rows", "keep", "drop"),
-        ParameterScope.SHARED,
-        default="rows",
-        description="rows of attention weights: selected by magnitude, all kept, or the base's",
-    ),
-    ParameterSpec(
-        "rest",
-        method_name("rest", "base"),
-        ParameterScope.SHARED,
-        default="linear",
-        description="merge method for embeddings, norms and heads, or base",
-    ),
-)
 
 
 class MinMerging(DelegatingMethod):
@@ -120,13 +40,39 @@ class MinMerging(DelegatingMethod):
     takes_task_vectors = True
     slots = ("rest",)
 
-    spec = MergeMethodSpec(
-        name=NAME,
-        pretty_name="MIN-Merging",
-        reference_url="https://arxiv.org/abs/2510.17890",
-        parameters=PARAMETERS,
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    spec = method_spec(
+        NAME,
+        "MIN-Merging",
+        "https://arxiv.org/abs/2510.17890",
+        number(
+            "weight",
+            0,
+            default=1.0,
+            of="expert",
+            about="the expert's say where several want a neuron; its factor under conflict: sum",
+        ),
+        number("density", 0, 1, low_open=True, default=0.5, of="expert", about="share of neurons the expert keeps"),
+        choice(
+            "importance",
+            "magnitude",
+            "activation",
+            "taylor",
+            of="expert",
+            about="what makes a neuron important; activation and taylor need the expert's profile",
+        ),
+        text("profile", of="expert", about="file of mergekit-neuron profile, of this expert on its task's data"),
+        text("data", of="expert", about="data source within the profile; all of them, by tokens, if not given"),
+        choice("scope", "model", "layer", about="neurons are ranked over the whole model, or in each layer"),
+        choice("conflict", *CONFLICTS, about="who gets a neuron that several experts keep"),
+        number("lambda", default=1.0, about="scale of the merged update"),
+        choice(
+            "attention",
+            "rows",
+            "keep",
+            "drop",
+            about="rows of attention weights: selected by magnitude, all kept, or the base's",
+        ),
+        method_of("rest", "base", default="linear", about="merge method for embeddings, norms and heads, or base"),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMinMerging:

@@ -31,15 +31,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
+from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from neuron_methods.kernels.neuro import merge_neurons, merge_points
@@ -49,80 +41,12 @@ from neuron_methods.methods.contract import (
     PlannedMethod,
     PlannedTensor,
     PreparedMerge,
-    choice,
     experts_of,
-    number,
-    number_or,
     only_value,
 )
+from neuron_methods.methods.parameters import choice, method_spec, number, text
 from neuron_methods.methods.trim_profile import TrimProfile, measure_model, measure_tensor, measure_tensors
 from neuron_methods.support.errors import UserError
-
-PARAMETERS = (
-    ParameterSpec(
-        "weight",
-        number("weight"),
-        ParameterScope.NON_BASE,
-        default=1.0,
-        description="multiplies the expert's task vector after trimming",
-    ),
-    ParameterSpec(
-        "density",
-        number("density", 0.0, 1.0, low_open=True),
-        ParameterScope.NON_BASE,
-        default=0.15,
-        description="share of the task vector's entries kept",
-    ),
-    ParameterSpec(
-        "trim",
-        choice("trim", "model", "tensor", "differing"),
-        default="model",
-        description="keep each expert's largest entries, of the model or of a tensor, or those experts differ in most",
-        scope=ParameterScope.SHARED,
-    ),
-    ParameterSpec(
-        "lambda_parallel",
-        number("lambda_parallel"),
-        default=0.0,
-        description="scale of the merged parallel part",
-        scope=ParameterScope.SHARED,
-    ),
-    ParameterSpec(
-        "lambda_orthogonal",
-        number_or("lambda_orthogonal", "auto", "norm"),
-        default="auto",
-        description="scale of the merged orthogonal part; auto: 1 / (1 - sigma); norm: to the experts' mean norm",
-        scope=ParameterScope.SHARED,
-    ),
-    ParameterSpec(
-        "rank_energy",
-        number("rank_energy", 0.0, 1.0, low_open=True),
-        default=1.0,
-        description="cumulative energy of the singular vectors kept",
-        scope=ParameterScope.SHARED,
-    ),
-    ParameterSpec(
-        "spectral_exponent",
-        number("spectral_exponent", 0.0, 1.0),
-        default=1.0,
-        description="power of the singular values of a tensor's orthogonal part; 1 leaves them, 0 makes them alike",
-        scope=ParameterScope.SHARED,
-    ),
-    ParameterSpec(
-        "consensus",
-        choice("consensus", "mean", "sum"),
-        default="mean",
-        description="mean of the values with the elected sign (the paper), or their sum (auto lambda is then 1)",
-        scope=ParameterScope.SHARED,
-    ),
-    ParameterSpec(
-        "profile",
-        str,
-        default="",
-        description="file written by --profile-out: thresholds and sigma are read instead of measured",
-        scope=ParameterScope.SHARED,
-    ),
-)
 
 
 def is_packed(name: str) -> bool:
@@ -135,13 +59,43 @@ class NeuroMerging(PlannedMethod):
 
     takes_task_vectors = True
 
-    spec = MergeMethodSpec(
-        name="neuro_merging",
-        pretty_name="NeuroMerging",
-        reference_url="https://arxiv.org/abs/2503.05320",
-        parameters=PARAMETERS,
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    spec = method_spec(
+        "neuro_merging",
+        "NeuroMerging",
+        "https://arxiv.org/abs/2503.05320",
+        number("weight", default=1.0, of="expert", about="multiplies the expert's task vector after trimming"),
+        number(
+            "density", 0, 1, low_open=True, default=0.15, of="expert", about="share of the task vector's entries kept"
+        ),
+        choice(
+            "trim",
+            "model",
+            "tensor",
+            "differing",
+            about="keep each expert's largest entries, of the model or of a tensor, or those experts differ in most",
+        ),
+        number("lambda_parallel", default=0.0, about="scale of the merged parallel part"),
+        number(
+            "lambda_orthogonal",
+            words=("auto", "norm"),
+            default="auto",
+            about="scale of the merged orthogonal part; auto: 1 / (1 - sigma); norm: to the experts' mean norm",
+        ),
+        number("rank_energy", 0, 1, low_open=True, default=1.0, about="cumulative energy of the singular vectors kept"),
+        number(
+            "spectral_exponent",
+            0,
+            1,
+            default=1.0,
+            about="power of the singular values of a tensor's orthogonal part; 1 leaves them, 0 makes them alike",
+        ),
+        choice(
+            "consensus",
+            "mean",
+            "sum",
+            about="mean of the values with the elected sign (the paper), or their sum (auto lambda is then 1)",
+        ),
+        text("profile", about="file written by --profile-out: thresholds and sigma are read instead of measured"),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuroMerging:

@@ -21,94 +21,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    ParameterScope,
-    ParameterSpec,
-)
 from torch import Tensor
 
 from neuron_methods.kernels.groups import group_coefficient
 from neuron_methods.kernels.select import combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector, fill_task_vector
-from neuron_methods.methods.contract import PlannedTensor, number
-from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, Delegation, find_method, method_name
+from neuron_methods.methods.contract import PlannedTensor
+from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, Delegation, find_method, method_of
 from neuron_methods.methods.groups_file import NeuronGroups
 from neuron_methods.methods.neuron_layout import Slices
+from neuron_methods.methods.parameters import method_spec, number, text
 from neuron_methods.support.errors import UserError
 
 NAME = "neuron_merge"
 # The default of `within`. Its formula is a sum of task vectors, which needs no detour over another method.
 PLAIN = "task_arithmetic"
 
-PARAMETERS = (
-    ParameterSpec(
-        "groups",
-        str,
-        ParameterScope.SHARED,
-        default="",
-        description="file of mergekit-neuron groups, of the base model",
-    ),
-    ParameterSpec(
-        "group",
-        str,
-        ParameterScope.NON_BASE,
-        default="",
-        description="functional group the expert was trained for",
-    ),
-    ParameterSpec(
-        "weight",
-        number("weight"),
-        ParameterScope.NON_BASE,
-        default=1.0,
-        description="multiplies the expert's task vector in all groups",
-    ),
-    ParameterSpec(
-        "in_group",
-        number("in_group"),
-        ParameterScope.NON_BASE,
-        default=1.0,
-        description="factor for neurons of the expert's own group",
-    ),
-    ParameterSpec(
-        "out_group",
-        number("out_group"),
-        ParameterScope.NON_BASE,
-        default=0.0,
-        description="factor for neurons of other experts' groups",
-    ),
-    ParameterSpec(
-        "general",
-        number("general"),
-        ParameterScope.SHARED,
-        default=0.5,
-        description="factor for general neurons",
-    ),
-    ParameterSpec(
-        "lambda",
-        number("lambda"),
-        ParameterScope.SHARED,
-        default=1.0,
-        description="scale of the merged update; also handed to rest, where its method has a lambda",
-    ),
-    ParameterSpec(
-        "within",
-        method_name("within"),
-        ParameterScope.SHARED,
-        default=PLAIN,
-        description="merge method within a group",
-    ),
-    ParameterSpec(
-        "rest",
-        method_name("rest", "base"),
-        ParameterScope.SHARED,
-        default=PLAIN,
-        description="merge method for everything that is no MLP neuron's, or base",
-    ),
-)
 _FACTORS = ("general", "weight", "in_group", "out_group")
 
 
@@ -118,13 +46,23 @@ class NeuronMerge(DelegatingMethod):
     takes_task_vectors = True
     slots = ("within", "rest")
 
-    spec = MergeMethodSpec(
-        name=NAME,
-        pretty_name="NeuronMerge",
-        reference_url="https://aclanthology.org/2025.findings-acl.471/",
-        parameters=PARAMETERS,
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    spec = method_spec(
+        NAME,
+        "NeuronMerge",
+        "https://aclanthology.org/2025.findings-acl.471/",
+        text("groups", about="file of mergekit-neuron groups, of the base model"),
+        text("group", of="expert", about="functional group the expert was trained for"),
+        number("weight", default=1.0, of="expert", about="multiplies the expert's task vector in all groups"),
+        number("in_group", default=1.0, of="expert", about="factor for neurons of the expert's own group"),
+        number("out_group", default=0.0, of="expert", about="factor for neurons of other experts' groups"),
+        number("general", default=0.5, about="factor for general neurons"),
+        number(
+            "lambda",
+            default=1.0,
+            about="scale of the merged update; also handed to rest, where its method has a lambda",
+        ),
+        method_of("within", default=PLAIN, about="merge method within a group"),
+        method_of("rest", "base", default=PLAIN, about="merge method for everything that is no MLP neuron's, or base"),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuronMerge:

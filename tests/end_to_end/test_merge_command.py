@@ -20,10 +20,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from mergekit.merge_methods.base import ParameterScope
 
 from neuron_methods.cli import main
-from neuron_methods.methods.neuro_merging import PARAMETERS
+from neuron_methods.methods.neuro_merging import NeuroMerging
 from tests.support.checkpoints import build, configuration, edit, fine_tune, read, save
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -547,5 +546,5 @@ def test_help_teaches(workspace):
     Path("merge.yaml").write_text(example)
     result = CliRunner().invoke(main, ["merge", "merge.yaml", "out", "--quiet"])
     assert result.exit_code == 0, result.stderr
-    shared = {parameter.name for parameter in PARAMETERS if parameter.scope is ParameterScope.SHARED}
+    shared = {parameter.name for parameter in NeuroMerging.spec.shared_parameters}
     assert yaml.safe_load(example)["parameters"].keys() == shared - {"profile"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
     MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
     TensorGroup,
 )
 from torch import Tensor
@@ -26,61 +23,9 @@ from neuron_methods.methods.contract import (
     PlannedMethod,
     PlannedTensor,
     PreparedMerge,
-    choice,
-    number,
-    number_or,
 )
+from neuron_methods.methods.parameters import choice, number
 from neuron_methods.support.errors import UserError
-
-
-def spec(value_type: Any) -> ParameterSpec:
-    return ParameterSpec("knob", value_type, ParameterScope.SHARED)
-
-
-@pytest.mark.parametrize(("value", "expected"), [(0, 0.0), (1, 1.0), (0.5, 0.5), ("0.25", 0.25), ("1e-3", 1e-3)])
-def test_numbers_within_bounds_are_floats(value: object, expected: float) -> None:
-    found = spec(number("knob", 0.0, 1.0)).validate(value)
-    assert found == expected
-    assert isinstance(found, float)
-
-
-@pytest.mark.parametrize("value", [-0.001, 1.001, math.nan, math.inf, "x", "", None, [0.5], True, False])
-def test_numbers_out_of_bounds_are_refused(value: object) -> None:
-    with pytest.raises(UserError) as error:
-        spec(number("knob", 0.0, 1.0)).validate(value)
-    assert str(error.value) == f"knob must be a number in [0, 1]; got {value!r}"
-
-
-def test_open_bounds_are_out_of_bounds() -> None:
-    assert spec(number("knob", 0.0, 1.0, low_open=True)).validate(1e-300) == 1e-300
-    with pytest.raises(UserError, match=r"^knob must be a number in \(0, 1\]; got 0$"):
-        spec(number("knob", 0.0, 1.0, low_open=True)).validate(0)
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "many"])
-def test_unbounded_numbers_are_finite(value: object) -> None:
-    assert spec(number("knob")).validate(-1e300) == -1e300
-    with pytest.raises(UserError, match=r"^knob must be a finite number; got "):
-        spec(number("knob")).validate(value)
-
-
-def test_choices() -> None:
-    assert spec(choice("knob", "one", "two")).validate("two") == "two"
-    for wrong in ("three", 1, None, "One", ""):
-        with pytest.raises(UserError) as error:
-            spec(choice("knob", "one", "two")).validate(wrong)
-        assert str(error.value) == f"knob must be one of one, two; got {wrong!r}"
-
-
-def test_a_number_or_a_word() -> None:
-    knob = spec(number_or("knob", "auto"))
-    assert knob.validate("auto") == "auto"
-    assert knob.validate("0.5") == 0.5
-    assert knob.validate(-3) == -3.0
-    for wrong in ("Auto", math.inf, math.nan, None, True, [1.0]):
-        with pytest.raises(UserError) as error:
-            knob.validate(wrong)
-        assert str(error.value) == f"knob must be a finite number or 'auto'; got {wrong!r}"
 
 
 class Recorder(PlannedMethod):
@@ -89,8 +34,8 @@ class Recorder(PlannedMethod):
     spec = MergeMethodSpec(
         name="recorder",
         parameters=(
-            ParameterSpec("weight", number("weight"), ParameterScope.NON_BASE, default=1.0),
-            ParameterSpec("shared", str, ParameterScope.SHARED, default="x"),
+            number("weight", default=1.0, of="expert", about=""),
+            choice("shared", "x", about=""),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     )

@@ -86,9 +86,9 @@ def test_what_is_not_as_in_the_paper_is_told():
 
 
 def test_variants_are_values_that_the_method_takes():
-    from neuron_methods.methods.neuro_merging import PARAMETERS
+    from neuron_methods.methods.neuro_merging import NeuroMerging
 
-    described = {parameter.name: parameter.description for parameter in PARAMETERS}
+    described = {parameter.name: parameter.description for parameter in NeuroMerging.spec.parameters}
     assert VARIANTS.keys() <= described.keys()
 
 

@@ -1,0 +1,100 @@
+"""Parameters of a method, declared in a line each: name, values, default, whose it is and what it is about.
+
+A value that a parameter cannot take is refused with the parameter's name and what it may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+)
+from pydantic import PlainValidator
+
+from neuron_methods.support.errors import UserError
+
+Of = Literal["merge", "expert"]
+
+
+def method_spec(name: str, pretty_name: str, url: str, *parameters: ParameterSpec) -> MergeMethodSpec:
+    """Describe a method of ours to mergekit: all of them take a base and at least one expert.
+
+    Args:
+        name: in the YAML.
+        pretty_name: the paper's.
+        url: of the paper.
+        *parameters: in the order in which users see them.
+    """
+    return MergeMethodSpec(
+        name=name,
+        pretty_name=pretty_name,
+        reference_url=url,
+        parameters=parameters,
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    )
+
+
+def declared(name: str, value_type: Any, default: Any, of: Of, about: str) -> ParameterSpec:
+    """Declare a parameter of any type that pydantic knows; see `checked` for one of ours."""
+    scope = ParameterScope.NON_BASE if of == "expert" else ParameterScope.SHARED
+    return ParameterSpec(name, value_type, scope, default, about)
+
+
+def checked(validate: Callable[[Any], Any]) -> Any:
+    """Make a type of a function that returns a parameter's value, or refuses it with a `UserError`."""
+    return Annotated[Any, PlainValidator(validate)]
+
+
+def number(
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    words: tuple[str, ...] = (),
+    default: float | str,
+    of: Of = "merge",
+    about: str,
+) -> ParameterSpec:
+    """Declare a finite number from `low` (without it, if `low_open`) to `high`, or one of a few words."""
+    bounded = (low, high) != (-math.inf, math.inf)
+    numbers = f"a number in {'(' if low_open else '['}{low:g}, {high:g}]" if bounded else "a finite number"
+    expected = " or ".join([numbers, *map(repr, words)])
+
+    def validate(value: Any) -> float | str:
+        if isinstance(value, str) and value in words:
+            return value
+        try:
+            found = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found) or not low <= found <= high or (low_open and found == low):
+            raise UserError(f"{name} must be {expected}; got {value!r}")
+        return found
+
+    return declared(name, checked(validate), default, of, about)
+
+
+def choice(name: str, *values: str, of: Of = "merge", about: str) -> ParameterSpec:
+    """Declare one of a few words; the first is the default."""
+
+    def validate(value: Any) -> str:
+        if value not in values:
+            raise UserError(f"{name} must be one of {', '.join(values)}; got {value!r}")
+        return value
+
+    return declared(name, checked(validate), values[0], of, about)
+
+
+def text(name: str, *, of: Of = "merge", about: str) -> ParameterSpec:
+    """Declare a text, such as the path of a file; without it, it is empty."""
+    return declared(name, str, "", of, about)
