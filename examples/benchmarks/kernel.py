@@ -21,7 +21,7 @@ import torch
 from measuring import machine
 from torch import Tensor
 
-from neuron_methods.kernels.neuro import merge_neurons
+from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons
 from neuron_methods.kernels.rows import row_blocks
 from neuron_methods.kernels.subspace import merge_coefficients
 
@@ -78,7 +78,7 @@ def compare(neurons: int, width: int, experts: int, oracle_rows: int, rounds: in
     scale = neurons / oracle_rows
 
     def whole() -> None:
-        merge_neurons(base, others, merged, thresholds=thresholds, weights=[1.0] * experts, lambda_orthogonal=1.0)
+        merge_neurons(base, others, merged, NeuroOptions(thresholds, weights=[1.0] * experts, lambda_orthogonal=1.0))
 
     contestants: dict[str, tuple[Callable[[], object], float]] = {
         "kernel": (lambda: combine(rows, merged), 1.0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def variances(updates: Tensor) -> Tensor:
-    """How far experts differ, entry by entry.
+    """Measure how far experts differ, entry by entry.
 
     Args:
         updates: task vectors, shape (..., experts, d), float32.
@@ -27,8 +27,8 @@ def variances(updates: Tensor) -> Tensor:
     return wide.var(dim=-2, correction=0).float()
 
 
-def cutoff(values: Tensor, density: float) -> float:
-    """The largest variance that is left out.
+def largest_left_out(values: Tensor, density: float) -> float:
+    """Find the largest variance of which the entry is not kept.
 
     Args:
         values: variances of a whole tensor, any shape, float32; their order is lost.
@@ -48,15 +48,15 @@ def cutoff(values: Tensor, density: float) -> float:
     return float(torch.kthvalue(flat, rank).values)
 
 
-def keep_differing_(updates: Tensor, values: Tensor, largest_left_out: float) -> Tensor:
-    """Zero, for all experts, every entry whose variance is not above the cutoff, in place.
+def keep_differing_(updates: Tensor, values: Tensor, bound: float) -> Tensor:
+    """Zero, for all experts, every entry whose variance is not above a bound, in place.
 
     Args:
         updates: shape (..., experts, d), float32.
         values: their `variances`, shape (..., d).
-        largest_left_out: from `cutoff`.
+        bound: from `largest_left_out`.
 
     Returns:
         `updates`.
     """
-    return updates.mul_((values > largest_left_out).unsqueeze(-2))
+    return updates.mul_((values > bound).unsqueeze(-2))

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.differing import cutoff, keep_differing_, variances
+from neuron_methods.kernels.differing import keep_differing_, largest_left_out, variances
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import row_blocks
 from neuron_methods.kernels.spectrum import remove_parallel_, temper_spectrum_
@@ -19,70 +20,13 @@ from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import trim_
 
 
-def merge_points(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    merged: Tensor,
-    *,
-    thresholds: Sequence[float],
-    weights: Sequence[float],
-    lambda_orthogonal: float | str,
-    consensus: str,
-    allow_nonfinite: bool = False,
-    differing: float = 1.0,
-) -> None:
-    """Steps 1, 5 and 6 for point weights: tensors without neurons.
+@dataclass(frozen=True)
+class NeuroOptions:
+    """What the steps take beside tensors.
 
-    Args:
-        base: 0-D or 1-D weights, any float dtype.
-        experts: the experts' weights, shape of the base.
-        merged: receives θ₀ + λ₂ ψ; shape of the base, any float dtype.
+    Attributes:
         thresholds: smallest kept magnitude per expert.
-        weights: factor per expert after trimming.
-        lambda_orthogonal: λ₂, or ``norm``.
-        consensus: see `neuron_methods.kernels.elect.reduce_elected`.
-        allow_nonfinite: treat a NaN or infinite update as no update.
-        differing: share of entries kept, those in which the experts of a weight other than 0 differ most.
-    """
-    origin = base.reshape(-1).float()
-    task_vectors = origin.new_empty(len(experts), len(origin))
-    lengths = origin.new_zeros(()) if lambda_orthogonal == "norm" else None
-    for row, expert, threshold, weight in zip(task_vectors, experts, thresholds, weights, strict=True):
-        _trimmed_task_vector(row, expert.reshape(-1), origin, threshold, weight, allow_nonfinite, lengths)
-    if differing < 1:
-        spread = variances(task_vectors[_takes_part(weights)])
-        keep_differing_(task_vectors, spread, cutoff(spread.clone(), differing))
-    psi = elect_and_reduce(task_vectors, consensus)
-    if lengths is not None:
-        norm = psi.norm().item() * _voting(weights)
-        lambda_orthogonal = lengths.item() / norm if norm > 0 else 0.0
-    merged.view(-1).copy_(origin.add(psi, alpha=lambda_orthogonal))
-
-
-def merge_neurons(
-    base: Tensor,
-    experts: Sequence[Tensor],
-    merged: Tensor,
-    *,
-    thresholds: Sequence[float],
-    weights: Sequence[float],
-    lambda_orthogonal: float | str,
-    lambda_parallel: float = 0.0,
-    rank_energy: float = 1.0,
-    spectral_exponent: float = 1.0,
-    consensus: str = "mean",
-    allow_nonfinite: bool = False,
-    differing: float = 1.0,
-    scratch_bytes: int = 1 << 28,
-) -> tuple[float, float]:
-    """Steps 1 to 4 and 6 for a matrix whose rows are neurons, in blocks of rows.
-
-    Args:
-        base: weights, shape (neurons, d), any float dtype.
-        experts: the experts' weights, shape of the base.
-        merged: receives θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; shape of the base, any float dtype.
-        thresholds: smallest kept magnitude per expert.
-        weights: factor per expert after trimming.
+        weights: factor per expert after trimming; an expert of weight 0 takes no part.
         lambda_orthogonal: λ₂, or ``norm``: see `neuron_methods.kernels.subspace.matching_scales`.
         lambda_parallel: λ₁; 0 spares step 3.
         rank_energy: see `neuron_methods.kernels.subspace.combination_coefficients`.
@@ -91,9 +35,63 @@ def merge_neurons(
         consensus: see `neuron_methods.kernels.elect.reduce_elected`.
         allow_nonfinite: treat a NaN or infinite update as no update; entries that the base itself holds so stay as they
             are, and the rest of their neurons is merged without them.
-        differing: share of the tensor's entries kept, those in which the experts of a weight other than 0 differ most;
+        differing_density: share of the tensor's entries kept, those in which the experts that take part differ most;
             below 1, their variances are held in float32, beyond `scratch_bytes`.
         scratch_bytes: bound on scratch memory.
+    """
+
+    thresholds: Sequence[float]
+    weights: Sequence[float]
+    lambda_orthogonal: float | str
+    lambda_parallel: float = 0.0
+    rank_energy: float = 1.0
+    spectral_exponent: float = 1.0
+    consensus: str = "mean"
+    allow_nonfinite: bool = False
+    differing_density: float = 1.0
+    scratch_bytes: int = 1 << 28
+
+    @property
+    def voters(self) -> list[int]:
+        """Which experts take part; all where none does, as then nothing is merged."""
+        return [t for t, weight in enumerate(self.weights) if weight != 0] or list(range(len(self.weights)))
+
+
+def merge_points(base: Tensor, experts: Sequence[Tensor], merged: Tensor, options: NeuroOptions) -> None:
+    """Take steps 1, 5 and 6 for point weights: tensors without neurons.
+
+    Args:
+        base: 0-D or 1-D weights, any float dtype.
+        experts: the experts' weights, shape of the base.
+        merged: receives θ₀ + λ₂ ψ; shape of the base, any float dtype.
+        options: those that concern single neurons have no say.
+    """
+    origin = base.reshape(-1).float()
+    task_vectors = origin.new_empty(len(experts), len(origin))
+    scale = options.lambda_orthogonal
+    lengths = origin.new_zeros(()) if scale == "norm" else None
+    for t, expert in enumerate(experts):
+        _fill_trimmed(task_vectors[t], expert.reshape(-1), origin, t, options, lengths)
+    if options.differing_density < 1:
+        spread = variances(task_vectors[options.voters])
+        keep_differing_(task_vectors, spread, largest_left_out(spread.clone(), options.differing_density))
+    psi = elect_and_reduce(task_vectors, options.consensus)
+    if lengths is not None:
+        norm = psi.norm().item() * len(options.voters)
+        scale = lengths.item() / norm if norm > 0 else 0.0
+    merged.view(-1).copy_(origin.add(psi, alpha=scale))
+
+
+def merge_neurons(
+    base: Tensor, experts: Sequence[Tensor], merged: Tensor, options: NeuroOptions
+) -> tuple[float, float]:
+    """Take steps 1 to 4 and 6 for a matrix whose rows are neurons, in blocks of rows.
+
+    Args:
+        base: weights, shape (neurons, d), any float dtype.
+        experts: the experts' weights, shape of the base.
+        merged: receives θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; shape of the base, any float dtype.
+        options: all of them.
 
     Returns:
         (Σ_t ‖τ_∥,t‖², Σ_t ‖τ_⊥,t‖²): energy of the trimmed updates in each subspace.
@@ -103,12 +101,12 @@ def merge_neurons(
     # Stacked rows and merged row in float32, and some eight matrices of inner products in float64.
     bytes_per_neuron = 4 * width * (count + 2) + 64 * (count + 1) ** 2
     # A third of the bound: where it is small, a whole block's float64 copy takes twice as much again.
-    blocks = list(row_blocks(neurons, bytes_per_neuron, scratch_bytes // 3))
+    blocks = list(row_blocks(neurons, bytes_per_neuron, options.scratch_bytes // 3))
     if not width or not blocks:
         return 0.0, 0.0
     scratch = torch.empty(blocks[0].stop, count + 1, width, dtype=torch.float32, device=base.device)
 
-    matched = lambda_orthogonal == "norm"
+    matched = options.lambda_orthogonal == "norm"
     lengths = torch.zeros(blocks[0].stop, dtype=torch.float32, device=base.device) if matched else None
 
     def trimmed(block: slice) -> Tensor:
@@ -116,84 +114,69 @@ def merge_neurons(
         w = rows[:, -1].copy_(base[block])
         of_rows = lengths[: len(rows)].zero_() if lengths is not None else None
         for t, expert in enumerate(experts):
-            _trimmed_task_vector(rows[:, t], expert[block], w, thresholds[t], weights[t], allow_nonfinite, of_rows)
-        if allow_nonfinite:
+            _fill_trimmed(rows[:, t], expert[block], w, t, options, of_rows)
+        if options.allow_nonfinite:
             w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         if selected is not None:
-            keep_differing_(rows[:, :-1], variances(rows[:, voting]), selected)
+            keep_differing_(rows[:, :-1], variances(rows[:, options.voters]), selected)
         return rows
 
-    voting, selected = _takes_part(weights), None
-    if differing < 1:
+    selected = None
+    if options.differing_density < 1:
         spread = torch.empty(neurons, width, dtype=torch.float32, device=base.device)
         for block in blocks:
-            spread[block] = variances(trimmed(block)[:, voting])
-        selected = cutoff(spread, differing)
+            spread[block] = variances(trimmed(block)[:, options.voters])
+        selected = largest_left_out(spread, options.differing_density)
         del spread
     own = torch.ones(neurons, dtype=torch.float64, device="cpu" if base.device.type == "mps" else base.device)
-    if lambda_parallel != 0:
+    if options.lambda_parallel != 0:
         # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
         coefficients = torch.cat([split_gram(gram_matrices(trimmed(block)))[0] for block in blocks])
         # float32 makes equal what differs by float64 rounding alone: ties stay ties in any order of the experts.
-        own += lambda_parallel * elect_and_reduce(coefficients.T.float(), consensus)
-    tempered = spectral_exponent != 1
+        own += options.lambda_parallel * elect_and_reduce(coefficients.T.float(), options.consensus)
+    tempered = options.spectral_exponent != 1
     # A spectrum is of all neurons together: λ₂ ψ_⊥ is gathered first, and added to the base afterwards.
     target = torch.empty(neurons, width, dtype=torch.float32, device=base.device) if tempered else merged
     parallel_energy = orthogonal_energy = 0.0
     for block in blocks:
         rows = trimmed(block)
-        solved = merge_coefficients(rows, rank_energy=rank_energy, consensus=consensus)
+        solved = merge_coefficients(rows, rank_energy=options.rank_energy, consensus=options.consensus)
         # θ₀ + λ₂ Σ_t a_t (τ_t − c_t w) + λ₁ c w, as one combination of the rows τ_1 … τ_T, w.
         if lengths is not None:
-            wanted = lengths[: len(rows)].to(solved.gram) / _voting(weights)
+            wanted = lengths[: len(rows)].to(solved.gram) / len(options.voters)
             scales = matching_scales(solved.orthogonal, solved.gram, wanted)
             of_experts = scales.unsqueeze(1) * solved.orthogonal
         else:
-            of_experts = lambda_orthogonal * solved.orthogonal
+            of_experts = options.lambda_orthogonal * solved.orthogonal
         of_base = (0.0 if tempered else own[block]) - (of_experts * solved.parallel).sum(dim=1)
         factors = torch.cat([of_experts, of_base.unsqueeze(1)], dim=1)
         target[block].copy_(torch.bmm(factors.to(rows).unsqueeze(1), rows).squeeze(1))
         parallel_energy += solved.parallel_energy
         orthogonal_energy += solved.orthogonal_energy
-    psi = temper_spectrum_(target, spectral_exponent) if tempered else None
+    psi = temper_spectrum_(target, options.spectral_exponent) if tempered else None
     for block in blocks:
         if psi is not None:
             w = scratch[: block.stop - block.start, -1].copy_(base[block])
-            if allow_nonfinite:
+            if options.allow_nonfinite:
                 w.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             update = remove_parallel_(psi[block], w)
             merged[block].copy_(w.mul_(own[block].to(w).unsqueeze(1)).add_(update))
-        if allow_nonfinite:
+        if options.allow_nonfinite:
             broken = ~base[block].isfinite()
             merged[block][broken] = base[block][broken].to(merged.dtype)
     return parallel_energy, orthogonal_energy
 
 
-def _trimmed_task_vector(
-    out: Tensor,
-    expert: Tensor,
-    base: Tensor,
-    threshold: float,
-    weight: float,
-    allow_nonfinite: bool,
-    lengths: Tensor | None = None,
+def _fill_trimmed(
+    out: Tensor, expert: Tensor, base: Tensor, t: int, options: NeuroOptions, lengths: Tensor | None
 ) -> None:
-    """Fill `out`; add the norm of each row before trimming, times the weight's size, to `lengths`."""
+    """Fill `out` with the t-th expert's trimmed task vector; add the weighted norm before trimming to `lengths`."""
+    weight = options.weights[t]
     fill_task_vector(out, expert, base)
-    if allow_nonfinite:
+    if options.allow_nonfinite:
         out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     if lengths is not None:
         lengths += abs(weight) * out.norm(dim=-1)
-    trim_(out, threshold)
+    trim_(out, options.thresholds[t])
     if weight != 1.0:
         out.mul_(weight)
-
-
-def _voting(weights: Sequence[float]) -> int:
-    """How many experts take part; one at least, to divide by."""
-    return max(1, sum(weight != 0 for weight in weights))
-
-
-def _takes_part(weights: Sequence[float]) -> list[int]:
-    """Which experts take part; all where none does, as then nothing is merged."""
-    return [t for t, weight in enumerate(weights) if weight != 0] or list(range(len(weights)))

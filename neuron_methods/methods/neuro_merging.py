@@ -34,7 +34,7 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from neuron_methods.kernels.neuro import merge_neurons, merge_points
+from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons, merge_points
 from neuron_methods.kernels.rows import neuron_rows
 from neuron_methods.methods.contract import (
     MergeSettings,
@@ -163,30 +163,25 @@ class PreparedNeuroMerging(PreparedMerge):
             scale = self.profile.automatic_lambda(parameters["consensus"])
         # Contiguous whatever the base's strides are, so that rows of it are views to write to.
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
-        arguments: dict[str, Any] = {
-            "thresholds": thresholds,
-            "weights": [parameters["weight"][e] for e in experts],
-            "lambda_orthogonal": scale,
-            "consensus": parameters["consensus"],
-            "allow_nonfinite": self.settings.allow_nonfinite,
-            "differing": max(parameters["density"][e] for e in experts) if differing else 1.0,
-        }
-        tensors = list(experts.values())
-        if base.ndim < 2:
-            merge_points(base, tensors, merged, **arguments)
-            return merged
-        packed = is_packed(name)
-        rows = [neuron_rows(t, packed=packed) for t in (base, *tensors)]
-        energies = merge_neurons(
-            rows[0],
-            rows[1:],
-            neuron_rows(merged, packed=packed),
+        options = NeuroOptions(
+            thresholds=thresholds,
+            weights=[parameters["weight"][e] for e in experts],
+            lambda_orthogonal=scale,
             lambda_parallel=parameters["lambda_parallel"],
             rank_energy=parameters["rank_energy"],
             spectral_exponent=parameters["spectral_exponent"],
+            consensus=parameters["consensus"],
+            allow_nonfinite=self.settings.allow_nonfinite,
+            differing_density=max(parameters["density"][e] for e in experts) if differing else 1.0,
             scratch_bytes=self.settings.scratch_bytes,
-            **arguments,
         )
+        tensors = list(experts.values())
+        if base.ndim < 2:
+            merge_points(base, tensors, merged, options)
+            return merged
+        packed = is_packed(name)
+        rows, *of_experts, out_rows = (neuron_rows(t, packed=packed) for t in (base, *tensors, merged))
+        energies = merge_neurons(rows, of_experts, out_rows, options)
         self.profile.add_energies(*energies)
         return merged
 

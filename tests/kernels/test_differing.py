@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neuron_methods.kernels.differing import cutoff, keep_differing_, variances
+from neuron_methods.kernels.differing import keep_differing_, largest_left_out, variances
 
 
 def test_variance_is_over_the_experts() -> None:
@@ -23,9 +23,9 @@ def test_order_of_the_experts_has_no_say() -> None:
 
 
 @pytest.mark.parametrize(("density", "kept"), [(1.0, 5), (0.7, 4), (0.5, 3), (0.21, 2), (0.2, 1), (0.1, 1)])
-def test_cutoff_keeps_the_share_above_it(density: float, kept: int) -> None:
+def test_the_largest_left_out_keeps_the_share_above_it(density: float, kept: int) -> None:
     values = torch.tensor([4.0, 1.0, 3.0, 5.0, 2.0])
-    largest = cutoff(values.clone(), density)
+    largest = largest_left_out(values.clone(), density)
     assert int((values > largest).sum()) == kept
 
 

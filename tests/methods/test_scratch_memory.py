@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuron_methods.kernels.neuro import merge_neurons
+from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons
 from tests.support.tensors import randoms
 
 
@@ -51,11 +51,13 @@ def scratch_of(tensors: Sequence[Tensor], scratch_bytes: int, **options: float) 
             base,
             experts,
             merged,
-            thresholds=[0.5] * len(experts),
-            weights=[1.0] * len(experts),
-            lambda_orthogonal=1.0,
-            scratch_bytes=scratch_bytes,
-            **options,
+            NeuroOptions(
+                thresholds=[0.5] * len(experts),
+                weights=[1.0] * len(experts),
+                lambda_orthogonal=1.0,
+                scratch_bytes=scratch_bytes,
+                **options,
+            ),
         )
     return allocations.peak, merged
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
-from neuron_methods.kernels.neuro import merge_neurons
+from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import MergeSettings
 from neuron_methods.support.errors import UserError
@@ -139,9 +139,7 @@ def test_task_vectors_stand_in_for_weights() -> None:
         base,
         [first.as_subclass(TaskVector), second.as_subclass(TaskVector)],
         update,
-        thresholds=[0.0, 0.0],
-        weights=[1.0, 1.0],
-        lambda_orthogonal=1e5,
+        NeuroOptions(thresholds=[0.0, 0.0], weights=[1.0, 1.0], lambda_orthogonal=1e5),
     )
     expected = oracle.merge_orthogonal(oracle.orthogonal_parts(torch.stack([first, second], 1).double(), base.double()))
     assert torch.allclose(update.double() - base.double(), 1e5 * expected, atol=1e-4)
