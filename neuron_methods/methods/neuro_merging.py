@@ -133,8 +133,7 @@ class PreparedNeuroMerging(PreparedMerge):
         self.profile = TrimProfile(trim=shared["trim"])
         if shared["profile"]:
             self._measures = False
-            counted = self._counted()
-            self.profile = TrimProfile.read(shared["profile"], counted, self._experts, self._voting(counted))
+            self._adopt(TrimProfile.read(shared["profile"], self._counted(), self._experts))
 
     def reads(self) -> set[str]:
         """Name the tensors whose updates are trimmed: none with a profile, nor where no parameter asks for a pass."""
@@ -145,8 +144,7 @@ class PreparedNeuroMerging(PreparedMerge):
         super().measure(settings)
         if self._measures:
             measure = measure_model if self.profile.trim == "model" else measure_tensors
-            counted = self._counted()
-            self.profile = measure(counted, self._experts, self._voting(counted), settings)
+            self._adopt(measure(self._counted(), self._experts, settings))
 
     def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Take steps 1 to 6 for one tensor."""
@@ -157,7 +155,8 @@ class PreparedNeuroMerging(PreparedMerge):
         thresholds = [0.0] * len(experts) if differing else self.profile.thresholds_for(group.metadata.name, experts)
         if thresholds is None:
             densities = {e: parameters["density"][e] for e in experts}
-            thresholds = [s.threshold for s in measure_tensor(name, base, experts, densities, self.settings)]
+            searches = measure_tensor(name, base, experts, densities, self.settings)
+            thresholds = [search.threshold or 0.0 for search in searches.values()]
         scale = parameters["lambda_orthogonal"]
         if scale == "auto":
             scale = self.profile.automatic_lambda(parameters["consensus"])
@@ -188,9 +187,12 @@ class PreparedNeuroMerging(PreparedMerge):
     def _counted(self) -> list[PlannedTensor]:
         return [t for t in self._tensors if not t.repeats()]
 
-    def _voting(self, counted: Sequence[PlannedTensor]) -> list[Hashable]:
-        """An expert of weight 0 everywhere takes no part, and its σ must not scale the others."""
-        return [e for e in self._experts if any(t.expert_parameters["weight"][e] != 0 for t in _with(counted, e))]
+    def _adopt(self, profile: TrimProfile) -> None:
+        """Take a profile for this merge's own."""
+        # An expert of weight 0 everywhere takes no part, and its σ must not scale the others.
+        weights = {e: [t.expert_parameters["weight"][e] for t in _with(self._counted(), e)] for e in self._experts}
+        profile.voting = [e for e, of_tensors in weights.items() if any(of_tensors)]
+        self.profile = profile
 
 
 def _is_scaled_by_sigma(tensor: PlannedTensor) -> bool:

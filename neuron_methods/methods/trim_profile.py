@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,12 +79,12 @@ class TrimProfile:
         return max((self.experts[e].sigma for e in self.voting), default=0.0) if self.experts else None
 
     def automatic_lambda(self, consensus: str) -> float:
-        """λ₂ without validation data: 1 / (1 − σ), or 1 where the experts' values are summed."""
+        """Compute λ₂ without validation data: 1 / (1 − σ), or 1 where the experts' values are summed."""
         # σ rounds to 1 where trimming leaves less than float32 resolves.
         return 1.0 if consensus == "sum" else 1.0 / max(1.0 - (self.sigma or 0.0), 2.0**-24)
 
     def thresholds_for(self, name: str | None, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
-        """Thresholds of a tensor's experts in their order, or None where they are still to be measured."""
+        """List the thresholds of a tensor's experts in their order, or None where they are still to be measured."""
         if self.trim == "model":
             return [self.experts[e].threshold or 0.0 for e in experts]
         known = self.tensor_thresholds.get(name)
@@ -94,8 +96,8 @@ class TrimProfile:
         self.orthogonal_energy += orthogonal
 
     def to_json(self) -> str:
-        """The file's text; see `write`."""
-        content = {
+        """Write the profile as the text of a file."""
+        content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "method": "neuro_merging",
@@ -114,20 +116,16 @@ class TrimProfile:
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
-    def read(
-        cls,
-        path: str,
-        tensors: Sequence[PlannedTensor],
-        experts: Sequence[Hashable],
-        voting: Sequence[Hashable],
-    ) -> TrimProfile:
+    def read(cls, path: str, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
         """Read a profile and make sure that it is one of this merge.
 
         Args:
             path: JSON file written by `--profile-out`.
             tensors: the plan's tensors that count.
             experts: the plan's experts.
-            voting: experts whose σ counts in this merge, whatever their weights were in the one that was measured.
+
+        Returns:
+            The profile; who votes is up to the merge, whatever the weights were in the one that was measured.
 
         Raises:
             UserError: the file is missing, not a trim profile, of another version, or of another merge.
@@ -135,38 +133,28 @@ class TrimProfile:
         again = "write it again with --profile-out"
         content = read_json(path, "profile", format=FORMAT, version=VERSION, again=again)
         try:
-            profile = cls._checked(path, content, tensors, experts)
+            return cls._from_json(content, tensors, experts)
+        except UserError as error:
+            raise UserError(f"profile {path}: {error}; leave profile out, or {again}") from None
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"profile {path}: damaged or incomplete; {again}") from None
-        profile.voting = list(voting)
-        return profile
 
     @classmethod
-    def _checked(
-        cls, path: str, content: dict, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]
-    ) -> TrimProfile:
-        again = "leave profile out, or write it again with --profile-out"
-        trim = tensors[0].parameters["trim"]
-        if content["trim"] != trim:
-            raise UserError(
-                f"profile {path}: measured with trim: {content['trim']}, the merge asks for {trim}; {again}"
-            )
-        if content["fingerprint"] != fingerprint(tensors):
-            raise UserError(f"profile {path}: measured on other tensors than this merge writes; {again}")
+    def _from_json(cls, content: dict, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
+        profile = cls(tensors[0].parameters["trim"], fingerprint=fingerprint(tensors))
+        if content["trim"] != profile.trim:
+            raise UserError(f"measured with trim: {content['trim']}, the merge asks for {profile.trim}")
+        if content["fingerprint"] != profile.fingerprint:
+            raise UserError("measured on other tensors than this merge writes")
         found = {entry["model"]: entry for entry in content["experts"]}
-        profile = cls(trim=trim, fingerprint=content["fingerprint"])
         for expert in experts:
             entry = found.get(str(expert))
             if entry is None:
-                known = ", ".join(found) or "none"
-                raise UserError(f"profile {path}: no expert {expert} in it (found: {known}); {again}")
+                raise UserError(f"no expert {expert} in it (found: {', '.join(found) or 'none'})")
             density = density_of(tensors, expert)
             if entry["density"] != density:
-                raise UserError(
-                    f"profile {path}: {expert} was measured with density {entry['density']}, "
-                    f"the merge asks for {density}; {again}"
-                )
-            threshold = None if trim == "tensor" else _magnitude(entry["threshold"])
+                raise UserError(f"{expert} was measured with density {entry['density']}, the merge asks for {density}")
+            threshold = None if profile.trim == "tensor" else _magnitude(entry["threshold"])
             sigma = _magnitude(entry["sigma"], below=1.0)
             profile.experts[expert] = ExpertTrim(str(expert), density, int(entry["entries"]), threshold, sigma)
         by_name = {str(expert): expert for expert in experts}
@@ -178,14 +166,14 @@ class TrimProfile:
 
 
 def fingerprint(tensors: Sequence[PlannedTensor]) -> str:
-    """Short hash of the tensors' names, in any order."""
+    """Hash the tensors' names, in any order, to a short text."""
     return hashlib.sha256("\n".join(sorted(t.name for t in tensors)).encode()).hexdigest()[:16]
 
 
 def density_of(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | str:
-    """The expert's density where it is the same for all tensors, else `varies-` and a hash that tells which."""
-    values = {t.name: t.expert_parameters["density"] for t in tensors}
-    densities = {name: value[expert] for name, value in values.items() if expert in value}
+    """Find the density that an expert has in all tensors; `varies-` and a hash of them where it has several."""
+    given = {t.name: t.expert_parameters["density"] for t in tensors}
+    densities = {name: of_experts[expert] for name, of_experts in given.items() if expert in of_experts}
     if len(set(densities.values())) == 1:
         return next(iter(densities.values()))
     return "varies-" + hashlib.sha256(json.dumps(densities, sort_keys=True).encode()).hexdigest()[:8]
@@ -199,91 +187,63 @@ def _magnitude(value: object, below: float = math.inf) -> float:
 
 
 def measure_model(
-    tensors: Sequence[PlannedTensor],
-    experts: Sequence[Hashable],
-    voting: Sequence[Hashable],
-    settings: MergeSettings,
+    tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], settings: MergeSettings
 ) -> TrimProfile:
-    """One exact threshold and σ per expert over all tensors, in memory bounded by one tensor.
+    """Find one exact threshold and σ per expert over all tensors, in memory bounded by one tensor.
 
     Args:
         tensors: the plan's tensors, each counted once.
-        experts: ids in a fixed order.
-        voting: experts whose σ counts.
+        experts: ids in a fixed order, each of one density.
         settings: progress and the policy on non-finite values.
 
     Raises:
         UserError: an input holds NaN or Inf.
     """
-    searches = {}
-    for expert in experts:
-        density = density_of(tensors, expert)
-        assert not isinstance(density, str)  # NeuroMerging.check has refused that
-        searches[expert] = ThresholdSearch(density)
+    searches = {expert: ThresholdSearch(float(density_of(tensors, expert))) for expert in experts}
     for expert, runs in _sample(tensors, experts, settings).items():
         searches[expert].bracket_from_sample(runs)
-    open_searches = dict(searches)
+    still_open = dict(searches)
     label = "Measuring trim thresholds"
-    while open_searches:
+    while still_open:
         for tensor in settings.progress(label, tensors):
             if tensor.untouched:
-                for expert in tensor.expert_parameters["density"].keys() & open_searches.keys():
-                    open_searches[expert].count_zeros(tensor.entries or 0)
+                for expert in tensor.expert_parameters["density"].keys() & still_open.keys():
+                    still_open[expert].count_zeros(tensor.entries or 0)
                 continue
             base, found = tensor.load()
             if base is not None and base.is_floating_point():
-                _count(
-                    tensor.name,
-                    base,
-                    {e: found[e] for e in open_searches if e in found},
-                    open_searches,
-                    settings,
-                )
-        open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
+                _count(tensor.name, base, {e: found[e] for e in still_open if e in found}, still_open, settings)
+        still_open = {e: s for e, s in still_open.items() if not s.finish()}
         label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
-    return TrimProfile(
-        trim="model",
-        experts={e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()},
-        voting=list(voting),
-        fingerprint=fingerprint(tensors),
-    )
+    found_trims = {e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()}
+    return TrimProfile("model", found_trims, fingerprint=fingerprint(tensors))
 
 
 def measure_tensors(
-    tensors: Sequence[PlannedTensor],
-    experts: Sequence[Hashable],
-    voting: Sequence[Hashable],
-    settings: MergeSettings,
+    tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], settings: MergeSettings
 ) -> TrimProfile:
-    """Thresholds per tensor and expert, and each expert's σ over the whole model under them."""
-    entries, total, removed = (
-        dict.fromkeys(experts, 0),
-        dict.fromkeys(experts, 0.0),
-        dict.fromkeys(experts, 0.0),
-    )
-    thresholds: dict[str, dict[Hashable, float]] = {}
+    """Find thresholds per tensor and expert, and each expert's σ over the whole model under them."""
+    profile = TrimProfile("tensor", fingerprint=fingerprint(tensors))
+    entries: Counter[Hashable] = Counter()
+    total, removed = dict.fromkeys(experts, 0.0), dict.fromkeys(experts, 0.0)
     for tensor in settings.progress("Measuring trim thresholds", tensors):
+        densities = tensor.expert_parameters["density"]
         if tensor.untouched:
-            for expert in tensor.expert_parameters["density"]:
-                entries[expert] += tensor.entries or 0
+            entries.update(dict.fromkeys(densities, tensor.entries or 0))
             continue
         base, found = tensor.load()
         if base is None or not base.is_floating_point() or not found:
             continue
-        searches = measure_tensor(tensor.name, base, found, tensor.expert_parameters["density"], settings)
-        thresholds[tensor.name] = {e: s.threshold or 0.0 for e, s in zip(found, searches, strict=True)}
-        for expert, search in zip(found, searches, strict=True):
+        searches = measure_tensor(tensor.name, base, found, densities, settings)
+        profile.tensor_thresholds[tensor.name] = {e: search.threshold or 0.0 for e, search in searches.items()}
+        for expert, search in searches.items():
             entries[expert] += search.entries
             total[expert] += search.total_l1
             removed[expert] += search.removed_l1
-    sigma = {e: removed[e] / total[e] if total[e] > 0 else 0.0 for e in experts}
-    return TrimProfile(
-        trim="tensor",
-        experts={e: ExpertTrim(str(e), density_of(tensors, e), entries[e], None, sigma[e]) for e in experts},
-        voting=list(voting),
-        tensor_thresholds=thresholds,
-        fingerprint=fingerprint(tensors),
-    )
+    for expert in experts:
+        sigma = removed[expert] / total[expert] if total[expert] > 0 else 0.0
+        profile.experts[expert] = ExpertTrim(str(expert), density_of(tensors, expert), entries[expert], None, sigma)
+    return profile
 
 
 def measure_tensor(
@@ -292,17 +252,17 @@ def measure_tensor(
     experts: Mapping[Hashable, Tensor],
     densities: Mapping[Hashable, float],
     settings: MergeSettings,
-) -> list[ThresholdSearch]:
-    """Finished searches of one tensor's experts, in their order (`trim: tensor`)."""
+) -> dict[Hashable, ThresholdSearch]:
+    """Search the thresholds of one tensor's experts to the end, in their order (`trim: tensor`)."""
     searches = {e: ThresholdSearch(densities[e]) for e in experts}
     starts = range(0, base.numel(), max(int(_RUN / _SHARE), base.numel() // _RUNS))
     for expert, tensor in experts.items():
         searches[expert].bracket_from_sample([_runs(base, tensor, starts, settings)])
-    open_searches = dict(searches)
-    while open_searches:
-        _count(name, base, {e: experts[e] for e in open_searches}, open_searches, settings)
-        open_searches = {e: s for e, s in open_searches.items() if not s.finish()}
-    return list(searches.values())
+    still_open = dict(searches)
+    while still_open:
+        _count(name, base, {e: experts[e] for e in still_open}, still_open, settings)
+        still_open = {e: s for e, s in still_open.items() if not s.finish()}
+    return searches
 
 
 def _count(
