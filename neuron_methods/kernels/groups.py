@@ -1,6 +1,6 @@
-"""Functional groups of neurons: who a neuron works for, and how much of each expert it takes (NeuronMerge).
+"""Functional groups of neurons: who a neuron works for (NeuronMerge).
 
-Gu et al., Findings of ACL 2025, 2025.findings-acl.471, steps 2 and 3.
+Gu et al., Findings of ACL 2025, 2025.findings-acl.471, step 2.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 # Label of a neuron that works for no domain in particular.
-GENERAL = -1
+NO_DOMAIN = -1
 
 
 def domain_shares(top_activations: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
-    """Share of each domain in a neuron's top activations, corrected for how many tokens each domain contributed.
+    """Compute each domain's share in a neuron's top activations, corrected for how many tokens the domain contributed.
 
     The k largest |activations| over all domains are the neuron's top activations. With c_d of them in domain d, which
     contributed n_d tokens, the share is (c_d / n_d) / Σ_e (c_e / n_e): what it would be had all contributed alike.
@@ -47,24 +47,9 @@ def label_neurons(shares: Tensor, firing_rates: Tensor, threshold: float, min_fi
         min_firing: a neuron that fires more rarely than this in its domain is general: too little to judge by.
 
     Returns:
-        Shape (neurons,), int64: index of the domain, or `GENERAL`.
+        Shape (neurons,), int64: index of the domain, or `NO_DOMAIN`.
     """
     best, domain = shares.max(dim=1)
     sole = (shares == best.unsqueeze(1)).sum(dim=1) == 1
     fires = firing_rates.gather(1, domain.unsqueeze(1)).squeeze(1) >= min_firing
-    return torch.where((best > 0) & (best >= threshold) & sole & fires, domain, GENERAL)
-
-
-def group_coefficient(group: str, own: str, *, in_group: float, out_group: float, general: float) -> float:
-    """λ_{g,t} before the expert's weight: how much of an expert a neuron of a group takes.
-
-    Args:
-        group: g, the neuron's.
-        own: the group the expert was trained for.
-        in_group: for neurons of the expert's own group.
-        out_group: for neurons of other experts' groups.
-        general: for neurons of the group `general`, unless that is the expert's own.
-    """
-    if group == own:
-        return in_group
-    return general if group == "general" else out_group
+    return torch.where((best > 0) & (best >= threshold) & sole & fires, domain, NO_DOMAIN)

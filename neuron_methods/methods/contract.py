@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
@@ -84,6 +84,14 @@ class MergeSettings:
     )
 
 
+class Inputs(NamedTuple):
+    """What one tensor is merged from: its name if it has one, θ₀ and {expert id: θ_t}, all of one dtype."""
+
+    name: str | None
+    base: Tensor
+    experts: dict[Hashable, Tensor]
+
+
 class PreparedMerge(ABC):
     """One merge by a method of ours, from its plan to its last tensor.
 
@@ -115,11 +123,13 @@ class PreparedMerge(ABC):
         """
         # Nothing here is differentiated: modules merged in memory bring parameters that ask for it.
         with torch.no_grad(), torch.autocast(group.base.tensor.device.type, enabled=False):
-            return self.merge_group(align_dtype(group), parameters, out_dtype)
+            group = align_dtype(group)
+            experts = {entry.id: entry.tensor for entry in group.non_base}
+            return self.merge_tensor(Inputs(group.metadata.name, group.base.tensor, experts), parameters, out_dtype)
 
     @abstractmethod
-    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
-        """Merge one tensor; see `merge`. The group's tensors are of one dtype, the promotion of all they had."""
+    def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        """Merge one tensor; see `merge`."""
 
     def findings(self) -> list[str]:
         """Tell the summary of a merge, line by line, what `measure` found."""
@@ -232,3 +242,20 @@ def only_value(values: set[Any], varies: str, advice: str) -> Any:
         raise UserError(f"{varies} ({', '.join(sorted(map(str, values))[:4])}){advice}")
     (value,) = values
     return value
+
+
+def nonfinite(name: str, base: Tensor, expert: Hashable) -> UserError:
+    """Say that a tensor's update by an expert is not finite, and whose fault that is."""
+    culprit = expert if bool(torch.isfinite(base).all()) else "the base model"
+    return UserError(
+        f"{name}: {culprit} holds NaN or Inf; use a sound checkpoint, or --allow-nonfinite to go on without these "
+        "entries"
+    )
+
+
+def grouped(tensors: Iterable[PlannedTensor], by: Callable[[PlannedTensor], str]) -> dict[str, list[PlannedTensor]]:
+    """Put tensors that have something in common together, in their order."""
+    groups: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(by(tensor), []).append(tensor)
+    return groups

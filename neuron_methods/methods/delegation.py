@@ -34,11 +34,13 @@ from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import (
+    Inputs,
     MergeSettings,
     PlannedMethod,
     PlannedTensor,
     PreparedMerge,
     experts_of,
+    grouped,
     only_value,
 )
 from neuron_methods.methods.neuron_layout import NeuronLayout
@@ -47,6 +49,8 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import did_you_mean
 
 _BASE = "the base"
+# Parameters of ours that reach the method of `rest` under the same name.
+_HANDED_ON = {"weight", "density", "lambda"}
 _MERGED_WHOLE = ", but a neuron is merged whole; give one value, or a filter that covers all of them"
 
 
@@ -55,11 +59,9 @@ class DelegatingMethod(PlannedMethod):
 
     Attributes:
         slots: parameters whose value names a method.
-        handed_on: own parameters that reach the method of `rest` under the same name.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
-    handed_on: ClassVar[frozenset[str]] = frozenset({"weight", "density", "lambda"})
 
     def configured(self, words: Mapping[str, Iterable[Any]]) -> DelegatingMethod:
         """Copy this method, and give the copy the parameters of the methods it will use.
@@ -152,19 +154,18 @@ class Delegation:
         if isinstance(method, PlannedMethod) and self.tensors:
             self.prepared = method.prepare(list(self.tensors.values()))
 
-    def merge(self, name: str, base: Tensor, experts: Mapping[Hashable, Tensor], out_dtype: torch.dtype) -> Tensor:
+    def merge(self, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
         """Merge one of the tensors.
 
         Args:
-            name: the tensor's.
-            base: θ₀.
-            experts: {id: θ_t, or a `TaskVector`}.
+            inputs: of which the experts may be `TaskVector`s.
             out_dtype: dtype of the result.
 
         Raises:
             UserError: the method cannot merge them.
         """
-        planned = self.tensors[name]
+        name, base, experts = inputs
+        planned = self.tensors[name or ""]
         direct = isinstance(self.method, PlannedMethod) and self.method.takes_task_vectors
         # A method that has no use for a base would take it for one more expert.
         entries = [TensorEntry(_BASE, base if direct else base.float(), is_base=True)] if self._takes_base else []
@@ -246,7 +247,6 @@ class DelegatingMerge(PreparedMerge):
         self.experts = experts_of(tensors)
         self.rest: dict[str, Delegation | None] = {}
         self._own = frozenset(p.name for p in type(method).spec.parameters)
-        self._handed_on = method.handed_on
 
     @property
     def delegations(self) -> list[Delegation]:
@@ -283,12 +283,9 @@ class DelegatingMerge(PreparedMerge):
 
     def leave(self, tensors: Sequence[PlannedTensor]) -> None:
         """Leave tensors to the methods that `rest` names, or to the base."""
-        by_name: dict[str, list[PlannedTensor]] = {}
-        for tensor in tensors:
-            by_name.setdefault(tensor.parameters["rest"], []).append(tensor)
-        for name, together in by_name.items():
+        for name, together in grouped(tensors, lambda tensor: tensor.parameters["rest"]).items():
             method = find_method("rest", name)
-            who = Delegation("rest", method, together, self._own - self._handed_on) if method is not None else None
+            who = Delegation("rest", method, together, self._own - _HANDED_ON) if method is not None else None
             self.rest.update(dict.fromkeys((tensor.name for tensor in together), who))
 
     def reads(self) -> set[str]:
@@ -302,27 +299,18 @@ class DelegatingMerge(PreparedMerge):
             if delegation.prepared is not None:
                 delegation.prepared.measure(settings)
 
-    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+    def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Merge one tensor: by this method's own steps, by the method of `rest`, or as the base has it."""
-        name, base = group.metadata.name or "tensor", group.base.tensor
-        experts = {entry.id: entry.tensor for entry in group.non_base}
-        merged = self.merge_neurons(name, base, experts, parameters, out_dtype)
+        merged = self.merge_neurons(inputs, parameters, out_dtype)
         if merged is not None:
             return merged
-        delegation = self.rest.get(name)
+        delegation = self.rest.get(inputs.name or "")
         if delegation is None:
-            return base.to(out_dtype, copy=True)
-        return delegation.merge(name, base, experts, out_dtype)
+            return inputs.base.to(out_dtype, copy=True)
+        return delegation.merge(inputs, out_dtype)
 
     @abstractmethod
-    def merge_neurons(
-        self,
-        name: str,
-        base: Tensor,
-        experts: Mapping[Hashable, Tensor],
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-    ) -> Tensor | None:
+    def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Merge a tensor of neurons; None for one that is left to another method, or to the base."""
 
 

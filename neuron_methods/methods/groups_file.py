@@ -44,15 +44,20 @@ class NeuronGroups:
     made_from: Mapping[str, Any] = field(default_factory=dict)
 
     def neurons_of(self, group: str, layer: str) -> Tensor:
-        """Indices of a layer's neurons of a group, ascending int64."""
+        """Find the indices of a layer's neurons of a group, ascending int64."""
         return (self.labels[layer] == self.groups.index(group)).nonzero().squeeze(1)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """{layer: {group: how many neurons}}."""
+        """Count the neurons of each group: {layer: {group: how many}}."""
         return {
             layer: {group: int((labels == i).sum()) for i, group in enumerate(self.groups)}
             for layer, labels in self.labels.items()
         }
+
+    def totals(self) -> dict[str, int]:
+        """Count the neurons of each group over all layers."""
+        counts = self.counts().values()
+        return {group: sum(of_layer[group] for of_layer in counts) for group in self.groups}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, complete or not at all."""
@@ -120,16 +125,13 @@ class NeuronGroups:
                 )
             if group not in self.groups:
                 raise UserError(f"{expert}: group {group!r} is not in {path} (there are: {known})")
-        unnamed = [g for g in self.groups if g != GENERAL and g not in experts.values() and self._size(g)]
+        unnamed = [g for g, count in self.totals().items() if count and g != GENERAL and g not in experts.values()]
         if unnamed:
             raise UserError(
                 f"groups {path}: no expert names the group {unnamed[0]!r}, so its neurons would take part of every "
                 "expert and all of none; give an expert group: "
                 f"{unnamed[0]}, or make the groups again without it"
             )
-
-    def _size(self, group: str) -> int:
-        return sum(int((values == self.groups.index(group)).sum()) for values in self.labels.values())
 
 
 def groups_from_labels(
@@ -139,7 +141,7 @@ def groups_from_labels(
     made_from: Mapping[str, Any],
     domains: Sequence[str] = (),
 ) -> NeuronGroups:
-    """Groups from one name per neuron.
+    """Make groups from one name per neuron.
 
     Args:
         model: name of the base.

@@ -17,14 +17,14 @@ no neuron is merged by the method that `rest` names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuron_methods.kernels.select import CONFLICTS, combine_slices, conflict_coefficients
-from neuron_methods.methods.contract import MergeSettings, PlannedTensor
+from neuron_methods.methods.contract import Inputs, MergeSettings, PlannedTensor, grouped
 from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_of
 from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms, read_importance, select
 from neuron_methods.methods.neuron_layout import Slices
@@ -102,14 +102,13 @@ class PreparedMinMerging(DelegatingMerge):
         owned = self.layout.of_kind(tensors, "mlp", "attention")
         self._of_block = {
             block: self.agreed(together, ("weight", "density"), block)
-            for block, together in self._grouped(owned, lambda slices: slices.block).items()
+            for block, together in grouped(owned, lambda tensor: self.layout.slices[tensor.name].block).items()
         }
         of_model = self.agreed(owned, ("scope", "conflict", "attention"), "the model")
         self._scope, self._conflict = of_model["scope"], of_model["conflict"]
         self._attention = of_model["attention"]
         for kind in ("mlp", "attention"):
-            ranked = self._grouped(self.layout.of_kind(owned, kind), self._ranked_with)
-            for where, together in ranked.items():
+            for where, together in grouped(self.layout.of_kind(owned, kind), self._ranked_with).items():
                 self.agreed(together, ("density",), where)
         sources = self.agreed(self.layout.of_kind(owned, "mlp"), ("importance", "profile", "data"), "the model")
         if self._conflict != "sum" and len(set(sources["importance"].values())) > 1:
@@ -144,16 +143,10 @@ class PreparedMinMerging(DelegatingMerge):
         ]
         return [*lines, f"MLP neurons that several experts keep: {self.contested:,}"] if lines else []
 
-    def merge_neurons(
-        self,
-        name: str,
-        base: Tensor,
-        experts: Mapping[Hashable, Tensor],
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-    ) -> Tensor | None:
+    def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 4 for a tensor of neurons or of attention rows."""
-        slices = self.layout.slices.get(name)
+        name, base, experts = inputs
+        slices = self.layout.slices.get(name or "")
         coefficients = self.coefficients.get(slices.block) if slices is not None else None
         if slices is None or coefficients is None:
             return None
@@ -199,12 +192,6 @@ class PreparedMinMerging(DelegatingMerge):
                 self._conflict,
             )
 
-    def _ranked_with(self, slices: Slices) -> str:
-        """What a block of neurons is ranked together with."""
-        return "the model (scope: model)" if self._scope == "model" else slices.layer
-
-    def _grouped(self, tensors: Sequence[PlannedTensor], by: Callable[[Slices], str]) -> dict[str, list[PlannedTensor]]:
-        groups: dict[str, list[PlannedTensor]] = {}
-        for tensor in tensors:
-            groups.setdefault(by(self.layout.slices[tensor.name]), []).append(tensor)
-        return groups
+    def _ranked_with(self, tensor: PlannedTensor) -> str:
+        """What a tensor's neurons are ranked together with."""
+        return "the model (scope: model)" if self._scope == "model" else self.layout.slices[tensor.name].layer

@@ -19,7 +19,7 @@ Three choices are ours, and off by default:
 - `spectral_exponent` p below 1: λ₂ ψ_⊥ of all neurons of a tensor together, as a matrix U S Vᵀ, becomes c U Sᵖ Vᵀ of
   the same length (kernels/spectrum.py), and what is then parallel to a neuron's base weights is taken out again.
 - `trim: differing`: step 1 keeps the entries of a tensor in which the experts differ most, the same for all experts,
-  instead of each expert's largest (kernels/differing.py).
+  instead of each expert's largest (kernels/trim.py).
 
 The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
 asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
@@ -31,12 +31,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons, merge_points
 from neuron_methods.kernels.rows import neuron_rows
 from neuron_methods.methods.contract import (
+    Inputs,
     MergeSettings,
     PlannedMethod,
     PlannedTensor,
@@ -146,16 +146,14 @@ class PreparedNeuroMerging(PreparedMerge):
             measure = measure_model if self.profile.trim == "model" else measure_tensors
             self._adopt(measure(self._counted(), self._experts, settings))
 
-    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+    def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Take steps 1 to 6 for one tensor."""
-        base = group.base.tensor
-        experts = {entry.id: entry.tensor for entry in group.non_base}
-        name = group.metadata.name or "tensor"
+        name, base, experts = inputs
         differing = parameters["trim"] == "differing"
-        thresholds = [0.0] * len(experts) if differing else self.profile.thresholds_for(group.metadata.name, experts)
+        thresholds = [0.0] * len(experts) if differing else self.profile.thresholds_for(name, experts)
         if thresholds is None:
             densities = {e: parameters["density"][e] for e in experts}
-            searches = measure_tensor(name, base, experts, densities, self.settings)
+            searches = measure_tensor(name or "tensor", base, experts, densities, self.settings)
             thresholds = [search.threshold or 0.0 for search in searches.values()]
         scale = parameters["lambda_orthogonal"]
         if scale == "auto":
@@ -178,7 +176,7 @@ class PreparedNeuroMerging(PreparedMerge):
         if base.ndim < 2:
             merge_points(base, tensors, merged, options)
             return merged
-        packed = is_packed(name)
+        packed = is_packed(name or "")
         rows, *of_experts, out_rows = (neuron_rows(t, packed=packed) for t in (base, *tensors, merged))
         energies = merge_neurons(rows, of_experts, out_rows, options)
         self.profile.add_energies(*energies)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuron_methods.kernels.select import keep_threshold, relative_norms, slice_squares
-from neuron_methods.methods.contract import MergeSettings, PlannedTensor
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
 from neuron_methods.support.errors import UserError
 
@@ -57,24 +56,17 @@ def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], settin
         slices = layout.slices[tensor.name]
         slices.check_shape(tensor.name, base)
         where = {"axis": slices.axis, "copies": slices.copies}
-        _add(norms.base, slices.block, slice_squares(base, None, **where))
+        block = slices.block
+        norms.base[block] = norms.base.get(block, 0.0) + slice_squares(base, None, **where)
         for expert, weights in found.items():
             squares = slice_squares(base, weights, clean=clean, **where)
             if not bool(torch.isfinite(squares).all()):
-                culprit = "the base model" if not bool(torch.isfinite(base).all()) else expert
-                raise UserError(
-                    f"{tensor.name}: NaN or Inf in {culprit}; use a sound checkpoint, or --allow-nonfinite to go on "
-                    "without these entries"
-                )
-            _add(norms.update, (slices.block, expert), squares)
+                raise nonfinite(tensor.name, base, expert)
+            norms.update[block, expert] = norms.update.get((block, expert), 0.0) + squares
             if slices.outgoing:
                 squares = slice_squares(base, weights, update=False, clean=clean, **where)
-                _add(norms.outgoing, (slices.block, expert), squares)
+                norms.outgoing[block, expert] = norms.outgoing.get((block, expert), 0.0) + squares
     return norms
-
-
-def _add(sums: dict[Any, Tensor], key: Any, values: Tensor) -> None:
-    sums[key] = sums[key] + values if key in sums else values
 
 
 def read_importance(

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.groups import group_coefficient
 from neuron_methods.kernels.select import combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector, fill_task_vector
-from neuron_methods.methods.contract import PlannedTensor
+from neuron_methods.methods.contract import Inputs, PlannedTensor, grouped
 from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, Delegation, find_method, method_of
-from neuron_methods.methods.groups_file import NeuronGroups
+from neuron_methods.methods.groups_file import GENERAL, NeuronGroups
 from neuron_methods.methods.neuron_layout import Slices
 from neuron_methods.methods.parameters import method_spec, number, text
 from neuron_methods.support.errors import UserError
@@ -93,9 +92,7 @@ class PreparedNeuronMerge(DelegatingMerge):
         self.groups = NeuronGroups.read(path)
         self.groups.check_model(path, self.layout.neurons)
         self.groups.check_experts(path, own)
-        by_layer: dict[str, list[PlannedTensor]] = {}
-        for tensor in mlp:
-            by_layer.setdefault(self.layout.slices[tensor.name].layer, []).append(tensor)
+        by_layer = grouped(mlp, lambda tensor: self.layout.slices[tensor.name].layer)
         self._factors = {layer: self._factors_of(layer, together, own) for layer, together in by_layer.items()}
         self.leave([*self.layout.of_kind(tensors), *self.layout.of_kind(tensors, "attention")])
         self.within: dict[str, Delegation] = {}
@@ -115,20 +112,13 @@ class PreparedNeuronMerge(DelegatingMerge):
 
     def findings(self) -> list[str]:
         """Tell how many neurons there are of each group."""
-        counts = self.groups.counts().values()
-        total = {group: sum(layer[group] for layer in counts) for group in self.groups.groups}
-        return ["MLP neurons by group: " + ", ".join(f"{count:,} {group}" for group, count in total.items())]
+        totals = self.groups.totals().items()
+        return ["MLP neurons by group: " + ", ".join(f"{count:,} {group}" for group, count in totals)]
 
-    def merge_neurons(
-        self,
-        name: str,
-        base: Tensor,
-        experts: Mapping[Hashable, Tensor],
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-    ) -> Tensor | None:
+    def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 3 for a tensor of MLP neurons; step 4 has any other."""
-        slices = self.layout.slices.get(name)
+        name, base, experts = inputs
+        slices = self.layout.slices.get(name or "")
         if slices is None or slices.kind != "mlp":
             return None
         slices.check_shape(name, base)
@@ -150,7 +140,7 @@ class PreparedNeuronMerge(DelegatingMerge):
                 continue
             indices = self._indices(slices, group).to(base.device)
             origin, scaled = _part(base, experts, self._factors[slices.layer][group], slices.axis, indices)
-            part = delegation.merge(name, origin, scaled, torch.float32)
+            part = delegation.merge(Inputs(name, origin, scaled), torch.float32)
             part = torch.lerp(origin, part, scale) if scale != 1.0 else part
             merged.index_copy_(slices.axis, indices, part.to(merged.dtype))
         return merged
@@ -160,20 +150,14 @@ class PreparedNeuronMerge(DelegatingMerge):
     ) -> dict[str, dict[Hashable, float]]:
         """λ_{g,t} of a layer: {group: {expert: factor}}."""
         given = self.agreed(tensors, _FACTORS, layer)
-        return {
-            group: {
-                expert: weight
-                * group_coefficient(
-                    group,
-                    own[expert],
-                    in_group=given["in_group"][expert],
-                    out_group=given["out_group"][expert],
-                    general=given["general"],
-                )
-                for expert, weight in given["weight"].items()
-            }
-            for group in self.groups.groups
-        }
+
+        def share(group: str, expert: Hashable) -> float:
+            if group == own[expert]:
+                return given["in_group"][expert]
+            return given["general"] if group == GENERAL else given["out_group"][expert]
+
+        weights: dict[Hashable, float] = given["weight"]
+        return {group: {e: weights[e] * share(group, e) for e in weights} for group in self.groups.groups}
 
     def _coefficients(self, layer: str, experts: Sequence[Hashable]) -> Tensor:
         """λ_{g,t} of every neuron of a layer, shape (experts, neurons), float64."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
-from neuron_methods.methods.contract import MergeSettings, PlannedTensor
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_json
 
@@ -212,7 +212,7 @@ def measure_model(
                 continue
             base, found = tensor.load()
             if base is not None and base.is_floating_point():
-                _count(tensor.name, base, {e: found[e] for e in still_open if e in found}, still_open, settings)
+                _count(tensor.name, base, found, still_open, settings)
         still_open = {e: s for e, s in still_open.items() if not s.finish()}
         label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
     found_trims = {e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()}
@@ -260,7 +260,7 @@ def measure_tensor(
         searches[expert].bracket_from_sample([_runs(base, tensor, starts, settings)])
     still_open = dict(searches)
     while still_open:
-        _count(name, base, {e: experts[e] for e in still_open}, still_open, settings)
+        _count(name, base, experts, still_open, settings)
         still_open = {e: s for e, s in still_open.items() if not s.finish()}
     return searches
 
@@ -272,18 +272,14 @@ def _count(
     searches: Mapping[Hashable, ThresholdSearch],
     settings: MergeSettings,
 ) -> None:
-    ids = list(experts)
-    for index, chunk in task_vector_chunks(base, list(experts.values())):
+    ids = [e for e in searches if e in experts]
+    for index, chunk in task_vector_chunks(base, [experts[e] for e in ids]):
         if settings.allow_nonfinite:
             chunk.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         searches[ids[index]].count(chunk)
     for expert in ids:
         if not math.isfinite(searches[expert].total_l1):
-            where = "the base model" if not bool(torch.isfinite(base).all()) else str(expert)
-            raise UserError(
-                f"{name}: {where} holds NaN or Inf; use a sound checkpoint, or --allow-nonfinite to go on without "
-                "these entries"
-            )
+            raise nonfinite(name, base, expert)
 
 
 def _sample(

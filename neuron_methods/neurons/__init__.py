@@ -12,7 +12,6 @@ from neuron_methods.neurons.layers import (
     OwnedSlice,
     Ownership,
     find_modules,
-    mlp_layers,
     neuron_map,
 )
 
@@ -24,6 +23,5 @@ __all__ = [
     "Ownership",
     "find_modules",
     "infer_neurons",
-    "mlp_layers",
     "neuron_map",
 ]

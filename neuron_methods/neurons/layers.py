@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from neuron_methods.neurons.families import FAMILIES, Family, Mlp, Stack
 from neuron_methods.support.errors import UserError
@@ -79,30 +79,6 @@ class Ownership:
     def role(self) -> Role:
         """What the tensor is to its neurons; "up" for a fused gate and up projection."""
         return self.roles[-1][0]
-
-    def broadcast(self, values: Tensor, tensor: Tensor) -> Tensor:
-        """Lay one value per neuron along the owned axis of `tensor`, so that the two can be multiplied.
-
-        Args:
-            values: shape (neurons,).
-            tensor: the tensor this ownership is of, or its task vector.
-
-        Returns:
-            A view or copy of `values` of `tensor`'s dimensionality, of size 1 on every axis but the owned one.
-
-        Raises:
-            UserError: `tensor` has not one slice per neuron and role.
-        """
-        expected = len(self.roles) * self.layer.neurons
-        if tensor.ndim <= self.axis or tensor.shape[self.axis] != expected:
-            raise UserError(
-                f"{self.layer.key}: the config says {self.layer.neurons} neurons, so axis {self.axis} of their "
-                f"{self.role} tensor should be {expected} long, but its shape is {tuple(tensor.shape)}; "
-                "do config and weights belong together?"
-            )
-        shape = [1] * tensor.ndim
-        shape[self.axis] = expected
-        return values.repeat(len(self.roles)).view(shape) if len(self.roles) > 1 else values.view(shape)
 
 
 class LayerModules(NamedTuple):
@@ -202,11 +178,6 @@ def neuron_map(config: PretrainedConfig, architecture: str | None = None) -> Neu
         UserError: its family is not in the table, or its layers are mixtures of experts.
     """
     return NeuronMap(config, architecture)
-
-
-def mlp_layers(config: PretrainedConfig) -> list[MlpLayer]:
-    """Every MLP of the model that `config` describes, stack by stack; errors as in `neuron_map`."""
-    return list(neuron_map(config).layers)
 
 
 def find_modules(model: PreTrainedModel, layer: MlpLayer) -> LayerModules:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from neuron_methods.kernels.groups import GENERAL, domain_shares, group_coefficient, label_neurons
+from neuron_methods.kernels.groups import NO_DOMAIN, domain_shares, label_neurons
 
 
 def test_shares_count_the_top_activations_of_each_domain() -> None:
@@ -27,13 +27,5 @@ def test_labels_need_the_threshold_a_sole_maximum_and_firing() -> None:
     shares = torch.tensor([[0.7, 0.3], [0.55, 0.45], [0.5, 0.5], [0.0, 0.0], [0.1, 0.9], [0.4, 0.6]]).double()
     firing = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.001], [0.0, 0.5]])
     labels = label_neurons(shares, firing, threshold=0.6, min_firing=0.01)
-    assert labels.tolist() == [0, GENERAL, GENERAL, GENERAL, GENERAL, 1]
-    assert label_neurons(shares, firing, threshold=0.0, min_firing=0.0).tolist() == [0, 0, GENERAL, GENERAL, 1, 1]
-
-
-def test_coefficients_by_group() -> None:
-    factors = {"in_group": 1.0, "out_group": 0.2, "general": 0.5}
-    assert group_coefficient("math", "math", **factors) == 1.0
-    assert group_coefficient("code", "math", **factors) == 0.2
-    assert group_coefficient("general", "math", **factors) == 0.5
-    assert group_coefficient("general", "general", **factors) == 1.0
+    assert labels.tolist() == [0, NO_DOMAIN, NO_DOMAIN, NO_DOMAIN, NO_DOMAIN, 1]
+    assert label_neurons(shares, firing, threshold=0.0, min_firing=0.0).tolist() == [0, 0, NO_DOMAIN, NO_DOMAIN, 1, 1]

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from neuron_methods.kernels import trim
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.kernels.trim import BINS, Bracket, ThresholdSearch, kept_rank, task_vector_chunks, trim_
+from neuron_methods.kernels.trim import (
+    BINS,
+    Bracket,
+    ThresholdSearch,
+    keep_differing_,
+    kept_rank,
+    largest_left_out,
+    task_vector_chunks,
+    trim_,
+    variances,
+)
 
 ENTRIES = 20_000
 DENSITIES = [1.0, 0.9, 0.5, 0.15, 0.1, 0.01, 1e-4, 1e-9]
@@ -348,3 +358,33 @@ def test_a_bracket_fits_its_bins(low: int, high: int) -> None:
     assert 1 <= bracket.bins <= BINS
     assert (high - 1 - low) >> bracket.shift == bracket.bins - 1
     assert bracket.shift == 0 or bracket.bins > BINS // 2
+
+
+# What experts differ in
+
+
+def test_variance_is_over_the_experts() -> None:
+    updates = torch.tensor([[[1.0, 2.0, 0.0], [1.0, -2.0, 3.0]]])
+    assert variances(updates).tolist() == [[0.0, 4.0, 2.25]]
+
+
+def test_one_expert_differs_from_the_base_alone() -> None:
+    assert variances(torch.tensor([[2.0, -3.0]])).tolist() == [4.0, 9.0]
+
+
+def test_order_of_the_experts_has_no_say() -> None:
+    updates = torch.randn(50, 7, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(variances(updates), variances(updates.flip(1)))
+
+
+@pytest.mark.parametrize(("density", "kept"), [(1.0, 5), (0.7, 4), (0.5, 3), (0.21, 2), (0.2, 1), (0.1, 1)])
+def test_the_largest_left_out_keeps_the_share_above_it(density: float, kept: int) -> None:
+    values = torch.tensor([4.0, 1.0, 3.0, 5.0, 2.0])
+    largest = largest_left_out(values.clone(), density)
+    assert int((values > largest).sum()) == kept
+
+
+def test_zeroes_the_same_entries_of_all_experts() -> None:
+    updates = torch.tensor([[1.0, 2.0, 3.0], [1.0, -2.0, 4.0]])
+    keep_differing_(updates, variances(updates), 0.2)
+    assert updates.tolist() == [[0.0, 2.0, 3.0], [0.0, -2.0, 4.0]]

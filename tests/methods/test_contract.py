@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuron_methods.methods.contract import (
     PREPARED,
+    Inputs,
     MergeSettings,
     PlannedMethod,
     PlannedTensor,
@@ -64,12 +65,12 @@ class Recording(PreparedMerge):
         self.method.measured.append(settings)
         self.method.gradients.append(torch.is_grad_enabled())
 
-    def merge_group(self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
-        self.method.merged.append(group.metadata.name)
-        self.method.dtypes.append([entry.tensor.dtype for entry in group.entries])
+    def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        self.method.merged.append(inputs.name)
+        self.method.dtypes.append([tensor.dtype for tensor in (inputs.base, *inputs.experts.values())])
         self.method.written.append(out_dtype)
         self.method.gradients.append(torch.is_grad_enabled())
-        return group.base.tensor.to(out_dtype)
+        return inputs.base.to(out_dtype)
 
 
 def models(**tensors: Tensor) -> dict[str, dict[str, Tensor]]:

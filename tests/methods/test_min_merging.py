@@ -382,7 +382,7 @@ def test_nonfinite_weights_are_refused(llama: Any) -> None:
     config, base, experts = llama
     broken = copied(experts)
     broken["expert-b"]["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
-    assert "layers.1.mlp.up_proj.weight: NaN or Inf in expert-b" in refusal((config, base, broken))
+    assert "layers.1.mlp.up_proj.weight: expert-b holds NaN or Inf" in refusal((config, base, broken))
 
 
 @pytest.mark.parametrize(

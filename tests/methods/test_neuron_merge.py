@@ -77,6 +77,17 @@ def test_step_3_every_neuron_takes_its_groups_share_of_each_expert(case: Any, tm
             assert torch.allclose(neuron(merged, layer, i), expected, atol=2e-6), (layer.key, i)
 
 
+def test_step_3_an_expert_trained_for_no_domain_takes_general_neurons_for_its_own(llama: Any, tmp_path: Path) -> None:
+    config, base, experts = llama
+    path = write_groups(tmp_path / "g.json", config, ["general", "math"])
+    own = {"expert-a": {"group": "general"}, "expert-b": {"group": "math"}}
+    merged = merge(METHOD, config, base, experts, {"groups": path, "general": 0.0}, own)
+    layer = neuron_map(config).layers[0]
+    for i in range(4):
+        source = experts["expert-b" if i % 2 else "expert-a"]
+        assert torch.equal(neuron(merged, layer, i), neuron(source, layer, i)), i
+
+
 def test_step_4_everything_else_is_merged_by_the_rest(case: Any, tmp_path: Path) -> None:
     config, base, experts = case
     path = write_groups(tmp_path / "g.json", config, NAMES)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from neuron_methods.neurons import NeuronMap, find_modules, mlp_layers, neuron_map
+from neuron_methods.neurons import NeuronMap, find_modules, neuron_map
 from neuron_methods.neurons.families import FAMILIES
 from neuron_methods.support.errors import UserError
 
@@ -253,7 +253,7 @@ def test_families_without_a_transformers_model_are_known_by_name():
 
 
 def test_keys_and_order():
-    keys = [layer.key for layer in mlp_layers(transformers.T5Config(**T5))]
+    keys = [layer.key for layer in neuron_map(transformers.T5Config(**T5)).layers]
     assert keys == [f"encoder.block.{i}" for i in range(2)] + [f"decoder.block.{i}" for i in range(3)]
     clip_config = transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION)
     assert neuron_map(clip_config).neurons == {
@@ -271,24 +271,6 @@ def test_what_belongs_to_no_neuron_has_no_owner():
     assert vit_map.owner_of("vit.encoder.layer.0.attention.output.dense.weight") is None
     assert vit_map.owner_of("vit.encoder.layer.2.output.dense.weight") is None
     assert neuron_map(transformers.LlamaConfig(**DECODER)).owner_of("model.layers.0.mlp.up_proj.bias") is None
-
-
-def test_broadcast_reaches_both_halves_of_a_fused_projection():
-    neurons = neuron_map(transformers.Phi3Config(**DECODER))
-    kept = torch.zeros(24)
-    kept[3] = 1
-    fused = torch.ones(48, 16)
-    owner = neurons.owner_of("model.layers.0.mlp.gate_up_proj.weight")
-    assert (fused * owner.broadcast(kept, fused)).sum(1).nonzero().flatten().tolist() == [3, 27]
-    down = torch.ones(16, 24)
-    owner = neurons.owner_of("model.layers.0.mlp.down_proj.weight")
-    assert (down * owner.broadcast(kept, down)).sum(0).nonzero().flatten().tolist() == [3]
-
-
-def test_a_tensor_of_another_width_is_refused():
-    owner = neuron_map(transformers.LlamaConfig(**DECODER)).owner_of("model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(UserError, match=r"layers\.0: the config says 24 neurons.*\(25, 16\)"):
-        owner.broadcast(torch.zeros(24), torch.zeros(25, 16))
 
 
 def test_an_unknown_family_is_told_how_to_become_known():
