@@ -85,9 +85,9 @@ class MergeSettings:
 
 
 class Inputs(NamedTuple):
-    """What one tensor is merged from: its name if it has one, θ₀ and {expert id: θ_t}, all of one dtype."""
+    """What one tensor is merged from: its name ("" if it has none), θ₀ and {expert id: θ_t}, all of one dtype."""
 
-    name: str | None
+    name: str
     base: Tensor
     experts: dict[Hashable, Tensor]
 
@@ -125,7 +125,9 @@ class PreparedMerge(ABC):
         with torch.no_grad(), torch.autocast(group.base.tensor.device.type, enabled=False):
             group = align_dtype(group)
             experts = {entry.id: entry.tensor for entry in group.non_base}
-            return self.merge_tensor(Inputs(group.metadata.name, group.base.tensor, experts), parameters, out_dtype)
+            return self.merge_tensor(
+                Inputs(group.metadata.name or "", group.base.tensor, experts), parameters, out_dtype
+            )
 
     @abstractmethod
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
@@ -228,16 +230,7 @@ def experts_of(tensors: Iterable[PlannedTensor]) -> list[Hashable]:
 
 
 def only_value(values: set[Any], varies: str, advice: str) -> Any:
-    """Return the one value of a parameter that may not vary.
-
-    Args:
-        values: at least one.
-        varies: which parameter varies over which tensors, for the message.
-        advice: ends the message.
-
-    Raises:
-        UserError: there are several.
-    """
+    """Return the only one of a parameter's values; raise UserError, from `varies` to `advice`, if there are several."""
     if len(values) > 1:
         raise UserError(f"{varies} ({', '.join(sorted(map(str, values))[:4])}){advice}")
     (value,) = values

@@ -44,7 +44,7 @@ from neuron_methods.methods.contract import (
     only_value,
 )
 from neuron_methods.methods.neuron_layout import NeuronLayout
-from neuron_methods.methods.parameters import checked, declared
+from neuron_methods.methods.parameters import declared
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import did_you_mean
 
@@ -73,25 +73,24 @@ class DelegatingMethod(PlannedMethod):
             UserError: no method has that name.
         """
         own = {p.name: p for p in self.spec.parameters}
-        extra: dict[str, ParameterSpec] = {}
-        ambiguous: set[str] = set()
+        scopes: dict[str, dict[ParameterScope, str]] = {}
         for slot in self.slots:
             named = dict.fromkeys([*words.get(slot, ()), own[slot].default])
             for method in filter(None, (find_method(slot, word) for word in named)):
                 for parameter in method.spec.parameters:
                     shared = parameter.scope == ParameterScope.SHARED
-                    scope = ParameterScope.SHARED if shared else ParameterScope.NON_BASE
                     for name in (f"{slot}_{parameter.name}", parameter.name):
-                        if name in own or name in ambiguous:
-                            continue
-                        if name in extra and extra[name].scope != scope:
-                            # One for all here, one per expert there: only the long names can say which.
-                            del extra[name]
-                            ambiguous.add(name)
-                            continue
-                        extra[name] = ParameterSpec(name, Any, scope, default=None, description=f"for {slot}")
+                        of_name = scopes.setdefault(name, {})
+                        of_name[ParameterScope.SHARED if shared else ParameterScope.NON_BASE] = slot
+        # Where it is one for all here and one per expert there, only the long names can say which.
+        extra = [
+            ParameterSpec(name, Any, scope, default=None, description=f"for {slot}")
+            for name, found in scopes.items()
+            for scope, slot in found.items()
+            if name not in own and len(found) == 1
+        ]
         configured = copy.copy(self)
-        configured.spec = replace(self.spec, parameters=(*self.spec.parameters, *extra.values()))
+        configured.spec = replace(self.spec, parameters=(*self.spec.parameters, *extra))
         return configured
 
 
@@ -103,7 +102,7 @@ def method_of(slot: str, *words: str, default: str, about: str) -> ParameterSpec
             raise UserError(f"{slot}: {value!r} is no merge method; name one that mergekit knows")
         return str(value)
 
-    return declared(slot, checked(validate), default, "merge", about)
+    return declared(slot, validate, default, "merge", about)
 
 
 def find_method(slot: str, name: Any) -> MergeMethod | None:
@@ -165,7 +164,7 @@ class Delegation:
             UserError: the method cannot merge them.
         """
         name, base, experts = inputs
-        planned = self.tensors[name or ""]
+        planned = self.tensors[name]
         direct = isinstance(self.method, PlannedMethod) and self.method.takes_task_vectors
         # A method that has no use for a base would take it for one more expert.
         entries = [TensorEntry(_BASE, base if direct else base.float(), is_base=True)] if self._takes_base else []
@@ -304,7 +303,7 @@ class DelegatingMerge(PreparedMerge):
         merged = self.merge_neurons(inputs, parameters, out_dtype)
         if merged is not None:
             return merged
-        delegation = self.rest.get(inputs.name or "")
+        delegation = self.rest.get(inputs.name)
         if delegation is None:
             return inputs.base.to(out_dtype, copy=True)
         return delegation.merge(inputs, out_dtype)

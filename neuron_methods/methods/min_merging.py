@@ -146,7 +146,7 @@ class PreparedMinMerging(DelegatingMerge):
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 4 for a tensor of neurons or of attention rows."""
         name, base, experts = inputs
-        slices = self.layout.slices.get(name or "")
+        slices = self.layout.slices.get(name)
         coefficients = self.coefficients.get(slices.block) if slices is not None else None
         if slices is None or coefficients is None:
             return None

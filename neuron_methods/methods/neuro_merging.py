@@ -176,7 +176,7 @@ class PreparedNeuroMerging(PreparedMerge):
         if base.ndim < 2:
             merge_points(base, tensors, merged, options)
             return merged
-        packed = is_packed(name or "")
+        packed = is_packed(name)
         rows, *of_experts, out_rows = (neuron_rows(t, packed=packed) for t in (base, *tensors, merged))
         energies = merge_neurons(rows, of_experts, out_rows, options)
         self.profile.add_energies(*energies)

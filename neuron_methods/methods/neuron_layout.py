@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from neuron_methods.methods.contract import PlannedTensor
-from neuron_methods.neurons import NeuronMap, Ownership, infer_neurons, neuron_map
+from neuron_methods.neurons import NeuronMap, infer_neurons, neuron_map
 from neuron_methods.support.errors import UserError
 
 _ATTENTION = re.compile(r"(^|[._])(self_?|cross_?|enc_?dec_?)?(attn|attention)[._]", re.IGNORECASE)
@@ -78,7 +78,9 @@ class NeuronLayout:
         for name in names:
             owner = self.neurons.owner_of(name)
             if owner is not None:
-                self.slices[name] = _of_mlp(owner)
+                key = owner.layer.key
+                outgoing, neurons = owner.role == "down", owner.layer.neurons
+                self.slices[name] = Slices(key, key, "mlp", owner.axis, len(owner.roles), outgoing, neurons)
                 rows = owner.axis if owner.role == "up" else rows
         if not self.slices:
             raise UserError(
@@ -91,7 +93,8 @@ class NeuronLayout:
                 if weight in names and name.endswith((".weight", ".bias")):
                     # Families that store their MLP in_features × out_features (GPT-2) store attention likewise.
                     axis = rows if name == weight else 0
-                    self.slices[name] = Slices(weight, _layer_of(name), "attention", axis)
+                    layer = _LAYER.match(name)
+                    self.slices[name] = Slices(weight, layer.group() if layer else name, "attention", axis)
 
     def of_kind(self, tensors: Iterable[PlannedTensor], *kinds: str) -> list[PlannedTensor]:
         """List the tensors that belong to neurons of these kinds; without kinds, those that belong to none."""
@@ -112,15 +115,3 @@ def _inferred(tensors: Sequence[PlannedTensor], method: str) -> NeuronMap:
         return infer_neurons(by_name, shape_of)
     except UserError as error:
         raise UserError(f"{method}: {error}") from None
-
-
-def _of_mlp(owner: Ownership) -> Slices:
-    layer = owner.layer
-    return Slices(
-        layer.key, layer.key, "mlp", owner.axis, len(owner.roles), outgoing=owner.role == "down", neurons=layer.neurons
-    )
-
-
-def _layer_of(name: str) -> str:
-    found = _LAYER.match(name)
-    return found.group() if found else name

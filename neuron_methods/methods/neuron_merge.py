@@ -118,7 +118,7 @@ class PreparedNeuronMerge(DelegatingMerge):
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 3 for a tensor of MLP neurons; step 4 has any other."""
         name, base, experts = inputs
-        slices = self.layout.slices.get(name or "")
+        slices = self.layout.slices.get(name)
         if slices is None or slices.kind != "mlp":
             return None
         slices.check_shape(name, base)

@@ -43,15 +43,10 @@ def method_spec(name: str, pretty_name: str, url: str, *parameters: ParameterSpe
     )
 
 
-def declared(name: str, value_type: Any, default: Any, of: Of, about: str) -> ParameterSpec:
-    """Declare a parameter of any type that pydantic knows; see `checked` for one of ours."""
+def declared(name: str, validate: Callable[[Any], Any], default: Any, of: Of, about: str) -> ParameterSpec:
+    """Declare a parameter of the merge or of each expert; `validate` returns its value, or raises a `UserError`."""
     scope = ParameterScope.NON_BASE if of == "expert" else ParameterScope.SHARED
-    return ParameterSpec(name, value_type, scope, default, about)
-
-
-def checked(validate: Callable[[Any], Any]) -> Any:
-    """Make a type of a function that returns a parameter's value, or refuses it with a `UserError`."""
-    return Annotated[Any, PlainValidator(validate)]
+    return ParameterSpec(name, Annotated[Any, PlainValidator(validate)], scope, default, about)
 
 
 def number(
@@ -81,7 +76,7 @@ def number(
             raise UserError(f"{name} must be {expected}; got {value!r}")
         return found
 
-    return declared(name, checked(validate), default, of, about)
+    return declared(name, validate, default, of, about)
 
 
 def choice(name: str, *values: str, of: Of = "merge", about: str) -> ParameterSpec:
@@ -92,9 +87,15 @@ def choice(name: str, *values: str, of: Of = "merge", about: str) -> ParameterSp
             raise UserError(f"{name} must be one of {', '.join(values)}; got {value!r}")
         return value
 
-    return declared(name, checked(validate), values[0], of, about)
+    return declared(name, validate, values[0], of, about)
 
 
 def text(name: str, *, of: Of = "merge", about: str) -> ParameterSpec:
     """Declare a text, such as the path of a file; without it, it is empty."""
-    return declared(name, str, "", of, about)
+
+    def validate(value: Any) -> str:
+        if not isinstance(value, str):
+            raise UserError(f"{name} must be a text; got {value!r}")
+        return value
+
+    return declared(name, validate, "", of, about)

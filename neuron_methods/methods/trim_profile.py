@@ -83,7 +83,7 @@ class TrimProfile:
         # σ rounds to 1 where trimming leaves less than float32 resolves.
         return 1.0 if consensus == "sum" else 1.0 / max(1.0 - (self.sigma or 0.0), 2.0**-24)
 
-    def thresholds_for(self, name: str | None, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
+    def thresholds_for(self, name: str, experts: Mapping[Hashable, Tensor]) -> list[float] | None:
         """List the thresholds of a tensor's experts in their order, or None where they are still to be measured."""
         if self.trim == "model":
             return [self.experts[e].threshold or 0.0 for e in experts]

@@ -63,6 +63,15 @@ def test_a_number_or_a_word() -> None:
         assert str(error.value) == f"knob must be a finite number or 'auto'; got {wrong!r}"
 
 
+def test_a_text_is_a_text() -> None:
+    knob = text("knob", about="a file")
+    assert (knob.default, knob.validate("a.json")) == ("", "a.json")
+    for wrong in (5, None, ["a.json"]):
+        with pytest.raises(UserError) as error:
+            knob.validate(wrong)
+        assert str(error.value) == f"knob must be a text; got {wrong!r}"
+
+
 def test_a_parameter_is_the_merges_or_an_experts() -> None:
     assert SHARE.scope == text("knob", about="a file").scope == ParameterScope.SHARED
     assert POSITIVE_SHARE.scope == text("knob", of="expert", about="a file").scope == ParameterScope.NON_BASE
