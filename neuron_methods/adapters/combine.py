@@ -142,7 +142,7 @@ def _merged_updates(
     from mergekit.merge_methods.base import BasePolicy, TensorGroup
 
     uses_base = method.spec.contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
-    direct = isinstance(method, PlannedMethod) and method.takes_task_vectors
+    direct = isinstance(method, PlannedMethod)
 
     def group(path: str) -> tuple[Tensor, TensorGroup]:
         base, task_vectors = _task_vectors(layers[path], adapters)

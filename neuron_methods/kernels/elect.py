@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def elect_signs(values: Tensor, tie_tolerance: float = 0.0) -> Tensor:
-    """Sign that wins the vote of the experts at each position, weighted by magnitude.
+    """Find the sign that wins the vote of the experts at each position, weighted by magnitude.
 
     Args:
         values: shape (experts, ..., row), any float dtype.

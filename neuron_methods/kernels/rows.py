@@ -32,7 +32,7 @@ def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
 
 
 def row_blocks(neurons: int, bytes_per_neuron: int, scratch_bytes: int) -> Iterator[slice]:
-    """Slices of rows whose scratch memory stays within bounds.
+    """Yield slices of rows whose scratch memory stays within bounds.
 
     Args:
         neurons: number of rows.

@@ -28,7 +28,7 @@ _SMALLEST_SQUARE = 1e-24
 def slice_squares(
     base: Tensor, expert: Tensor | None, axis: int, *, copies: int = 1, update: bool = True, clean: bool = False
 ) -> Tensor:
-    """Squared norm of every neuron's slices in one tensor.
+    """Sum up the squared norm of every neuron's slices in one tensor.
 
     Args:
         base: θ₀, any shape and float dtype.
@@ -62,7 +62,7 @@ def slice_squares(
 
 
 def relative_norms(update_squares: Tensor, base_squares: Tensor) -> Tensor:
-    """Importance `magnitude`: norm of a neuron's update relative to the norm of its base weights.
+    """Compute the importance `magnitude`: norm of a neuron's update relative to the norm of its base weights.
 
     Args:
         update_squares: ‖τ‖² over all slices the neuron owns, shape (neurons,), float64.
@@ -75,7 +75,7 @@ def relative_norms(update_squares: Tensor, base_squares: Tensor) -> Tensor:
 
 
 def keep_threshold(importances: Tensor, density: float) -> float:
-    """Smallest importance among the top `density` share of neurons, exactly.
+    """Find the smallest importance among the top `density` share of neurons, exactly.
 
     The rank is that of `neuron_methods.kernels.trim.kept_rank`: of n neurons the ⌊n·(1 − density)⌋-th smallest
     importance is the threshold, and every neuron at or above it is kept, ties included: n − ⌊n·(1 − density)⌋ + 1 of
@@ -93,7 +93,7 @@ def keep_threshold(importances: Tensor, density: float) -> float:
 
 
 def conflict_coefficients(importances: Tensor, kept: Tensor, weights: Sequence[float], conflict: str) -> Tensor:
-    """Each expert's share a_t in every neuron.
+    """Settle each expert's share a_t in every neuron.
 
     Args:
         importances: shape (experts, neurons), not negative.

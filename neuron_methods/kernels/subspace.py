@@ -63,7 +63,7 @@ class MergeCoefficients(NamedTuple):
 
 
 def merge_coefficients(rows: Tensor, *, rank_energy: float = 1.0, consensus: str = "mean") -> MergeCoefficients:
-    """Coefficients of steps 2 to 4 for a block of neurons.
+    """Compute the coefficients of steps 2 to 4 for a block of neurons.
 
     Args:
         rows: each neuron's task vectors and base row, τ_1 … τ_T, w; shape (neurons, experts + 1, d), float32.
@@ -88,7 +88,7 @@ def merge_coefficients(rows: Tensor, *, rank_energy: float = 1.0, consensus: str
 
 
 def matching_scales(coefficients: Tensor, gram: Tensor, lengths: Tensor) -> Tensor:
-    """Scale per neuron that gives ψ_⊥ a length.
+    """Find the scale per neuron that gives ψ_⊥ a length.
 
     Merging shortens: an average of T updates that have nothing in common is √T times shorter than each of them, and
     trimming takes more.
@@ -109,7 +109,7 @@ def matching_scales(coefficients: Tensor, gram: Tensor, lengths: Tensor) -> Tens
 
 
 def gram_matrices(rows: Tensor) -> Tensor:
-    """Inner products of each neuron's rows.
+    """Compute the inner products of each neuron's rows.
 
     Args:
         rows: shape (neurons, k, d), float32.
@@ -159,7 +159,7 @@ def split_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_vectors(gram: Tensor, energies: Tensor, rank_energy: float = 1.0) -> Tensor:
-    """Left singular vectors of the experts' stacked orthogonal parts: their scores in units of each direction's S_r.
+    """Compute left singular vectors of the stacked orthogonal parts: experts' scores in units of each direction's S_r.
 
     Args:
         gram: inner products of the orthogonal parts, shape (neurons, experts, experts), float64.

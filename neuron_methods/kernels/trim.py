@@ -39,7 +39,7 @@ _STANDARD_ERRORS = 4.0
 
 
 def kept_rank(entries: int, density: float) -> int:
-    """Rank of the threshold: ⌊n·(1 − density)⌋, in floating point as the published code computes it.
+    """Compute the threshold's rank: ⌊n·(1 − density)⌋, in floating point as the published code computes it.
 
     Args:
         entries: n, the number of entries.
@@ -90,7 +90,7 @@ class Bracket:
         return ((self.high - self.low - 1) >> self.shift) + 1
 
     def aligned(self) -> Bracket:
-        """The range with `low` at a multiple of a bin's width, so that all patterns of a bin share one exponent."""
+        """Widen the range until `low` is a multiple of a bin's width, so that a bin's patterns share one exponent."""
         low = self.low
         while (wider := Bracket(low - low % (1 << Bracket(low, self.high).shift), self.high)).low != low:
             low = wider.low

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
@@ -141,12 +141,9 @@ class PreparedMerge(ABC):
 class PlannedMethod(MergeMethod):
     """A mergekit method that sees the plan of the whole merge before the first tensor.
 
-    Attributes:
-        takes_task_vectors: experts may come as `neuron_methods.kernels.task_vectors.TaskVector`, in planned tensors and
-            in groups; the method then uses `fill_task_vector` wherever it would subtract the base.
+    Experts may come as `neuron_methods.kernels.task_vectors.TaskVector`, in planned tensors and in groups:
+    `fill_task_vector` is used wherever the base would be subtracted.
     """
-
-    takes_task_vectors: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMerge:
@@ -184,7 +181,7 @@ class PlannedMethod(MergeMethod):
 
 
 def planned_in_memory(groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]) -> list[PlannedTensor]:
-    """The plan of a merge whose tensors are all at hand.
+    """Plan a merge whose tensors are all at hand.
 
     Args:
         groups: the tensors.
@@ -220,20 +217,20 @@ def planned_in_memory(groups: Sequence[TensorGroup], parameters: Sequence[Mappin
     return planned
 
 
-def experts_of(tensors: Iterable[PlannedTensor]) -> list[Hashable]:
-    """List the ids of all experts of a plan, in its order."""
-    seen: dict[Hashable, None] = {}
+def by_expert(tensors: Iterable[PlannedTensor], name: str) -> dict[Hashable, list[Any]]:
+    """Collect an expert parameter's values over the tensors: {expert id: values}, in the plan's order."""
+    found: dict[Hashable, list[Any]] = {}
     for tensor in tensors:
-        for values in tensor.expert_parameters.values():
-            seen.update(dict.fromkeys(values))
-    return list(seen)
+        for expert, value in tensor.expert_parameters[name].items():
+            found.setdefault(expert, []).append(value)
+    return found
 
 
-def only_value(values: set[Any], varies: str, advice: str) -> Any:
+def only_value(values: Iterable[Any], varies: str, advice: str) -> Any:
     """Return the only one of a parameter's values; raise UserError, from `varies` to `advice`, if there are several."""
-    if len(values) > 1:
-        raise UserError(f"{varies} ({', '.join(sorted(map(str, values))[:4])}){advice}")
-    (value,) = values
+    value, *others = set(values)
+    if others:
+        raise UserError(f"{varies} ({', '.join(sorted(map(str, (value, *others)))[:4])}){advice}")
     return value
 
 

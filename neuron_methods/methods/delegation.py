@@ -39,14 +39,14 @@ from neuron_methods.methods.contract import (
     PlannedMethod,
     PlannedTensor,
     PreparedMerge,
-    experts_of,
+    by_expert,
     grouped,
     only_value,
 )
 from neuron_methods.methods.neuron_layout import NeuronLayout
 from neuron_methods.methods.parameters import declared
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean
+from neuron_methods.support.text import unknown
 
 _BASE = "the base"
 # Parameters of ours that reach the method of `rest` under the same name.
@@ -115,8 +115,7 @@ def find_method(slot: str, name: Any) -> MergeMethod | None:
         return None
     methods = {method.spec.name: method for method in registry.registered_methods()}
     if name not in methods:
-        hint = did_you_mean(name, [*methods, "base"]) or f" (there are: {', '.join(methods)})"
-        raise UserError(f"{slot}: no merge method is called {name!r}{hint}")
+        raise UserError(f"{slot}: {unknown('merge method', name, [*methods, 'base'])}")
     if isinstance(methods[name], DelegatingMethod):
         raise UserError(f"{slot}: {name} divides its tensors among other methods and cannot itself be one of them")
     return methods[name]
@@ -165,7 +164,7 @@ class Delegation:
         """
         name, base, experts = inputs
         planned = self.tensors[name]
-        direct = isinstance(self.method, PlannedMethod) and self.method.takes_task_vectors
+        direct = self.prepared is not None  # a method of ours, which takes task vectors
         # A method that has no use for a base would take it for one more expert.
         entries = [TensorEntry(_BASE, base if direct else base.float(), is_base=True)] if self._takes_base else []
         entries += [TensorEntry(e, tensor if direct else _weights(tensor, base)) for e, tensor in experts.items()]
@@ -243,7 +242,7 @@ class DelegatingMerge(PreparedMerge):
         """
         self.name, self.tensors = method.spec.name, tensors
         self.layout = NeuronLayout(tensors, self.name)
-        self.experts = experts_of(tensors)
+        self.experts = list(by_expert(tensors, "weight"))
         self.rest: dict[str, Delegation | None] = {}
         self._own = frozenset(p.name for p in type(method).spec.parameters)
 
@@ -267,17 +266,15 @@ class DelegatingMerge(PreparedMerge):
             UserError: one of them varies.
         """
 
-        def one(what: str, values: set[Any]) -> Any:
+        def one(what: str, values: Iterable[Any]) -> Any:
             return only_value(values, f"{self.name}: {what} varies over the tensors of {where}", _MERGED_WHOLE)
 
         found: dict[str, Any] = {}
         for name in names:
             if name in tensors[0].parameters:
-                found[name] = one(name, {t.parameters[name] for t in tensors})
-                continue
-            given = [t.expert_parameters[name] for t in tensors]
-            values = {e: {of_tensor[e] for of_tensor in given if e in of_tensor} for e in self.experts}
-            found[name] = {e: one(f"{name} of {e}", found_values) for e, found_values in values.items() if found_values}
+                found[name] = one(name, (t.parameters[name] for t in tensors))
+            else:
+                found[name] = {e: one(f"{name} of {e}", values) for e, values in by_expert(tensors, name).items()}
         return found
 
     def leave(self, tensors: Sequence[PlannedTensor]) -> None:

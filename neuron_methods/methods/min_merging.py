@@ -37,41 +37,21 @@ NAME = "min_merging"
 class MinMerging(DelegatingMethod):
     """The method `min_merging` as mergekit sees it."""
 
-    takes_task_vectors = True
     slots = ("rest",)
 
     spec = method_spec(
         NAME,
         "MIN-Merging",
         "https://arxiv.org/abs/2510.17890",
-        number(
-            "weight",
-            0,
-            default=1.0,
-            of="expert",
-            about="the expert's say where several want a neuron; its factor under conflict: sum",
-        ),
+        number("weight", 0, default=1.0, of="expert", about="its say where several want a neuron, its factor in a sum"),
         number("density", 0, 1, low_open=True, default=0.5, of="expert", about="share of neurons the expert keeps"),
-        choice(
-            "importance",
-            "magnitude",
-            "activation",
-            "taylor",
-            of="expert",
-            about="what makes a neuron important; activation and taylor need the expert's profile",
-        ),
+        choice("importance", "magnitude", "activation", "taylor", of="expert", about="what makes a neuron important"),
         text("profile", of="expert", about="file of mergekit-neuron profile, of this expert on its task's data"),
         text("data", of="expert", about="data source within the profile; all of them, by tokens, if not given"),
         choice("scope", "model", "layer", about="neurons are ranked over the whole model, or in each layer"),
         choice("conflict", *CONFLICTS, about="who gets a neuron that several experts keep"),
         number("lambda", default=1.0, about="scale of the merged update"),
-        choice(
-            "attention",
-            "rows",
-            "keep",
-            "drop",
-            about="rows of attention weights: selected by magnitude, all kept, or the base's",
-        ),
+        choice("attention", "rows", "keep", "drop", about="its rows: selected by magnitude, all kept, or the base's"),
         method_of("rest", "base", default="linear", about="merge method for embeddings, norms and heads, or base"),
     )
 
@@ -105,8 +85,7 @@ class PreparedMinMerging(DelegatingMerge):
             for block, together in grouped(owned, lambda tensor: self.layout.slices[tensor.name].block).items()
         }
         of_model = self.agreed(owned, ("scope", "conflict", "attention"), "the model")
-        self._scope, self._conflict = of_model["scope"], of_model["conflict"]
-        self._attention = of_model["attention"]
+        self._scope, self._conflict, self._attention = (of_model[p] for p in ("scope", "conflict", "attention"))
         for kind in ("mlp", "attention"):
             for where, together in grouped(self.layout.of_kind(owned, kind), self._ranked_with).items():
                 self.agreed(together, ("density",), where)
@@ -117,7 +96,7 @@ class PreparedMinMerging(DelegatingMerge):
                 "be compared; give all experts one importance, or set conflict: sum"
             )
         self._profiles = {
-            e: read_importance(NAME, self.layout, e, **{name: of[e] for name, of in sources.items()})
+            e: read_importance(self.layout, e, **{name: of[e] for name, of in sources.items()})
             for e in sources["importance"]
         }
         self.leave(self.layout.of_kind(tensors))

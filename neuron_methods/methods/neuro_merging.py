@@ -27,7 +27,7 @@ asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from neuron_methods.methods.contract import (
     PlannedMethod,
     PlannedTensor,
     PreparedMerge,
-    experts_of,
+    by_expert,
     only_value,
 )
 from neuron_methods.methods.parameters import choice, method_spec, number, text
@@ -50,30 +50,20 @@ from neuron_methods.support.errors import UserError
 
 
 def is_packed(name: str) -> bool:
-    """Whether a tensor stacks the matrices of a mixture-of-experts layer, by its name."""
+    """Tell whether a tensor stacks the matrices of a mixture-of-experts layer, by its name."""
     return ".experts." in name
 
 
 class NeuroMerging(PlannedMethod):
     """The method `neuro_merging` as mergekit sees it."""
 
-    takes_task_vectors = True
-
     spec = method_spec(
         "neuro_merging",
         "NeuroMerging",
         "https://arxiv.org/abs/2503.05320",
         number("weight", default=1.0, of="expert", about="multiplies the expert's task vector after trimming"),
-        number(
-            "density", 0, 1, low_open=True, default=0.15, of="expert", about="share of the task vector's entries kept"
-        ),
-        choice(
-            "trim",
-            "model",
-            "tensor",
-            "differing",
-            about="keep each expert's largest entries, of the model or of a tensor, or those experts differ in most",
-        ),
+        number("density", 0, 1, low_open=True, default=0.15, of="expert", about="share of the update's entries kept"),
+        choice("trim", "model", "tensor", "differing", about="keep what is largest, or what experts differ in most"),
         number("lambda_parallel", default=0.0, about="scale of the merged parallel part"),
         number(
             "lambda_orthogonal",
@@ -82,19 +72,8 @@ class NeuroMerging(PlannedMethod):
             about="scale of the merged orthogonal part; auto: 1 / (1 - sigma); norm: to the experts' mean norm",
         ),
         number("rank_energy", 0, 1, low_open=True, default=1.0, about="cumulative energy of the singular vectors kept"),
-        number(
-            "spectral_exponent",
-            0,
-            1,
-            default=1.0,
-            about="power of the singular values of a tensor's orthogonal part; 1 leaves them, 0 makes them alike",
-        ),
-        choice(
-            "consensus",
-            "mean",
-            "sum",
-            about="mean of the values with the elected sign (the paper), or their sum (auto lambda is then 1)",
-        ),
+        number("spectral_exponent", 0, 1, default=1.0, about="power of the singular values of the orthogonal part"),
+        choice("consensus", "mean", "sum", about="mean of the values of the elected sign (the paper), or their sum"),
         text("profile", about="file written by --profile-out: thresholds and sigma are read instead of measured"),
     )
 
@@ -117,15 +96,14 @@ class PreparedNeuroMerging(PreparedMerge):
 
     def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
         """See `NeuroMerging.prepare`."""
-        self._tensors, self._experts = tensors, experts_of(tensors)
+        self._tensors, self._experts = tensors, list(by_expert(tensors, "density"))
         for name in ("trim", "profile"):
             _only(name, {t.parameters[name] for t in tensors}, "it holds for the whole merge; remove the filter")
         shared = tensors[0].parameters
         if shared["trim"] == "differing":
             _check_differing(tensors)
         if shared["trim"] == "model":
-            for expert in self._experts:
-                densities = {t.expert_parameters["density"][expert] for t in _with(tensors, expert)}
+            for expert, densities in by_expert(tensors, "density").items():
                 advice = "one threshold per expert has one density; give one number, or set trim: tensor"
                 _only(f"density of {expert}", densities, advice)
         # Without thresholds per expert, and without the σ that λ₂ is made of, there is nothing to measure.
@@ -178,8 +156,9 @@ class PreparedNeuroMerging(PreparedMerge):
             return merged
         packed = is_packed(name)
         rows, *of_experts, out_rows = (neuron_rows(t, packed=packed) for t in (base, *tensors, merged))
-        energies = merge_neurons(rows, of_experts, out_rows, options)
-        self.profile.add_energies(*energies)
+        parallel_energy, orthogonal_energy = merge_neurons(rows, of_experts, out_rows, options)
+        self.profile.parallel_energy += parallel_energy
+        self.profile.orthogonal_energy += orthogonal_energy
         return merged
 
     def _counted(self) -> list[PlannedTensor]:
@@ -188,8 +167,7 @@ class PreparedNeuroMerging(PreparedMerge):
     def _adopt(self, profile: TrimProfile) -> None:
         """Take a profile for this merge's own."""
         # An expert of weight 0 everywhere takes no part, and its σ must not scale the others.
-        weights = {e: [t.expert_parameters["weight"][e] for t in _with(self._counted(), e)] for e in self._experts}
-        profile.voting = [e for e, of_tensors in weights.items() if any(of_tensors)]
+        profile.voting = [e for e, weights in by_expert(self._counted(), "weight").items() if any(weights)]
         self.profile = profile
 
 
@@ -208,15 +186,11 @@ def _check_differing(tensors: Sequence[PlannedTensor]) -> None:
                 "differing does not do; give a number (2 to 4 at density 0.25), or norm"
             )
         only_value(
-            set(tensor.expert_parameters["density"].values()),
+            tensor.expert_parameters["density"].values(),
             f"neuro_merging: density of {tensor.name} differs between the experts",
             ": trim: differing keeps the same entries of all of them; give all one density",
         )
 
 
-def _with(tensors: Sequence[PlannedTensor], expert: Hashable) -> list[PlannedTensor]:
-    return [t for t in tensors if expert in t.expert_parameters["density"]]
-
-
-def _only(what: str, values: set[Any], advice: str) -> None:
+def _only(what: str, values: Iterable[Any], advice: str) -> None:
     only_value(values, f"neuro_merging: {what} varies over the tensors", f": {advice}")

@@ -70,12 +70,11 @@ def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], settin
 
 
 def read_importance(
-    method: str, layout: NeuronLayout, expert: Hashable, *, importance: str, profile: str, data: str
+    layout: NeuronLayout, expert: Hashable, *, importance: str, profile: str, data: str
 ) -> ProfileStatistic | None:
     """Read what an expert's profile says of its neurons; None for `magnitude`, which needs none.
 
     Args:
-        method: name for messages.
         layout: the model's neurons.
         expert: its id.
         importance: the parameter.
@@ -89,19 +88,19 @@ def read_importance(
     if importance == "magnitude":
         if profile or data:
             raise UserError(
-                f"{method}: {expert} has {'profile' if profile else 'data'}, which importance: magnitude does not "
+                f"min_merging: {expert} has {'profile' if profile else 'data'}, which importance: magnitude does not "
                 "read; set importance: activation or taylor, or leave it out"
             )
         return None
     if not profile:
         raise UserError(
-            f"{method}: importance: {importance} of {expert} needs profile: FILE; `mergekit-neuron profile {expert} "
+            f"min_merging: importance: {importance} of {expert} needs profile: FILE; `mergekit-neuron profile {expert} "
             "--data ... -o FILE` makes one"
         )
     if layout.model is None:
         raise UserError(
-            f"{method}: importance: {importance} needs the model's config to make sure that its profile fits, and this "
-            "merge is of tensors alone; use importance: magnitude, or merge model directories"
+            f"min_merging: importance: {importance} needs the model's config to make sure that its profile fits, and "
+            "this merge is of tensors alone; use importance: magnitude, or merge model directories"
         )
     found = layout.model.read_profile(profile)
     found.check_model(layout.neurons)

@@ -42,7 +42,6 @@ _FACTORS = ("general", "weight", "in_group", "out_group")
 class NeuronMerge(DelegatingMethod):
     """The method `neuron_merge` as mergekit sees it."""
 
-    takes_task_vectors = True
     slots = ("within", "rest")
 
     spec = method_spec(
@@ -55,11 +54,7 @@ class NeuronMerge(DelegatingMethod):
         number("in_group", default=1.0, of="expert", about="factor for neurons of the expert's own group"),
         number("out_group", default=0.0, of="expert", about="factor for neurons of other experts' groups"),
         number("general", default=0.5, about="factor for general neurons"),
-        number(
-            "lambda",
-            default=1.0,
-            about="scale of the merged update; also handed to rest, where its method has a lambda",
-        ),
+        number("lambda", default=1.0, about="scale of the merged update, and of rest's where its method has a lambda"),
         method_of("within", default=PLAIN, about="merge method within a group"),
         method_of("rest", "base", default=PLAIN, about="merge method for everything that is no MLP neuron's, or base"),
     )

@@ -90,11 +90,6 @@ class TrimProfile:
         known = self.tensor_thresholds.get(name)
         return [known[e] for e in experts] if known and known.keys() >= experts.keys() else None
 
-    def add_energies(self, parallel: float, orthogonal: float) -> None:
-        """Add one tensor's update energies."""
-        self.parallel_energy += parallel
-        self.orthogonal_energy += orthogonal
-
     def to_json(self) -> str:
         """Write the profile as the text of a file."""
         content: dict[str, Any] = {

@@ -13,7 +13,7 @@ from neuron_methods.support.errors import UserError
 
 
 def infer_neurons(names: Collection[str], shape_of: Callable[[str], Sequence[int]]) -> NeuronMap:
-    """The MLP neurons of a model, from its tensors alone.
+    """Find the MLP neurons of a model from its tensors alone.
 
     Families that store alike cannot be told apart and need not be: the first of them in the table stands for all.
 

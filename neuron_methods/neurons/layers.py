@@ -124,7 +124,7 @@ class NeuronMap:
         return {layer.key: layer.neurons for layer in self.layers}
 
     def owner_of(self, tensor_name: str) -> Ownership | None:
-        """The neurons that the slices of a tensor belong to, None if it is no neuron's.
+        """Find the neurons that the slices of a tensor belong to, None if it is no neuron's.
 
         One dictionary look-up. Understands every spelling of the table, whatever the config's architecture.
         """
@@ -169,7 +169,7 @@ class NeuronMap:
 
 
 def neuron_map(config: PretrainedConfig, architecture: str | None = None) -> NeuronMap:
-    """The MLP neurons of the model that `config` describes, and what they own.
+    """Find the MLP neurons of the model that `config` describes, and what they own.
 
     `architecture` is the name of the model's class, if it is not the first of the config's `architectures` (which a
     model built from a config in memory does not have).
@@ -181,7 +181,7 @@ def neuron_map(config: PretrainedConfig, architecture: str | None = None) -> Neu
 
 
 def find_modules(model: PreTrainedModel, layer: MlpLayer) -> LayerModules:
-    """The modules of `layer` in a model built from the config that `layer` was made from.
+    """Find the modules of `layer` in a model built from the config that `layer` was made from.
 
     Adapters of peft that were injected into the model keep the paths; pass ``peft_model.get_base_model()``.
 

@@ -261,7 +261,7 @@ def _read_profile(path: str) -> Any:
 def _with_adapters(
     adapters: AdapterPlan, method: Any, weight: WeightInfo, task: ExecuteMergeMethodTask
 ) -> ExecuteMergeMethodTask:
-    direct = isinstance(method, PlannedMethod) and method.takes_task_vectors
+    direct = isinstance(method, PlannedMethod)
     prepared, copy_of, entries = adapters.prepare(weight, task, direct=direct)
     if entries is None:
         return prepared

@@ -394,7 +394,7 @@ def test_nonfinite_weights_are_refused(llama: Any) -> None:
         ({"scope": "tensor"}, "scope must be one of"),
         ({"attention": "cols"}, "attention must be one of rows, keep, drop"),
         ({"importance": "size"}, "importance must be one of"),
-        ({"rest": "tie"}, "no merge method is called 'tie'; did you mean 'ties'"),
+        ({"rest": "tie"}, "unknown merge method 'tie'; did you mean 'ties'"),
         ({"rest": "min_merging"}, "cannot itself be one"),
     ],
 )
