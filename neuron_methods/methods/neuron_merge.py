@@ -91,14 +91,14 @@ class PreparedNeuronMerge(DelegatingMerge):
         self._factors = {layer: self._factors_of(layer, together, own) for layer, together in by_layer.items()}
         self.leave([*self.layout.of_kind(tensors), *self.layout.of_kind(tensors, "attention")])
         self.within: dict[str, Delegation] = {}
-        merge_group = find_method("within", of_model["within"])
-        if merge_group is not None and not _is_plain(of_model["within"], tensors):
+        of_a_group = find_method("within", of_model["within"])
+        if of_a_group is not None and not _is_plain(of_model["within"], tensors):
             for group in self.groups.groups:
                 parts = [part for part in (self._planned_part(tensor, group) for tensor in mlp) if part is not None]
                 if parts:
                     # The experts come scaled, and λ scales what the method makes of them.
                     applied = {"weight": 1.0, "lambda": 1.0}
-                    self.within[group] = Delegation("within", merge_group, parts, self._own, applied)
+                    self.within[group] = Delegation("within", of_a_group, parts, self._own, applied)
 
     @property
     def delegations(self) -> list[Delegation]:

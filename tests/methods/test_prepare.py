@@ -1,8 +1,10 @@
-"""A merge is prepared once: its plan is laid out and its files are read one time, not once a step."""
+"""A merge is prepared once: its plan is laid out and its files are read one time. It says which tensors it reads."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,17 @@ import pytest
 import transformers
 import yaml
 
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor
+from neuron_methods.methods.delegation import DelegatingMethod
 from neuron_methods.methods.groups_file import NeuronGroups
+from neuron_methods.methods.min_merging import MinMerging
 from neuron_methods.methods.neuron_layout import NeuronLayout
+from neuron_methods.methods.neuron_merge import NeuronMerge
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.profiling.profile_file import NeuronProfile
 from tests.support.checkpoints import save_family
-from tests.support.plans import write_groups, write_profile
+from tests.support.plans import models, plan, write_groups, write_profile
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +89,38 @@ def test_neuro_merging_reads_its_profile_once(folder: Path, tmp_path: Path, coun
     merge_to_directory(yaml.safe_dump(content), tmp_path / "out", progress=False, profile_out=str(profile))
     merge(folder, tmp_path / "again", "neuro_merging", [{}, {}], profile=str(profile))
     assert counts == {"profile.json": 1}
+
+
+READS: dict[str, tuple[DelegatingMethod, dict[str, Any], Callable[[str], bool]]] = {
+    "neurons and rows": (MinMerging(), {}, lambda name: "proj" in name),
+    "neurons alone": (MinMerging(), {"attention": "drop"}, lambda name: "mlp" in name),
+    "also by the rest": (MinMerging(), {"attention": "drop", "rest": "neuro_merging"}, lambda n: "self_attn" not in n),
+    "nothing": (NeuronMerge(), {}, lambda _: False),
+    "within": (NeuronMerge(), {"within": "neuro_merging"}, lambda name: "mlp" in name),
+    "everything": (NeuronMerge(), {"within": "neuro_merging", "rest": "neuro_merging"}, lambda _: True),
+    "rest of fixed scale": (
+        NeuronMerge(),
+        {"rest": "neuro_merging", "rest_trim": "tensor", "rest_lambda_orthogonal": 1.0},
+        lambda _: False,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_pass_reads_what_it_says_and_preparing_reads_nothing(what: str, tmp_path: Path) -> None:
+    method, shared, expected = READS[what]
+    config, base, experts = models("llama-untied")
+    own = None
+    if isinstance(method, NeuronMerge):
+        shared = {**shared, "groups": write_groups(tmp_path / "groups.json", config, ["general", "math", "code"])}
+        own = {"expert-a": {"group": "math"}, "expert-b": {"group": "code"}}
+    method, tensors = plan(method, config, base, experts, shared, own)
+    read: set[str] = set()
+
+    def recorded(tensor: PlannedTensor) -> PlannedTensor:
+        return replace(tensor, load=lambda: read.add(tensor.name) or tensor.load())
+
+    prepared = method.prepare([recorded(tensor) for tensor in tensors])
+    assert read == set()
+    prepared.measure(MergeSettings())
+    assert read == prepared.reads() == set(filter(expected, base))
