@@ -54,6 +54,16 @@ def test_a_limit_draws_by_the_seed_in_the_order_of_rows(folder):
     assert len(read_examples(task, "test", limit=9)) == 5
 
 
+def test_a_limit_draws_from_all_of_a_folder_of_images(tmp_path, monkeypatch):
+    """Its rows come label after label, and the first ones are of one label alone."""
+    monkeypatch.setattr("neuron_methods.data.sources.SHUFFLE_BUFFER", 4)
+    tiny.write_images(tmp_path / "images", 10)
+    task = {"name": "a", "kind": "image-classification", "data": {"source": "images", "split": "train"}, "limit": 12}
+    (loaded,) = cases.tasks_of(tmp_path, task)
+    examples = read_examples(loaded)
+    assert {examples.value(i, "label") for i in range(12)} == {0, 1, 2}
+
+
 def test_rows_with_an_empty_question_are_left_out_and_counted(tmp_path):
     rows = [{"prompt": p, "answer": a} for p, a in (("one", "1"), (" ", "2"), ("two", None), ("three", ""))]
     cases.questions(tmp_path, rows)
