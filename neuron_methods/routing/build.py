@@ -81,7 +81,7 @@ def build_routed_model(
     """Make a routed model.
 
     Args:
-        configuration: the YAML; see `config`.
+        configuration: the YAML; see `route_yaml`.
         out: directory to write. What is there before is replaced at the very end, and with `force` only.
         options: see there.
         report: called with texts for the user.

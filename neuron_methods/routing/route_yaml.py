@@ -100,7 +100,7 @@ class Enhancement(_Section):
 
 
 class RouterSettings(_Section):
-    """Stage 2; see `router` and `training`.
+    """Stage 2; see `router` and `router_training`.
 
     Attributes:
         layer: the router reads the hidden states behind so many layers of the base (of the encoder, where there is

@@ -58,7 +58,7 @@ class RoutedConfig:
         base_model: hub id; a local path starts with ``.`` (relative to the directory of this file) or is absolute.
         experts: in the router's order.
         router: see there.
-        redundant, seed: how redundant layers are filled; see `config.Merging`.
+        redundant, seed: how redundant layers are filled; see `route_yaml.Merging`.
         report: figures from the making: accuracy of the router, number of inputs, versions.
     """
 

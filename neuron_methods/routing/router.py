@@ -1,7 +1,7 @@
 """Stage 2: the router, a small MLP on pooled hidden states, and how it tells what is out of domain.
 
 The MLP has one output per expert and one for *nobody*: beside the experts' inputs it is trained on outliers, made from
-the inputs themselves (`training`) or given as background data. Probabilities are over the experts alone.
+the inputs themselves (`router_training`) or given as background data. Probabilities are over the experts alone.
 
 The paper sends an input to the plain base when no expert's probability reaches a threshold. There are more scores to
 choose from:
