@@ -12,7 +12,7 @@ _EXPORTS = {
     "NeuronRoutedModel": "neuron_methods.routing.model",
     "UserError": "neuron_methods.support.errors",
     "merge_adapters": "neuron_methods.adapters.combine",
-    "register": "neuron_methods.plugin.registration",
+    "register": "neuron_methods.plugin.patches",
 }
 
 __all__ = ["NeuronRoutedModel", "UserError", "__version__", "merge_adapters", "register"]

@@ -9,9 +9,10 @@ mergekit has no plug-in discovery, so it takes two steps, each as small as can b
 2. `arm()` puts a `Hook` in front of the import system. Once one of the modules of mergekit in `CALLBACKS`,
    its registry of merge methods first among them, has been executed, it calls the function named there.
 
-As this happens in other people's processes, nothing here ever raises or prints: mergekit goes on as if we
-were not there. `MERGEKIT_NEURON_DEBUG=1` prints the exceptions of the callbacks to stderr, and `failures()` gives
-them for whoever asks for our methods by `neuron_methods.register()` or our own command.
+As this happens in other people's processes, nothing here ever raises, and nothing is printed unless a callback
+fails: mergekit goes on as if we were not there, and as that may cost a merge some of its tensors, one line on stderr
+says so. `failures()` gives the exceptions to `neuron_methods.register()` and our own commands, which end with them;
+`MERGEKIT_NEURON_DEBUG=1` prints their tracebacks.
 """
 
 import sys
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 # Module of mergekit -> what to call once it has been executed, as "module:function", in the order of calling.
 # A function that does not exist (yet) is passed over.
 CALLBACKS = {
-    "mergekit.merge_methods": "neuron_methods.plugin.registration:register",
+    "mergekit.merge_methods": "neuron_methods.plugin.patches:register_methods",
     "mergekit.architecture": "neuron_methods.plugin.architectures:register_architectures",
-    "mergekit.io.tasks": "neuron_methods.plugin.registration:patch_loaders",
-    "mergekit.config": "neuron_methods.plugin.registration:patch_configuration",
-    "mergekit.plan": "neuron_methods.plugin.registration:patch_planner",
-    "mergekit.merge": "neuron_methods.plugin.registration:patch_merge",
-    "mergekit.scripts.merge_raw_pytorch": "neuron_methods.plugin.registration:patch_raw_merge",
+    "mergekit.io.tasks": "neuron_methods.plugin.patches:patch_loaders",
+    "mergekit.config": "neuron_methods.plugin.patches:patch_configuration",
+    "mergekit.plan": "neuron_methods.plugin.patches:patch_planner",
+    "mergekit.merge": "neuron_methods.plugin.patches:patch_merge",
+    "mergekit.scripts.merge_raw_pytorch": "neuron_methods.plugin.patches:patch_raw_merge",
 }
 
 # What the .pth file executes, there on a single line; a test keeps the two alike.
@@ -145,7 +146,7 @@ class Hook:
         except Exception as error:
             if isinstance(error, ImportError) and not _is_imported(error.name or "") and error.name in sys.modules:
                 return False
-            self.failures.append((target, error))
+            self._fail(target, error)
             import os
 
             if os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0"):
@@ -153,6 +154,16 @@ class Hook:
 
                 traceback.print_exc()
         return True
+
+    def _fail(self, target: str, error: Exception) -> None:
+        """Keep the exception of a callback; tell of the first one, unless a command of ours is there to do so."""
+        self.failures.append((target, error))
+        if len(self.failures) == 1 and "neuron_methods.cli" not in sys.modules:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            from contextlib import suppress
+
+            with suppress(Exception):  # stderr is closed, or None under pythonw
+                sys.stderr.write(f"warning: mergekit goes without mergekit-neuron, or a part of it: {line}\n")
 
 
 class _Loader:

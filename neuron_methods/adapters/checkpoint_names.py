@@ -117,7 +117,8 @@ class Skeleton:
 
     Attributes:
         parameters: paths of the parameters, tied ones included, in the order of the model.
-        modules: {path: module on the meta device}.
+        model: the model itself, on the meta device.
+        modules: {path: module} of it.
         ties: paths of the parameters that are one, the source first.
         output: path of the output embeddings' weight, None for a model without a head.
     """
@@ -125,7 +126,7 @@ class Skeleton:
     def __init__(self, model: Any) -> None:
         self.parameters = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
         self._prefix = model.base_model_prefix
-        self._model = model
+        self.model = model
         self.modules: dict[str, torch.nn.Module] = dict(model.named_modules())
         groups: dict[str, list[str]] = {}
         for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
@@ -161,7 +162,7 @@ class Skeleton:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        mapping = get_model_conversion_mapping(self._model)
+        mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamed = []

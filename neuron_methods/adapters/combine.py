@@ -17,6 +17,7 @@ from neuron_methods.adapters.live import base_weight, config_for, factors_of, la
 from neuron_methods.adapters.placement import layout_shape
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedMethod, PlannedTensor
+from neuron_methods.methods.registered import register_methods
 from neuron_methods.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,9 +62,7 @@ def merge_adapters(
     """
     from mergekit import merge_methods
 
-    from neuron_methods.plugin.registration import register
-
-    register()
+    register_methods()
     known = {registered.spec.name for registered in merge_methods.registered_methods()}
     if method not in known:
         raise UserError(f"merge_adapters: unknown method {method!r}; known: {', '.join(sorted(known))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from neuron_methods.adapters.placement import (
     task_type,
 )
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
+from neuron_methods.models.headers import Header
 from neuron_methods.support.errors import UserError
 
 # Below this share of an update's energy, the adapter is another model than the merge.
@@ -141,41 +142,64 @@ class AdapterBuilder:
     Args:
         places: {tensor: place} of all that may come.
         precision: how to factor.
+        allow_nonfinite: store tensors that hold NaN or Inf; no matrix that does can be factored.
+
+    Attributes:
+        written: {key in the adapter's file: header} of what `write` has written.
     """
 
-    def __init__(self, places: Mapping[str, Place], precision: Precision) -> None:
+    def __init__(self, places: Mapping[str, Place], precision: Precision, allow_nonfinite: bool = False) -> None:
         self.places = dict(places)
         self.precision = precision
+        self.allow_nonfinite = allow_nonfinite
+        self.written: dict[str, Header] = {}
         self._factored: dict[str, _Factored] = {}
         self._kinds: dict[str, KindSummary] = {}
         self._whole: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._left_out: list[str] = []
 
-    def add(self, name: str, base: Tensor, update: Tensor) -> None:
+    def bytes_of(self, name: str, shape: Sequence[int]) -> int:
+        """Tell how many bytes a tensor takes in the adapter, at most; at least, where ranks go by energy alone.
+
+        Args:
+            name: as in `places`.
+            shape: of the tensor.
+        """
+        place, entries = self.places[name], math.prod(shape)
+        if not place.module:
+            entries = 0
+        elif place.kind in FACTORED:
+            *_, outputs, inputs = layout_shape(torch.empty(tuple(shape), device="meta"), place.kind).shape
+            least = 1 if self.precision.energy is not None else min(outputs, inputs)
+            rank = min(self.precision.rank or least, outputs, inputs)
+            entries = entries // (outputs * inputs) * rank * (outputs + inputs)
+        return entries * self.precision.dtype.itemsize
+
+    def add(self, name: str, base: Tensor, merged: Tensor) -> None:
         """Take one tensor.
 
         Args:
             name: as in `places`.
-            base: the base's weight, any float dtype.
-            update: merged − base, float32.
+            base: the base's weight, any float dtype and device.
+            merged: what the merge makes of it, likewise.
 
         Raises:
-            UserError: the update is not finite.
+            UserError: the update is not finite, and that is not allowed or it is to be factored.
         """
-        if not bool(torch.isfinite(update).all()):
+        place, merged = self.places[name], merged.to("cpu").float()
+        update = merged - base.to("cpu").float()
+        stored_whole = place.kind not in FACTORED
+        if not bool(torch.isfinite(update).all()) and not (self.allow_nonfinite and stored_whole):
             raise UserError(f"{name}: the merged update holds NaN or Inf; use sound checkpoints or smaller weights")
-        place = self.places[name]
         if not place.always and not bool(update.any()):
             return
         if not place.module:
             self._left_out.append(place.path)
-        elif place.kind in FACTORED:
-            self._factor(place, update)
-        elif place.kind == "bias":
-            self._biases[place.path] = base.float() + update
+        elif stored_whole:
+            (self._biases if place.kind == "bias" else self._whole)[place.path] = merged
         else:
-            self._whole[place.path] = base.float() + update
+            self._factor(place, update)
 
     def write(
         self,
@@ -211,6 +235,7 @@ class AdapterBuilder:
         converted = {
             f"base_model.model.{path}": tensor.to(self.precision.dtype).contiguous() for path, tensor in tensors.items()
         }
+        self.written = {key: Header.of(tensor) for key, tensor in converted.items()}
         save_file(converted, directory / SAFETENSORS_NAME, metadata={"format": "pt"})
         self._config(skeleton, list(whole), architecture, config).save_pretrained(directory)
         order = {name: position for position, name in enumerate(skeleton.parameters)}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuron_methods.adapters.checkpoint_names import StoredNames
 from neuron_methods.adapters.updates import TensorUpdate
+from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.support.errors import UserError
-
-# As safetensors spells the dtypes that weights come in.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class BaseCheckpoint:
@@ -34,42 +29,26 @@ class BaseCheckpoint:
         self.loader = loader
         self.where = where
         self.names = StoredNames(loader.index.tensor_paths, config)
-        self._headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._files: dict[str, Any] = {}
+        self._headers: dict[str, Header] = {}
+        self._files = HeaderFiles()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self.header(name)[0]
+        return self.header(name).shape
 
-    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """(shape, dtype) of a tensor, read from the file's header where it is safetensors.
+    def header(self, name: str) -> Header:
+        """Read the header of a tensor; only a pickled tensor is read itself.
 
         Raises:
-            UserError: the file cannot be read, or the tensor is not kept as floating-point numbers of 16 bits or more.
+            UserError: the file cannot be read, or the tensor is of a dtype that nothing merges.
         """
         if name not in self._headers:
-            self._headers[name] = self._read_header(name)
+            self._headers[name] = self._files.behind(self.loader, name)
         return self._headers[name]
 
     def tensor(self, name: str, device: str = "cpu") -> Tensor:
         """Read one tensor in its stored dtype."""
         return self.loader.get_tensor(name, device=device)
-
-    def _read_header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        file_name = self.loader.index.tensor_paths[name]
-        if not file_name.endswith(".safetensors"):
-            tensor = self.loader.get_tensor(name)
-            return tuple(tensor.shape), tensor.dtype
-        path = os.path.join(self.loader.index.base_path, file_name)
-        try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-            stored = self._files[path].get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: tensor {name} cannot be read ({error}); download or save it again") from None
-        spelled = stored.get_dtype()
-        # Buffers that an adapter has no business with may be of any dtype; they are never updated.
-        return tuple(stored.get_shape()), _DTYPES.get(spelled) or self.loader.get_tensor(name).dtype
 
 
 class AdapterLoader:
@@ -109,10 +88,10 @@ class AdapterLoader:
             return self.updates[name].origin
         return self.untied.get(name, name)
 
-    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """(shape, dtype) of what `get_tensor` returns, without reading it."""
-        shape, dtype = self.base.header(self.origin(name))
-        return shape, torch.float32 if name in self.updates else dtype
+    def header(self, name: str) -> Header:
+        """Tell shape and dtype of what `get_tensor` returns, without reading it."""
+        header = self.base.header(self.origin(name))
+        return Header(header.shape, torch.float32) if name in self.updates else header
 
     def task_vector(self, name: str, device: str = "cpu") -> Tensor | None:
         """What the adapter adds to the base's tensor: τ = θ − θ₀, from the factors themselves.
@@ -145,8 +124,8 @@ class AdapterLoader:
         self.base.loader.flush()
 
     def _check_dtype(self, name: str) -> None:
-        dtype = self.base.header(name)[1]
-        if dtype not in _DTYPES.values():
+        dtype = self.base.header(name).dtype
+        if not dtype.is_floating_point:
             raise UserError(
                 f"{self.base.where}: {name} is stored as {str(dtype).removeprefix('torch.')}; {self.where} cannot be "
                 "applied to quantised weights: name the base in bfloat16, float16 or float32"

@@ -72,8 +72,8 @@ class AdapterWeights:
             )
         if not allow_pickle:
             raise UserError(
-                f"{self.path}: a pickle file, which is not read unasked; save the adapter as safetensors, or allow it "
-                "with --lazy-unpickle"
+                f"{self.path}: a pickle file, which is read only on request; save the adapter as safetensors, or "
+                "allow it with --lazy-unpickle"
             )
         self._tensors = _unpickle(self.path)
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}

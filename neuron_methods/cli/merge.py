@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import debug_option
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.yaml_source import read_text
 
 EPILOG = """\b
 Examples:
@@ -140,59 +140,39 @@ def merge(
     for name, value in (("--rank", rank), ("--energy", energy), ("--adapter-dtype", adapter_dtype)):
         if value is not None and not as_adapter:
             raise click.UsageError(f"{name} goes with --as-adapter")
-    if as_adapter and profile_out is not None:
-        raise click.UsageError("--profile-out does not go with --as-adapter")
     from neuron_methods.plugin.describe import describe_plan
     from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 
     options = _options(merge_options)
-    try:
-        source = Path(config).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{config}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    source = read_text(config)
     if dry_run:
         click.echo(describe_plan(plan_merge(source, options=options, config_name=config)))
         return
-    from neuron_methods.sharing.publishing import Extras, merge_companion
+    from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
+    from neuron_methods.plugin.output import ModelOutput
+    from neuron_methods.sharing.publishing import Extras, merge_witness
 
     push_to = pushing(push_to_hub, push)
-    companion = merge_companion(Extras(report=report, evaluation=evaluation))
-    if as_adapter:
-        from neuron_methods.plugin.adapter_output import adapter_precision, merge_to_adapter
-
-        adapted = merge_to_adapter(
-            source,
-            out,
-            precision=adapter_precision(rank, energy, adapter_dtype),
-            options=options,
-            force=force,
-            progress=not options.quiet,
-            allow_nonfinite=allow_nonfinite,
-            config_name=config,
-            companion=companion,
-        )
-        if not options.quiet:
-            click.echo(str(adapted))
-        for warning in adapted.adapter.warnings if options.quiet else ():
-            click.echo(f"warning: {warning}", err=True)
-        notes = adapted.notes
+    output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
+    summary = merge_to_directory(
+        source,
+        out,
+        output=output,
+        options=options,
+        force=force,
+        progress=not options.quiet,
+        allow_nonfinite=allow_nonfinite,
+        profile_out=profile_out,
+        config_name=config,
+        witness=merge_witness(Extras(report=report, evaluation=evaluation)),
+    )
+    if not options.quiet:
+        click.echo(str(summary))
     else:
-        summary = merge_to_directory(
-            source,
-            out,
-            options=options,
-            force=force,
-            progress=not options.quiet,
-            allow_nonfinite=allow_nonfinite,
-            profile_out=profile_out,
-            config_name=config,
-            companion=companion,
-        )
-        if not options.quiet:
-            click.echo(str(summary))
-        notes = summary.notes
-    for note in notes if options.quiet else ():
-        click.echo(f"note: {note}", err=True)
+        for warning in summary.adapter.warnings if summary.adapter is not None else ():
+            click.echo(f"warning: {warning}", err=True)
+        for note in summary.notes:
+            click.echo(f"note: {note}", err=True)
     if push_to is not None and push_to_hub is not None:
         push_and_tell(Path(out), push_to_hub, push_to, quiet=options.quiet)
 

@@ -165,13 +165,13 @@ class _Demo:
     def merge(self, merge_yaml: str, expert_keys: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Merge; returns the merge's own summary, too."""
         from neuron_methods.plugin.merging import merge_to_directory
-        from neuron_methods.sharing.publishing import merge_companion
+        from neuron_methods.sharing.publishing import merge_witness
 
         key = {"stage": "merge", "yaml": merge_yaml, "experts": expert_keys}
 
         def build(path: Path) -> str:
             summary = merge_to_directory(
-                merge_yaml, str(path), progress=self.settings.progress, companion=merge_companion()
+                merge_yaml, str(path), progress=self.settings.progress, witness=merge_witness()
             )
             return str(replace(summary, out_path=str(self.out / "merged")))
 

@@ -1,1 +1,1 @@
-"""Where this package meets mergekit: registration, architecture definitions, the plan of a merge, the merge itself."""
+"""Where this package meets mergekit: the seam, architecture definitions, the plan of a merge, the merge itself."""

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.kernels.task_vectors import TaskVector
+from neuron_methods.models.headers import Header
+from neuron_methods.plugin.seam import method_of, stored_name
 
 
 class LoadTaskVector(LoadTensor):
@@ -30,11 +32,11 @@ class LoadTaskVector(LoadTensor):
     def execute(self) -> Tensor | None:
         """Form B·A, or zeros that take no memory where the adapter leaves the tensor alone."""
         loader = LoaderCache().get(self.model)
-        name = self._resolve_name(loader)
+        name = stored_name(self, loader)
         assert name is not None
         task_vector = loader.task_vector(name, self.device or "cpu")
         if task_vector is None:
-            task_vector = torch.zeros((), device=self.device or "cpu").expand(loader.header(name)[0])
+            task_vector = torch.zeros((), device=self.device or "cpu").expand(loader.header(name).shape)
         return task_vector.as_subclass(TaskVector)
 
 
@@ -84,12 +86,12 @@ class AdapterPlan:
         if not self.adapters or not isinstance(gather, GatherTensors):
             return task, None, None
         loads = {load.model: load for load in gather.arguments().values()}
-        names = {model: load._resolve_name(LoaderCache().get(model)) for model, load in loads.items()}
+        names = {model: stored_name(load, LoaderCache().get(model)) for model, load in loads.items()}
         base = task.base_model or next((m for m in loads if m.lora is None), None) or self._common_base(loads)
         if base is None or None in names.values():
             return task, None, None
         base_load = loads.get(base) or next(iter(loads.values())).model_copy(update={"model": base})
-        base_name = base_load._resolve_name(LoaderCache().get(base))
+        base_name = stored_name(base_load, LoaderCache().get(base))
         if base_name is None:
             return task, None, None
         on_base = [
@@ -97,11 +99,11 @@ class AdapterPlan:
             for model, name in names.items()
             if model in self.adapters and self._is_on(base, model) and self.adapters[model].origin(name) == base_name
         ]
-        shape, dtype = self._header(base, base_name)
-        entries = math.prod(shape) if dtype.is_floating_point else 0
+        header = self._header(base, base_name)
+        entries = header.entries if header.dtype.is_floating_point else 0
         others = [model for model in loads if model != base]
         untouched = set(others) <= set(on_base) and not any(self.adapters[m].touches(names[m]) for m in others)
-        if untouched and _keeps_equal_inputs(self.planner._method.spec.name, task):
+        if untouched and _keeps_equal_inputs(method_of(self.planner).spec.name, task):
             return task, base_load, entries
         update: dict[str, Any] = {"out_dtype": task.out_dtype or self._stored_dtype(loads, names)}
         if direct and on_base and base in loads:
@@ -121,8 +123,8 @@ class AdapterPlan:
         bases = {model.model_copy(update={"lora": None}) for model in models}
         return bases.pop() if len(bases) == 1 else None
 
-    def _header(self, model: ModelReference, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """(shape, dtype) of a tensor; an adapter's dtype is its base's."""
+    def _header(self, model: ModelReference, name: str) -> Header:
+        """The header of a tensor; an adapter's dtype is its base's."""
         if model in self.adapters:
             return self.adapters[model].base.header(self.adapters[model].origin(name))
         if model not in self._stored:
@@ -135,7 +137,7 @@ class AdapterPlan:
             return None
         promoted: torch.dtype | None = None
         for model in loads:
-            dtype = self._header(model, names[model])[1]
+            dtype = self._header(model, names[model]).dtype
             promoted = dtype if promoted is None else torch.promote_types(promoted, dtype)
         return str(promoted).removeprefix("torch.")
 

@@ -27,7 +27,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
-from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from transformers import PretrainedConfig
 
 from neuron_methods.plugin.architecture_tables import (
@@ -39,14 +38,17 @@ from neuron_methods.plugin.architecture_tables import (
     t5_definitions,
     vit_definitions,
 )
+from neuron_methods.plugin.seam import architecture_table, check_fit
 
 
 def register_architectures() -> None:
     """Make mergekit use these definitions, its own of the same names replaced or amended; once or again."""
+    check_fit(("mergekit.architecture",))
+    table = architecture_table()
     for definition in (*t5_definitions(), *vit_definitions(), *clip_definitions()):
-        NAME_TO_ARCH[definition.architecture] = [_model_architecture(definition)]
+        table[definition.architecture] = [_model_architecture(definition)]
     for architecture, amendment in AMENDMENTS.items():
-        NAME_TO_ARCH[architecture] = [_amended(own, amendment) for own in NAME_TO_ARCH.get(architecture, [])]
+        table[architecture] = [_amended(own, amendment) for own in table.get(architecture, [])]
 
 
 @dataclass(frozen=True)

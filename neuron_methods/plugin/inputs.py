@@ -20,9 +20,9 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
+from neuron_methods.models.headers import open_safetensors
 from neuron_methods.models.reference import looks_local
-from neuron_methods.plugin.preflight import open_safetensors
-from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 
@@ -138,7 +138,7 @@ def _open(model: ModelReference, options: MergeOptions) -> None:
 def _refuse_pickles(path: str, options: MergeOptions) -> None:
     if not options.lazy_unpickle:
         raise UserError(
-            f"model {path}: its weights are a pickle (pytorch_model.bin), which is not read unasked; save it as "
+            f"model {path}: its weights are a pickle (pytorch_model.bin), which is read only on request; save it as "
             "safetensors, or allow it with --lazy-unpickle"
         )
 

@@ -1,20 +1,139 @@
-"""Verify what a merge has written against its plan."""
+"""What a merge is written as, step by step; first of all a model, verified against its plan."""
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import mergekit.tokenizer.build
+from mergekit.architecture import WeightInfo
+from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 
-from neuron_methods.plugin.preflight import Header, HeaderCache, MergePlan, header_of, open_safetensors
+from neuron_methods.models.headers import stored_headers
+from neuron_methods.plugin.preflight import MergePlan
+from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_mergekit, replan
+from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import is_disk_full, read_object
+from neuron_methods.support.text import first_line, format_bytes, listed
+
+if TYPE_CHECKING:
+    from neuron_methods.adapters.export import AdapterSummary
+    from neuron_methods.plugin.run import MergeRun
+
+# Files beside the weights that a model may need, which mergekit leaves behind.
+_BESIDE_WEIGHTS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "generation_config.json",
+)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
-def verify_output(path: str | os.PathLike[str], plan: MergePlan, *, aligned: bool, options: MergeOptions) -> None:
+class Output:
+    """What `merging.merge_to_directory` writes; its steps are called in the order in which they stand here.
+
+    Attributes:
+        library: that loads the output, as cards name it.
+        adapter: what an adapter keeps of the merge; None for a model.
+    """
+
+    library = "transformers"
+    adapter: AdapterSummary | None = None
+
+    def configure(self, run: MergeRun) -> None:
+        """Change the configuration, or refuse it, before any model is opened."""
+
+    def plan(self, run: MergeRun, planner: Any) -> None:
+        """Make the checked plan one of what will be written, in `run.plan` and in mergekit's planner."""
+
+    def begin(self, run: MergeRun, staging: Path) -> None:
+        """Write what does not depend on the merge, and may fail, before it begins."""
+
+    def finish(self, run: MergeRun, staging: Path) -> None:
+        """Write what mergekit has not written."""
+
+    def verify(self, run: MergeRun, staging: Path) -> None:
+        """Make sure that the directory holds what was to be written.
+
+        Raises:
+            UserError: naming what is missing, wrong or damaged.
+        """
+
+    def headline(self, run: MergeRun) -> str:
+        """Say in a few words what was written."""
+        tensors = sum(1 for _, _, size in run.plan.tensors if size)
+        return f"{tensors} tensors, {format_bytes(run.plan.bytes_to_read)} read"
+
+
+class ModelOutput(Output):
+    """A model like the base, in the files of transformers."""
+
+    def plan(self, run: MergeRun, planner: Any) -> None:
+        """Copy what the base stores and mergekit's definition of its architecture does not know."""
+        copied = []
+        for name, header in run.unknown_of_base().items():
+            # As it is stored, whatever dtype the merge is written in.
+            weight = WeightInfo(name=name, force_dtype=str(header.dtype).removeprefix("torch."))
+            copied.append((weight, LoadTensor(model=run.donor, tensor=name)))
+            run.plan.tensors.append((weight, {run.donor: header}, header.bytes))
+            run.plan.carried.append(name)
+        replan(planner, [*planned_tasks(planner), *copied])
+        if copied:
+            names = listed(run.plan.carried)
+            run.plan.notes.insert(
+                0, f"copied from the base unchanged, as mergekit's definition does not know them: {names}"
+            )
+
+    def begin(self, run: MergeRun, staging: Path) -> None:
+        """Copy the tokenizer and what else belongs to the model that gives the output its config.
+
+        mergekit finds out only after the merge that a tokenizer cannot be copied.
+
+        Raises:
+            UserError: a tokenizer is there, or needed, but cannot be loaded.
+        """
+        place = Path(run.donor.local_path(cache_dir=run.options.transformers_cache, ignore_lora=True))
+        has_tokenizer = any((place / name).exists() for name in _TOKENIZER_FILES)
+        if not has_tokenizer and (run.builds_tokenizer or run.configuration.chat_template):
+            key = "tokenizer" if run.builds_tokenizer else "chat_template"
+            raise UserError(f"{run.name}: {key}: {run.donor} has no tokenizer; put its files (tokenizer.json) there")
+        if run.builds_tokenizer:
+            check_tokenizer_sources(run.configuration, run.options, run.name)
+        try:
+            with quiet_mergekit():
+                if run.builds_tokenizer:  # mergekit will; here it only has to be there
+                    mergekit.tokenizer.build.get_stripped_tokenizer(run.donor.model, run.options.trust_remote_code)
+                elif has_tokenizer and run.options.copy_tokenizer:
+                    copy_tokenizer(run.configuration, str(staging), run.options)
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            without = "" if run.builds_tokenizer else "; --no-copy-tokenizer merges without"
+            raise UserError(f"model {run.donor}: tokenizer: {first_line(error)}{without}") from error
+        for name in _BESIDE_WEIGHTS:
+            if (place / name).is_file() and not (staging / name).exists():
+                shutil.copy(place / name, staging / name)
+
+    def verify(self, run: MergeRun, staging: Path) -> None:
+        """Compare what is stored with the plan."""
+        verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options)
+
+
+def verify_output(path: Path, plan: MergePlan, *, aligned: bool, options: MergeOptions) -> None:
     """Make sure that a written model is whole: every planned tensor there, with the base's shape.
 
     That every value is finite was checked on each tensor before it was written.
@@ -28,12 +147,14 @@ def verify_output(path: str | os.PathLike[str], plan: MergePlan, *, aligned: boo
     Raises:
         UserError: naming the tensor that is missing or wrong, or the file that is damaged.
     """
-    config = Path(path) / "config.json"
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_object(path / "config.json")
+    except UserError:
         raise UserError("verification failed: config.json was not written completely") from None
-    written = written_headers(Path(path), options.safe_serialization)
+    try:
+        written = stored_headers(path, "model.safetensors" if options.safe_serialization else "pytorch_model.bin")
+    except UserError as error:
+        raise UserError(f"verification failed: {error}") from None
     vocabulary: int | None = None
     for weight, inputs, size in plan.tensors:
         if not size:
@@ -48,39 +169,3 @@ def verify_output(path: str | os.PathLike[str], plan: MergePlan, *, aligned: boo
             expected[axis] = vocabulary
         if shape != expected:
             raise UserError(f"verification failed: {weight.name} has shape {shape}, expected {expected}")
-
-
-def written_headers(path: Path, safe: bool = True) -> dict[str, Header]:
-    """Headers of all tensors of a model directory, by its index or its single file.
-
-    Args:
-        path: the directory.
-        safe: safetensors files, else pickles.
-
-    Raises:
-        UserError: naming the file that is missing or damaged.
-    """
-    stem = "model.safetensors" if safe else "pytorch_model.bin"
-    index, whole = path / f"{stem}.index.json", path / stem
-    if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    elif whole.exists():
-        names = open_safetensors(str(whole)).keys() if safe else _unpickled(whole)
-        weight_map = dict.fromkeys(names, stem)
-    else:
-        raise UserError(f"verification failed: {stem} was not written")
-    if not safe:
-        tensors: dict[str, Any] = {}
-        for file in set(weight_map.values()):
-            tensors |= _unpickled(path / file)
-        return {name: header_of(tensors[name]) for name in weight_map if name in tensors}
-    headers = HeaderCache()
-    return {name: headers.in_file(str(path / file), name) for name, file in weight_map.items()}
-
-
-def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors without data."""
-    try:
-        return torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:
-        raise UserError(f"verification failed: {file.name} cannot be read back ({type(error).__name__})") from None

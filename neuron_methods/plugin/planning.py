@@ -20,7 +20,6 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
-from tqdm import tqdm
 
 from neuron_methods.methods.contract import (
     PREPARED,
@@ -32,8 +31,9 @@ from neuron_methods.methods.contract import (
 )
 from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
-from neuron_methods.plugin.session import MergeSession, current_session
-from neuron_methods.support.errors import UserError
+from neuron_methods.plugin.seam import method_of, planned_tasks, replan, tokenizer_task, use_method
+from neuron_methods.plugin.session import MergeSession, session_of
+from neuron_methods.support.progress import progress_bar
 
 
 @dataclass(eq=False)
@@ -128,7 +128,7 @@ def configure_planner(planner: Any) -> None:
     Raises:
         UserError: the YAML names a method that there is not.
     """
-    planner._method = configured(planner._method, planner.config)
+    use_method(planner, configured(method_of(planner), planner.config))
 
 
 def attach_to_planner(planner: Any) -> None:
@@ -137,31 +137,31 @@ def attach_to_planner(planner: Any) -> None:
     Raises:
         UserError: what the method or the session refuses, before any tensor is read.
     """
-    session = current_session()
-    method = planner._method
+    session = session_of(planner.options)
+    method = method_of(planner)
     adapters = AdapterPlan(planner)
-    planner._tensors = [(w, _with_adapters(adapters, method, w, task)) for w, task in planner._tensors]
-    if adapters.unties([weight for weight, _ in planner._tensors]):
+    tasks = [(w, _with_adapters(adapters, method, w, task)) for w, task in planned_tasks(planner)]
+    if adapters.unties([weight for weight, _ in tasks]):
         planner.out_model_config.tie_word_embeddings = False
     if isinstance(method, PlannedMethod):
         # `dtype` would round inputs before their difference is taken. Our methods compute in float32 from the stored
         # dtype whatever is written, so `dtype` can only mean the dtype of the output.
         config = planner.config
         planner.config = config.model_copy(update={"dtype": None, "out_dtype": config.out_dtype or config.dtype})
-        tasks = [(weight, _without_input_dtype(task)) for weight, task in planner._tensors]
-        planner._tensors = attach(
+        tasks = attach(
             method,
-            tasks,
+            [(weight, _without_input_dtype(task)) for weight, task in tasks],
             out_dtype=planner.config.out_dtype,
             device=planner.options.device or "cpu",
             quiet=planner.options.quiet,
-            tokenizer_task=planner._tokenizer_task,
+            session=session,
+            tokenizer_task=tokenizer_task(planner),
             model=ModelFacts(planner.out_model_config, _read_profile),
         )
     if session is not None:
-        planner._tensors = [
-            (weight, PlannedMergeTask(**{**dict(task), "session": session})) for weight, task in planner._tensors
-        ]
+        tasks = [(weight, PlannedMergeTask(**{**dict(task), "session": session})) for weight, task in tasks]
+    replan(planner, tasks)
+    if session is not None:
         session.planned(planner)
 
 
@@ -186,7 +186,6 @@ def attach_to_flat_merge(config: Any, tasks: Sequence[Task], *, device: str = "c
         out_dtype=out_dtype,
         device=device,
         quiet=quiet,
-        tokenizer_task=None,
     )
     new_saves = [s.model_copy(update={"tensor_task": task}) for s, (_, task) in zip(saves, attached, strict=True)]
     (finalize,) = [task for task in tasks if not isinstance(task, SaveTensor)]
@@ -200,7 +199,8 @@ def attach(
     out_dtype: str | None,
     device: str,
     quiet: bool,
-    tokenizer_task: Task | None,
+    session: MergeSession | None = None,
+    tokenizer_task: Task | None = None,
     model: ModelFacts | None = None,
 ) -> list[tuple[WeightInfo, ExecuteMergeMethodTask]]:
     """Turn mergekit's merge tasks into planned ones.
@@ -211,13 +211,13 @@ def attach(
         out_dtype: dtype to write, as mergekit spells it.
         device: where to measure.
         quiet: no progress bars.
+        session: of our command, if it is one.
         tokenizer_task: builds the tokenizer, where the YAML asks for one.
         model: the model that the merge writes, where it is known to be one.
 
     Returns:
         The same list with `PlannedMergeTask`s.
     """
-    session = current_session()
     known_values: dict[Task, Any] = {}
 
     @cache
@@ -321,34 +321,22 @@ def evaluate_task(task: Task, known: Mapping[Task, Any]) -> Any:
 
 
 def _without_input_dtype(task: ExecuteMergeMethodTask) -> ExecuteMergeMethodTask:
-    update: dict[str, Any] = {"gather_tensors": _undyed(task.gather_tensors), "dtype": None}
+    update: dict[str, Any] = {"gather_tensors": _without_dtype(task.gather_tensors), "dtype": None}
     if getattr(task, "copy_of", None) is not None:
         update["copy_of"] = task.copy_of.model_copy(update={"dtype": task.output_weight.force_dtype})
     return task.model_copy(update=update)
 
 
-def _undyed(task: Task) -> Task:
+def _without_dtype(task: Task) -> Task:
     update: dict[str, Any] = {}
     if "dtype" in type(task).model_fields:
         update["dtype"] = None
     if "gather_tensors" in type(task).model_fields:
-        update["gather_tensors"] = _undyed(task.gather_tensors)
+        update["gather_tensors"] = _without_dtype(task.gather_tensors)
     if "tensors" in type(task).model_fields:  # mergekit-pytorch: {model: task that loads}
-        update["tensors"] = type(task.tensors)({model: _undyed(load) for model, load in task.tensors.items()})
+        update["tensors"] = type(task.tensors)({model: _without_dtype(load) for model, load in task.tensors.items()})
     return task.model_copy(update=update)
 
 
 def _progress(description: str, tensors: Sequence[PlannedTensor]) -> Iterator[PlannedTensor]:
-    return iter(tqdm(tensors, desc=description, unit="tensor"))
-
-
-def stored_name(load: LoadTensor) -> str | None:
-    """Name under which a model stores what `load` asks for; None where it has to be converted or is missing.
-
-    Raises:
-        UserError: the model's files cannot be indexed.
-    """
-    try:
-        return load._resolve_name(LoaderCache().get(load.model))
-    except RuntimeError as error:
-        raise UserError(f"{load.model}: {error}") from None
+    return iter(progress_bar(tensors, what=description, unit="tensor"))

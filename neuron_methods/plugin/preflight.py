@@ -5,59 +5,28 @@ Only headers are read. Everything that can be refused is refused here, so that a
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
-from torch import Tensor
 
+from neuron_methods.adapters.loader import AdapterLoader
 from neuron_methods.kernels.rows import CACHE_BYTES
 from neuron_methods.methods.contract import PlannedMethod
+from neuron_methods.models.headers import Header, HeaderFiles
+from neuron_methods.plugin.seam import method_of, planned_tasks, stored_name, tokenizer_task
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import format_bytes
 
 # Process with mergekit, torch and transformers loaded, before any tensor.
 _PROCESS_BYTES = 450 * 1024 * 1024
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class Header:
-    """Shape and dtype of a stored tensor, without its data."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def entries(self) -> int:
-        """Number of entries."""
-        return int(torch.Size(self.shape).numel())
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        return self.entries * self.dtype.itemsize
 
 
 @dataclass
@@ -126,18 +95,19 @@ def inspect_plan(planner: Any) -> MergePlan:
     Raises:
         UserError: a tensor is missing, or shapes do not fit.
     """
-    method = planner._method
+    method = method_of(planner)
     plan = MergePlan(
         method=method.spec.name,
         base=planner.config.base_model,
         out_shard_size=planner.options.out_shard_size,
         streams=isinstance(method, PlannedMethod),
     )
-    plan.measured = next((t.measure.plan.prepared.reads() for _, t in planner._tensors if t.measure is not None), set())
-    headers = HeaderCache()
+    prepared = (t.measure.plan.prepared for _, t in planned_tasks(planner) if t.measure is not None)
+    plan.measured = next((merge.reads() for merge in prepared), set())
+    headers = _Headers()
     files: dict[ModelReference, Counter[str]] = {}
-    aligned = planner._tokenizer_task is not None or planner.options.unsafe_truncate_embeddings
-    for weight, task in planner._tensors:
+    aligned = tokenizer_task(planner) is not None or planner.options.unsafe_truncate_embeddings
+    for weight, task in planned_tasks(planner):
         gather = _gather(task.gather_tensors)
         inputs = {}
         # A tensor that no adapter touches is copied: only the base is read.
@@ -177,20 +147,20 @@ def check_space(plan: MergePlan, directory: str) -> None:
         )
 
 
-class HeaderCache:
-    """Headers of the models' tensors, each file opened once."""
+class _Headers:
+    """Headers of what mergekit's tasks will read."""
 
     def __init__(self) -> None:
-        self._files: dict[str, Any] = {}
+        self._files = HeaderFiles()
 
     def of(self, load: LoadTensor, trust_remote_code: bool = False) -> Header | None:
-        """Header of what `load` will read; None for an optional tensor the model does not have.
+        """Read the header of what `load` will read; None for an optional tensor the model does not have.
 
         Raises:
             UserError: the tensor is required and missing, or a file is unreadable.
         """
         loader = LoaderCache().get(load.model)
-        name = load._resolve_name(loader)
+        name = stored_name(load, loader)
         if name is None:
             if load.optional:
                 return None
@@ -201,61 +171,15 @@ class HeaderCache:
                     f"{load.model}: tensor {load.tensor} is missing from its checkpoint ({len(keys)} tensors found); "
                     "the architecture in its config.json promises it: is the checkpoint complete?"
                 )
-            return header_of(load.execute())
-        return self.stored(loader, name)
+            return Header.of(load.execute())
+        if isinstance(loader, AdapterLoader):  # which knows without reading
+            return loader.header(name)
+        return self._files.behind(loader, name)
 
     def file_of(self, load: LoadTensor) -> str:
-        """Name of the file that holds what `load` will read, as far as one does."""
+        """Name the file that holds what `load` will read, as far as one does."""
         loader = LoaderCache().get(load.model)
-        return loader.index.tensor_paths.get(load._resolve_name(loader) or "", "")
-
-    def stored(self, loader: Any, name: str) -> Header:
-        """Header of a tensor by the name it is stored under."""
-        if hasattr(loader, "header"):  # loaders of ours know without reading
-            return Header(*loader.header(name))
-        path = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
-        if not path.endswith(".safetensors"):
-            return header_of(loader.get_tensor(name))
-        return self.in_file(path, name)
-
-    def in_file(self, path: str, name: str) -> Header:
-        """Header of a tensor in a safetensors file.
-
-        Raises:
-            UserError: the file is damaged, lacks the tensor, or holds it in a dtype that nothing merges.
-        """
-        if path not in self._files:
-            self._files[path] = open_safetensors(path)
-        try:
-            slice_ = self._files[path].get_slice(name)
-        except safetensors.SafetensorError:
-            raise UserError(f"{path}: the index promises tensor {name}, but the file does not hold it") from None
-        dtype = _DTYPES.get(slice_.get_dtype())
-        if dtype is None:
-            raise UserError(
-                f"{path}: tensor {name} is stored as {slice_.get_dtype()}, which no merge method takes; save the model "
-                "in bfloat16, float16 or float32"
-            )
-        return Header(tuple(slice_.get_shape()), dtype)
-
-
-def open_safetensors(path: str) -> Any:
-    """Open a safetensors file for lazy reading.
-
-    Raises:
-        UserError: the file is missing, truncated or not safetensors.
-    """
-    try:
-        return safetensors.safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, but the checkpoint's index names it") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}); download or save it again") from None
-
-
-def header_of(tensor: Tensor) -> Header:
-    """Header of a tensor in memory."""
-    return Header(tuple(tensor.shape), tensor.dtype)
+        return loader.index.tensor_paths.get(stored_name(load, loader) or "", "")
 
 
 def _gather(task: Any) -> GatherTensors:

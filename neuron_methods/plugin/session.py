@@ -1,23 +1,26 @@
 """What our command adds to one run of mergekit: checks before, progress and checks during, facts for the summary.
 
-A session is announced by `merge_session`; `planning.attach_to_planner` shows it the plan and wraps each tensor's task
-with `MergeSession.merging`. mergekit's own methods pass through it as well as ours.
+A session goes with the options that mergekit hands to its planner (`SessionOptions`). There
+`planning.attach_to_planner` finds it, shows it the plan and wraps each tensor's task with `MergeSession.merging`.
+mergekit's own methods pass through it as well as ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
 
 from neuron_methods.methods.contract import PreparedMerge
+from neuron_methods.plugin.seam import planned_tasks
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.progress import progress_bar
 
 
 @dataclass(eq=False)
@@ -46,7 +49,7 @@ class MergeSession:
 
     def planned(self, planner: Any) -> None:
         """Take note of the plan."""
-        self.planned_tensors = len(planner._tensors)
+        self.planned_tensors = len(planned_tasks(planner))
         self.on_plan(planner)
 
     @contextmanager
@@ -66,7 +69,9 @@ class MergeSession:
             UserError: the result holds NaN or Inf, or the method failed, because an input does.
         """
         if self._bar is None:
-            self._bar = tqdm(total=self.planned_tensors, desc="Merging tensors", unit="tensor", disable=self.quiet)
+            self._bar = progress_bar(
+                total=self.planned_tensors, what="Merging tensors", unit="tensor", shown=not self.quiet
+            )
 
         def inspect(merged: Tensor | None) -> Tensor | None:
             if merged is not None and not is_finite(merged):
@@ -95,23 +100,20 @@ class MergeSession:
             self._bar.close()
 
 
-_SESSION: ContextVar[MergeSession | None] = ContextVar("neuron_methods_session", default=None)
+class SessionOptions(MergeOptions, frozen=True):
+    """mergekit's options, and the session of the command that runs with them."""
+
+    session: Any = None
+
+    @classmethod
+    def of(cls, options: MergeOptions, session: MergeSession) -> SessionOptions:
+        """Send `session` along with `options`."""
+        return cls.model_construct(**dict(options), session=session)
 
 
-@contextmanager
-def merge_session(session: MergeSession) -> Iterator[MergeSession]:
-    """Make `session` the one that plans and tensors of this run are shown to."""
-    token = _SESSION.set(session)
-    try:
-        yield session
-    finally:
-        _SESSION.reset(token)
-        session.close()
-
-
-def current_session() -> MergeSession | None:
-    """The session of the command that is running; None under mergekit's own commands."""
-    return _SESSION.get()
+def session_of(options: MergeOptions) -> MergeSession | None:
+    """Find the session that goes with a planner's options; None under mergekit's own commands."""
+    return getattr(options, "session", None)
 
 
 def is_finite(tensor: Tensor) -> bool:

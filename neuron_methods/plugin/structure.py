@@ -19,13 +19,14 @@ from mergekit.architecture import (
     WeightInfo,
     get_architecture_info,
 )
-from mergekit.architecture.conversion import _expanded_target_keys, get_checkpoint_conversion_mapping
+from mergekit.architecture.conversion import get_checkpoint_conversion_mapping
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from neuron_methods.plugin.seam import expanded_target_keys
 from neuron_methods.support.errors import UserError
 
 
@@ -237,7 +238,7 @@ def _is_converted(name: str, model_type: str, known: set[str]) -> bool:
         for spelling in list(spellings):
             renamed, pattern = transform.rename_source_key(spelling)
             if pattern is not None:
-                spellings |= _expanded_target_keys(renamed, transform.target_patterns)
+                spellings |= expanded_target_keys(renamed, transform.target_patterns)
     return not spellings.isdisjoint(known)
 
 

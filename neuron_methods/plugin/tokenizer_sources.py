@@ -10,7 +10,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.support.errors import UserError
 
 

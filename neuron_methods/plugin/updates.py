@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import mergekit.merge
-import mergekit.plan
 import torch
 from mergekit.common import ModelReference
-from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import fill_task_vector
-from neuron_methods.plugin.configuration import read_configuration
-from neuron_methods.plugin.registration import patch_planner, register
+from neuron_methods.plugin.planning import PlannedMergeTask, evaluate_task
+from neuron_methods.plugin.run import MergeRun
+from neuron_methods.plugin.seam import planned_tasks
 from neuron_methods.support.errors import UserError
 
 
@@ -61,14 +57,14 @@ class PlannedUpdates:
     def of(self, name: str) -> TensorUpdates:
         """Read and merge one tensor."""
         task = self._tasks[name]
-        tensors: Mapping[ModelReference, Tensor] = _evaluate(task.gather_tensors)
+        tensors: Mapping[ModelReference, Tensor] = evaluate_task(task.gather_tensors, {})
         base = tensors[self.base].float()
         experts, weights = {}, {}
         shown = _short_names(model for model in tensors if model != self.base)
         for model, short in shown.items():
             experts[short] = fill_task_vector(torch.empty_like(base), tensors[model], base)
             weights[short] = float(dict(task.input_parameters[model].items()).get("weight", 1.0))
-        return TensorUpdates(base, experts, weights, _evaluate(task).float() - base)
+        return TensorUpdates(base, experts, weights, evaluate_task(task, {}).float() - base)
 
 
 def plan_updates(source: str, name: str = "the configuration") -> PlannedUpdates:
@@ -79,30 +75,21 @@ def plan_updates(source: str, name: str = "the configuration") -> PlannedUpdates
         name: file name for messages.
 
     Raises:
-        UserError: what the merge itself would refuse, or the configuration names no base model.
+        UserError: what the merge itself would refuse before it starts, or the configuration names no base model.
     """
-    register()
-    patch_planner()
-    configuration = read_configuration(source, name)
-    # Nothing is written, so nothing is rounded to what would be.
-    configuration = configuration.model_copy(update={"dtype": None, "out_dtype": "float32"})
-    if configuration.base_model is None:
+    run = MergeRun(source, name, MergeOptions(quiet=True))
+    base = run.configuration.base_model
+    if base is None:
         raise UserError(f"{name}: no base_model; an update is the difference to a base")
-    options = MergeOptions(quiet=True)
-    LoaderCache.loaders.clear()
-    LoaderCache().setup(options=options)
-    configuration.referenced_models()  # writes adapters that stand by themselves as base+adapter
-    architecture = mergekit.merge.get_architecture_info(configuration, options)
-    config = mergekit.merge._model_out_config(configuration, architecture)
-    planner = mergekit.plan.MergePlanner(configuration, architecture, options=options, out_model_config=config)
-    planner.plan_to_disk(os.devnull)  # plans only; mergekit 0.1.5 cannot make the tasks of plan_in_memory
-    tasks = {weight.name: task for weight, task in planner._tensors if hasattr(task, "gather_tensors")}
-    return PlannedUpdates(configuration.base_model, configuration.merge_method, tasks)
+    # Nothing is written, so nothing is rounded to what would be.
+    run.configuration.dtype, run.configuration.out_dtype = None, "float32"
+    tasks: dict[str, Any] = {}
 
+    def look(planner: Any) -> None:
+        tasks.update((w.name, task) for w, task in planned_tasks(planner) if isinstance(task, PlannedMergeTask))
 
-def _evaluate(task: Task) -> Any:
-    """Run a task and what it depends on."""
-    return task.execute(**{name: _evaluate(needed) for name, needed in task.arguments().items()})
+    run.plan_only(look)
+    return PlannedUpdates(base, run.configuration.merge_method, tasks)
 
 
 def _short_names(models: Iterable[ModelReference]) -> dict[ModelReference, str]:

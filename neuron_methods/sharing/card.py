@@ -20,7 +20,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 
 from neuron_methods import __version__
-from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.sharing.card_sections import card_text, with_section
 from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.licences import Licences, find_licences

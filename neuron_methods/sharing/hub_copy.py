@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 
 from neuron_methods.plugin.configuration import read_configuration
-from neuron_methods.plugin.merging import CONFIG_NAME
+from neuron_methods.plugin.run import CONFIG_NAME
 from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
 from neuron_methods.sharing.card import with_model_id

@@ -16,7 +16,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 
 from neuron_methods.models.reference import looks_local
-from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.sharing.local_names import components, local_names
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

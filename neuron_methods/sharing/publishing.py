@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from neuron_methods.plugin.merging import CONFIG_NAME, Companion, MergeRun
+from neuron_methods.plugin.merging import MergeWitness
+from neuron_methods.plugin.run import CONFIG_NAME, MergeRun
 from neuron_methods.sharing.card import CardOptions, make_card, read_evaluation, with_evaluation
 from neuron_methods.sharing.card_sections import with_section
 from neuron_methods.sharing.hub import PushOptions
@@ -37,8 +38,8 @@ class Extras:
     evaluation: Path | None = None
 
 
-def merge_companion(extras: Extras | None = None) -> Companion:
-    """Make the companion that writes card and report beside what a merge writes.
+def merge_witness(extras: Extras | None = None) -> MergeWitness:
+    """Make the witness that writes card and report beside what a merge writes.
 
     Raises:
         UserError: the evaluation cannot be read, or the report's drawing library is missing.
@@ -70,7 +71,7 @@ def merge_companion(extras: Extras | None = None) -> Companion:
         (staging / "README.md").write_text(card.text, encoding="utf-8")
         return card.warnings
 
-    return Companion(finish, on_plan, on_tensor) if extras.report else Companion(finish)
+    return MergeWitness(finish, on_plan, on_tensor) if extras.report else MergeWitness(finish)
 
 
 def report_directory(

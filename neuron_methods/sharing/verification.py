@@ -37,7 +37,7 @@ def verify_directory(place: Path) -> str:
 
 
 def _check_safetensors(place: Path) -> None:
-    from neuron_methods.plugin.preflight import open_safetensors
+    from neuron_methods.models.headers import open_safetensors
 
     for file in sorted(place.rglob("*.safetensors")):
         open_safetensors(str(file))
@@ -63,7 +63,7 @@ def _check_adapter(place: Path) -> None:
 
 
 def _check_model(place: Path) -> None:
-    from neuron_methods.plugin.output import written_headers
+    from neuron_methods.models.headers import stored_headers
 
     if not (place / "config.json").is_file():
         raise UserError(f"{place}: holds no model (config.json) and no adapter (adapter_config.json)")
@@ -75,7 +75,7 @@ def _check_model(place: Path) -> None:
             if pickled
             else f"{place}: no weights in it (model.safetensors or its index); merge again"
         )
-    stored = set(written_headers(place))
+    stored = set(stored_headers(place))
     missing = [name for names in _required(place, config) if not stored.intersection(names) for name in names[:1]]
     if missing:
         raise UserError(f"{place}: missing from its weights: {listed(missing, 1)}; merge again")
@@ -86,10 +86,12 @@ def _required(place: Path, config: dict[str, Any]) -> list[tuple[str, ...]]:
     import neuron_methods
 
     neuron_methods.register()
-    from mergekit.architecture.json_definitions import NAME_TO_ARCH
     from transformers import AutoConfig
 
-    known = [NAME_TO_ARCH[name] for name in config.get("architectures") or () if name in NAME_TO_ARCH]
+    from neuron_methods.plugin.seam import architecture_table
+
+    table = architecture_table()
+    known = [table[name] for name in config.get("architectures") or () if name in table]
     if not known:
         return []
     try:

@@ -48,7 +48,6 @@ def test_quiet_says_only_what_is_lost(config: Path, tmp_path: Path) -> None:
         (["--rank", "4"], "--rank goes with --as-adapter"),
         (["--energy", "0.9"], "--energy goes with --as-adapter"),
         (["--adapter-dtype", "float16"], "--adapter-dtype goes with --as-adapter"),
-        (["--as-adapter", "--profile-out", "p.json"], "--profile-out does not go with --as-adapter"),
         (["--as-adapter", "--energy", "1.5"], "1.5 is not in the range"),
         (["--as-adapter", "--rank", "0"], "0 is not in the range"),
     ],

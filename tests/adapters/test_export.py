@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterSummary, Precision
-from neuron_methods.plugin.adapter_output import adapter_precision, merge_to_adapter
+from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
 from tests.adapters import cases
@@ -31,8 +31,8 @@ def content(method: str, model: object, base: Path, **top: Any) -> str:
     return yaml.safe_dump({"merge_method": method, "base_model": str(base), "models": models, **top})
 
 
-def as_adapter(source: str, out: Path, **options: Any) -> AdapterSummary:
-    return merge_to_adapter(source, out, progress=False, **options).adapter
+def as_adapter(source: str, out: Path, precision: Precision | None = None, **options: Any) -> AdapterSummary:
+    return merge_to_directory(source, out, output=AdapterOutput(precision), progress=False, **options).adapter
 
 
 def in_full(source: str, out: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from neuron_methods.demo import pipeline
 from neuron_methods.demo.pipeline import DemoSettings, run_demo
 from neuron_methods.evaluation import evaluate, load_tasks
 from neuron_methods.plugin.merging import merge_to_directory
-from neuron_methods.sharing.publishing import merge_companion
+from neuron_methods.sharing.publishing import merge_witness
 from neuron_methods.support.errors import UserError
 
 TASKS = ["arithmetic", "german", "python"]
@@ -90,9 +90,7 @@ def test_what_the_demo_makes_holds_nothing_of_the_demos_own(finished, tmp_path) 
         *("base", "data", "demo.json", "experts", "merge.yaml", "merged", "report.txt", "scores", ".stages"),
         "tasks.yml",
     }
-    merge_to_directory(
-        (out / "merge.yaml").read_text(), tmp_path / "merged", progress=False, companion=merge_companion()
-    )
+    merge_to_directory((out / "merge.yaml").read_text(), tmp_path / "merged", progress=False, witness=merge_witness())
     for made, alike in ((out / "merged", tmp_path / "merged"),):
         assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in alike.iterdir())
     for task in TASKS:

@@ -23,6 +23,7 @@ import neuron_methods
 from neuron_methods._autoload import CALLBACKS, PTH_CODE, Hook
 
 PACKAGE = Path(neuron_methods.__file__).parent
+WARNING = "warning: mergekit goes without mergekit-neuron, or a part of it: "
 PTH = PACKAGE / "mergekit_neuron_autoload.pth"
 
 
@@ -256,17 +257,22 @@ def test_a_module_that_does_not_exist(hook, fakekit):
         importlib.import_module("fakekit.registry")
 
 
-@pytest.mark.parametrize(("debug", "expected"), [("", ""), ("0", ""), ("1", "ZeroDivisionError")])
-def test_a_failing_callback_is_silent_unless_debugged(fakekit, capfd, monkeypatch, debug, expected):
-    write_modules(fakekit, {"fakeours/callbacks.py": "def register():\n    1 / 0\n"})
+@pytest.mark.parametrize("debug", ["", "0", "1"])
+def test_a_failing_callback_costs_mergekit_one_line(fakekit, capfd, monkeypatch, debug):
+    monkeypatch.delitem(sys.modules, "neuron_methods.cli", raising=False)
+    write_modules(fakekit, {"fakeours/callbacks.py": "def register():\n    1 / 0\n\n\npatch_later = register\n"})
     monkeypatch.setenv("MERGEKIT_NEURON_DEBUG", debug)
     Hook(FAKE_TABLE, own="fakeours.").arm()
     import fakekit.registry
 
     assert fakekit.registry.METHODS == ["linear"]
+    import fakekit.tasks
+
     out, err = capfd.readouterr()
     assert out == ""
-    assert (expected in err) if expected else err == ""
+    told, *rest = err.splitlines()
+    assert told == f"{WARNING}ZeroDivisionError: division by zero"
+    assert ("Traceback" in err) if debug == "1" else rest == []
 
 
 # --- the .pth line, in interpreters of their own
@@ -304,8 +310,11 @@ def site(tmp_path):
     return tmp_path
 
 
-def run_python(site, code, **environment):
-    """Run `code` in an interpreter whose only site directory is `site`; return its variable `report`."""
+def run_python(site, code, warned=False, **environment):
+    """Run `code` in an interpreter whose only site directory is `site`; return its variable `report`.
+
+    Nothing is said on stderr, unless `warned`: then one line.
+    """
     script = f"import sys, site; site.addsitedir({str(site)!r})\nreport = None\n{dedent(code)}\n"
     script += "import json; print(json.dumps(report))"
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MERGEKIT_NEURON_")}
@@ -317,7 +326,11 @@ def run_python(site, code, **environment):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    if warned:
+        (warning,) = done.stderr.splitlines()
+        assert warning.startswith(WARNING)
+    else:
+        assert done.stderr == ""
     (line,) = done.stdout.splitlines()
     return json.loads(line)
 
@@ -335,13 +348,13 @@ def test_pth_is_the_documented_code():
     ("module", "expected"),
     [
         ("mergekit.common", []),
-        ("mergekit.merge_methods", ["register"]),
+        ("mergekit.merge_methods", ["register_methods"]),
         ("mergekit.architecture", ["register_architectures"]),
         ("mergekit.io.tasks", ["register_architectures", "patch_loaders"]),
-        ("mergekit.plan", ["register", "register_architectures", "patch_loaders", "patch_planner"]),
+        ("mergekit.plan", ["register_methods", "register_architectures", "patch_loaders", "patch_planner"]),
         (
             "mergekit.scripts.merge_raw_pytorch",
-            ["register", "register_architectures", "patch_loaders", "patch_raw_merge"],
+            ["register_methods", "register_architectures", "patch_loaders", "patch_raw_merge"],
         ),
     ],
 )
@@ -363,7 +376,7 @@ def test_the_registry_costs_no_more_than_the_hook_and_the_registration(site):
         "neuron_methods",
         "neuron_methods._autoload",
         "neuron_methods.plugin",
-        "neuron_methods.plugin.registration",
+        "neuron_methods.plugin.patches",
     }
 
 
@@ -385,7 +398,7 @@ def test_switched_off(site):
 
 def test_arm_by_hand_when_switched_off(site):
     code = "import mergekit.plan\nfrom neuron_methods._autoload import arm\narm(); arm()\nreport = sys.our_calls"
-    expected = ["register", "register_architectures", "patch_loaders", "patch_planner"]
+    expected = ["register_methods", "register_architectures", "patch_loaders", "patch_planner"]
     assert run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0") == expected
 
 
@@ -398,16 +411,17 @@ def test_arm_by_hand_when_switched_off(site):
         ("neuron_methods/_autoload.py", "\0"),
         ("neuron_methods/_autoload.py", ""),
         ("neuron_methods/_autoload.py", None),
-        ("neuron_methods/plugin/registration.py", "raise RuntimeError('broken')"),
-        ("neuron_methods/plugin/registration.py", "def register(): raise RecursionError('broken')"),
-        ("neuron_methods/plugin/registration.py", "def ("),
-        ("neuron_methods/plugin/registration.py", None),
+        ("neuron_methods/plugin/patches.py", "raise RuntimeError('broken')"),
+        ("neuron_methods/plugin/patches.py", "def register_methods(): raise RecursionError('broken')"),
+        ("neuron_methods/plugin/patches.py", "def ("),
+        ("neuron_methods/plugin/patches.py", None),
         ("neuron_methods/plugin/__init__.py", "import does_not_exist"),
     ],
 )
-def test_a_broken_installation_is_silent_and_harmless(site, file, content):
+def test_a_broken_installation_is_harmless_and_told_of_where_a_merge_may_suffer(site, file, content):
     if content is None:
         (site / file).unlink()
     else:
         (site / file).write_text(content, encoding="utf-8")
-    assert run_python(site, "import mergekit.plan\nreport = 'mergekit works'") == "mergekit works"
+    code = "import mergekit.plan\nreport = 'mergekit works'"
+    assert run_python(site, code, warned=file.startswith("neuron_methods/plugin/")) == "mergekit works"

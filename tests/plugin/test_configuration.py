@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from neuron_methods.plugin.configuration import read_configuration
-from neuron_methods.plugin.registration import register
+from neuron_methods.plugin.patches import register
 from neuron_methods.support.errors import UserError
 
 register()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import opened_models
-from neuron_methods.plugin.registration import register
+from neuron_methods.plugin.patches import register
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import build, configuration, edit, fine_tune, save
 
@@ -138,7 +138,9 @@ def test_no_pickle_executes_anything(workspace, lazy):
     folder = workspace("llama-tied")
     pickle(folder / "expert-a")
     torch.save({"a": Surprise()}, folder / "expert-a" / "pytorch_model.bin")
-    refused("model expert-a: its pickle holds more than tensors" if lazy else "not read unasked", lazy_unpickle=lazy)
+    refused(
+        "model expert-a: its pickle holds more than tensors" if lazy else "read only on request", lazy_unpickle=lazy
+    )
     assert not (folder / "executed").exists()
 
 

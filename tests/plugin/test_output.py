@@ -9,8 +9,9 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
+from neuron_methods.models.headers import Header
 from neuron_methods.plugin.output import verify_output
-from neuron_methods.plugin.preflight import Header, MergePlan
+from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import edit
 
@@ -90,7 +91,7 @@ def test_a_missing_shard_is_found(written):
 
 def test_missing_files_are_found(written):
     (written / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors was not written"):
+    with pytest.raises(UserError, match=r"model.safetensors: no such file, and no index"):
         verify(written)
     (written / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json was not written completely"):
@@ -109,5 +110,5 @@ def test_pickled_output_is_verified_too(written):
     with pytest.raises(UserError, match=r"tensor b.weight is missing"):
         verify(written, safe_serialization=False)
     (written / "pytorch_model.bin").write_bytes((written / "pytorch_model.bin").read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"pytorch_model.bin cannot be read back"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: cannot be read back"):
         verify(written, safe_serialization=False)

@@ -17,13 +17,13 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, SimpleLoad
 from safetensors.torch import load_file, save_file
 
 from neuron_methods.methods import trim_profile
-from neuron_methods.plugin import registration
+from neuron_methods.plugin import patches
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.plugin.planning import MeasureTask, PlannedMergeTask
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import configuration, edit, read
 
-registration.register()
+patches.register()
 
 EXPERTS = ("expert-a", "expert-b")
 QUIET = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from mergekit.options import MergeOptions
 
-from neuron_methods.plugin import preflight
 from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import format_bytes
@@ -107,7 +106,7 @@ def test_memory_grows_with_shards_and_mapped_files(tmp_path, checkpoints):
 def test_a_full_disk_is_seen_before_the_merge(workspace, monkeypatch):
     folder = workspace("llama-tied")
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match=rf"^{folder}: 18.2 kB to write, 1.0 kB free"):
         merge_to_directory(configuration(), "out", progress=False)
     assert sorted(p.name for p in folder.iterdir()) == ["base", "expert-a", "expert-b"]

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from mergekit.options import MergeOptions
 
 from neuron_methods.plugin.session import (
     MergeSession,
-    current_session,
+    SessionOptions,
     is_finite,
-    merge_session,
     nonfinite_inputs,
+    session_of,
 )
 from neuron_methods.support.errors import UserError
 
@@ -90,11 +91,13 @@ def test_a_users_error_passes_as_it_is():
         merge(MergeSession(quiet=True), {"a": SOUND * NAN}, fail(UserError("density")))
 
 
-def test_the_session_holds_within_its_block_only():
-    assert current_session() is None
-    with merge_session(MergeSession(quiet=True)) as session:
-        assert current_session() is session
-    assert current_session() is None
+def test_the_session_goes_with_the_options():
+    options, session = MergeOptions(lazy_unpickle=True, device="meta", out_shard_size=7), MergeSession(quiet=True)
+    sent = SessionOptions.of(options, session)
+    assert session_of(sent) is session
+    assert session_of(sent.model_copy(update={"quiet": True})) is session
+    assert {key: value for key, value in dict(sent).items() if key != "session"} == dict(options)
+    assert session_of(options) is None
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -102,8 +105,9 @@ def test_progress(capsys, quiet):
     class Planner:
         _tensors = (1, 2)
 
-    with merge_session(MergeSession(quiet=quiet)) as session:
-        session.planned(Planner)
-        merge(session, {"a": SOUND}, SOUND)
+    session = MergeSession(quiet=quiet)
+    session.planned(Planner)
+    merge(session, {"a": SOUND}, SOUND)
+    session.close()
     shown = capsys.readouterr().err
-    assert (shown == "") if quiet else ("Merging tensors:  50%" in shown and "1/2" in shown)
+    assert (shown == "") if quiet else ("Merging tensors: 0 of 2 tensors" in shown and "\r" not in shown)

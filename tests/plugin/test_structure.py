@@ -7,7 +7,7 @@ from mergekit.options import MergeOptions
 
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.inputs import opened_models
-from neuron_methods.plugin.registration import register
+from neuron_methods.plugin.patches import register
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import build, configuration, edit, fine_tune, save

@@ -35,7 +35,7 @@ class Recipe:
                 over the searched one, or does not take a searched value.
         """
         from neuron_methods.plugin.configuration import read_configuration
-        from neuron_methods.plugin.registration import register
+        from neuron_methods.plugin.patches import register
 
         register()
         self.name = name

@@ -10,9 +10,9 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoadTensor
 from torch import Tensor
 
-from neuron_methods.plugin.merging import MergeRun, plan_only
 from neuron_methods.plugin.planning import PlannedMergeTask, evaluate_task
-from neuron_methods.plugin.registration import models_in_order
+from neuron_methods.plugin.run import MergeRun
+from neuron_methods.plugin.seam import models_in_order, planned_tasks, tokenizer_task
 from neuron_methods.sharing.model_names import ModelNames
 from neuron_methods.sharing.report.collect import Collector
 from neuron_methods.support.errors import UserError
@@ -64,11 +64,10 @@ def report_from_files(
     document: dict[str, Any] = {}
 
     def look(planner: Any) -> None:
-        run.inspect(planner)
         collector = collector_for(run, limit)
         output = _output_reference(place, run)
         known = _known(planner)
-        tensors = [(weight, task) for weight, task in planner._tensors if isinstance(task, PlannedMergeTask)]
+        tensors = [(weight, task) for weight, task in planned_tasks(planner) if isinstance(task, PlannedMergeTask)]
         matched = 0
         for weight, task in progress_bar(tensors, what="Looking at the neurons", unit="tensor", shown=progress):
             merged = _load(output, weight) if task.copy_of is None else None
@@ -80,7 +79,7 @@ def report_from_files(
             raise UserError(f"{place}: none of the tensors of {run.name} is in it; do they belong together?")
         document.update(document_of(collector, run, names, _measured(planner, known)))
 
-    plan_only(run, look, quiet=not progress)
+    run.plan_only(look, quiet=not progress)
     return document
 
 
@@ -94,7 +93,7 @@ def _output_reference(place: Path, run: MergeRun) -> ModelReference:
 
 def _measured(planner: Any, known: dict[Any, Any]) -> Any:
     """What our method measures over the model; None for mergekit's own."""
-    measures = [task.measure for _, task in planner._tensors if getattr(task, "measure", None) is not None]
+    measures = [task.measure for _, task in planned_tasks(planner) if getattr(task, "measure", None) is not None]
     if not measures:
         return None
     plan = measures[0].plan
@@ -105,7 +104,7 @@ def _measured(planner: Any, known: dict[Any, Any]) -> Any:
 
 def _known(planner: Any) -> dict[Any, Any]:
     """The tokenizer, where embeddings have to be aligned before they can be compared."""
-    task = planner._tokenizer_task
+    task = tokenizer_task(planner)
     return {} if task is None else {task: evaluate_task(task, {})}
 
 

@@ -1,23 +1,31 @@
-"""What is put into mergekit, seen from mergekit's side."""
+"""What is put into mergekit, seen from mergekit's side; and a mergekit that it does not fit."""
 
 import itertools
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import huggingface_hub
 import mergekit.card
 import mergekit.merge
 import mergekit.plan
 import pytest
+from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import registry
 from mergekit.scripts import merge_raw_pytorch
 
-from neuron_methods.plugin import registration
+from neuron_methods._autoload import CALLBACKS, Hook
+from neuron_methods.cli import main
+from neuron_methods.plugin import patches
+from neuron_methods.plugin.seam import SEAM, check_fit
+from neuron_methods.support.errors import UserError
+from tests.support.checkpoints import configuration
 
-registration.register()
+patches.register()
 
 
 def everything_patched():
@@ -34,12 +42,12 @@ def everything_patched():
 def test_registering_again_changes_nothing():
     names = [method.spec.name for method in registry.registered_methods()]
     patched = everything_patched()
-    registration.register()
-    registration.patch_planner()
-    registration.patch_raw_merge()
-    registration.patch_loaders()
-    registration.patch_configuration()
-    registration.patch_merge()
+    patches.register()
+    patches.patch_planner()
+    patches.patch_raw_merge()
+    patches.patch_loaders()
+    patches.patch_configuration()
+    patches.patch_merge()
     assert [method.spec.name for method in registry.registered_methods()] == names
     assert everything_patched() == patched
 
@@ -50,19 +58,75 @@ def test_our_methods_are_there_once():
     assert registry.get("neuro_merging").spec.reference_url == "https://arxiv.org/abs/2503.05320"
 
 
-def test_registering_says_what_of_mergekit_could_not_be_extended():
-    code = """
-import mergekit.plan
-del mergekit.plan.MergePlanner._plan
-import neuron_methods
-try:
-    neuron_methods.register()
-except RuntimeError as error:
-    print(error)
+# --- a mergekit that it does not fit
+
+ENTRIES = [entry for entries in SEAM.values() for entry in entries]
+
+
+@pytest.fixture(params=ENTRIES, ids=lambda entry: f"{entry.module}.{entry.name}")
+def renamed(request, monkeypatch):
+    """An entry of the table that this mergekit does not have."""
+    holder, name, _ = request.param.find()
+    if name in vars(holder):
+        monkeypatch.delattr(holder, name)
+    if name in getattr(holder, "__annotations__", {}):  # of what instances have
+        monkeypatch.delitem(holder.__annotations__, name)
+    return request.param
+
+
+def test_the_table_fits_this_mergekit():
+    check_fit(SEAM)
+    assert all(entry.fits() for entry in ENTRIES)
+    assert len({(entry.module, entry.name) for entry in ENTRIES}) == len(ENTRIES) > 20
+
+
+def test_a_command_of_ours_ends_with_version_and_name_of_what_is_gone(renamed, workspace):
+    workspace("llama-tied")
+    Path("merge.yaml").write_text(configuration())
+    result = CliRunner().invoke(main, ["merge", "merge.yaml", "out"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: mergekit {version('mergekit')} is not one that mergekit-neuron fits: {renamed}")
+    assert not Path("out").exists()
+
+
+def test_mergekit_itself_goes_on_with_one_line_that_says_so(renamed, monkeypatch, capfd):
+    monkeypatch.delitem(sys.modules, "neuron_methods.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    hook = Hook(CALLBACKS, own="neuron_methods.")
+    hook.arm()  # all of mergekit has been imported
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: mergekit goes without mergekit-neuron, or a part of it: ")
+    assert f"mergekit {version('mergekit')} " in line
+    assert str(renamed) in line
+
+
+def test_arguments_that_a_function_no_longer_takes_are_found(monkeypatch):
+    monkeypatch.setattr(mergekit.merge, "_copy_tokenizer", lambda merge_config, out_dir, options: None)
+    with pytest.raises(UserError, match=r"fits: mergekit.merge._copy_tokenizer\(merge_config, out_path, options\) is"):
+        check_fit(SEAM)
+
+
+UNFIT = """
+import mergekit.tokenizer.build
+from types import SimpleNamespace
+mergekit.tokenizer.build.progress = SimpleNamespace(tqdm=mergekit.tokenizer.build.tqdm.tqdm)
+del mergekit.tokenizer.build.tqdm  # no merge without `tokenizer` asks for it
+from neuron_methods._autoload import arm
+arm()
+from mergekit.scripts.run_yaml import main
+main(["merge.yaml", "out", "--quiet", "--no-write-model-card"])
 """
+
+
+def test_a_run_of_mergekit_yaml_warns_and_merges(workspace):
+    folder = workspace("llama-tied")
+    Path("merge.yaml").write_text(configuration("linear"))
     environment = {**os.environ, "MERGEKIT_NEURON_AUTOLOAD": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "mergekit could not be extended: neuron_methods.plugin.registration:patch_planner" in done.stdout
+    done = subprocess.run([sys.executable, "-c", UNFIT], env=environment, capture_output=True, text=True, check=True)
+    assert (folder / "out" / "model.safetensors").exists()
+    (line,) = [line for line in done.stderr.splitlines() if "mergekit-neuron" in line]
+    assert "mergekit.tokenizer.build.tqdm is gone or has changed" in line
 
 
 def test_names_cost_mergekit_no_import_of_transformers():
@@ -114,9 +178,7 @@ def test_the_card_asks_nobody_about_what_exists_here(tmp_path, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize(
-    "module", ["methods.min_merging", "methods.neuro_merging", "plugin.registration", "kernels.elect"]
-)
+@pytest.mark.parametrize("module", ["methods.min_merging", "methods.neuro_merging", "plugin.seam", "kernels.elect"])
 def test_any_module_of_ours_may_be_imported_before_mergekit(module):
     code = f"""
 import neuron_methods.{module}

@@ -1,0 +1,185 @@
+"""What is put into mergekit: our methods, and functions around some of its own.
+
+The start-up hook calls each function as soon as the module of mergekit that it concerns is imported. Each first makes
+sure that its part of the seam fits; all are idempotent. `arm` is for our own commands: it does and checks everything at
+once.
+
+- `register_methods`: our names in mergekit's registry.
+- `patch_planner`: `MergePlanner._plan` is preceded by `planning.configure_planner` and followed by
+  `planning.attach_to_planner`; mergekit-yaml, mergekit-multi, mergekit-evolve and the in-memory planner all pass there.
+- `patch_raw_merge`: `plan_flat_merge` of mergekit-pytorch likewise; parameters of inner methods are resolved, too.
+- `patch_loaders`: adapters are read lazily, where mergekit would merge each into a cache directory first.
+- `patch_configuration`: `referenced_models`, which every command calls before anything else, writes adapters that stand
+  by themselves as base+adapter and lists the models in the order of the YAML instead of a set's.
+- `patch_merge`: the donor of tokenizer and config is the base itself where it carries an adapter; the model card asks
+  no network about paths that exist here, which without a network ends in a traceback after the weights are written.
+- `architectures.register_architectures`: definitions in the table of architectures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from neuron_methods.plugin.seam import (
+    DONOR,
+    FLAT_MERGE,
+    FLAT_PARAMETERS,
+    GET_LOADER,
+    IS_HF,
+    LAZY_LOADER,
+    PLAN,
+    REFERENCED_MODELS,
+    SEAM,
+    check_fit,
+    models_in_order,
+    replace,
+)
+from neuron_methods.support.errors import UserError
+
+
+def register() -> None:
+    """Make the method names of this package known to mergekit in this process. Idempotent.
+
+    Raises:
+        UserError: some part of mergekit could not be extended; the start-up hook alone would only warn.
+    """
+    from neuron_methods import _autoload
+
+    register_methods()
+    # Definitions and patches follow as the modules they concern are imported; those that are get them here.
+    _autoload.arm()
+    if failures := _autoload.failures():
+        target, error = failures[0]
+        if isinstance(error, UserError):
+            raise error
+        raise UserError(f"mergekit {version('mergekit')} could not be extended: {target} failed with {error!r}")
+
+
+def arm() -> None:
+    """Put all that is ours into mergekit now, for a command of ours. Idempotent.
+
+    Raises:
+        UserError: as `register` and `check_fit`.
+    """
+    check_fit(SEAM)
+    register()
+    for patch in (patch_loaders, patch_configuration, patch_planner, patch_merge, patch_raw_merge):
+        patch()
+
+
+def register_methods() -> None:
+    """Put the names of our methods into mergekit's registry."""
+    check_fit(("mergekit.merge_methods",))
+    from neuron_methods.methods.registered import register_methods
+
+    register_methods()
+
+
+def patch_planner() -> None:
+    """Let our methods see the plans that `MergePlanner` makes."""
+    check_fit(("mergekit.plan",))
+    from neuron_methods.plugin.planning import attach_to_planner, configure_planner
+
+    def around(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def plan(planner: Any) -> None:
+            configure_planner(planner)
+            original(planner)
+            attach_to_planner(planner)
+
+        return plan
+
+    replace(PLAN, around)
+
+
+def patch_raw_merge() -> None:
+    """Let our methods see the plans of `mergekit-pytorch`, and its parameters include those of inner methods."""
+    check_fit(("mergekit.scripts.merge_raw_pytorch",))
+    from neuron_methods.plugin.composite import configured
+    from neuron_methods.plugin.planning import attach_to_flat_merge
+
+    def around_plan(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> list[Any]:
+            options = kwargs.get("options") or args[-1]
+            tasks = original(config, *args, **kwargs)
+            return attach_to_flat_merge(config, tasks, device=options.device or "cpu", quiet=options.quiet)
+
+        return plan_flat_merge
+
+    def around_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+        def construct_param_dicts(config: Any, merge_method: Any, tensor_name: str) -> Any:
+            return original(config, configured(merge_method, config), tensor_name)
+
+        return construct_param_dicts
+
+    replace(FLAT_MERGE, around_plan)
+    replace(FLAT_PARAMETERS, around_parameters)
+
+
+def patch_loaders() -> None:
+    """Let mergekit's loaders hand out adapters' tensors lazily, without a cache directory."""
+    check_fit(("mergekit.io.tasks",))
+    from neuron_methods.adapters.opening import open_adapter
+
+    def around_get(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get(cache: Any, model: Any) -> Any:
+            if model.lora is not None and model not in cache.loaders:
+                cache.loaders[model] = open_adapter(
+                    model,
+                    cache.get(model.model_copy(update={"lora": None})),
+                    cache_dir=cache.hf_cache_dir,
+                    allow_pickle=cache.lazy_unpickle,
+                    trust_remote_code=cache.trust_remote_code,
+                )
+            return original(cache, model)
+
+        return get
+
+    def around_loader(original: Callable[..., Any]) -> Callable[..., Any]:
+        def lazy_loader(model: Any, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
+            if model.lora is None:
+                return original(model, cache_dir, lazy_unpickle)
+            base = original(model.model_copy(update={"lora": None}), cache_dir, lazy_unpickle)
+            return open_adapter(model, base, cache_dir=cache_dir, allow_pickle=lazy_unpickle)
+
+        return lazy_loader
+
+    replace(GET_LOADER, around_get)
+    replace(LAZY_LOADER, around_loader)
+
+
+def patch_configuration() -> None:
+    """Let an adapter stand by itself in a configuration, and list the models in its order."""
+    check_fit(("mergekit.config",))
+    from neuron_methods.adapters.resolve import resolve_adapters
+
+    def around(original: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+        def referenced_models(configuration: Any) -> list[Any]:
+            found = original(resolve_adapters(configuration))
+            return sorted(found, key=list(models_in_order(configuration)).index)
+
+        return referenced_models
+
+    replace(REFERENCED_MODELS, around)
+
+
+def patch_merge() -> None:
+    """Take config, tokenizer and other files of base+adapter from the base, and ask no network about local paths."""
+    check_fit(("mergekit.merge",))
+
+    def around_donor(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_donor_model(merge_config: Any, options: Any) -> tuple[Any, str]:
+            donor = merge_config.base_model or merge_config.referenced_models()[0]
+            if donor.lora is None:
+                return original(merge_config, options)
+            return donor, donor.local_path(cache_dir=options.transformers_cache, ignore_lora=True)
+
+        return get_donor_model
+
+    def around_card(original: Callable[[str], bool]) -> Callable[[str], bool]:
+        return lambda path: not os.path.exists(path) and original(path)
+
+    replace(DONOR, around_donor)
+    replace(IS_HF, around_card)

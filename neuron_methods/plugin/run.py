@@ -1,0 +1,147 @@
+"""One run of mergekit on one configuration: read, opened, checked, executed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import mergekit.card
+import mergekit.merge
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from neuron_methods.models.headers import Header, HeaderFiles
+from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.inputs import opened_models
+from neuron_methods.plugin.patches import arm
+from neuron_methods.plugin.preflight import MergePlan, inspect_plan
+from neuron_methods.plugin.seam import any_dtype_name, models_in_order, quiet_mergekit
+from neuron_methods.plugin.session import MergeSession, SessionOptions
+from neuron_methods.plugin.structure import Unknown, check_structure, unknown_tensors
+from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line, listed
+
+# The YAML of a merge, beside its output.
+CONFIG_NAME = "mergekit_config.yml"
+
+
+class _PlanOnly(Exception):
+    """Ends a run once its plan is known."""
+
+
+class MergeRun:
+    """A configuration and what becomes of it.
+
+    Attributes:
+        source: text of the YAML.
+        name: file name for messages.
+        configuration: as read.
+        options: mergekit's.
+        builds_tokenizer: whether mergekit makes the output's tokenizer out of the models'.
+        plan: what will be done, as far as it is known.
+    """
+
+    def __init__(self, source: str, name: str, options: MergeOptions | None = None) -> None:
+        """Read the YAML.
+
+        Raises:
+            UserError: it cannot mean a merge, or mergekit is of a release that this package does not fit.
+        """
+        arm()
+        self.source, self.name = source, name
+        self.configuration = read_configuration(source, name)
+        check_tokenizer_models(self.configuration, name)
+        self.options = options or MergeOptions()
+        self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
+        self.plan = MergePlan(self.configuration.merge_method, None, self.options.out_shard_size)
+        self._unknown = Unknown([], {})
+
+    @property
+    def donor(self) -> ModelReference:
+        """The model that gives the output its config and tokenizer."""
+        return self.configuration.base_model or self.configuration.referenced_models()[0]
+
+    def paths_read(self) -> list[str]:
+        """List the files and directories here that the merge reads."""
+        models = models_in_order(self.configuration)
+        paths = [self.name, *(part.path for m in models for part in (m.model, m.lora) if part is not None)]
+        return [path for path in paths if os.path.exists(path)]
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the models open and know how they fit each other.
+
+        Raises:
+            UserError: a model is not there, cannot be read, or is not like the others.
+        """
+        with opened_models(self.configuration, self.options):
+            self.architecture = check_structure(self.configuration, self.options, self.name)
+            yield
+
+    def inspect(self, planner: Any) -> None:
+        """Check mergekit's plan against the headers of the models; `plan` tells the outcome.
+
+        Raises:
+            UserError: a tensor is missing or does not fit, or no method would merge what a model stores.
+        """
+        self.plan = inspect_plan(planner)
+        self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)
+        for model, names in self._unknown.of_experts.items():
+            self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
+
+    def unknown_of_base(self) -> dict[str, Header]:
+        """Read the headers of what the base stores and mergekit's definition does not know; models must be open."""
+        headers, loader = HeaderFiles(), LoaderCache().get(self.donor)
+        return {name: headers.behind(loader, name) for name in self._unknown.of_base}
+
+    def execute(self, staging: Path, session: MergeSession) -> None:
+        """Let mergekit plan and merge into `staging`; models must be open.
+
+        Raises:
+            UserError: mergekit refuses the configuration, or the session a plan or a tensor.
+        """
+        update = {"quiet": True, "write_model_card": False, "copy_tokenizer": False}
+        # A chat template goes with a tokenizer: the one mergekit builds, or the one `ModelOutput.begin` has copied.
+        template = self.configuration.chat_template if self.builds_tokenizer else None
+        configuration = self.configuration.model_copy(deep=True, update={"chat_template": template})
+        options = SessionOptions.of(self.options.model_copy(update=update), session)
+        try:
+            with quiet_mergekit(), any_dtype_name():
+                mergekit.merge.run_merge(configuration, str(staging), options)
+        except (RuntimeError, ValueError) as error:
+            if session.planned_tensors:
+                raise
+            # Up to here mergekit has read the YAML and the models' configs, nothing else.
+            raise UserError(f"{self.name}: {first_line(error)}") from error
+        finally:
+            session.close()
+
+    def plan_only(self, look: Callable[[Any], None], *, quiet: bool = True) -> None:
+        """Let mergekit plan, and show `look` its checked plan while the models are open; nothing is merged or written.
+
+        Raises:
+            UserError: what the merge itself would refuse before it starts, and what `look` refuses.
+        """
+
+        def end_there(planner: Any) -> None:
+            self.inspect(planner)
+            look(planner)
+            raise _PlanOnly
+
+        # mergekit's planner writes nothing; its writer makes the directory when the first task runs.
+        with self.opened(), suppress(_PlanOnly):
+            self.execute(Path(os.devnull), MergeSession(on_plan=end_there, quiet=quiet))
+
+    def write_card(self, staging: Path, name: str, library: str) -> None:
+        """Write mergekit's README.md and the YAML, unless the options say not to."""
+        if not self.options.write_model_card:
+            return
+        card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
+        card = card.replace("library_name: transformers", f"library_name: {library}")
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / CONFIG_NAME).write_text(self.source, encoding="utf-8")
