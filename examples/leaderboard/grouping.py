@@ -66,8 +66,8 @@ def merge_by_groups(base: Weights, experts: Mapping[str, Weights], settings: Map
     """
     from mergekit.merge_methods import merge_state_dicts
 
+    from neuron_methods.neurons.profile_file import NeuronProfile
     from neuron_methods.profiling.grouping import classify
-    from neuron_methods.profiling.profile_file import NeuronProfile
 
     given = dict(settings)
     groups = classify(NeuronProfile.load(given.pop("profile")), given.pop("threshold"), MIN_FIRING)

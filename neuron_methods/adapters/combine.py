@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neuron_methods.adapters.export import AdapterSummary, KindSummary, kind_of
+from neuron_methods.adapters.export import AdapterSummary, KindSummary, module_kind
 from neuron_methods.adapters.factor import Factors, factor
 from neuron_methods.adapters.live import base_weight, config_for, factors_of, layer_update, layout_of
 from neuron_methods.adapters.placement import layout_shape
@@ -176,7 +176,7 @@ def _plan(
     """All of the model's parameters: those of `layers` change, the others are known to stay as they are."""
     from mergekit.merge_methods.base import TensorGroup
 
-    facts = ModelFacts(model.base_model.model.config, _read_profile)
+    facts = ModelFacts(model.base_model.model.config)
 
     def loaded(path: str) -> tuple[Tensor, dict[Any, Tensor]]:
         tensors = group(path)
@@ -210,12 +210,6 @@ def _plan(
             )
         )
     return plan
-
-
-def _read_profile(path: str) -> Any:
-    from neuron_methods.profiling.profile_file import NeuronProfile
-
-    return NeuronProfile.load(path)
 
 
 def _task_vectors(layer: Any, adapters: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
@@ -254,7 +248,7 @@ def _add(
 def _summary(factored: Mapping[str, Factors]) -> AdapterSummary:
     kinds: dict[str, KindSummary] = {}
     for path, factors in factored.items():
-        kind = kinds.setdefault(kind_of(path), KindSummary(kind_of(path)))
+        kind = kinds.setdefault(module_kind(path), KindSummary(module_kind(path)))
         kind.ranks.append(factors.rank)
         kind.energy += factors.energy
         kind.error += factors.error

@@ -54,8 +54,8 @@ def groups(profile: Path, output: Path, threshold: float, min_firing: float, lab
     PROFILE is a profile of the base, with one data source per domain. The share of a domain is corrected for how many
     tokens it contributed; a neuron that no domain clearly owns is general.
     """
+    from neuron_methods.profiling import NeuronProfile
     from neuron_methods.profiling.grouping import classify, describe_groups, import_labels
-    from neuron_methods.profiling.profile_file import NeuronProfile
 
     measured = NeuronProfile.load(profile)
     found = import_labels(measured, labels) if labels else classify(measured, threshold, min_firing)

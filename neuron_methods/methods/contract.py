@@ -34,11 +34,9 @@ class ModelFacts:
 
     Attributes:
         config: its `PretrainedConfig`.
-        read_profile: reads the neuron profile at a path; see `neuron_methods.profiling.profile_file.NeuronProfile`.
     """
 
     config: Any
-    read_profile: Callable[[str], Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from neuron_methods.kernels.select import keep_threshold, relative_norms, slice_squares
 from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
+from neuron_methods.neurons.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
 
 # (statistic, {layer: its values, shape (neurons,)}), as an expert's profile has them
@@ -102,7 +103,7 @@ def read_importance(
             f"min_merging: importance: {importance} needs the model's config to make sure that its profile fits, and "
             "this merge is of tensors alone; use importance: magnitude, or merge model directories"
         )
-    found = layout.model.read_profile(profile)
+    found = NeuronProfile.load(profile)
     found.check_model(layout.neurons)
     statistic = "mean_abs" if importance == "activation" else "taylor"
     sources = [data] if data else found.sources

@@ -156,7 +156,7 @@ def attach_to_planner(planner: Any) -> None:
             quiet=planner.options.quiet,
             session=session,
             tokenizer_task=tokenizer_task(planner),
-            model=ModelFacts(planner.out_model_config, _read_profile),
+            model=ModelFacts(planner.out_model_config),
         )
     if session is not None:
         tasks = [(weight, PlannedMergeTask(**{**dict(task), "session": session})) for weight, task in tasks]
@@ -250,12 +250,6 @@ def attach(
         (weight, PlannedMergeTask(**{**dict(task), "measure": measure, "out_dtype": out_dtype or task.out_dtype}))
         for weight, task in tasks
     ]
-
-
-def _read_profile(path: str) -> Any:
-    from neuron_methods.profiling.profile_file import NeuronProfile
-
-    return NeuronProfile.load(path)
 
 
 def _with_adapters(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from neuron_methods.support.exports import lazily
 
 if TYPE_CHECKING:
+    from neuron_methods.neurons.profile_file import Exemplar, NeuronProfile
     from neuron_methods.profiling.measuring import Settings, measure_profile
-    from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
 
 __all__ = ["Exemplar", "NeuronProfile", "Settings", "measure_profile"]
 
@@ -17,8 +17,8 @@ __all__ = ["Exemplar", "NeuronProfile", "Settings", "measure_profile"]
 __getattr__ = lazily(
     __name__,
     {
-        "Exemplar": "neuron_methods.profiling.profile_file",
-        "NeuronProfile": "neuron_methods.profiling.profile_file",
+        "Exemplar": "neuron_methods.neurons.profile_file",
+        "NeuronProfile": "neuron_methods.neurons.profile_file",
         "Settings": "neuron_methods.profiling.measuring",
         "measure_profile": "neuron_methods.profiling.measuring",
     },

@@ -18,7 +18,7 @@ import torch
 
 from neuron_methods.kernels.groups import domain_shares, label_neurons
 from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
-from neuron_methods.profiling.profile_file import NeuronProfile
+from neuron_methods.neurons.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import columns
 

@@ -24,15 +24,15 @@ from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import DataSource, Sample, SourceReader, parse_source
 from neuron_methods.models.processes import add_up, collect, process_state
 from neuron_methods.models.reference import ModelName
-from neuron_methods.profiling.checkpoint import Checkpoint
-from neuron_methods.profiling.measured_model import LoadedModel, load_model, read_neurons
-from neuron_methods.profiling.profile_file import (
+from neuron_methods.neurons.profile_file import (
     NeuronProfile,
     ProfileInfo,
     SourceInfo,
     read_exemplars,
     write_exemplars,
 )
+from neuron_methods.profiling.checkpoint import Checkpoint
+from neuron_methods.profiling.measured_model import LoadedModel, load_model, read_neurons
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
 from neuron_methods.support.errors import UserError

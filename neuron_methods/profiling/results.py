@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from neuron_methods.data.feeders import Feeder
+from neuron_methods.neurons.profile_file import TOP_ACTIVATION, TOP_EXEMPLAR
 from neuron_methods.profiling.exemplars import NOBODY
-from neuron_methods.profiling.profile_file import TOP_ACTIVATION, TOP_EXEMPLAR
 from neuron_methods.profiling.recorder import Recorder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neuron_methods.profiling.profile_file import Exemplar, NeuronProfile
+from neuron_methods.neurons.profile_file import Exemplar, NeuronProfile
 from neuron_methods.support.text import columns
 
 

@@ -19,8 +19,8 @@ from neuron_methods.methods.min_merging import MinMerging
 from neuron_methods.methods.neuron_layout import NeuronLayout
 from neuron_methods.methods.neuron_merge import NeuronMerge
 from neuron_methods.methods.trim_profile import TrimProfile
+from neuron_methods.neurons.profile_file import NeuronProfile
 from neuron_methods.plugin.merging import merge_to_directory
-from neuron_methods.profiling.profile_file import NeuronProfile
 from tests.support.checkpoints import save_family
 from tests.support.plans import models, plan, write_groups, write_profile
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from neuron_methods.cli import main
 from neuron_methods.methods.groups_file import NeuronGroups
+from neuron_methods.neurons.profile_file import NeuronProfile
 from neuron_methods.profiling.grouping import classify, describe_groups, import_labels
-from neuron_methods.profiling.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import FAMILIES
 from tests.support.plans import write_profile

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from neuron_methods.neurons import neuron_map
+from neuron_methods.neurons.profile_file import exemplars_path
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
-from neuron_methods.profiling.profile_file import exemplars_path
 from neuron_methods.support.errors import UserError
 from tests.support import tiny
 

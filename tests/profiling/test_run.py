@@ -21,11 +21,11 @@ from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import Sample, SourceReader, parse_source
 from neuron_methods.evaluation.models import open_model
 from neuron_methods.models.reference import ModelName
+from neuron_methods.neurons.profile_file import exemplars_path
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
 from neuron_methods.profiling.checkpoint import Checkpoint
 from neuron_methods.profiling.measured_model import load_model
 from neuron_methods.profiling.measuring import run_batch
-from neuron_methods.profiling.profile_file import exemplars_path
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.support.errors import UserError
 from tests.support import tiny

@@ -18,7 +18,7 @@ from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedTe
 from neuron_methods.methods.delegation import DelegatingMethod
 from neuron_methods.methods.groups_file import groups_from_labels
 from neuron_methods.neurons import MlpLayer, neuron_map
-from neuron_methods.profiling.profile_file import NeuronProfile, ProfileInfo, SourceInfo
+from neuron_methods.neurons.profile_file import NeuronProfile, ProfileInfo, SourceInfo
 from tests.support.checkpoints import StateDict, build, fine_tune
 
 Experts = Mapping[str, StateDict]
@@ -59,7 +59,7 @@ def plan(
         else:
             values = {e: own.get(e, {}).get(p.name, shared.get(p.name, p.default)) for e in experts}
             expert_parameters[p.name] = {e: p.validate(value) for e, value in values.items()}
-    model = ModelFacts(config, NeuronProfile.load)
+    model = ModelFacts(config)
     tensors = [
         PlannedTensor(
             name,
