@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from neuron_methods.models.reference import ADAPTER_CONFIG as CONFIG_NAME
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_object
 
 # Written by peft 0.4 to 0.21, and either handled here or without influence on the merged weights.
 _KNOWN = frozenset(
@@ -102,13 +102,8 @@ class AdapterConfig:
         """
         path = Path(directory) / CONFIG_NAME
         where = where or directory
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check the adapter's path") from None
-        except ValueError:
-            raise UserError(f"{path}: not valid JSON; download or save the adapter again") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("peft_type"), str):
+        raw = read_object(path, again="download or save the adapter again")
+        if not isinstance(raw.get("peft_type"), str):
             raise UserError(f"{path}: no peft_type in it, so this is no adapter that peft has saved")
         try:
             return cls(

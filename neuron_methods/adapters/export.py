@@ -28,6 +28,7 @@ from neuron_methods.adapters.placement import (
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
 from neuron_methods.models.headers import Header
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import listed
 
 # Below this share of an update's energy, the adapter is another model than the merge.
 ENERGY_WARNING = 0.9
@@ -105,7 +106,7 @@ class AdapterSummary:
     def __str__(self) -> str:
         lines = [str(kind) for kind in self.kinds]
         if self.whole:
-            lines.append(f"stored whole: {', '.join(self.whole[:4])}{', …' if len(self.whole) > 4 else ''}")
+            lines.append(f"stored whole: {listed(self.whole)}")
         if self.biases:
             lines.append(f"stored biases: {self.biases}")
         lines += self.notes
@@ -328,9 +329,9 @@ class AdapterBuilder:
 
 
 def _leaf(place: Place) -> str:
-    return kind_of(place.path)
+    return module_kind(place.path)
 
 
-def kind_of(path: str) -> str:
+def module_kind(path: str) -> str:
     """What kind of module a parameter belongs to, for summaries: the last part of the module's path."""
     return path.removesuffix(".weight").rpartition(".")[2]

@@ -18,6 +18,7 @@ from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.updates import Replacement, TensorUpdate
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 LOG = logging.getLogger(__name__)
 
@@ -67,10 +68,9 @@ def merge_with_peft(
             _merge(directory, base, base_path, base_revision, merged, trust_remote_code)
     except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         shutil.rmtree(merged, ignore_errors=True)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where} ({first}); leave it "
-            "out, or merge it with the base and the versions it was trained with"
+            f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where} "
+            f"({first_line(error)}); leave it out, or merge it with the base and the versions it was trained with"
         ) from None
     return _changed_tensors(config, base, MergedTensors(merged))
 

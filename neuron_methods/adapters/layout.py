@@ -16,6 +16,7 @@ from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.adapters.keys import AdaptedModule, sort_keys
 from neuron_methods.adapters.updates import Dora, Layout, LowRank, Replacement, Rows, Shift, Step, TensorUpdate
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import listed
 
 Shape = tuple[int, ...]
 
@@ -137,8 +138,8 @@ class _Builder:
                 "the base it was trained on"
             )
         raise UserError(
-            f"{self.file.where}: target modules missing in the base: {', '.join(paths[:3])}"
-            f"{', …' if len(paths) > 3 else ''} ({len(missing)} of {len(wanted)} are not in {self.base.where}); merge "
+            f"{self.file.where}: target modules missing in the base: {listed(paths)} "
+            f"({len(missing)} of {len(wanted)} are not in {self.base.where}); merge "
             "it with the base it was trained on, head included"
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from neuron_methods.adapters.config import CONFIG_NAME
 from neuron_methods.models.reference import hub_file
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -99,9 +100,8 @@ def _unpickle(path: Path) -> Mapping[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: cannot be read as plain tensors ({reason}); save the adapter as safetensors"
+            f"{path}: cannot be read as plain tensors ({first_line(error)}); save the adapter as safetensors"
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path}: holds something else than tensors by name; save the adapter again")

@@ -6,11 +6,9 @@ every key and every value of a parameter is checked while its place in the YAML 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import yaml
 from mergekit.common import dtype_from_name
 from mergekit.config import (
     ConditionalParameter,
@@ -27,21 +25,8 @@ from pydantic import BaseModel, ValidationError
 
 from neuron_methods.plugin.composite import configured
 from neuron_methods.support.errors import UserError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that appears twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"key {key.value!r} appears twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+from neuron_methods.support.text import did_you_mean, unknown
+from neuron_methods.support.yaml_source import YamlSource
 
 
 def read_configuration(source: str, name: str = "the configuration") -> MergeConfiguration:
@@ -54,11 +39,11 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
     Raises:
         UserError: with the line number where the YAML is unreadable, or the key that is wrong.
     """
-    content = _parse(source, name)
+    content = YamlSource.parse(source, name, "keys such as merge_method and models").content
     for place, keys, known in _keyed_places(content):
-        unknown = next((str(key) for key in keys if key not in known), None)
-        if unknown is not None:
-            raise UserError(f"{name}: {place}unknown key {unknown!r}{_did_you_mean(unknown, known)}")
+        for key in keys:
+            if key not in known:
+                raise UserError(f"{name}: {place}{unknown('key', key, known)}")
     try:
         configuration = MergeConfiguration.model_validate(content)
     except ValidationError as error:
@@ -72,21 +57,6 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         for key, setting in (parameters or {}).items():
             _check_parameter(spec, key, setting, f"{name}: {place}")
     return configuration
-
-
-def _parse(source: str, name: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(source, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{name}{where}: not readable as YAML: {problem}") from None
-    if content is None:
-        raise UserError(f"{name}: empty; a merge needs at least merge_method and models")
-    if not isinstance(content, dict):
-        raise UserError(f"{name}: expected keys such as merge_method and models, found a {type(content).__name__}")
-    return content
 
 
 def _keyed_places(content: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
@@ -159,8 +129,7 @@ def _spec(configuration: MergeConfiguration, name: str) -> MergeMethodSpec:
     known = {method.spec.name: method for method in registry.registered_methods()}
     method = known.get(configuration.merge_method)
     if method is None:
-        hint = _did_you_mean(configuration.merge_method, known) or f" (there are: {', '.join(sorted(known))})"
-        raise UserError(f"{name}: unknown merge_method {configuration.merge_method!r}{hint}")
+        raise UserError(f"{name}: {unknown('merge_method', configuration.merge_method, sorted(known))}")
     try:
         return configured(method, configuration).spec
     except UserError as error:
@@ -188,7 +157,7 @@ def _check_parameter(spec: MergeMethodSpec, key: str, setting: Any, place: str) 
     if parameter is None:
         names = [p.name for p in spec.parameters]
         raise UserError(
-            f"{place}: {spec.name} has no parameter {key!r}{_did_you_mean(key, names)} "
+            f"{place}: {spec.name} has no parameter {key!r}{did_you_mean(key, names)} "
             f"(it has: {', '.join(names) or 'none'})"
         )
     for value in _values(setting, f"{place}: {key}"):
@@ -211,11 +180,6 @@ def _values(setting: Any, place: str) -> Iterator[Any]:
             yield from _values(entry, place)
     else:
         yield setting
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _parameter_places(configuration: MergeConfiguration) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -20,7 +20,7 @@ _KINDS = (
 )
 
 
-def kind_of(name: str) -> str:
+def tensor_kind(name: str) -> str:
     """Kind of a tensor by its name: norms, biases, heads, embeddings, attention, MLP or other."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
@@ -40,7 +40,7 @@ def describe_plan(plan: MergePlan) -> str:
     for weight, inputs, size in plan.tensors:
         if size or inputs:
             entries = next(iter(inputs.values())).entries
-            kind = "copied from the base" if weight.name in carried else kind_of(weight.name)
+            kind = "copied from the base" if weight.name in carried else tensor_kind(weight.name)
             kinds[kind].append((weight.name, entries, size))
     models = list(dict.fromkeys(model for _, inputs, _ in plan.tensors for model in inputs))
     experts = [model for model in models if model != plan.base]

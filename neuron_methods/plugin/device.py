@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 
 def resolve_device(name: str, option: str = "--device") -> str:
@@ -32,8 +33,7 @@ def resolve_device(name: str, option: str = "--device") -> str:
     try:
         torch.zeros(1, device=device).item()  # `meta` makes tensors, but they hold nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{asked}: not available here ({reason}); try --device auto") from None
+        raise UserError(f"{asked}: not available here ({first_line(error)}); try --device auto") from None
     return str(device)
 
 

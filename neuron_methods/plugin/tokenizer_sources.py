@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 
 def check_tokenizer_models(configuration: MergeConfiguration, name: str) -> None:
@@ -73,5 +74,4 @@ def _tokenizer(model: ModelReference, options: MergeOptions, place: str) -> PreT
             model.model.path, revision=model.model.revision, trust_remote_code=options.trust_remote_code
         )
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{place}: the tokenizer of {model} cannot be loaded: {reason}") from None
+        raise UserError(f"{place}: the tokenizer of {model} cannot be loaded: {first_line(error)}") from None

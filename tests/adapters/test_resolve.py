@@ -114,7 +114,12 @@ def test_a_broken_adapter_config(tmp_path: Path) -> None:
     lora = tmp_path / "lora"
     lora.mkdir()
     content = {"merge_method": "linear", "models": [{"model": str(lora)}]}
-    for text, says in (("{", "not valid JSON"), ("[]", "no peft_type"), ('{"peft_type": "LORA", "r": "x"}', "invalid")):
+    for text, says in (
+        ("{", "not valid JSON"),
+        ("[]", "found a list"),
+        ("{}", "no peft_type"),
+        ('{"peft_type": "LORA", "r": "x"}', "invalid"),
+    ):
         (lora / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=f"{lora}/adapter_config.json: .*{says}"):
             MergeConfiguration.model_validate(content).referenced_models()

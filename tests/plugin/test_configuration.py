@@ -22,8 +22,8 @@ def with_parameters(**parameters):
 
 
 WRONG = {
-    "empty": ("", "merge.yaml: empty"),
-    "a list": ("- a\n", "merge.yaml: expected keys such as merge_method and models, found a list"),
+    "empty": ("", "merge.yaml: expected keys such as merge_method and models; it is empty"),
+    "a list": ("- a\n", "merge.yaml: expected keys such as merge_method and models; found a list"),
     "unreadable": (
         "merge_method: linear\nmodels:\n  - model: a\n   - model: b\n",
         "merge.yaml, line 4, column 4: not read",
@@ -35,7 +35,7 @@ WRONG = {
         "line 3, column 1: .*'merge_method' appears twice",
     ),
     "an unknown key": (text(merge_methods="x"), "unknown key 'merge_methods'; did you mean 'merge_method'"),
-    "a key beside nothing known": (text(zzz=1), "merge.yaml: unknown key 'zzz'$"),
+    "a key beside nothing known": (text(zzz=1), r"merge.yaml: unknown key 'zzz' \(there are: .*merge_method, "),
     "a key of a model": (
         text(models=[{"model": "a", "parameter": {}}]),
         r"models\[0\]: unknown key 'parameter'; did you mean 'parameters'",

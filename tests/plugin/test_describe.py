@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neuron_methods.plugin.describe import describe_plan, kind_of
+from neuron_methods.plugin.describe import describe_plan, tensor_kind
 from neuron_methods.plugin.merging import plan_merge
 from tests.support.checkpoints import configuration, edit
 
@@ -32,7 +32,7 @@ from tests.support.checkpoints import configuration, edit
     ],
 )
 def test_kinds(name, kind):
-    assert kind_of(name) == kind
+    assert tensor_kind(name) == kind
 
 
 def described(method="neuro_merging", **keys):

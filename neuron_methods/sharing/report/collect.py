@@ -13,7 +13,7 @@ from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.min_merging import PreparedMinMerging
 from neuron_methods.methods.neuro_merging import PreparedNeuroMerging, is_packed
 from neuron_methods.methods.neuron_merge import PreparedNeuronMerge
-from neuron_methods.plugin.describe import kind_of
+from neuron_methods.plugin.describe import tensor_kind
 from neuron_methods.sharing.report.weight_statistics import (
     WeightStatistics,
     cosines,
@@ -41,9 +41,9 @@ def place_of(name: str) -> Place:
     """Tell (stack, layer, kind) of a tensor by its name; the layer is None outside of layers."""
     match = _LAYER.match(name)
     if match is None:
-        return "", None, kind_of(name)
+        return "", None, tensor_kind(name)
     stack = next((stack for stack in _STACKS if stack in match.group(1)), "layers")
-    return stack, int(match.group(2)), kind_of(name)
+    return stack, int(match.group(2)), tensor_kind(name)
 
 
 class Collector:
