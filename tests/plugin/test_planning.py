@@ -22,10 +22,10 @@ from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.plugin.planning import MeasureTask, PlannedMergeTask
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import configuration, edit, read
+from tests.support.merges import EXPERTS, same
 
 patches.register()
 
-EXPERTS = ("expert-a", "expert-b")
 QUIET = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)
 
 
@@ -45,11 +45,6 @@ def parsed(source):
 def ours(source=None, out="ours"):
     merge_to_directory(source or configuration(), out, progress=False)
     return read(Path(out))
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def planned(source, options=QUIET):
