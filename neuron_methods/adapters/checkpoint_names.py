@@ -30,7 +30,7 @@ class StoredNames:
         self._read_config = config
 
     def find(self, name: str) -> str | None:
-        """Name in the checkpoint of a parameter.
+        """Find the name in the checkpoint of a parameter.
 
         Args:
             name: path of the parameter in a model in memory, of transformers 4 or 5.
@@ -48,11 +48,11 @@ class StoredNames:
         return None
 
     def is_converted(self, name: str) -> bool:
-        """Whether a parameter is made of several tensors of the checkpoint as the model is loaded."""
+        """Tell whether a parameter is made of several tensors of the checkpoint as the model is loaded."""
         return _among(name, [new for _, new, converted in self._renamed if converted]) is not None
 
     def path_of(self, stored: str) -> str | None:
-        """Path in memory, under this transformers, of a tensor of the checkpoint; None where it is only a part there.
+        """Give the path in memory, under this transformers, of a stored tensor; None where it is only a part there.
 
         Args:
             stored: name in the checkpoint.
@@ -60,7 +60,7 @@ class StoredNames:
         return self._paths.get(stored)
 
     def tied_to(self, name: str) -> tuple[str, ...]:
-        """Paths in memory of all parameters that are one with this one, itself included; empty if it stands alone.
+        """List the paths in memory of all parameters that are one with this one, itself too; none if it stands alone.
 
         Args:
             name: path in memory, or name in the checkpoint.
@@ -73,7 +73,7 @@ class StoredNames:
         return ()
 
     def is_output(self, name: str) -> bool:
-        """Whether a parameter is the weight of the model's output embeddings."""
+        """Tell whether a parameter is the weight of the model's output embeddings."""
         return self.skeleton is not None and self.skeleton.output == name
 
     @property
@@ -136,7 +136,7 @@ class Skeleton:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Skeleton | None:
-        """The skeleton of a config's architecture; None where transformers cannot build it."""
+        """Build the skeleton of a config's architecture; None where transformers cannot build it."""
         import transformers
 
         architectures = config.architectures or [""]
@@ -150,7 +150,7 @@ class Skeleton:
             return None
 
     def renamed(self, names: Collection[str]) -> list[tuple[str, bool]]:
-        """What transformers calls tensors of a checkpoint once they are loaded.
+        """Tell what transformers calls tensors of a checkpoint once they are loaded.
 
         Args:
             names: as a checkpoint spells them.

@@ -125,17 +125,17 @@ class AdapterConfig:
             raise UserError(f"{path}: {error}; download or save the adapter again") from None
 
     def rank_of(self, module: str) -> int:
-        """Rank r of the module at this path."""
+        """Look up rank r of the module at this path."""
         return self.rank_pattern.get(_pattern_for(self.rank_pattern, module), self.rank)
 
     def scaling_of(self, module: str) -> float:
-        """Scaling s of the module at this path: α/r, or α/√r with rslora."""
+        """Compute scaling s of the module at this path: α/r, or α/√r with rslora."""
         rank = self.rank_of(module)
         alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, module), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def needs_peft(self) -> str | None:
-        """Why the adapter cannot be formed tensor by tensor here, None if it can."""
+        """Say why the adapter cannot be formed tensor by tensor here; None if it can."""
         if self.peft_type != "LORA":
             return f"adapters of type {self.peft_type} are merged by peft itself"
         init = self.raw.get("init_lora_weights", True)

@@ -333,5 +333,5 @@ def _leaf(place: Place) -> str:
 
 
 def module_kind(path: str) -> str:
-    """What kind of module a parameter belongs to, for summaries: the last part of the module's path."""
+    """Name the kind of module a parameter belongs to, for summaries: the last part of the module's path."""
     return path.removesuffix(".weight").rpartition(".")[2]

@@ -150,5 +150,5 @@ def _split(update: Tensor, directions: Tensor, values: Tensor, total: float, dty
 
 
 def relative_error(energy: float, error: float) -> float:
-    """‖ΔW − B·A‖ / ‖ΔW‖ from the squares; 0 for an update of zeros."""
+    """Compute ‖ΔW − B·A‖ / ‖ΔW‖ from the squares; 0 for an update of zeros."""
     return math.sqrt(error / energy) if energy > 0 else 0.0

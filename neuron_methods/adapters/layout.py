@@ -6,15 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from neuron_methods.adapters.checkpoint_names import StoredNames
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.adapters.keys import AdaptedModule, sort_keys
+from neuron_methods.adapters.loader import BaseCheckpoint
 from neuron_methods.adapters.updates import Dora, Layout, LowRank, Replacement, Rows, Shift, Step, TensorUpdate
+from neuron_methods.adapters.weights_file import AdapterWeights
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed
 
@@ -31,29 +31,6 @@ _TRANSPOSED = {
 
 class NeedsPeft(Exception):
     """The adapter cannot be formed tensor by tensor; the message says why."""
-
-
-class AdapterFile(Protocol):
-    """An adapter's tensors; see `neuron_methods.adapters.weights_file.AdapterWeights`."""
-
-    where: str
-    shapes: Mapping[str, Shape]
-
-    def tensor(self, key: str) -> Tensor:
-        """Read one tensor."""
-
-
-class BaseTensors(Protocol):
-    """The base's tensors, by their names in its checkpoint."""
-
-    where: str
-    names: StoredNames
-
-    def shape(self, name: str) -> Shape:
-        """Shape, from the file's header."""
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +61,7 @@ class AdapterLayout:
     untied: dict[str, str]
 
 
-def lay_out(config: AdapterConfig, file: AdapterFile, base: BaseTensors) -> AdapterLayout:
+def lay_out(config: AdapterConfig, file: AdapterWeights, base: BaseCheckpoint) -> AdapterLayout:
     """Find what an adapter does to each tensor of its base. Of values, only those of possibly tied tensors are read.
 
     Args:
@@ -100,7 +77,7 @@ def lay_out(config: AdapterConfig, file: AdapterFile, base: BaseTensors) -> Adap
 
 
 class _Builder:
-    def __init__(self, config: AdapterConfig, file: AdapterFile, base: BaseTensors) -> None:
+    def __init__(self, config: AdapterConfig, file: AdapterWeights, base: BaseCheckpoint) -> None:
         self.config, self.file, self.base, self.names = config, file, base, base.names
         self.steps: dict[str, list[Step]] = defaultdict(list)
         self.origins: dict[str, str] = {}

@@ -33,7 +33,7 @@ class BaseCheckpoint:
         self._files = HeaderFiles()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Read the shape of a tensor."""
         return self.header(name).shape
 
     def header(self, name: str) -> Header:
@@ -79,11 +79,11 @@ class AdapterLoader:
             self._check_dtype(self.origin(name))
 
     def touches(self, name: str) -> bool:
-        """Whether the adapter changes this tensor, or stores it where the base does not."""
+        """Tell whether the adapter changes this tensor, or stores it where the base does not."""
         return name in self.updates or name in self.untied
 
     def origin(self, name: str) -> str:
-        """Name under which the base stores what this tensor starts from."""
+        """Name what the base stores and this tensor starts from."""
         if name in self.updates:
             return self.updates[name].origin
         return self.untied.get(name, name)
@@ -94,7 +94,7 @@ class AdapterLoader:
         return Header(header.shape, torch.float32) if name in self.updates else header
 
     def task_vector(self, name: str, device: str = "cpu") -> Tensor | None:
-        """What the adapter adds to the base's tensor: τ = θ − θ₀, from the factors themselves.
+        """Form what the adapter adds to the base's tensor: τ = θ − θ₀, from the factors themselves.
 
         Returns:
             float32, shape of the tensor; None where the adapter leaves it alone.

@@ -20,7 +20,7 @@ def open_adapter(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> AdapterLoader:
-    """The loader of a reference that has an adapter. Reads headers; of values, only those of possibly tied tensors.
+    """Open a reference that has an adapter. Only headers are read, and values of tensors that may be tied.
 
     Args:
         model: with `lora`.

@@ -52,7 +52,7 @@ class Place:
 
 
 def place(names: StoredNames, stored: str, base: str) -> Place:
-    """Where a tensor goes.
+    """Find where a tensor goes in an adapter.
 
     Args:
         names: of the base's tensors.
@@ -77,7 +77,7 @@ def place(names: StoredNames, stored: str, base: str) -> Place:
 
 
 def place_parameter(skeleton: Skeleton, path: str) -> Place:
-    """Where the parameter at this path in memory goes."""
+    """Find where the parameter at this path in memory goes."""
     module, _, parameter = path.rpartition(".")
     return Place(module, parameter, _kind(skeleton.modules.get(module), module, parameter))
 
@@ -120,13 +120,13 @@ def _kind(module: nn.Module | None, path: str, parameter: str) -> Kind:
 
 
 def holds_modules(skeleton: Skeleton, place: Place) -> bool:
-    """Whether storing this tensor's module whole would store other modules, too."""
+    """Tell whether storing this tensor's module whole would store other modules, too."""
     module = skeleton.modules.get(place.module)
     return module is not None and any(next(child.parameters(), None) is not None for child in module.children())
 
 
 def target_names(paths: Iterable[str], modules: Collection[str]) -> list[str] | str:
-    """`target_modules` that hit these modules and no others.
+    """Make `target_modules` that hit these modules and no others.
 
     Args:
         paths: of the modules to hit.
@@ -151,7 +151,7 @@ def target_names(paths: Iterable[str], modules: Collection[str]) -> list[str] | 
 
 
 def saved_modules(paths: Iterable[str], skeleton: Skeleton) -> dict[str, list[str]]:
-    """What peft will store whole if `modules_to_save` names these modules; it looks at the ends of paths only.
+    """List what peft will store whole if `modules_to_save` names these modules; it looks at the ends of paths only.
 
     Returns:
         {path of a module: paths of its parameters}.
@@ -167,7 +167,7 @@ def saved_modules(paths: Iterable[str], skeleton: Skeleton) -> dict[str, list[st
 
 
 def layout_shape(weight: Tensor, kind: Kind) -> Tensor:
-    """The matrix (out, in) that factors are taken of; see `updates.low_rank_delta`. A stack of matrices for experts."""
+    """Give the matrix (out, in) that factors are taken of, as `updates.low_rank_delta` forms it; a stack for experts."""
     if kind in ("transposed", "embedding"):
         return weight.T
     if kind == "convolution":
@@ -176,13 +176,13 @@ def layout_shape(weight: Tensor, kind: Kind) -> Tensor:
 
 
 def task_type(architecture: str) -> str | None:
-    """Task type as peft names it, for the two that change nothing about which modules are stored."""
+    """Name the task type as peft names it, for the two that change nothing about which modules are stored."""
     facts = facts_of(architecture)
     return facts.peft_task if facts else None
 
 
 def reshape_experts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of a stack as peft stores them: (experts, r, in) and (experts, out, r) as two matrices."""
+    """Lay out factors of a stack as peft stores them: (experts, r, in) and (experts, out, r) as two matrices."""
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 

@@ -63,7 +63,7 @@ def low_rank_delta(a: Tensor, b: Tensor, scaling: float, layout: Layout, shape: 
 
 
 def dora_factors(weights: Tensor, magnitude: Tensor, neuron_axis: int) -> Tensor:
-    """Factors m / ‖w‖ per neuron (arXiv:2402.09353, equation 5).
+    """Compute the factors m / ‖w‖ per neuron (arXiv:2402.09353, equation 5).
 
     Args:
         weights: W + s · B·A, float32, two or more dimensions.
@@ -191,7 +191,7 @@ class TensorUpdate:
     origin: str
 
     def task_vector(self, base: Callable[[], Tensor], device: str = "cpu") -> Tensor:
-        """τ = expert − base.
+        """Form τ = expert − base.
 
         Args:
             base: reads the base weight, any float dtype; called only where a step needs it.
@@ -214,7 +214,7 @@ class TensorUpdate:
         return task_vector.contiguous()
 
     def weights(self, base: Callable[[], Tensor], device: str = "cpu") -> Tensor:
-        """The expert's weights, float32: base + τ, or the stored values themselves where they replace the base's."""
+        """Form the expert's weights, float32: base + τ, or the stored values where they replace the base's."""
         last = self.steps[-1]
         if isinstance(last, Replacement):
             return last._read(last.key, device)

@@ -38,15 +38,15 @@ class KeepUpdate(Task[None], arbitrary_types_allowed=True):
     builder: Any
 
     def arguments(self) -> dict[str, Task]:
-        """The merged tensor and the base's."""
+        """Ask for the merged tensor and the base's."""
         return {"merged": self.merge, "base": self.base}
 
     def group_label(self) -> str | None:
-        """As the base's tensor."""
+        """Stay with the base's tensor."""
         return self.base.group_label()
 
     def main_thread_only(self) -> bool:
-        """The builder is not made for several threads."""
+        """Keep to one thread, as the builder is not made for several."""
         return True
 
     def execute(self, merged: Tensor, base: Tensor) -> None:

@@ -46,7 +46,7 @@ class GatherTaskVectors(GatherTensors):
     direct: tuple[ModelReference, ...] = ()
 
     def arguments(self) -> dict[str, Task]:
-        """Loads, by model and name."""
+        """Ask for one load per model, by its name."""
         return {
             key: LoadTaskVector(**dict(load)) if load.model in self.direct else load
             for key, load in super().arguments().items()
@@ -72,7 +72,7 @@ class AdapterPlan:
     def prepare(
         self, weight: WeightInfo, task: ExecuteMergeMethodTask, *, direct: bool
     ) -> tuple[ExecuteMergeMethodTask, LoadTensor | None, int | None]:
-        """What becomes of one tensor's task.
+        """Tell what becomes of one tensor's task.
 
         Args:
             weight: the output tensor.
@@ -111,7 +111,7 @@ class AdapterPlan:
         return task.model_copy(update=update), None, entries
 
     def unties(self, weights: Sequence[WeightInfo]) -> bool:
-        """Whether the output will hold a tensor that the base ties to another and does not store."""
+        """Tell whether the output will hold a tensor that the base ties to another and does not store."""
         untied = {name for loader in self.adapters.values() for name in loader.untied}
         return any(weight.name in untied for weight in weights)
 

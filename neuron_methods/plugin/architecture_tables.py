@@ -73,7 +73,7 @@ class Definition:
 
 
 def weight_and_bias(name: str, *also: str, bias: str | None = None, **fields) -> Tensors:
-    """``name.weight`` and ``name.bias``; `bias` is the field of the config that says whether it exists."""
+    """List ``name.weight`` and ``name.bias``; `bias` is the field of the config that says whether it exists."""
     return (
         StoredTensor(f"{name}.weight", tuple(f"{a}.weight" for a in also), **fields),
         StoredTensor(f"{name}.bias", tuple(f"{a}.bias" for a in also), when=bias, **fields),
@@ -81,7 +81,7 @@ def weight_and_bias(name: str, *also: str, bias: str | None = None, **fields) ->
 
 
 def respelled(table: Table, prefix: str = "", also_prefix: str | None = None) -> Table:
-    """`table` with `prefix` before all names, each known with `also_prefix` before it, too."""
+    """Give `table` with `prefix` before all names, each known with `also_prefix` before it, too."""
 
     def respell(tensor: StoredTensor) -> StoredTensor:
         spellings = (tensor.name, *tensor.also)
@@ -118,7 +118,7 @@ T5_LM_HEAD = (_tied_embedding("lm_head.weight", optional=True),)
 
 
 def t5_stack(stack: str, bias_in_every_layer: bool) -> Table:
-    """The encoder or decoder of T5 (`stack`), whose config says by `is_gated_act` which feed-forward it has.
+    """Describe the encoder or decoder of T5 (`stack`), whose config says by `is_gated_act` which feed-forward it has.
 
     T5 and MT5 keep one relative attention bias per stack, in layer 0; UMT5 has one in every layer.
     """
@@ -181,7 +181,7 @@ T5_MODELS: dict[str, tuple[tuple[str, ...], str, Tensors]] = {
 
 
 def t5_definitions() -> list[Definition]:
-    """Every model of T5_MODELS for T5, MT5 and UMT5; modules are named as in mergekit's own definition."""
+    """Define every model of T5_MODELS for T5, MT5 and UMT5; modules are named as in mergekit's own definition."""
     definitions = []
     for family, model_type in (("T5", "t5"), ("MT5", "mt5"), ("UMT5", "umt5")):
         for suffix, (stacks, prefix, head) in T5_MODELS.items():
@@ -224,7 +224,7 @@ VIT_CLASSIFIER = tuple(
 
 
 def vit_body(tokens: tuple[str, ...]) -> Table:
-    """ViT without pooler and head; `tokens` are the learned ones before the patches."""
+    """Describe ViT without pooler and head; `tokens` are the learned ones before the patches."""
     return Table(
         before=(
             *(StoredTensor(f"embeddings.{token}") for token in tokens),
@@ -238,7 +238,7 @@ def vit_body(tokens: tuple[str, ...]) -> Table:
 
 
 def vit_definitions() -> list[Definition]:
-    """The models of ViT and DeiT, each one module."""
+    """Define the models of ViT and DeiT, each one module."""
     vit, deit = ("cls_token",), ("cls_token", "distillation_token")
     mask = ("mask_token",)
     pixels = weight_and_bias("decoder.0")
@@ -309,7 +309,7 @@ CLIP_VISION = Table(
 
 
 def clip_definitions() -> list[Definition]:
-    """CLIP's two towers, together and apart; together they are two modules, and `projection` joins them."""
+    """Define CLIP's two towers, together and apart; together they are two modules, and `projection` joins them."""
     text, vision = respelled(CLIP_TEXT, "text_model."), respelled(CLIP_VISION, "vision_model.")
     bare_text = respelled(CLIP_TEXT, also_prefix="text_model.")
     bare_vision = respelled(CLIP_VISION, also_prefix="vision_model.")

@@ -62,23 +62,23 @@ class TabledModule(ModuleArchitecture):
     table: Table
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """What comes before the layers."""
+        """List what comes before the layers."""
         return _weight_infos(self.table.before, config, _names_on_disk(config))
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
-        """What layer `index` holds."""
+        """List what layer `index` holds."""
         return _weight_infos(self.table.layer, config, _names_on_disk(config), index)
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """What comes after the layers."""
+        """List what comes after the layers."""
         return _weight_infos(self.table.after, config, _names_on_disk(config))
 
     def num_layers_config_key(self) -> str | None:
-        """The config's key for the number of layers, None for a module without any."""
+        """Give the config's key for the number of layers, None for a module without any."""
         return self.table.depth
 
     def num_layers(self, config: PretrainedConfig) -> int:
-        """The number of layers, 0 for a module without any."""
+        """Give the number of layers, 0 for a module without any."""
         return 0 if self.table.depth is None else super().num_layers(config)
 
 
@@ -90,24 +90,24 @@ class AmendedModule(ModuleArchitecture):
     amendment: Table
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """What comes before the layers."""
+        """List what comes before the layers."""
         return _override(self.own.pre_weights(config), _weight_infos(self.amendment.before, config))
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
-        """What layer `index` holds."""
+        """List what layer `index` holds."""
         amendment = _weight_infos(self.amendment.layer, config, index=index)
         return _override(self.own.layer_weights(index, config) or [], amendment)
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """What comes after the layers."""
+        """List what comes after the layers."""
         return _override(self.own.post_weights(config), _weight_infos(self.amendment.after, config))
 
     def num_layers_config_key(self) -> str:
-        """The config's key for the number of layers."""
+        """Give the config's key for the number of layers."""
         return self.own.num_layers_config_key()
 
     def num_layers(self, config: PretrainedConfig) -> int:
-        """The number of layers, 0 for a module without any."""
+        """Give the number of layers, 0 for a module without any."""
         return self.own.num_layers(config)
 
 

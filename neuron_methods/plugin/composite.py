@@ -12,7 +12,7 @@ from neuron_methods.methods.delegation import DelegatingMethod, configured_value
 
 
 def configured(method: MergeMethod, configuration: BaseModel) -> MergeMethod:
-    """The method as a configuration uses it: one that delegates tensors to others also declares their parameters.
+    """Give the method as a configuration uses it: one that delegates tensors also declares the others' parameters.
 
     Args:
         method: any registered method.

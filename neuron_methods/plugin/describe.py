@@ -21,7 +21,7 @@ _KINDS = (
 
 
 def tensor_kind(name: str) -> str:
-    """Kind of a tensor by its name: norms, biases, heads, embeddings, attention, MLP or other."""
+    """Name the kind of a tensor, by its name: norms, biases, heads, embeddings, attention, MLP or other."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 

@@ -32,7 +32,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @contextmanager
 def opened_models(configuration: MergeConfiguration, options: MergeOptions) -> Iterator[None]:
-    """Inside the block mergekit's loaders of all models are open, each checked; afterwards they are closed.
+    """Hold mergekit's loaders of all models open within the block, each checked.
 
     mergekit 0.1.5 keeps its loaders in a table of the class for the life of the process: a model that changed on disk
     would be read by its old index in the next merge.

@@ -7,7 +7,7 @@ its executors schedule them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -58,7 +58,7 @@ class MeasureTask(Task[PreparedMerge], arbitrary_types_allowed=True):
     tokenizer_task: Task | None = None
 
     def arguments(self) -> dict[str, Task]:
-        """The tokenizer, where embeddings have to be aligned before they can be measured."""
+        """Ask for the tokenizer, where embeddings have to be aligned before they can be measured."""
         return {"tokenizer_info": self.tokenizer_task} if self.tokenizer_task is not None else {}
 
     def execute(self, **kwargs: Any) -> PreparedMerge:
@@ -69,11 +69,11 @@ class MeasureTask(Task[PreparedMerge], arbitrary_types_allowed=True):
         return self.plan.prepared
 
     def priority(self) -> int:
-        """Before anything else that is ready."""
+        """Come before anything else that is ready."""
         return 100000
 
     def main_thread_only(self) -> bool:
-        """Leading task of the multi-GPU executor."""
+        """Run on the main thread, as a leading task of the multi-GPU executor."""
         return True
 
 
@@ -88,14 +88,14 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
     entries: int | None = None
 
     def arguments(self) -> dict[str, Task]:
-        """The tensors, and the measured merge where the method is ours; only the base where it is to be copied."""
+        """Ask for the tensors, and for the merge where the method is ours; only for a base that is to be copied."""
         arguments = super().arguments() if self.copy_of is None else {"base": self.copy_of}
         if self.measure is not None:
             arguments["prepared"] = self.measure
         return arguments
 
     def group_label(self) -> str | None:
-        """The base's tensor, where only that is read."""
+        """Stay with the base's tensor, where only that is read."""
         return super().group_label() if self.copy_of is None else self.copy_of.group_label()
 
     def execute(
@@ -243,7 +243,9 @@ def attach(
         quiet = session.quiet
     settings = MergeSettings(allow_nonfinite=session is not None and session.allow_nonfinite)
     if not quiet:
-        settings = replace(settings, progress=_progress)
+        settings = replace(
+            settings, progress=lambda what, tensors: iter(progress_bar(tensors, what=what, unit="tensor"))
+        )
     plan = MethodPlan(prepared, settings, known_values)
     measure = MeasureTask(plan=plan, tokenizer_task=tokenizer_task)
     return [
@@ -289,7 +291,7 @@ def _planned_tensor(
 
 
 def repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set[str]) -> bool:
-    """Whether every input stores this weight as a copy of one that is already counted, or not at all.
+    """Tell whether every input stores this weight as a copy of one that is already counted, or not at all.
 
     Older checkpoints store tied weights under each of their names; they are one set of entries all the same.
     """
@@ -330,7 +332,3 @@ def _without_dtype(task: Task) -> Task:
     if "tensors" in type(task).model_fields:  # mergekit-pytorch: {model: task that loads}
         update["tensors"] = type(task.tensors)({model: _without_dtype(load) for model, load in task.tensors.items()})
     return task.model_copy(update=update)
-
-
-def _progress(description: str, tensors: Sequence[PlannedTensor]) -> Iterator[PlannedTensor]:
-    return iter(progress_bar(tensors, what=description, unit="tensor"))

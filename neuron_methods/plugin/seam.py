@@ -51,7 +51,7 @@ class Private(NamedTuple):
         raise AttributeError(f"{holder} has no {last} of its own")
 
     def fits(self) -> bool:
-        """Whether it is there, and takes the arguments it is called with."""
+        """Tell whether it is there, and takes the arguments it is called with."""
         try:
             found = self.find()[2]
             return not self.takes or {*self.takes} <= inspect.signature(found).parameters.keys()

@@ -117,7 +117,7 @@ def session_of(options: MergeOptions) -> MergeSession | None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf.
+    """Tell whether a tensor holds neither NaN nor Inf.
 
     A finite sum proves it in one read; only where the sum is not finite is every entry looked at.
     """
@@ -127,7 +127,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def nonfinite_inputs(tensors: Mapping[Hashable, Tensor]) -> list[Hashable]:
-    """Models whose tensor holds NaN or Inf."""
+    """List the models whose tensor holds NaN or Inf."""
     return [model for model, tensor in tensors.items() if not is_finite(tensor)]
 
 
