@@ -29,6 +29,7 @@ from neuron_methods.routing.routed_files import (
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.routes import Routing, chosen_weights, layer_coefficients
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 # What a router can look at; the rest of a model's inputs (labels, caches, what was generated so far) is not the prompt.
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")
@@ -319,7 +320,7 @@ class NeuronRoutedModel(nn.Module):
                 f"{where}: its base model was the directory {config.base_model}, which is not there; name "
                 "another place: base_model="
             )
-        base = load_base(reference, where, dtype=dtype, device_map=device_map)
+        base = load_base(reference, f"{where}: base {reference}", dtype=dtype, device_map=device_map)
         directories = {expert.name: str(directory / ADAPTERS / expert.name) for expert in config.experts}
         shape = config.router
         router = Router(
@@ -334,7 +335,7 @@ class NeuronRoutedModel(nn.Module):
         try:
             router.load_state_dict(load_file(directory / ROUTER_NAME))
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"{directory / ROUTER_NAME}: cannot be read ({reason}); download or make it again"
             ) from None
