@@ -78,8 +78,7 @@ def plan_updates(source: str, name: str = "the configuration") -> PlannedUpdates
         UserError: what the merge itself would refuse before it starts, or the configuration names no base model.
     """
     run = MergeRun(source, name, MergeOptions(quiet=True))
-    base = run.configuration.base_model
-    if base is None:
+    if run.configuration.base_model is None:
         raise UserError(f"{name}: no base_model; an update is the difference to a base")
     # Nothing is written, so nothing is rounded to what would be.
     run.configuration.dtype, run.configuration.out_dtype = None, "float32"
@@ -89,7 +88,8 @@ def plan_updates(source: str, name: str = "the configuration") -> PlannedUpdates
         tasks.update((w.name, task) for w, task in planned_tasks(planner) if isinstance(task, PlannedMergeTask))
 
     run.plan_only(look)
-    return PlannedUpdates(base, run.configuration.merge_method, tasks)
+    # Only now: planning writes an adapter that stands by itself as base+adapter.
+    return PlannedUpdates(run.configuration.base_model, run.configuration.merge_method, tasks)
 
 
 def _short_names(models: Iterable[ModelReference]) -> dict[ModelReference, str]:
