@@ -26,7 +26,7 @@ from typing import Any
 
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.scorer import Scorer
-from neuron_methods.evaluation.kinds.settings import whole_number
+from neuron_methods.evaluation.kinds.setting_checks import whole_number
 from neuron_methods.evaluation.tasks import Rows, Task
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import unknown

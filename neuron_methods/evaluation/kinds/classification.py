@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_methods.data.images import class_index
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.scorer import Scorer
-from neuron_methods.evaluation.kinds.settings import different_labels
+from neuron_methods.evaluation.kinds.setting_checks import different_labels
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from neuron_methods.data.batching import pad
 from neuron_methods.evaluation.examples import Outcome
 from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input
-from neuron_methods.evaluation.kinds.settings import string, whole_number
+from neuron_methods.evaluation.kinds.setting_checks import string, whole_number
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.kinds import text_limit

@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any, ClassVar
 
 from neuron_methods.evaluation.kinds.scorer import Scorer
-from neuron_methods.evaluation.kinds.settings import string, whole_number
+from neuron_methods.evaluation.kinds.setting_checks import string, whole_number
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_methods.data.batching import by_length, pad
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input
-from neuron_methods.evaluation.kinds.settings import one_of, string, whole_number
+from neuron_methods.evaluation.kinds.setting_checks import one_of, string, whole_number
 from neuron_methods.support.errors import UserError
 
 #: Tokens of a window of perplexity, unless the task or the model sets another bound.

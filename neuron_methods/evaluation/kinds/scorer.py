@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.settings import Check
+from neuron_methods.evaluation.kinds.setting_checks import Check
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.kinds import model_kind, text_limit
 from neuron_methods.support.errors import UserError

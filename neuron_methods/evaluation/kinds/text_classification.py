@@ -11,7 +11,7 @@ import torch
 from neuron_methods.evaluation.examples import Outcome
 from neuron_methods.evaluation.kinds.classification import Classification
 from neuron_methods.evaluation.kinds.scorer import longest_input
-from neuron_methods.evaluation.kinds.settings import whole_number
+from neuron_methods.evaluation.kinds.setting_checks import whole_number
 
 
 class TextClassification(Classification):

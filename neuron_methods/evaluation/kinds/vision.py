@@ -14,7 +14,7 @@ from neuron_methods.data.images import ImageFeeder
 from neuron_methods.evaluation.examples import Examples, Outcome
 from neuron_methods.evaluation.kinds.classification import Classification
 from neuron_methods.evaluation.kinds.scorer import Scorer
-from neuron_methods.evaluation.kinds.settings import different_labels
+from neuron_methods.evaluation.kinds.setting_checks import different_labels
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
 
