@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cached_property
-from typing import Any
 
-import torch
 from transformers import PretrainedConfig
+
+from neuron_methods.models.skeleton import Skeleton
 
 
 class StoredNames:
@@ -41,7 +41,7 @@ class StoredNames:
         direct = _among(name, self.stored)
         if direct is not None or self.skeleton is None:
             return direct
-        for spelling in (name, self.skeleton.renamed([name])[0][0]):
+        for spelling in (name, self.skeleton.renamed([name])[name].path):
             found = _among(spelling, self._in_memory)
             if found is not None:
                 return self._in_memory[found]
@@ -105,71 +105,7 @@ class StoredNames:
         """(name in the checkpoint, name in memory, whether it is only a part of what is in memory)."""
         if self.skeleton is None:
             return []
-        from transformers.core_model_loading import dot_natural_key
-
-        # In this order, as some of transformers' renamings depend on what they have met before.
-        ordered = sorted(self.stored, key=dot_natural_key)
-        return [(old, *new) for old, new in zip(ordered, self.skeleton.renamed(ordered), strict=True)]
-
-
-class Skeleton:
-    """Names, modules and ties of an architecture of transformers, without weights.
-
-    Attributes:
-        parameters: paths of the parameters, tied ones included, in the order of the model.
-        model: the model itself, on the meta device.
-        modules: {path: module} of it.
-        ties: paths of the parameters that are one, the source first.
-        output: path of the output embeddings' weight, None for a model without a head.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.parameters = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._prefix = model.base_model_prefix
-        self.model = model
-        self.modules: dict[str, torch.nn.Module] = dict(model.named_modules())
-        groups: dict[str, list[str]] = {}
-        for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
-            groups.setdefault(source, [source]).append(tied)
-        self.ties = [tuple(group) for group in groups.values()]
-        self.output = _name_of_output(model)
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Skeleton | None:
-        """Build the skeleton of a config's architecture; None where transformers cannot build it."""
-        import transformers
-
-        architectures = config.architectures or [""]
-        model_class = getattr(transformers, architectures[0], None)
-        if model_class is None:
-            return None
-        try:
-            with torch.device("meta"):
-                return cls(model_class(config))
-        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return None
-
-    def renamed(self, names: Collection[str]) -> list[tuple[str, bool]]:
-        """Tell what transformers calls tensors of a checkpoint once they are loaded.
-
-        Args:
-            names: as a checkpoint spells them.
-
-        Returns:
-            (name in memory, whether other tensors of the checkpoint go into the same parameter) of each.
-        """
-        # transformers 5 keeps these functions for peft, which does the same with them.
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamed = []
-        for name in names:
-            new, converter = rename_source_key(name, renamings, converters, self._prefix, self.parameters)
-            renamed.append((new, converter is not None))
-        return renamed
+        return [(old, *new) for old, new in self.skeleton.renamed(self.stored).items()]
 
 
 def _among(name: str, names: Collection[str]) -> str | None:
@@ -182,12 +118,3 @@ def _among(name: str, names: Collection[str]) -> str | None:
     prefixes = {other.partition(".")[0] for other in names}
     found = [f"{prefix}.{name}" for prefix in prefixes if f"{prefix}.{name}" in names]
     return found[0] if len(found) == 1 else None
-
-
-def _name_of_output(model: Any) -> str | None:
-    # By its module: a tied parameter is one object with several names.
-    try:
-        output = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return next((f"{name}.weight" for name, module in model.named_modules() if module is output), None)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neuron_methods.adapters.checkpoint_names import Skeleton
 from neuron_methods.adapters.factor import factor
 from neuron_methods.adapters.placement import (
     FACTORED,
@@ -27,6 +26,7 @@ from neuron_methods.adapters.placement import (
 )
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
 from neuron_methods.models.headers import Header
+from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed
 

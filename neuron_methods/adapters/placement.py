@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.adapters.checkpoint_names import Skeleton, StoredNames
+from neuron_methods.adapters.checkpoint_names import StoredNames
 from neuron_methods.models.kinds import facts_of
+from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.support.errors import UserError
 
 # How a tensor enters an adapter. The layouts are those of `updates.Layout`; `parameter` is a matrix that LoRA targets
@@ -167,7 +168,7 @@ def saved_modules(paths: Iterable[str], skeleton: Skeleton) -> dict[str, list[st
 
 
 def layout_shape(weight: Tensor, kind: Kind) -> Tensor:
-    """Give the matrix (out, in) that factors are taken of, as `updates.low_rank_delta` forms it; a stack for experts."""
+    """Give the matrix (out, in) that factors are taken of, as `updates.low_rank_delta` forms it, or their stack."""
     if kind in ("transposed", "embedding"):
         return weight.T
     if kind == "convolution":

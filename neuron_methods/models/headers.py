@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +76,12 @@ class HeaderFiles:
             )
         return Header(tuple(stored.get_shape()), dtype)
 
+    def all_of(self, path: str) -> dict[str, Header]:
+        """Read the headers of all tensors of a file; errors as in `read`."""
+        if path not in self._files:
+            self._files[path] = open_safetensors(path)
+        return {name: self.read(path, name) for name in self._files[path].keys()}  # noqa: SIM118 - no mapping
+
     def behind(self, loader: Any, name: str) -> Header:
         """Read the header of a tensor behind a loader of mergekit's kind; errors as in `read`.
 
@@ -102,36 +107,68 @@ def open_safetensors(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not a complete safetensors file ({error}); download or save it again") from None
 
 
-def stored_headers(directory: Path, stem: str = "model.safetensors") -> dict[str, Header]:
-    """Read the headers of all tensors of a directory, by its index or its single file.
+def weight_files(directory: Path, stem: str = "model.safetensors") -> list[Path]:
+    """List the files that transformers 5 reads a directory's weights from: the single file, else those of the index.
 
     Args:
         directory: of a model or an adapter.
-        stem: the single file's name, and the index's without `.index.json`; a pickle's ends in `.bin`.
+        stem: the single file's name, and the index's without `.index.json`.
 
     Raises:
-        UserError: naming the file that is missing or damaged.
+        UserError: there are none, or the index is damaged.
     """
-    index, whole = directory / f"{stem}.index.json", directory / stem
-    safe = stem.endswith(".safetensors")
-    if index.exists():
-        weight_map: dict[str, str] = read_object(index).get("weight_map") or {}
-    elif whole.exists():
-        weight_map = dict.fromkeys(open_safetensors(whole).keys() if safe else _unpickled(whole), stem)
-    else:
-        raise UserError(f"{whole}: no such file, and no index of shards")
-    if safe:
-        headers = HeaderFiles()
-        return {name: headers.read(str(directory / file), name) for name, file in weight_map.items()}
-    tensors: dict[str, Tensor] = {}
-    for file in set(weight_map.values()):
-        tensors |= _unpickled(directory / file)
-    return {name: Header.of(tensors[name]) for name in weight_map if name in tensors}
+    whole, index = directory / stem, directory / f"{stem}.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        if any(directory.glob("*.bin")):
+            raise UserError(
+                f"{directory}: its weights are a pickle, which nobody should have to load; save it as safetensors"
+            )
+        raise UserError(f"{directory}: no weights in it ({stem} or its index); is it complete?")
+    return [directory / name for name in sorted(set(weight_map(index).values()))]
 
 
-def _unpickled(file: Path) -> Mapping[str, Tensor]:
-    """Tensors without data."""
+def weight_map(index: Path) -> dict[str, str]:
+    """Read which shard an index names for each tensor.
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index}: no weight_map of names of tensors and files in it; download or save the model again")
+    return found
+
+
+def stored_headers(directory: Path, stem: str = "model.safetensors") -> dict[str, Header]:
+    """Read the headers of all tensors that transformers 5 would read from a directory.
+
+    Args:
+        directory: of a model or an adapter.
+        stem: as for `weight_files`; a pickle's ends in `.bin`.
+
+    Raises:
+        UserError: naming the file that is missing or damaged, or the tensor that files and index disagree about.
+    """
+    files, headers = HeaderFiles(), {}
+    for file in weight_files(directory, stem):
+        found = files.all_of(str(file)) if stem.endswith(".safetensors") else _headers_of_pickle(file)
+        if twice := sorted(headers.keys() & found.keys()):
+            raise UserError(f"{file}: tensor {twice[0]} is in another shard, too; save the model again")
+        headers |= found
+    index = directory / f"{stem}.index.json"
+    if index.is_file() and not (directory / stem).is_file():
+        lost = sorted(weight_map(index).keys() - headers.keys())
+        if lost:
+            raise UserError(f"{index}: it promises tensor {lost[0]}, but no shard holds it; save the model again")
+    return headers
+
+
+def _headers_of_pickle(file: Path) -> dict[str, Header]:
+    """Headers of a pickle's tensors, which are not read."""
     try:
-        return torch.load(file, map_location="meta", weights_only=True)
+        tensors = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
         raise UserError(f"{file}: cannot be read back ({type(error).__name__})") from None
+    return {name: Header.of(tensor) for name, tensor in tensors.items()}

@@ -16,11 +16,11 @@ from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor
 
-from neuron_methods.adapters.checkpoint_names import Skeleton
 from neuron_methods.adapters.export import AdapterBuilder, Precision
 from neuron_methods.adapters.loader import BaseCheckpoint
 from neuron_methods.adapters.placement import Place, holds_modules, place, settle
 from neuron_methods.adapters.verification import verify_adapter
+from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.plugin.output import Output
 from neuron_methods.plugin.planning import repeats_tied
 from neuron_methods.plugin.run import MergeRun

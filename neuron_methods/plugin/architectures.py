@@ -26,9 +26,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from mergekit.architecture import arch_info_for_config, get_architecture_info
 from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from neuron_methods.models.skeleton import Skeleton, model_class, unread
 from neuron_methods.plugin.architecture_tables import (
     AMENDMENTS,
     Definition,
@@ -39,6 +45,65 @@ from neuron_methods.plugin.architecture_tables import (
     vit_definitions,
 )
 from neuron_methods.plugin.seam import architecture_table, check_fit
+from neuron_methods.plugin.stored_architecture import stored_architecture
+
+
+def architecture_of_merge(configuration: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
+    """Choose the definition that a merge is planned by.
+
+    A definition from a table, ours or mergekit's, that fits what the models store is taken; where there is none, or it
+    demands what the base does not store, or leaves out what the model's class reads, the base's own tensors define it.
+
+    Args:
+        configuration: of the merge.
+        options: mergekit's.
+
+    Raises:
+        RuntimeError: by mergekit, where models are of different architectures.
+        UserError: the base's class cannot be built from its config.
+    """
+    LoaderCache().setup(options)
+    models = configuration.referenced_models()
+    base = configuration.base_model or models[0]
+    config = base.config(options.trust_remote_code)
+    stored = {model: LoaderCache().get(model).index.tensor_paths for model in models}
+    tabled = all(arch_info_for_config(model.config(options.trust_remote_code)) is not None for model in models)
+    definition = get_architecture_info(configuration, options) if tabled else None
+    fits = definition is not None and _demands_no_more(definition, config, stored[base])
+    left = _left_out(definition, config, stored[base]) if fits else []
+    if fits and not left:
+        return definition
+    built = model_class(config, base.model.path, trust_remote_code=options.trust_remote_code)
+    skeleton = None if built is None else Skeleton.build(built, config)
+    if definition is not None and (skeleton is None or (fits and len(unread(skeleton, left)) == len(left))):
+        return definition
+    others = [names for model, names in stored.items() if model != base]
+    return stored_architecture(config, skeleton, stored[base], others)
+
+
+def _demands_no_more(definition: ModelArchitecture, config: PretrainedConfig, stored: Collection[str]) -> bool:
+    """Whether all that a definition holds for indispensable is stored, or made of what is."""
+    try:
+        weights = definition.all_weights(config)
+    except RuntimeError:  # of Qwen2-VL, for one: its config keeps the number of layers elsewhere since transformers 5
+        return False
+    if any(weight.optional and weight.aliases for weight in weights):
+        return False  # of BERT, for one: mergekit 0.1.5's planner ends in a TypeError there
+    needed = [_spellings(weight) for weight in weights if not weight.optional]
+    return all(
+        any(name in stored for name in names) or can_convert_checkpoint_keys(config.model_type, set(stored), names[0])
+        for names in needed
+    )
+
+
+def _left_out(definition: ModelArchitecture, config: PretrainedConfig, stored: Collection[str]) -> list[str]:
+    """The stored names that a definition does not know."""
+    known = {name for weight in definition.all_weights(config) for name in _spellings(weight)}
+    return sorted(set(stored) - known)
+
+
+def _spellings(weight: WeightInfo) -> tuple[str, ...]:
+    return (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
 
 
 def register_architectures() -> None:

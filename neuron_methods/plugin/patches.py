@@ -11,8 +11,9 @@ once.
 - `patch_loaders`: adapters are read lazily, where mergekit would merge each into a cache directory first.
 - `patch_configuration`: `referenced_models`, which every command calls before anything else, writes adapters that stand
   by themselves as base+adapter and lists the models in the order of the YAML instead of a set's.
-- `patch_merge`: the donor of tokenizer and config is the base itself where it carries an adapter; the model card asks
-  no network about paths that exist here, which without a network ends in a traceback after the weights are written.
+- `patch_merge`: a definition that does not fit what the models store gives way to one that does; the donor of tokenizer
+  and config is the base itself where it carries an adapter; the model card asks no network about paths that exist
+  here, which without a network ends in a traceback after the weights are written.
 - `architectures.register_architectures`: definitions in the table of architectures.
 """
 
@@ -24,6 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 from neuron_methods.plugin.seam import (
+    ARCHITECTURE_INFO,
     DONOR,
     FLAT_MERGE,
     FLAT_PARAMETERS,
@@ -166,8 +168,9 @@ def patch_configuration() -> None:
 
 
 def patch_merge() -> None:
-    """Take config, tokenizer and other files of base+adapter from the base, and ask no network about local paths."""
+    """Plan by definitions that fit, take other files from an adapter's base, ask no network about local paths."""
     check_fit(("mergekit.merge",))
+    from neuron_methods.plugin.architectures import architecture_of_merge
 
     def around_donor(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_donor_model(merge_config: Any, options: Any) -> tuple[Any, str]:
@@ -181,5 +184,6 @@ def patch_merge() -> None:
     def around_card(original: Callable[[str], bool]) -> Callable[[str], bool]:
         return lambda path: not os.path.exists(path) and original(path)
 
+    replace(ARCHITECTURE_INFO, lambda _own: architecture_of_merge)
     replace(DONOR, around_donor)
     replace(IS_HF, around_card)

@@ -76,6 +76,7 @@ TARGET_KEYS = Private("mergekit.architecture.conversion", "_expanded_target_keys
 REFERENCED_MODELS = Private("mergekit.config", "MergeConfiguration.referenced_models")
 DONOR = Private(_MERGE, "_get_donor_model", ("merge_config", "options"))
 COPY_TOKENIZER = Private(_MERGE, "_copy_tokenizer", ("merge_config", "out_path", "options"))
+ARCHITECTURE_INFO = Private(_MERGE, "get_architecture_info", ("config", "options"))
 IS_HF = Private("mergekit.card", "is_hf", ("path",))
 TQDM = Private("mergekit.tokenizer.build", "tqdm")
 FLAT_MERGE = Private(_RAW, "plan_flat_merge", ("config", "options"))
@@ -100,7 +101,7 @@ SEAM: dict[str, tuple[Private, ...]] = {
     ),
     "mergekit.config": (REFERENCED_MODELS,),
     _PLAN: (PLAN, TENSORS, METHOD, TOKENIZER_TASK),
-    _MERGE: (DONOR, COPY_TOKENIZER, IS_HF, TQDM),
+    _MERGE: (ARCHITECTURE_INFO, DONOR, COPY_TOKENIZER, IS_HF, TQDM),
     _RAW: (FLAT_MERGE, FLAT_PARAMETERS),
 }
 

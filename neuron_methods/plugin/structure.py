@@ -17,7 +17,6 @@ from mergekit.architecture import (
     ConfiguredModuleArchitecture,
     ModelArchitecture,
     WeightInfo,
-    get_architecture_info,
 )
 from mergekit.architecture.conversion import get_checkpoint_conversion_mapping
 from mergekit.common import ModelReference
@@ -26,6 +25,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from neuron_methods.plugin.architectures import architecture_of_merge
 from neuron_methods.plugin.seam import expanded_target_keys
 from neuron_methods.support.errors import UserError
 
@@ -54,7 +54,7 @@ def check_structure(configuration: MergeConfiguration, options: MergeOptions, na
         UserError: naming the module, the models and what differs.
     """
     try:
-        architecture = get_architecture_info(configuration, options)
+        architecture = architecture_of_merge(configuration, options)
     except RuntimeError as error:
         if "--allow-crimes" not in str(error):
             raise UserError(f"{name}: {error}") from None

@@ -1,0 +1,204 @@
+"""The definition of an architecture by what its base stores, where mergekit has none or one that does not fit.
+
+mergekit 0.1.5 infers a definition from the names that the model has in memory, and takes those that it does not find in
+the checkpoint for optional: where transformers packs the experts of a mixture, and the first layer has none, all of
+them are lost without a word. Its own tables demand what newer checkpoints no longer store, or leave out what they do.
+Here the tensors are those that the base stores, each under its stored name, as far as the model's class reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from transformers import PretrainedConfig
+from transformers.core_model_loading import dot_natural_key
+
+from neuron_methods.models.skeleton import Skeleton
+
+_LAYER = re.compile(r"\.(\d+)\.")
+# Where a config may say how many layers there are.
+_DEPTH_KEYS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "depth",
+)
+_PARTS = ("", "text_config", "vision_config", "audio_config", "encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class StoredModule(ModuleArchitecture):
+    """A module whose tensors are those that the base stores.
+
+    Attributes:
+        loose: tensors outside the layers.
+        layers: per layer of the base, its tensors.
+        prefix: of the layers, such as `model.layers`; "" for a module without any.
+        depth_key: the config's key for the number of layers, None where it has none.
+        statistics: names of tensors that were measured and not learned, such as a batch norm's running mean.
+    """
+
+    loose: tuple[WeightInfo, ...]
+    layers: tuple[tuple[WeightInfo, ...], ...] = ()
+    prefix: str = ""
+    depth_key: str | None = None
+    statistics: frozenset[str] = frozenset()
+
+    def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        """List what lies outside the layers."""
+        return list(self.loose)
+
+    def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
+        """List what layer `index` holds; one beyond the base's is laid out like its last."""
+        if index < len(self.layers):
+            return list(self.layers[index])
+        last = len(self.layers) - 1
+        return [_renumbered(info, self.prefix, last, index) for info in self.layers[last]]
+
+    def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        """List nothing: all loose tensors come before the layers."""
+        return []
+
+    def num_layers_config_key(self) -> str | None:
+        """Give the config's key for the number of layers."""
+        return self.depth_key
+
+    def num_layers(self, config: PretrainedConfig) -> int:
+        """Count the layers by the config where it tells, else those of the base."""
+        return super().num_layers(config) if self.depth_key else len(self.layers)
+
+
+def stored_architecture(
+    config: PretrainedConfig,
+    skeleton: Skeleton | None,
+    base: Collection[str],
+    others: Iterable[Collection[str]] = (),
+) -> ModelArchitecture:
+    """Define an architecture by what a merge's models store.
+
+    Args:
+        config: the base's.
+        skeleton: of the class that the config names; None where it is not to be had, and every name is taken as it is.
+        base: the names that the base stores; the output spells its tensors like them.
+        others: the names that each other model stores. What they spell otherwise is read under their own names; a
+            head that they alone store, as the base ties it, becomes optional.
+    """
+    if skeleton is None:
+        return _in_modules([WeightInfo(name=name) for name in sorted(base, key=dot_natural_key)], config)
+    spelled = _spellings(skeleton, base)
+    foreign: dict[str, dict[str, bool]] = {}
+    for names in others:
+        for path, own in _spellings(skeleton, names).items():
+            if own != spelled.get(path):
+                foreign.setdefault(path, {}).update(own)
+    infos = []
+    for path, own in spelled.items():
+        also = [name for name in foreign.get(path, {}) if name not in own]
+        (first, converted), *rest = own.items()
+        if not rest and not converted:
+            infos.append(_weight(skeleton, first, path, also))
+        elif also:  # packed here and in parts there, or the other way round: merged as the class has it in memory
+            infos.append(_weight(skeleton, path, path, []))
+        else:
+            infos += [_weight(skeleton, name, path, []) for name in own]
+    for path in foreign.keys() - spelled.keys():
+        if not spelled.keys().isdisjoint(skeleton.tied_to(path)):
+            first, *rest = foreign[path]
+            infos.append(_weight(skeleton, first, path, rest, optional=True))
+    infos.sort(key=lambda info: dot_natural_key(info.name))
+    statistics = frozenset(name for path in skeleton.statistics for name in spelled.get(path, ()))
+    return _in_modules(infos, config, statistics)
+
+
+def statistics_of(architecture: ModelArchitecture) -> frozenset[str]:
+    """The names of tensors that were measured and not learned, as far as the definition knows them."""
+    modules = (module.architecture for module in architecture.modules.values())
+    return frozenset().union(*(module.statistics for module in modules if isinstance(module, StoredModule)))
+
+
+def _spellings(skeleton: Skeleton, names: Iterable[str]) -> dict[str, dict[str, bool]]:
+    """{path in memory: {stored name: whether it is converted}} of what the class reads."""
+    found: dict[str, dict[str, bool]] = {}
+    for name, new in skeleton.renamed(names).items():
+        if new.path in skeleton.tensors:
+            found.setdefault(new.path, {})[name] = new.converted
+    return found
+
+
+def _weight(skeleton: Skeleton, name: str, path: str, also: Iterable[str], *, optional: bool = False) -> WeightInfo:
+    partners = [member for member in skeleton.tied_to(path) if member != path]
+    # mergekit 0.1.5 raises a TypeError where an optional weight has aliases; its loader takes tied names just as well.
+    return WeightInfo(
+        name=name,
+        aliases=None if optional else tuple(also) or None,
+        tied_names=(*also, *partners) or None if optional else None,
+        optional=optional,
+        vocabulary_axis=0 if path in skeleton.vocabulary else None,
+    )
+
+
+def _in_modules(
+    infos: Iterable[WeightInfo], config: PretrainedConfig, statistics: frozenset[str] = frozenset()
+) -> ModelArchitecture:
+    """Divide tensors into modules with layers; one module where all layers lie under one prefix."""
+    layers: dict[str, dict[int, list[WeightInfo]]] = {}
+    loose = []
+    for info in infos:
+        match = _LAYER.search(info.name)
+        if match is None:
+            loose.append(info)
+        else:
+            layers.setdefault(info.name[: match.start()], {}).setdefault(int(match[1]), []).append(info)
+    modules: dict[str, StoredModule] = {}
+    for prefix, found in layers.items():
+        depth = max(found) + 1
+        key = _depth_key(config, prefix, depth)
+        if key is None and len(layers) > 1:  # a list of modules that is no stack of layers
+            loose += [info for index in sorted(found) for info in found[index]]
+        else:
+            stack = tuple(tuple(found.get(index, ())) for index in range(depth))
+            modules[prefix] = StoredModule((), stack, prefix, key, statistics)
+    if len(modules) == 1:
+        (only,) = modules.values()
+        modules = {"default": StoredModule(tuple(loose), only.layers, only.prefix, only.depth_key, statistics)}
+    elif loose:
+        modules["default"] = StoredModule(tuple(loose), statistics=statistics)
+    keys = ("vocab_size", "text_config.vocab_size")
+    return ModelArchitecture(
+        modules={name: ModuleDefinition(architecture=module) for name, module in modules.items()},
+        architectures=list(config.architectures or []),
+        model_type=config.model_type,
+        vocab_size_config_key=next((key for key in keys if _value(config, key) is not None), None),
+    )
+
+
+def _depth_key(config: PretrainedConfig, prefix: str, depth: int) -> str | None:
+    """The config's key that says that there are `depth` layers under `prefix`; None where none does."""
+    keys = [f"{part}.{key}".lstrip(".") for part in _PARTS for key in _DEPTH_KEYS]
+    words = set(re.split(r"[._]", prefix))
+    fitting = [key for key in keys if _value(config, key) == depth]
+    return max(fitting, key=lambda key: len(words & set(re.split(r"[._]", key))), default=None)
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def _renumbered(info: WeightInfo, prefix: str, old: int, new: int) -> WeightInfo:
+    def changed(names: Iterable[str] | None) -> tuple[str, ...] | None:
+        return names and tuple(name.replace(f"{prefix}.{old}.", f"{prefix}.{new}.", 1) for name in names)
+
+    (name,) = changed((info.name,)) or ()
+    return info.model_copy(
+        update={"name": name, "aliases": changed(info.aliases), "tied_names": changed(info.tied_names)}
+    )
