@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import peft
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from transformers import AutoConfig
 
-from neuron_methods.adapters.checkpoint_names import Skeleton
-from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
+from neuron_methods.adapters.config import AdapterConfig
+from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeights
 from neuron_methods.models.headers import Header, stored_headers
+from neuron_methods.models.reference import base_of
+from neuron_methods.models.skeleton import Skeleton, model_class
+from neuron_methods.models.verification import Verified
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 
@@ -42,6 +48,46 @@ def verify_adapter(directory: Path, made: Mapping[str, Header], skeleton: Skelet
     _verify_places(directory, written, skeleton)
 
 
+def verify_adapter_directory(place: Path, *, trust_remote_code: bool = False) -> Verified:
+    """Make sure that peft would load an adapter's directory onto the base that its config names.
+
+    Args:
+        place: the directory.
+        trust_remote_code: whether the base's custom code may be run.
+
+    Raises:
+        UserError: naming the file that is damaged, or the tensor that is missing, without a place or of another shape.
+    """
+    config = AdapterConfig.read(str(place), str(place))
+    shapes = AdapterWeights(str(place), str(place)).shapes
+    skeleton, reason = _skeleton_of_base(config, place, trust_remote_code)
+    if skeleton is None:
+        return Verified("adapter", len(shapes), "its headers", [f"{reason}, so it was not held against its base"])
+    headers = stored_headers(place, SAFETENSORS_NAME)
+    try:
+        _verify_places(place, headers, skeleton)
+    except UserError as error:
+        raise UserError(
+            f"{place}: {str(error).removeprefix('verification failed: ')}; save the adapter again"
+        ) from None
+    by = f"peft {peft.__version__} on {type(skeleton.model).__name__}"
+    return Verified("adapter", len(headers), by)
+
+
+def _skeleton_of_base(config: AdapterConfig, place: Path, trust_remote_code: bool) -> tuple[Skeleton | None, str]:
+    """The base's skeleton, as far as its config is here, and else why not. The network is not asked."""
+    try:
+        base = base_of(config.raw, str(place), str(place))
+        options = {"revision": base.revision, "local_files_only": True, "trust_remote_code": trust_remote_code}
+        found = AutoConfig.from_pretrained(base.path, **options)
+    except (UserError, OSError, ValueError) as error:
+        return None, f"the config of its base is not to be had here ({first_line(error)})"
+    model = model_class(found, base.path, trust_remote_code=trust_remote_code)
+    if model is None:
+        return None, f"its base is a {(found.architectures or ['model'])[0]}, a class that is not to be had"
+    return Skeleton.build(model, found), ""
+
+
 def _spelled(header: Header) -> str:
     return str(header.dtype).removeprefix("torch.")
 
@@ -53,8 +99,11 @@ def _verify_places(directory: Path, written: Mapping[str, Header], skeleton: Ske
     except (KeyError, OSError, TypeError, ValueError):
         raise UserError("verification failed: adapter_config.json was not written completely") from None
     try:
-        model = PeftModel(skeleton.model, config, low_cpu_mem_usage=True)
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        with warnings.catch_warnings():
+            # peft 0.21 tells what may happen when somebody merges or converts the adapter; nobody does here.
+            warnings.simplefilter("ignore")
+            model = PeftModel(skeleton.model, config, low_cpu_mem_usage=True)
+            expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"verification failed: peft cannot load the adapter: {first_line(error)}") from None
     for key, header in written.items():

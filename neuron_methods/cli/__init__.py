@@ -32,6 +32,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with a routed model; show the routing."),
     "recipes": Subcommand("neuron_methods.cli.recipes", "Show merge configurations to start from."),
     "report": Subcommand("neuron_methods.cli.report", "Draw what a merge did to the neurons."),
+    "verify": Subcommand("neuron_methods.cli.verify", "Check that a checkpoint or adapter is complete."),
     "push": Subcommand("neuron_methods.cli.push", "Upload a merge to the Hugging Face Hub."),
     "evaluate": Subcommand("neuron_methods.cli.evaluate", "Score a model on tasks, with 95 % intervals."),
     "tune": Subcommand("neuron_methods.cli.tune", "Search merge parameters on validation data."),

@@ -12,6 +12,7 @@ from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 
 from neuron_methods.models.headers import stored_headers
+from neuron_methods.models.verification import correct_config, verify_model
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_mergekit, replan
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
@@ -128,9 +129,24 @@ class ModelOutput(Output):
             if (place / name).is_file() and not (staging / name).exists():
                 shutil.copy(place / name, staging / name)
 
+    def finish(self, run: MergeRun, staging: Path) -> None:
+        """Let config.json say what was written: the dtype, and a head that is no longer the embedding."""
+        if run.options.safe_serialization:
+            run.plan.notes += correct_config(staging, trust_remote_code=run.options.trust_remote_code)
+
     def verify(self, run: MergeRun, staging: Path) -> None:
-        """Compare what is stored with the plan."""
+        """Compare what is stored with the plan, and with what the model's class would load."""
         verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options)
+        try:
+            found = verify_model(
+                staging,
+                trust_remote_code=run.options.trust_remote_code,
+                unread=run.plan.carried,
+                stem="model.safetensors" if run.options.safe_serialization else "pytorch_model.bin",
+            )
+        except UserError as error:
+            raise UserError(f"verification failed: {str(error).removeprefix(f'{staging}: ')}") from None
+        run.plan.notes += found.notes
 
 
 def verify_output(path: Path, plan: MergePlan, *, aligned: bool, options: MergeOptions) -> None:

@@ -104,7 +104,7 @@ def push_directory(
         UserError: the directory is not complete, the token may not write, or the upload did not finish.
     """
     options = options or PushOptions()
-    kind = verify_directory(place)
+    kind = verify_directory(place).kind
     check_base(place, options.base_model)
     check_access(repository, options)
     api = HfApi()

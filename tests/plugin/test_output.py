@@ -85,13 +85,13 @@ def test_a_missing_shard_is_found(written):
     verify(written)
     weight_map["c.weight"] = "model-00001-of-00002.safetensors"
     (written / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match=r"promises tensor c.weight, but the file does not hold it"):
+    with pytest.raises(UserError, match=r"promises tensor c.weight, but no shard holds it"):
         verify(written)
 
 
 def test_missing_files_are_found(written):
     (written / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: no such file, and no index"):
+    with pytest.raises(UserError, match=r"no weights in it"):
         verify(written)
     (written / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json was not written completely"):
