@@ -168,7 +168,7 @@ def saved_modules(paths: Iterable[str], skeleton: Skeleton) -> dict[str, list[st
 
 
 def layout_shape(weight: Tensor, kind: Kind) -> Tensor:
-    """Give the matrix (out, in) that factors are taken of, as `updates.low_rank_delta` forms it, or their stack."""
+    """Give the matrix (out, in) that factors are taken of; see `updates.low_rank_delta`. For experts, a stack."""
     if kind in ("transposed", "embedding"):
         return weight.T
     if kind == "convolution":

@@ -2,19 +2,7 @@
 
 The start-up hook calls each function as soon as the module of mergekit that it concerns is imported. Each first makes
 sure that its part of the seam fits; all are idempotent. `arm` is for our own commands: it does and checks everything at
-once.
-
-- `register_methods`: our names in mergekit's registry.
-- `patch_planner`: `MergePlanner._plan` is preceded by `planning.configure_planner` and followed by
-  `planning.attach_to_planner`; mergekit-yaml, mergekit-multi, mergekit-evolve and the in-memory planner all pass there.
-- `patch_raw_merge`: `plan_flat_merge` of mergekit-pytorch likewise; parameters of inner methods are resolved, too.
-- `patch_loaders`: adapters are read lazily, where mergekit would merge each into a cache directory first.
-- `patch_configuration`: `referenced_models`, which every command calls before anything else, writes adapters that stand
-  by themselves as base+adapter and lists the models in the order of the YAML instead of a set's.
-- `patch_merge`: a definition that does not fit what the models store gives way to one that does; the donor of tokenizer
-  and config is the base itself where it carries an adapter; the model card asks no network about paths that exist
-  here, which without a network ends in a traceback after the weights are written.
-- `architectures.register_architectures`: definitions in the table of architectures.
+once. Definitions of architectures are put into their table by `architectures.register_architectures`.
 """
 
 from __future__ import annotations
@@ -81,7 +69,10 @@ def register_methods() -> None:
 
 
 def patch_planner() -> None:
-    """Let our methods see the plans that `MergePlanner` makes."""
+    """Let our methods see the plans that `MergePlanner` makes.
+
+    mergekit-yaml, mergekit-multi, mergekit-evolve and the in-memory planner all pass there.
+    """
     check_fit(("mergekit.plan",))
     from neuron_methods.plugin.planning import attach_to_planner, configure_planner
 
@@ -121,7 +112,7 @@ def patch_raw_merge() -> None:
 
 
 def patch_loaders() -> None:
-    """Let mergekit's loaders hand out adapters' tensors lazily, without a cache directory."""
+    """Let mergekit's loaders hand out adapters' tensors lazily, where it would merge each into a cache directory."""
     check_fit(("mergekit.io.tasks",))
     from neuron_methods.adapters.opening import open_adapter
 
@@ -153,7 +144,10 @@ def patch_loaders() -> None:
 
 
 def patch_configuration() -> None:
-    """Let an adapter stand by itself in a configuration, and list the models in its order."""
+    """Let an adapter stand by itself in a configuration, and list the models in its order instead of a set's.
+
+    Every command of mergekit calls `referenced_models` before anything else.
+    """
     check_fit(("mergekit.config",))
     from neuron_methods.adapters.resolve import resolve_adapters
 
@@ -168,7 +162,11 @@ def patch_configuration() -> None:
 
 
 def patch_merge() -> None:
-    """Plan by definitions that fit, take other files from an adapter's base, ask no network about local paths."""
+    """Plan by definitions that fit, take other files from an adapter's base, ask no network about local paths.
+
+    mergekit's card asks the Hub about what exists here, too; without a network that ends in a traceback, after the
+    weights are written and before the tokenizer is.
+    """
     check_fit(("mergekit.merge",))
     from neuron_methods.plugin.architectures import architecture_of_merge
 
