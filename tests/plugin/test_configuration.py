@@ -112,7 +112,7 @@ WRONG = {
     ),
     "trim": (with_parameters(trim="modle"), "trim must be one of model, tensor, differing; got 'modle'"),
     "consensus": (with_parameters(consensus=1), "consensus must be one of mean, sum; got 1"),
-    "profile": (with_parameters(profile=7), "parameters: profile: Input should be a valid string; got 7"),
+    "profile": (with_parameters(profile=7), "parameters: profile must be a text; got 7"),
     "an empty gradient": (with_parameters(density=[]), "parameters: density: an empty list"),
     "a parameter of mergekit's": (
         text(merge_method="linear", base_model=None, parameters={"weight": "x"}),
