@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # A function that does not exist (yet) is passed over.
 CALLBACKS = {
     "mergekit.merge_methods": "neuron_methods.plugin.patches:register_methods",
-    "mergekit.architecture": "neuron_methods.plugin.architectures:register_architectures",
+    "mergekit.architecture": "neuron_methods.plugin.patches:patch_architectures",
     "mergekit.io.tasks": "neuron_methods.plugin.patches:patch_loaders",
     "mergekit.config": "neuron_methods.plugin.patches:patch_configuration",
     "mergekit.plan": "neuron_methods.plugin.patches:patch_planner",

@@ -7,7 +7,7 @@ and says what is missing, unexpected or of another shape. No weights are read, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,18 @@ class Verified:
 
 
 def verify_model(
-    place: Path, *, trust_remote_code: bool = False, unread: Collection[str] = (), stem: str = "model.safetensors"
+    place: Path,
+    *,
+    trust_remote_code: bool = False,
+    like: Mapping[str, Header] | None = None,
+    stem: str = "model.safetensors",
 ) -> Verified:
     """Make sure that transformers would load a directory as the model that its config says.
 
     Args:
         place: the directory.
         trust_remote_code: whether custom code may be run to build the class.
-        unread: stored names that the class need not read, as the model it was made from stores them, too.
+        like: headers of the model that it was made from; what that one lacks or stores unread is told in a note.
         stem: of the files of weights; a pickle's ends in `.bin`.
 
     Raises:
@@ -116,10 +120,12 @@ def verify_model(
         return Verified("model", len(headers), "its index and headers", [checked])
     model = model_class(config, place, trust_remote_code=trust_remote_code)
     report = load_report(model, config, headers)
-    if report.missing:
+    excused = LoadReport() if like is None else load_report(model, config, like)
+    missing = [name for name in report.missing if name not in excused.missing]
+    if missing:
         raise UserError(
-            f"{place}: {len(report.missing)} parameters of {architecture} are missing from its weights, and "
-            f"transformers would make them up: {listed(report.missing)}; merge or download it again"
+            f"{place}: {len(missing)} parameters of {architecture} are missing from its weights, and transformers "
+            f"would make them up: {listed(missing)}; merge or download it again"
         )
     if report.mismatched:
         name, has, wants = report.mismatched[0]
@@ -129,12 +135,11 @@ def verify_model(
         )
     if report.errors:
         raise UserError(f"{place}: transformers cannot convert its weights: {report.errors[0]}")
-    allowed = {name: headers[name] for name in unread if name in headers} if report.unexpected else {}
-    left = set(report.unexpected) - set(load_report(model, config, allowed).unexpected if allowed else ())
+    left = [name for name in report.unexpected if name not in excused.unexpected]
     if left:
         raise UserError(
-            f"{place}: {architecture} reads {len(left)} of its tensors nowhere: {listed(sorted(left))}; does its "
-            "config.json name another class than the one that wrote them?"
+            f"{place}: {architecture} reads {len(left)} of its tensors nowhere: {listed(left)}; does its config.json "
+            "name another class than the one that wrote them?"
         )
     notes = _check_dtype(place, config, headers)
     pair = untied(place, Skeleton.build(model, config), headers) if stem.endswith(".safetensors") else None
@@ -143,8 +148,8 @@ def verify_model(
             f"{place}: {' and '.join(pair)} differ, but config.json says that they are tied, so readers that obey it "
             'drop one of them; set "tie_word_embeddings": false in it'
         )
-    if report.unexpected:
-        notes.append(f"stored, but not read by {architecture}: {listed(report.unexpected)}")
+    if report.missing:
+        notes.append(f"missing, as in the base, so that transformers makes it up: {listed(report.missing)}")
     return Verified("model", len(headers), f"{architecture} of transformers {transformers.__version__}", notes)
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mergekit.tokenizer.build
-from mergekit.architecture import WeightInfo
-from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 
 from neuron_methods.models.headers import stored_headers
 from neuron_methods.models.verification import correct_config, verify_model
+from neuron_methods.plugin.planning import carried
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_mergekit, replan
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
@@ -85,13 +84,12 @@ class ModelOutput(Output):
 
     def plan(self, run: MergeRun, planner: Any) -> None:
         """Copy what the base stores and mergekit's definition of its architecture does not know."""
-        copied = []
-        for name, header in run.unknown_of_base().items():
-            # As it is stored, whatever dtype the merge is written in.
-            weight = WeightInfo(name=name, force_dtype=str(header.dtype).removeprefix("torch."))
-            copied.append((weight, LoadTensor(model=run.donor, tensor=name)))
+        headers = run.unknown_of_base()
+        copied = carried(run.donor, headers)
+        for weight, _ in copied:
+            header = headers[weight.name]
             run.plan.tensors.append((weight, {run.donor: header}, header.bytes))
-            run.plan.carried.append(name)
+            run.plan.carried.append(weight.name)
         replan(planner, [*planned_tasks(planner), *copied])
         if copied:
             names = listed(run.plan.carried)
@@ -141,7 +139,7 @@ class ModelOutput(Output):
             found = verify_model(
                 staging,
                 trust_remote_code=run.options.trust_remote_code,
-                unread=run.plan.carried,
+                like=run.headers_of_donor(),
                 stem="model.safetensors" if run.options.safe_serialization else "pytorch_model.bin",
             )
         except UserError as error:

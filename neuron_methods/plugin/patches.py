@@ -2,7 +2,7 @@
 
 The start-up hook calls each function as soon as the module of mergekit that it concerns is imported. Each first makes
 sure that its part of the seam fits; all are idempotent. `arm` is for our own commands: it does and checks everything at
-once. Definitions of architectures are put into their table by `architectures.register_architectures`.
+once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from neuron_methods.plugin.seam import (
     ARCHITECTURE_INFO,
+    ARCHITECTURE_OF_MERGE,
     DONOR,
     FLAT_MERGE,
     FLAT_PARAMETERS,
@@ -56,7 +57,7 @@ def arm() -> None:
     """
     check_fit(SEAM)
     register()
-    for patch in (patch_loaders, patch_configuration, patch_planner, patch_merge, patch_raw_merge):
+    for patch in (patch_architectures, patch_loaders, patch_configuration, patch_planner, patch_merge, patch_raw_merge):
         patch()
 
 
@@ -111,6 +112,21 @@ def patch_raw_merge() -> None:
     replace(FLAT_PARAMETERS, around_parameters)
 
 
+def patch_architectures() -> None:
+    """Plan by definitions that fit what the models store."""
+    check_fit(("mergekit.architecture",))
+    replace(ARCHITECTURE_INFO, _around_architecture)
+
+
+def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:
+    def get_architecture_info(config: Any, options: Any) -> Any:
+        from neuron_methods.plugin.architectures import architecture_of_merge
+
+        return architecture_of_merge(config, options, own)
+
+    return get_architecture_info
+
+
 def patch_loaders() -> None:
     """Let mergekit's loaders hand out adapters' tensors lazily, where it would merge each into a cache directory."""
     check_fit(("mergekit.io.tasks",))
@@ -162,13 +178,12 @@ def patch_configuration() -> None:
 
 
 def patch_merge() -> None:
-    """Plan by definitions that fit, take other files from an adapter's base, ask no network about local paths.
+    """Take what is not merged from an adapter's base, and ask no network about local paths.
 
     mergekit's card asks the Hub about what exists here, too; without a network that ends in a traceback, after the
     weights are written and before the tokenizer is.
     """
     check_fit(("mergekit.merge",))
-    from neuron_methods.plugin.architectures import architecture_of_merge
 
     def around_donor(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_donor_model(merge_config: Any, options: Any) -> tuple[Any, str]:
@@ -182,6 +197,6 @@ def patch_merge() -> None:
     def around_card(original: Callable[[str], bool]) -> Callable[[str], bool]:
         return lambda path: not os.path.exists(path) and original(path)
 
-    replace(ARCHITECTURE_INFO, lambda _own: architecture_of_merge)
+    replace(ARCHITECTURE_OF_MERGE, _around_architecture)  # where it was imported before it was replaced
     replace(DONOR, around_donor)
     replace(IS_HF, around_card)

@@ -7,14 +7,14 @@ its executors schedule them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ImmutableMap
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods import registry
@@ -29,10 +29,12 @@ from neuron_methods.methods.contract import (
     PlannedTensor,
     PreparedMerge,
 )
+from neuron_methods.models.headers import HeaderFiles
 from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
 from neuron_methods.plugin.seam import method_of, planned_tasks, replan, tokenizer_task, use_method
 from neuron_methods.plugin.session import MergeSession, session_of
+from neuron_methods.plugin.structure import left_over
 from neuron_methods.support.progress import progress_bar
 
 
@@ -160,9 +162,27 @@ def attach_to_planner(planner: Any) -> None:
         )
     if session is not None:
         tasks = [(weight, PlannedMergeTask(**{**dict(task), "session": session})) for weight, task in tasks]
+    else:  # mergekit's own commands; ours carry over, and say so, what they have checked
+        base = planner.config.base_model or planner.config.referenced_models()[0]
+        tasks += carried(base, left_over(planner.config, planner.arch_info, planner.options)[base])
     replan(planner, tasks)
     if session is not None:
         session.planned(planner)
+
+
+def carried(model: ModelReference, names: Iterable[str]) -> list[tuple[WeightInfo, LoadTensor]]:
+    """Plan to copy what a model stores as it is stored, whatever dtype the merge is written in.
+
+    Args:
+        model: its loader is open.
+        names: under which it stores them.
+    """
+    headers, loader = HeaderFiles(), LoaderCache().get(model)
+    dtypes = {name: str(headers.behind(loader, name).dtype).removeprefix("torch.") for name in sorted(names)}
+    return [
+        (WeightInfo(name=name, force_dtype=dtype), LoadTensor(model=model, tensor=name))
+        for name, dtype in dtypes.items()
+    ]
 
 
 def attach_to_flat_merge(config: Any, tasks: Sequence[Task], *, device: str = "cpu", quiet: bool = False) -> list[Task]:

@@ -94,6 +94,11 @@ class MergeRun:
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
 
+    def headers_of_donor(self) -> dict[str, Header]:
+        """Read the headers of all that the donor stores; models must be open."""
+        headers, loader = HeaderFiles(), LoaderCache().get(self.donor.model_copy(update={"lora": None}))
+        return {name: headers.behind(loader, name) for name in loader.index.tensor_paths}
+
     def unknown_of_base(self) -> dict[str, Header]:
         """Read the headers of what the base stores and mergekit's definition does not know; models must be open."""
         headers, loader = HeaderFiles(), LoaderCache().get(self.donor)

@@ -71,12 +71,11 @@ GET_LOADER = Private(_TASKS, "LoaderCache.get", ("model",))
 LAZY_LOADER = Private("mergekit.common", "ModelReference.lazy_loader", ("cache_dir", "lazy_unpickle"))
 RESOLVE_NAME = Private(_TASKS, "LoadTensor._resolve_name", ("loader",))
 DTYPE_FROM_NAME = Private(_TASKS, "dtype_from_name", ("name",))
-ARCHITECTURES = Private("mergekit.architecture.json_definitions", "NAME_TO_ARCH")
-TARGET_KEYS = Private("mergekit.architecture.conversion", "_expanded_target_keys", ("renamed_key", "target_patterns"))
 REFERENCED_MODELS = Private("mergekit.config", "MergeConfiguration.referenced_models")
 DONOR = Private(_MERGE, "_get_donor_model", ("merge_config", "options"))
 COPY_TOKENIZER = Private(_MERGE, "_copy_tokenizer", ("merge_config", "out_path", "options"))
-ARCHITECTURE_INFO = Private(_MERGE, "get_architecture_info", ("config", "options"))
+ARCHITECTURE_INFO = Private("mergekit.architecture", "get_architecture_info", ("config", "options"))
+ARCHITECTURE_OF_MERGE = Private(_MERGE, "get_architecture_info", ("config", "options"))
 IS_HF = Private("mergekit.card", "is_hf", ("path",))
 TQDM = Private("mergekit.tokenizer.build", "tqdm")
 FLAT_MERGE = Private(_RAW, "plan_flat_merge", ("config", "options"))
@@ -89,7 +88,7 @@ SEAM: dict[str, tuple[Private, ...]] = {
         Private("mergekit.merge_methods.base", "MergeMethod._execute", _GROUPS),
         Private("mergekit.merge_methods.base", "MergeMethod._bind_parameters", ("groups", "parameters")),
     ),
-    "mergekit.architecture": (ARCHITECTURES,),
+    "mergekit.architecture": (ARCHITECTURE_INFO,),
     _TASKS: (
         GET_LOADER,
         Private(_TASKS, "LoaderCache.loaders"),
@@ -97,11 +96,10 @@ SEAM: dict[str, tuple[Private, ...]] = {
         RESOLVE_NAME,
         DTYPE_FROM_NAME,
         LAZY_LOADER,
-        TARGET_KEYS,
     ),
     "mergekit.config": (REFERENCED_MODELS,),
     _PLAN: (PLAN, TENSORS, METHOD, TOKENIZER_TASK),
-    _MERGE: (ARCHITECTURE_INFO, DONOR, COPY_TOKENIZER, IS_HF, TQDM),
+    _MERGE: (ARCHITECTURE_OF_MERGE, DONOR, COPY_TOKENIZER, IS_HF, TQDM),
     _RAW: (FLAT_MERGE, FLAT_PARAMETERS),
 }
 
@@ -204,14 +202,9 @@ def copy_tokenizer(configuration: Any, place: str, options: Any) -> None:
     COPY_TOKENIZER.find()[2](configuration, place, options)
 
 
-def architecture_table() -> dict[str, list[Any]]:
-    """Give mergekit's table of definitions, {architecture: those that may fit}; ours are put into it."""
-    return ARCHITECTURES.find()[2]
-
-
-def expanded_target_keys(name: str, patterns: list[str]) -> set[str]:
-    """List the tensors that transformers' conversions make of one; see mergekit's function."""
-    return TARGET_KEYS.find()[2](name, patterns)
+def architecture_info(configuration: Any, options: Any) -> Any:
+    """Choose the definition of an architecture that a configuration is planned by."""
+    return ARCHITECTURE_INFO.find()[2](configuration, options)
 
 
 def models_in_order(configuration: Any) -> Iterator[Any]:

@@ -100,20 +100,18 @@ def stored_architecture(
             if own != spelled.get(path):
                 foreign.setdefault(path, {}).update(own)
     infos = []
-    for path, own in spelled.items():
+    for path in (path for path in skeleton.tensors if path in spelled):
+        own = spelled[path]
         also = [name for name in foreign.get(path, {}) if name not in own]
         (first, converted), *rest = own.items()
         if not rest and not converted:
             infos.append(_weight(skeleton, first, path, also))
         elif also:  # packed here and in parts there, or the other way round: merged as the class has it in memory
-            infos.append(_weight(skeleton, path, path, []))
+            infos.append(_weight(skeleton, path, path))
         else:
-            infos += [_weight(skeleton, name, path, []) for name in own]
-    for path in foreign.keys() - spelled.keys():
-        if not spelled.keys().isdisjoint(skeleton.tied_to(path)):
-            first, *rest = foreign[path]
-            infos.append(_weight(skeleton, first, path, rest, optional=True))
-    infos.sort(key=lambda info: dot_natural_key(info.name))
+            infos += [_weight(skeleton, name, path) for name in own]
+    if (head := skeleton.output) in foreign and head not in spelled and skeleton.tied_to(head):
+        infos.append(_weight(skeleton, *foreign[head], head))
     statistics = frozenset(name for path in skeleton.statistics for name in spelled.get(path, ()))
     return _in_modules(infos, config, statistics)
 
@@ -133,13 +131,16 @@ def _spellings(skeleton: Skeleton, names: Iterable[str]) -> dict[str, dict[str, 
     return found
 
 
-def _weight(skeleton: Skeleton, name: str, path: str, also: Iterable[str], *, optional: bool = False) -> WeightInfo:
-    partners = [member for member in skeleton.tied_to(path) if member != path]
+def _weight(skeleton: Skeleton, name: str, path: str, also: Iterable[str] = ()) -> WeightInfo:
+    group = skeleton.tied_to(path)
+    # A tied copy may be missing where its source is stored, under whichever of the names; and encoders are often saved
+    # without the pooler, which their config does not tell.
+    optional = path in group[1:] or "pooler" in path.split(".")
+    others = tuple(dict.fromkeys([*also, *(member for member in group if member != path)]))
     # mergekit 0.1.5 raises a TypeError where an optional weight has aliases; its loader takes tied names just as well.
     return WeightInfo(
         name=name,
-        aliases=None if optional else tuple(also) or None,
-        tied_names=(*also, *partners) or None if optional else None,
+        tied_names=tuple(other for other in others if other != name) or None,
         optional=optional,
         vocabulary_axis=0 if path in skeleton.vocabulary else None,
     )
@@ -148,7 +149,7 @@ def _weight(skeleton: Skeleton, name: str, path: str, also: Iterable[str], *, op
 def _in_modules(
     infos: Iterable[WeightInfo], config: PretrainedConfig, statistics: frozenset[str] = frozenset()
 ) -> ModelArchitecture:
-    """Divide tensors into modules with layers; one module where all layers lie under one prefix."""
+    """Divide tensors into modules by the layers that they lie in or beside; one where all layers have one prefix."""
     layers: dict[str, dict[int, list[WeightInfo]]] = {}
     loose = []
     for info in infos:
@@ -157,27 +158,39 @@ def _in_modules(
             loose.append(info)
         else:
             layers.setdefault(info.name[: match.start()], {}).setdefault(int(match[1]), []).append(info)
-    modules: dict[str, StoredModule] = {}
+    stacks: dict[str, tuple[tuple[WeightInfo, ...], ...]] = {}
     for prefix, found in layers.items():
-        depth = max(found) + 1
-        key = _depth_key(config, prefix, depth)
-        if key is None and len(layers) > 1:  # a list of modules that is no stack of layers
-            loose += [info for index in sorted(found) for info in found[index]]
+        if _depth_key(config, prefix, max(found) + 1) is None and len(layers) > 1:
+            loose += [info for index in sorted(found) for info in found[index]]  # a list that is no stack of layers
         else:
-            stack = tuple(tuple(found.get(index, ())) for index in range(depth))
-            modules[prefix] = StoredModule((), stack, prefix, key, statistics)
-    if len(modules) == 1:
-        (only,) = modules.values()
-        modules = {"default": StoredModule(tuple(loose), only.layers, only.prefix, only.depth_key, statistics)}
-    elif loose:
-        modules["default"] = StoredModule(tuple(loose), statistics=statistics)
+            stacks[prefix] = tuple(tuple(found.get(index, ())) for index in range(max(found) + 1))
+    modules: dict[str, StoredModule] = {}
+    for prefix, stack in stacks.items():
+        name = _module_name(prefix, stacks)
+        own = [info for info in loose if len(stacks) == 1 or info.name.startswith(f"{name}.")]
+        loose = [info for info in loose if info not in own]
+        key = _depth_key(config, prefix, len(stack))
+        modules[name] = StoredModule(tuple(own), stack, prefix, key, statistics)
+    if loose:
+        name, *more = {info.name.partition(".")[0] for info in loose}
+        modules["default" if more or name in modules else name] = StoredModule(tuple(loose), statistics=statistics)
     keys = ("vocab_size", "text_config.vocab_size")
     return ModelArchitecture(
         modules={name: ModuleDefinition(architecture=module) for name, module in modules.items()},
         architectures=list(config.architectures or []),
         model_type=config.model_type,
+        tagalong_files=["generation_config.json", "preprocessor_config.json", "processor_config.json"],
         vocab_size_config_key=next((key for key in keys if _value(config, key) is not None), None),
     )
+
+
+def _module_name(prefix: str, prefixes: Collection[str]) -> str:
+    """The shortest beginning of a prefix that tells it from the others; `default` where there are none."""
+    if len(prefixes) == 1:
+        return "default"
+    parts = prefix.split(".")
+    names = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((n for n in names if sum(p.startswith(f"{n}.") for p in prefixes) == 1), prefix)
 
 
 def _depth_key(config: PretrainedConfig, prefix: str, depth: int) -> str | None:

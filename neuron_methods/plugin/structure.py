@@ -16,17 +16,18 @@ from mergekit.architecture import (
     ConfiguredModelArchitecture,
     ConfiguredModuleArchitecture,
     ModelArchitecture,
-    WeightInfo,
 )
-from mergekit.architecture.conversion import get_checkpoint_conversion_mapping
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from neuron_methods.plugin.architectures import architecture_of_merge
-from neuron_methods.plugin.seam import expanded_target_keys
+from neuron_methods.models.headers import HeaderFiles
+from neuron_methods.models.skeleton import Skeleton, model_class
+from neuron_methods.models.verification import load_report
+from neuron_methods.plugin.architectures import known_names, spellings
+from neuron_methods.plugin.seam import architecture_info
 from neuron_methods.support.errors import UserError
 
 
@@ -54,7 +55,7 @@ def check_structure(configuration: MergeConfiguration, options: MergeOptions, na
         UserError: naming the module, the models and what differs.
     """
     try:
-        architecture = architecture_of_merge(configuration, options)
+        architecture = architecture_info(configuration, options)
     except RuntimeError as error:
         if "--allow-crimes" not in str(error):
             raise UserError(f"{name}: {error}") from None
@@ -168,11 +169,7 @@ def _check_layers(
 
 def _layer(module: ConfiguredModuleArchitecture, index: int) -> list[set[str]]:
     """The spellings of each tensor of a layer, with `{i}` for all numbers."""
-    return [{re.sub(r"\d+", "{i}", spelling) for spelling in _spellings(w)} for w in module.layer_weights(index)]
-
-
-def _spellings(weight: WeightInfo) -> set[str]:
-    return {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+    return [set(map(_numberless, spellings(w))) for w in module.layer_weights(index)]
 
 
 @dataclass(frozen=True)
@@ -201,45 +198,98 @@ def unknown_tensors(
     Raises:
         UserError: base and expert store different values under one such name, and no method would merge them.
     """
-    models = configuration.referenced_models()
-    base = configuration.base_model or models[0]
-    model_type = base.config(options.trust_remote_code).model_type
-    known = {
-        spelling
-        for model in models
-        for weight in ConfiguredModelArchitecture(
-            info=architecture, config=model.config(options.trust_remote_code)
-        ).all_weights()
-        for spelling in _spellings(weight)
-    }
+    base = configuration.base_model or configuration.referenced_models()[0]
+    _refuse_incomplete(base, options)
+    left = left_over(configuration, architecture, options)
     loader = LoaderCache().get(base)
-    of_base = sorted(n for n in set(loader.index.tensor_paths) - known if not _is_converted(n, model_type, known))
     of_experts = {}
-    for model in models:
+    for model, names in left.items():
         other = LoaderCache().get(model)
-        for name in of_base:
-            if model == base or name not in other.index.tensor_paths:
-                continue
+        for name in sorted(names & left[base]):
             if not _agree(other.get_tensor(name), loader.get_tensor(name)):
                 raise UserError(
-                    f"{model}: tensor {name} differs from that of {base}, but mergekit's definition of this "
-                    "architecture does not know it, so no method would merge it"
+                    f"{model}: tensor {name} differs from that of {base}, but the model's class does not read it, so "
+                    "no method would merge it"
                 )
-        names = set(other.index.tensor_paths) - known - set(of_base)
-        if names := sorted(n for n in names if not _is_converted(n, model_type, known)):
-            of_experts[model] = names
-    return Unknown(of_base, of_experts)
+        alone = sorted(names - left[base])
+        if model != base and not options.allow_crimes:
+            _refuse_other_layers(model, base, alone, architecture, options)
+        if alone:
+            of_experts[model] = alone
+    return Unknown(sorted(left[base]), of_experts)
 
 
-def _is_converted(name: str, model_type: str, known: set[str]) -> bool:
-    """Whether mergekit's loader makes a known tensor out of this one, by transformers' table of conversions."""
-    spellings = {name}
-    for transform in get_checkpoint_conversion_mapping(model_type) or ():
-        for spelling in list(spellings):
-            renamed, pattern = transform.rename_source_key(spelling)
-            if pattern is not None:
-                spellings |= expanded_target_keys(renamed, transform.target_patterns)
-    return not spellings.isdisjoint(known)
+def _refuse_incomplete(base: ModelReference, options: MergeOptions) -> None:
+    """Refuse a base in which its own class would miss something, as an output by what it stores would, too."""
+    config, headers = base.config(options.trust_remote_code), HeaderFiles()
+    built = model_class(config, base.model.path, trust_remote_code=options.trust_remote_code)
+    loader = LoaderCache().get(base.model_copy(update={"lora": None}))
+    if built is None or not loader.index.is_safetensors:
+        return
+    stored = {name: headers.behind(loader, name) for name in loader.index.tensor_paths}
+    # Encoders are often saved without the pooler, which their config does not tell.
+    missing = [name for name in load_report(built, config, stored).missing if "pooler" not in name.split(".")]
+    if missing:
+        raise UserError(
+            f"{base}: tensor {missing[0]} is missing from its checkpoint ({len(stored)} tensors found); the "
+            "architecture in its config.json promises it: is the checkpoint complete?"
+        )
+
+
+def left_over(
+    configuration: MergeConfiguration, architecture: ModelArchitecture, options: MergeOptions
+) -> dict[ModelReference, set[str]]:
+    """Find what each model stores and a definition does not merge, the base first; arguments as `unknown_tensors`."""
+    models = configuration.referenced_models()
+    base = configuration.base_model or models[0]
+    configs = {model: model.config(options.trust_remote_code) for model in (base, *models)}
+    known = set().union(*(known_names(architecture, config) for config in configs.values()))
+    left = {model: set(LoaderCache().get(model).index.tensor_paths) - known for model in configs}
+    built = model_class(configs[base], base.model.path, trust_remote_code=options.trust_remote_code)
+    if any(left.values()) and built is not None:
+        # Under another name, or as a part of what is merged whole, a tensor is merged all the same.
+        renamed = Skeleton.build(built, configs[base]).renamed(known.union(*left.values()))
+        merged = known | {renamed[name].path for name in known}
+        left = {model: {n for n in names if renamed[n].path not in merged} for model, names in left.items()}
+    return left
+
+
+def _refuse_other_layers(
+    model: ModelReference,
+    base: ModelReference,
+    alone: list[str],
+    architecture: ModelArchitecture,
+    options: MergeOptions,
+) -> None:
+    """Refuse an expert whose layers have what the base's lack and the expert's class reads, or lack what those have."""
+    config, stored = model.config(options.trust_remote_code), LoaderCache().get(model).index.tensor_paths
+    weights = [w for w in architecture.all_weights(config) if not w.optional and _in_layer(w.name)]
+    found = {_numberless(w.name) for w in weights if any(name in stored for name in spellings(w))}
+    lacking = sorted({_numberless(w.name) for w in weights} - found)
+    having = [name for name in alone if _in_layer(name)]
+    built = model_class(config, model.model.path, trust_remote_code=options.trust_remote_code)
+    if not (lacking or having) or built is None:
+        return
+    skeleton = Skeleton.build(built, config)
+    read = {name: new.path for name, new in skeleton.renamed(stored).items() if new.path in skeleton.tensors}
+    of_class = {_numberless(path) for path in read.values()}
+    lacking = [name for name in lacking if name not in of_class]
+    having = [_numberless(name) for name in having if name in read]
+    what = [f"have {name}, which those of {base} lack" for name in having[:1]]
+    what += [f"lack {name}, which those of {base} have" for name in lacking[:1]]
+    if what:
+        raise UserError(
+            f"{model}: its layers {' and '.join(what)}; experts must have the layout of the base they were fine-tuned "
+            "from"
+        )
+
+
+def _in_layer(name: str) -> bool:
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "{i}", name)
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:

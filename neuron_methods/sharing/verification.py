@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 from neuron_methods.adapters.verification import verify_adapter_directory
@@ -12,13 +11,12 @@ from neuron_methods.routing.routed_files import ADAPTERS, ROUTER_NAME, RoutedCon
 from neuron_methods.support.errors import UserError
 
 
-def verify_directory(place: Path, *, trust_remote_code: bool = False, unread: Collection[str] = ()) -> Verified:
+def verify_directory(place: Path, *, trust_remote_code: bool = False) -> Verified:
     """Make sure that a directory is complete, by headers and configs alone.
 
     Args:
         place: what a merge, a route, an export or somebody else's command has written.
         trust_remote_code: whether custom code may be run to build a model's class.
-        unread: of a model, stored names that its class need not read.
 
     Returns:
         What was found.
@@ -31,7 +29,7 @@ def verify_directory(place: Path, *, trust_remote_code: bool = False, unread: Co
     if is_routed(place):
         return _verify_routed(place)
     if (place / "config.json").exists():
-        return verify_model(place, trust_remote_code=trust_remote_code, unread=unread)
+        return verify_model(place, trust_remote_code=trust_remote_code)
     if (place / "adapter_config.json").exists():
         return verify_adapter_directory(place, trust_remote_code=trust_remote_code)
     raise UserError(f"{place}: holds no model (config.json), no adapter (adapter_config.json) and no routed model")

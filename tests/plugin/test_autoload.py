@@ -349,12 +349,12 @@ def test_pth_is_the_documented_code():
     [
         ("mergekit.common", []),
         ("mergekit.merge_methods", ["register_methods"]),
-        ("mergekit.architecture", ["register_architectures"]),
-        ("mergekit.io.tasks", ["register_architectures", "patch_loaders"]),
-        ("mergekit.plan", ["register_methods", "register_architectures", "patch_loaders", "patch_planner"]),
+        ("mergekit.architecture", ["patch_architectures"]),
+        ("mergekit.io.tasks", ["patch_architectures", "patch_loaders"]),
+        ("mergekit.plan", ["register_methods", "patch_architectures", "patch_loaders", "patch_planner"]),
         (
             "mergekit.scripts.merge_raw_pytorch",
-            ["register_methods", "register_architectures", "patch_loaders", "patch_raw_merge"],
+            ["register_methods", "patch_architectures", "patch_loaders", "patch_raw_merge"],
         ),
     ],
 )
@@ -398,7 +398,7 @@ def test_switched_off(site):
 
 def test_arm_by_hand_when_switched_off(site):
     code = "import mergekit.plan\nfrom neuron_methods._autoload import arm\narm(); arm()\nreport = sys.our_calls"
-    expected = ["register_methods", "register_architectures", "patch_loaders", "patch_planner"]
+    expected = ["register_methods", "patch_architectures", "patch_loaders", "patch_planner"]
     assert run_python(site, code, MERGEKIT_NEURON_AUTOLOAD="0") == expected
 
 
