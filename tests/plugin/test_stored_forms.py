@@ -116,7 +116,7 @@ def test_integer_buffers_are_copied_where_they_agree(workspace):
         assert tensor.dtype == torch.int64
         assert torch.equal(tensor, torch.arange(5)[None])
     edit(folder / "expert-b", lambda tensors: tensors.update({name: torch.arange(5)[None] + 1}))
-    with pytest.raises(UserError, match=f"{name}: the model's class does not read it"):
+    with pytest.raises(UserError, match=f"expert-b: tensor {name} differs from that of base"):
         merge()
 
 
