@@ -149,8 +149,9 @@ class Skeleton:
 
     @cached_property
     def statistics(self) -> set[str]:
-        """Paths of persistent buffers, such as a batch norm's running mean: measured, not learned."""
-        return set(self.tensors) - set(self.parameters)
+        """Paths of what norms over a batch measure, and nobody learns: running means and variances, counts."""
+        norms = ((path, m) for path, m in self.modules.items() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
+        return {f"{path}.{name}" for path, module in norms for name, _ in module.named_buffers(recurse=False)}
 
     def tied_to(self, path: str) -> tuple[str, ...]:
         """Paths of all parameters that are one with this one, itself included; empty if it stands alone."""

@@ -6,6 +6,7 @@ and says what is missing, unexpected or of another shape. No weights are read, a
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,13 +65,28 @@ def load_report(model: type, config: PretrainedConfig, headers: Mapping[str, Hea
                 output_loading_info=True,
             )
         except Exception as error:  # whatever building the class of a foreign config raises
-            raise UserError(f"{model.__name__} cannot be built from this config: {first_line(error)}") from error
+            if "conversion of the weights" not in str(error):
+                raise UserError(f"{model.__name__} cannot be built from this config: {first_line(error)}") from error
+            return LoadReport(errors=[_what_does_not_fit(Skeleton.build(model, config), headers)])
     return LoadReport(
         missing=sorted(found["missing_keys"]),
         unexpected=sorted(found["unexpected_keys"]),
         mismatched=sorted((name, tuple(has), tuple(wants)) for name, has, wants in found["mismatched_keys"]),
         errors=[str(error) for error in found["error_msgs"]],
     )
+
+
+def _what_does_not_fit(skeleton: Skeleton, headers: Mapping[str, Header]) -> str:
+    """Name the parts of a packed parameter that differ in number, as where an expert of a mixture is missing."""
+    parts: dict[str, Counter[str]] = {}
+    for name, new in skeleton.renamed(headers).items():
+        if new.converted:
+            parts.setdefault(new.path, Counter())[re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name)] += 1
+    for path, counts in parts.items():
+        if len(set(counts.values())) > 1:
+            few, many = min(counts, key=counts.__getitem__), max(counts.values())
+            return f"of {few} it has {counts[few]}, and {path} needs {many}: some are missing"
+    return "tensors that it packs into one are of different shapes"
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ def verify_model(
             f"({len(report.mismatched)} such); merge or download it again"
         )
     if report.errors:
-        raise UserError(f"{place}: transformers cannot convert its weights: {report.errors[0]}")
+        raise UserError(f"{place}: transformers cannot load its weights: {report.errors[0]}")
     left = [name for name in report.unexpected if name not in excused.unexpected]
     if left:
         raise UserError(

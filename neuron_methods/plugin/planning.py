@@ -34,6 +34,7 @@ from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
 from neuron_methods.plugin.seam import method_of, planned_tasks, replan, tokenizer_task, use_method
 from neuron_methods.plugin.session import MergeSession, session_of
+from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import left_over
 from neuron_methods.support.progress import progress_bar
 
@@ -88,6 +89,7 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
     session: MergeSession | None = None
     copy_of: LoadTensor | None = None
     entries: int | None = None
+    average: bool = False
 
     def arguments(self) -> dict[str, Task]:
         """Ask for the tensors, and for the merge where the method is ours; only for a base that is to be copied."""
@@ -114,6 +116,8 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
             with self.session.merging(self.output_weight.name, {self.copy_of.model: base}) as inspect:
                 return inspect(base)
         assert tensors is not None
+        if self.average:
+            return _mean_of_statistics({m: t for m, t in tensors.items() if m != self.base_model} or tensors)
         task = self
         if prepared is not None:
             parameters = ImmutableMap({**dict(self.parameters.items()), PREPARED: prepared})
@@ -122,6 +126,14 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
             return ExecuteMergeMethodTask.execute(task, tensors=tensors)
         with self.session.merging(self.output_weight.name, tensors) as inspect:
             return inspect(ExecuteMergeMethodTask.execute(task, tensors=tensors))
+
+
+def _mean_of_statistics(tensors: Mapping[Hashable, Tensor]) -> Tensor:
+    """The mean of what was measured; of counts the first."""
+    first = next(iter(tensors.values()))
+    if not first.is_floating_point():
+        return first
+    return torch.stack([tensor.float() for tensor in tensors.values()]).mean(0).to(first.dtype)
 
 
 def configure_planner(planner: Any) -> None:
@@ -145,6 +157,10 @@ def attach_to_planner(planner: Any) -> None:
     tasks = [(w, _with_adapters(adapters, method, w, task)) for w, task in planned_tasks(planner)]
     if adapters.unties([weight for weight, _ in tasks]):
         planner.out_model_config.tie_word_embeddings = False
+    # A batch norm's running mean is no weight: no method has anything to say of it.
+    measured = statistics_of(planner.arch_info)
+    statistics = [(w, PlannedMergeTask(**{**dict(t), "average": True})) for w, t in tasks if w.name in measured]
+    tasks = [(w, t) for w, t in tasks if w.name not in measured]
     if isinstance(method, PlannedMethod):
         # `dtype` would round inputs before their difference is taken. Our methods compute in float32 from the stored
         # dtype whatever is written, so `dtype` can only mean the dtype of the output.
@@ -160,6 +176,7 @@ def attach_to_planner(planner: Any) -> None:
             tokenizer_task=tokenizer_task(planner),
             model=ModelFacts(planner.out_model_config),
         )
+    tasks = [*tasks, *statistics]
     if session is not None:
         tasks = [(weight, PlannedMergeTask(**{**dict(task), "session": session})) for weight, task in tasks]
     else:  # mergekit's own commands; ours carry over, and say so, what they have checked

@@ -21,6 +21,7 @@ from neuron_methods.plugin.patches import arm
 from neuron_methods.plugin.preflight import MergePlan, inspect_plan
 from neuron_methods.plugin.seam import any_dtype_name, models_in_order, quiet_mergekit
 from neuron_methods.plugin.session import MergeSession, SessionOptions
+from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import Unknown, check_structure, unknown_tensors
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models
 from neuron_methods.support.errors import UserError
@@ -90,6 +91,8 @@ class MergeRun:
             UserError: a tensor is missing or does not fit, or no method would merge what a model stores.
         """
         self.plan = inspect_plan(planner)
+        if measured := sorted(statistics_of(self.architecture)):
+            self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
         self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
