@@ -12,7 +12,7 @@ EPILOG = """\b
 Examples:
   mergekit-neuron verify ./merged
   mergekit-neuron verify ./adapter
-  mergekit-neuron verify ~/.cache/huggingface/hub/models--me--my-merge/snapshots/main --trust-remote-code
+  mergekit-neuron verify ./one ./other --trust-remote-code
 
 \b
 The class that config.json names is built without weights, and transformers says what it would make of what is stored,
