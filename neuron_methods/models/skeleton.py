@@ -153,6 +153,24 @@ class Skeleton:
         norms = ((path, m) for path, m in self.modules.items() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
         return {f"{path}.{name}" for path, module in norms for name, _ in module.named_buffers(recurse=False)}
 
+    @cached_property
+    def body(self) -> Skeleton:
+        """The class's own backbone, such as the `ViTModel` of a ViT that classifies; this one, if it is a backbone."""
+        own = self.model.base_model
+        return self if own is self.model else Skeleton(own)
+
+    def in_body(self, path: str) -> str | None:
+        """Give the path that a tensor of this class has within `body`; None for one of a head.
+
+        Args:
+            path: in `tensors`. Of tied parameters each stands for the first, and none of them is a head's if one lies
+                within the backbone.
+        """
+        prefix = "" if self.body is self else f"{self.model.base_model_prefix}."
+        alike = self.tied_to(path) or (path,)
+        within = next((name.removeprefix(prefix) for name in alike if name.startswith(prefix)), None)
+        return within and next(iter(self.body.tied_to(within)), within)
+
     def tied_to(self, path: str) -> tuple[str, ...]:
         """Paths of all parameters that are one with this one, itself included; empty if it stands alone."""
         return next((group for group in self.ties if path in group), ())

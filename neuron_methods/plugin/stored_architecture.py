@@ -9,7 +9,7 @@ Here the tensors are those that the base stores, each under its stored name, as 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,12 @@ class StoredModule(ModuleArchitecture):
     Attributes:
         loose: tensors outside the layers.
         layers: per layer of the base, its tensors.
-        prefix: of the layers, such as `model.layers`; "" for a module without any.
         depth_key: the config's key for the number of layers, None where it has none.
         statistics: names of tensors that were measured and not learned, such as a batch norm's running mean.
     """
 
     loose: tuple[WeightInfo, ...]
     layers: tuple[tuple[WeightInfo, ...], ...] = ()
-    prefix: str = ""
     depth_key: str | None = None
     statistics: frozenset[str] = frozenset()
 
@@ -60,8 +58,7 @@ class StoredModule(ModuleArchitecture):
         """List what layer `index` holds; one beyond the base's is laid out like its last."""
         if index < len(self.layers):
             return list(self.layers[index])
-        last = len(self.layers) - 1
-        return [_renumbered(info, self.prefix, last, index) for info in self.layers[last]]
+        return [_renumbered(info, index) for info in self.layers[-1]]
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
         """List nothing: all loose tensors come before the layers."""
@@ -81,6 +78,7 @@ def stored_architecture(
     skeleton: Skeleton | None,
     base: Collection[str],
     others: Iterable[Collection[str]] = (),
+    written: Callable[[str], str] = str,
 ) -> ModelArchitecture:
     """Define an architecture by what a merge's models store.
 
@@ -90,6 +88,7 @@ def stored_architecture(
         base: the names that the base stores; the output spells its tensors like them.
         others: the names that each other model stores. What they spell otherwise is read under their own names; a
             head that they alone store, as the base ties it, becomes optional.
+        written: how the output spells a tensor, given how the base does.
     """
     if skeleton is None:
         return _in_modules([WeightInfo(name=name) for name in sorted(base, key=dot_natural_key)], config)
@@ -105,11 +104,11 @@ def stored_architecture(
         also = [name for name in foreign.get(path, {}) if name not in own]
         (first, converted), *rest = own.items()
         if not rest and not converted:
-            infos.append(_weight(skeleton, first, path, also))
+            infos.append(_weight(skeleton, written(first), path, [first, *also]))
         elif also:  # packed here and in parts there, or the other way round: merged as the class has it in memory
             infos.append(_weight(skeleton, path, path))
         else:
-            infos += [_weight(skeleton, name, path) for name in own]
+            infos += [_weight(skeleton, written(name), path, [name]) for name in own]
     if (head := skeleton.output) in foreign and head not in spelled and skeleton.tied_to(head):
         infos.append(_weight(skeleton, *foreign[head], head))
     statistics = frozenset(name for path in skeleton.statistics for name in spelled.get(path, ()))
@@ -170,7 +169,7 @@ def _in_modules(
         own = [info for info in loose if len(stacks) == 1 or info.name.startswith(f"{name}.")]
         loose = [info for info in loose if info not in own]
         key = _depth_key(config, prefix, len(stack))
-        modules[name] = StoredModule(tuple(own), stack, prefix, key, statistics)
+        modules[name] = StoredModule(tuple(own), stack, key, statistics)
     if loose:
         name, *more = {info.name.partition(".")[0] for info in loose}
         modules["default" if more or name in modules else name] = StoredModule(tuple(loose), statistics=statistics)
@@ -207,9 +206,9 @@ def _value(config: Any, key: str) -> Any:
     return config
 
 
-def _renumbered(info: WeightInfo, prefix: str, old: int, new: int) -> WeightInfo:
+def _renumbered(info: WeightInfo, layer: int) -> WeightInfo:
     def changed(names: Iterable[str] | None) -> tuple[str, ...] | None:
-        return names and tuple(name.replace(f"{prefix}.{old}.", f"{prefix}.{new}.", 1) for name in names)
+        return names and tuple(_LAYER.sub(f".{layer}.", name, count=1) for name in names)
 
     (name,) = changed((info.name,)) or ()
     return info.model_copy(

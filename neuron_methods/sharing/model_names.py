@@ -17,7 +17,7 @@ from mergekit.config import MergeConfiguration
 
 from neuron_methods.models.reference import looks_local
 from neuron_methods.plugin.seam import models_in_order
-from neuron_methods.sharing.local_names import components, local_names
+from neuron_methods.support.local_names import components, local_names
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ABSOLUTE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:\\|/)[^\s'\"#,;()\[\]{}<>]*[/\\][^\s'\"#,;()\[\]{}<>]*")

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 import neuron_methods
-from neuron_methods.sharing.local_names import local_names
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.local_names import local_names
 from neuron_methods.support.text import did_you_mean
 
 

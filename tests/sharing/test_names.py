@@ -3,8 +3,8 @@
 import yaml
 from mergekit.config import MergeConfiguration
 
-from neuron_methods.sharing.local_names import local_names
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
+from neuron_methods.support.local_names import local_names
 
 SOURCE = """# experts from /home/me/secret/notes.txt, see https://example.org/a/b
 merge_method: min_merging
