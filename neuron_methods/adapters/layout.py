@@ -13,6 +13,7 @@ from torch import Tensor
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.adapters.keys import AdaptedModule, sort_keys
 from neuron_methods.adapters.loader import BaseCheckpoint
+from neuron_methods.adapters.own_head import OwnHead, find_own_head
 from neuron_methods.adapters.updates import Dora, Layout, LowRank, Replacement, Rows, Shift, Step, TensorUpdate
 from neuron_methods.adapters.weights_file import AdapterWeights
 from neuron_methods.support.errors import UserError
@@ -55,10 +56,12 @@ class AdapterLayout:
     Attributes:
         updates: {name of a tensor: what is done to it}.
         untied: {tensor the base does not store: tensor it is tied to there}, for what the adapter unties.
+        head: that it brings along.
     """
 
     updates: dict[str, TensorUpdate]
     untied: dict[str, str]
+    head: OwnHead | None = None
 
 
 def lay_out(config: AdapterConfig, file: AdapterWeights, base: BaseCheckpoint) -> AdapterLayout:
@@ -88,13 +91,20 @@ class _Builder:
         modules, replaced = sort_keys(self.file.shapes)
         if not modules and not replaced:
             raise UserError(f"{self.file.where}: holds no tensors; save the adapter again")
+        head = self._own_head(replaced)
+        replaced = {path: key for path, key in replaced.items() if head is None or path not in head.keys}
         self._refuse_missing(modules, replaced)
         for parameter, key in replaced.items():
             self._replace(self._find(parameter), key)
         for module in modules:
             self._adapt(module)
         updates = {name: TensorUpdate(tuple(steps), self.origins[name]) for name, steps in self.steps.items()}
-        return AdapterLayout(updates, self.untied)
+        return AdapterLayout(updates, self.untied, head)
+
+    def _own_head(self, replaced: Mapping[str, str]) -> OwnHead | None:
+        located = {path: self._locate(path) for path in replaced}
+        misfits = {p: key for p, key in replaced.items() if not (at := located[p]) or at.shape != self.file.shapes[key]}
+        return find_own_head(self.config, self.file, self.names.config, misfits) if misfits else None
 
     # --------------------------------------------------------------------------------- finding the base's tensors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuron_methods.adapters.checkpoint_names import StoredNames
+from neuron_methods.adapters.own_head import OwnHead
 from neuron_methods.adapters.updates import TensorUpdate
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.support.errors import UserError
@@ -62,25 +63,39 @@ class AdapterLoader:
         updates: {tensor: what the adapter does to it}.
         untied: {tensor the base does not store: tensor it is tied to there}.
         base: the base's checkpoint, shared.
+        head: that the adapter brings along, the base having none or one of another size.
     """
 
     def __init__(
-        self, base: BaseCheckpoint, updates: Mapping[str, TensorUpdate], untied: Mapping[str, str], where: str
+        self,
+        base: BaseCheckpoint,
+        updates: Mapping[str, TensorUpdate],
+        untied: Mapping[str, str],
+        where: str,
+        head: OwnHead | None = None,
     ) -> None:
         self.base = base
         self.updates = updates
         self.untied = untied
         self.where = where
+        self.head = head
         self.lock = threading.Lock()
         stored = base.loader.index
         paths = {**stored.tensor_paths, **{new: stored.tensor_paths[old] for new, old in untied.items()}}
+        # mergekit asks for the file of each tensor, and none of the base's holds the head.
+        paths |= dict.fromkeys(self.head_names, next(iter(stored.tensor_paths.values())))
         self.index = ShardedTensorIndex(stored.base_path, stored.is_safetensors, paths, stored.shards)
         for name in updates:
             self._check_dtype(self.origin(name))
 
     def touches(self, name: str) -> bool:
         """Tell whether the adapter changes this tensor, or stores it where the base does not."""
-        return name in self.updates or name in self.untied
+        return name in self.updates or name in self.untied or name in self.head_names
+
+    @property
+    def head_names(self) -> Collection[str]:
+        """Names of the tensors of the head that the adapter brings along."""
+        return self.head.keys if self.head is not None else ()
 
     def origin(self, name: str) -> str:
         """Name what the base stores and this tensor starts from."""
@@ -90,6 +105,8 @@ class AdapterLoader:
 
     def header(self, name: str) -> Header:
         """Tell shape and dtype of what `get_tensor` returns, without reading it."""
+        if self.head is not None and name in self.head.keys:
+            return self.head.header(name)
         header = self.base.header(self.origin(name))
         return Header(header.shape, torch.float32) if name in self.updates else header
 
@@ -114,6 +131,8 @@ class AdapterLoader:
         """Read or form one tensor; see mergekit's `LazyTensorLoader.get_tensor`."""
         if key not in self.index.tensor_paths:
             key = next((alias for alias in aliases or () if alias in self.index.tensor_paths), key)
+        if self.head is not None and key in self.head.keys:
+            return self.head.tensor(key).to(device)
         update = self.updates.get(key)
         if update is not None:
             return update.weights(lambda: self.base.tensor(update.origin, device), device)

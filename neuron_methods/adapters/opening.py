@@ -46,6 +46,6 @@ def open_adapter(
         except NeedsPeft as error:
             reason = str(error)
         else:
-            return AdapterLoader(base, layout.updates, layout.untied, str(model.lora))
+            return AdapterLoader(base, layout.updates, layout.untied, str(model.lora), layout.head)
     path, revision = model.model.path, model.model.revision
     return merge_with_peft(config, directory, base, path, revision, reason, trust_remote_code)

@@ -19,6 +19,7 @@ Examples:
   mergekit-neuron merge merge.yaml ./merged --dry-run
   mergekit-neuron merge merge.yaml ./merged --device auto --profile-out thresholds.json
   mergekit-neuron merge merge.yaml ./merged --force --out-shard-size 1B
+  mergekit-neuron merge merge.yaml ./merged --head keep
   mergekit-neuron merge merge.yaml ./adapter --as-adapter --energy 0.99
   mergekit-neuron merge merge.yaml ./merged --report --push-to-hub me/my-merge --private
 
@@ -89,6 +90,12 @@ def _sharpened(command: click.Command) -> click.Command:
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new output is verified.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and what parameters resolve to; write nothing.")
 @click.option("--profile-out", type=click.Path(dir_okay=False), help="Write trim thresholds and sigma to this JSON.")
+@click.option(
+    "--head",
+    metavar="base|EXPERT|drop|keep",
+    help="Merge the bodies alone; the output has the base's head, an EXPERT's (a model as in CONFIG, or the last part "
+    "of its path), or none (drop); keep: none, and each expert's goes into OUT/heads.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where a model holds NaN or Inf; they may reach OUT.")
 @click.option("--as-adapter", is_flag=True, help="Write the merged update as a LoRA adapter on base_model.")
 @click.option(
@@ -121,6 +128,7 @@ def merge(
     force: bool,
     dry_run: bool,
     profile_out: str | None,
+    head: str | None,
     allow_nonfinite: bool,
     as_adapter: bool,
     rank: int | None,
@@ -140,13 +148,18 @@ def merge(
     for name, value in (("--rank", rank), ("--energy", energy), ("--adapter-dtype", adapter_dtype)):
         if value is not None and not as_adapter:
             raise click.UsageError(f"{name} goes with --as-adapter")
+    if as_adapter and head not in (None, "base"):
+        raise click.UsageError(
+            f"--head {head} does not go with --as-adapter: an adapter changes the weights of its base, not its class "
+            "or its labels; --head base leaves the base's head as it is"
+        )
     from neuron_methods.plugin.describe import describe_plan
     from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 
     options = _options(merge_options)
     source = read_text(config)
     if dry_run:
-        click.echo(describe_plan(plan_merge(source, options=options, config_name=config)))
+        click.echo(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
         return
     from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
     from neuron_methods.plugin.output import ModelOutput
@@ -164,6 +177,7 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         profile_out=profile_out,
         config_name=config,
+        head=head,
         witness=merge_witness(Extras(report=report, evaluation=evaluation)),
     )
     if not options.quiet:

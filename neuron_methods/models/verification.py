@@ -6,6 +6,7 @@ and says what is missing, unexpected or of another shape. No weights are read, a
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -42,13 +43,14 @@ class LoadReport:
     errors: list[str] = field(default_factory=list)
 
 
-def load_report(model: type, config: PretrainedConfig, headers: Mapping[str, Header]) -> LoadReport:
+def load_report(model: type, config: PretrainedConfig, headers: Mapping[str, Header], **built: Any) -> LoadReport:
     """Ask transformers what it would make of tensors with these headers.
 
     Args:
         model: class of transformers, or of custom code.
         config: its config.
         headers: stored name -> header.
+        built: what else the class is built with.
 
     Raises:
         UserError: the class cannot be built from this config.
@@ -63,6 +65,7 @@ def load_report(model: type, config: PretrainedConfig, headers: Mapping[str, Hea
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **built,
             )
         except Exception as error:  # whatever building the class of a foreign config raises
             if "conversion of the weights" not in str(error):
@@ -135,7 +138,11 @@ def verify_model(
     if checked is not None:
         return Verified("model", len(headers), "its index and headers", [checked])
     model = model_class(config, place, trust_remote_code=trust_remote_code)
-    report = load_report(model, config, headers)
+    report, poolerless = load_report(model, config, headers), []
+    if report.missing and all("pooler" in name.split(".") for name in report.missing) and _pools_on_request(model):
+        # As a class with a head builds its backbone; no config says so.
+        report = load_report(model, config, headers, add_pooling_layer=False)
+        poolerless = [f"its pooler is not stored; load it with add_pooling_layer=False, or {architecture} makes one up"]
     excused = LoadReport() if like is None else load_report(model, config, like)
     missing = [name for name in report.missing if name not in excused.missing]
     if missing:
@@ -157,7 +164,7 @@ def verify_model(
             f"{place}: {architecture} reads {len(left)} of its tensors nowhere: {listed(left)}; does its config.json "
             "name another class than the one that wrote them?"
         )
-    notes = _check_dtype(place, config, headers)
+    notes = poolerless + _check_dtype(place, config, headers)
     pair = untied(place, Skeleton.build(model, config), headers) if stem.endswith(".safetensors") else None
     if pair is not None:
         raise UserError(
@@ -167,6 +174,10 @@ def verify_model(
     if report.missing:
         notes.append(f"missing, as in the base, so that transformers makes it up: {listed(report.missing)}")
     return Verified("model", len(headers), f"{architecture} of transformers {transformers.__version__}", notes)
+
+
+def _pools_on_request(model: type) -> bool:
+    return "add_pooling_layer" in inspect.signature(model).parameters
 
 
 def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]:

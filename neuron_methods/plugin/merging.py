@@ -110,6 +110,7 @@ def merge_to_directory(
     allow_nonfinite: bool = False,
     profile_out: str | None = None,
     config_name: str = "the configuration",
+    head: str | None = None,
     witness: MergeWitness | None = None,
 ) -> MergeSummary:
     """Run any mergekit configuration and leave a complete, verified directory, or nothing.
@@ -124,6 +125,7 @@ def merge_to_directory(
         allow_nonfinite: go on where an input holds NaN or Inf.
         profile_out: JSON file for thresholds and σ (`neuro_merging`).
         config_name: file name for messages.
+        head: what becomes of the models' heads; see `heads.heads_of_merge`.
         witness: writes the card, and more; without one mergekit's own card is written.
 
     Returns:
@@ -134,7 +136,7 @@ def merge_to_directory(
     """
     started = time.perf_counter()
     output = output or ModelOutput()
-    run = MergeRun(config_source, config_name, options)
+    run = MergeRun(config_source, config_name, options, head)
     target = check_target(out_path, force, run.paths_read())
     profile_place = _profile_place(profile_out, target)
     output.configure(run)
@@ -183,14 +185,18 @@ def merge_to_directory(
 
 
 def plan_merge(
-    config_source: str, *, options: MergeOptions | None = None, config_name: str = "the configuration"
+    config_source: str,
+    *,
+    options: MergeOptions | None = None,
+    config_name: str = "the configuration",
+    head: str | None = None,
 ) -> MergePlan:
     """Plan a merge into a model, with every check that needs no tensor data; nothing is written.
 
     Raises:
         UserError: what the merge itself would refuse before it starts.
     """
-    run, output = MergeRun(config_source, config_name, options), ModelOutput()
+    run, output = MergeRun(config_source, config_name, options, head), ModelOutput()
     run.plan_only(lambda planner: output.plan(run, planner))
     return run.plan
 

@@ -14,6 +14,7 @@ from neuron_methods.models.verification import correct_config, verify_model
 from neuron_methods.plugin.planning import carried
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_mergekit, replan
+from neuron_methods.plugin.session import session_of
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import is_disk_full, read_object
@@ -90,7 +91,11 @@ class ModelOutput(Output):
             header = headers[weight.name]
             run.plan.tensors.append((weight, {run.donor: header}, header.bytes))
             run.plan.carried.append(weight.name)
-        replan(planner, [*planned_tasks(planner), *copied])
+        heads = []
+        if run.heads is not None:
+            dtype = planner.config.out_dtype or planner.config.dtype
+            heads = run.heads.tasks(run.plan, dtype, session_of(planner.options))
+        replan(planner, [*planned_tasks(planner), *copied, *heads])
         if copied:
             names = listed(run.plan.carried)
             run.plan.notes.insert(
@@ -128,7 +133,13 @@ class ModelOutput(Output):
                 shutil.copy(place / name, staging / name)
 
     def finish(self, run: MergeRun, staging: Path) -> None:
-        """Let config.json say what was written: the dtype, and a head that is no longer the embedding."""
+        """Let config.json say what was written, and write the heads that are kept.
+
+        Raises:
+            UserError: a head that is kept is not sound.
+        """
+        if run.heads is not None:
+            run.heads.write(staging)
         if run.options.safe_serialization:
             run.plan.notes += correct_config(staging, trust_remote_code=run.options.trust_remote_code)
 
@@ -139,7 +150,7 @@ class ModelOutput(Output):
             found = verify_model(
                 staging,
                 trust_remote_code=run.options.trust_remote_code,
-                like=run.headers_of_donor(),
+                like=run.headers_of_donor() if run.heads is None else None,
                 stem="model.safetensors" if run.options.safe_serialization else "pytorch_model.bin",
             )
         except UserError as error:

@@ -121,8 +121,11 @@ def patch_architectures() -> None:
 def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:
     def get_architecture_info(config: Any, options: Any) -> Any:
         from neuron_methods.plugin.architectures import architecture_of_merge
+        from neuron_methods.plugin.session import session_of
 
-        return architecture_of_merge(config, options, own)
+        session = session_of(options)
+        chosen = session.architecture if session is not None else None
+        return chosen or architecture_of_merge(config, options, own)
 
     return get_architecture_info
 

@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.heads import Heads, heads_of_merge
 from neuron_methods.plugin.inputs import opened_models
 from neuron_methods.plugin.patches import arm
 from neuron_methods.plugin.preflight import MergePlan, inspect_plan
@@ -29,6 +30,15 @@ from neuron_methods.support.text import first_line, listed
 
 # The YAML of a merge, beside its output.
 CONFIG_NAME = "mergekit_config.yml"
+
+
+_HEAD_COMMENT = "# mergekit-neuron merge --head "
+
+
+def _recorded_head(source: str) -> str | None:
+    """What was chosen for the heads of a merge whose YAML is on record, see `MergeRun.recorded`."""
+    first = source.partition("\n")[0]
+    return first.removeprefix(_HEAD_COMMENT).strip() if first.startswith(_HEAD_COMMENT) else None
 
 
 class _PlanOnly(Exception):
@@ -45,10 +55,11 @@ class MergeRun:
         options: mergekit's.
         builds_tokenizer: whether mergekit makes the output's tokenizer out of the models'.
         plan: what will be done, as far as it is known.
+        heads: what becomes of heads that the method does not merge; None where there are none, or models not open.
     """
 
-    def __init__(self, source: str, name: str, options: MergeOptions | None = None) -> None:
-        """Read the YAML.
+    def __init__(self, source: str, name: str, options: MergeOptions | None = None, head: str | None = None) -> None:
+        """Read the YAML; `head` is as in `heads.heads_of_merge`.
 
         Raises:
             UserError: it cannot mean a merge, or mergekit is of a release that this package does not fit.
@@ -60,7 +71,17 @@ class MergeRun:
         self.options = options or MergeOptions()
         self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
         self.plan = MergePlan(self.configuration.merge_method, None, self.options.out_shard_size)
+        self.heads: Heads | None = None
+        self._head = head or _recorded_head(source)
+        self._notes: list[str] = []
         self._unknown = Unknown([], {})
+
+    @property
+    def recorded(self) -> str:
+        """The YAML for the record, with what was chosen for the heads as a comment, by which it can be merged again."""
+        if self._head is None or _recorded_head(self.source):
+            return self.source
+        return f"{_HEAD_COMMENT}{self._head}\n{self.source}"
 
     @property
     def donor(self) -> ModelReference:
@@ -81,7 +102,9 @@ class MergeRun:
             UserError: a model is not there, cannot be read, or is not like the others.
         """
         with opened_models(self.configuration, self.options):
-            self.architecture = check_structure(self.configuration, self.options, self.name)
+            self.heads, self._notes = heads_of_merge(self.configuration, self.options, self._head, self.name)
+            planned = self.heads.architecture if self.heads is not None else None
+            self.architecture = check_structure(self.configuration, self.options, self.name, planned)
             yield
 
     def inspect(self, planner: Any) -> None:
@@ -93,6 +116,9 @@ class MergeRun:
         self.plan = inspect_plan(planner)
         if measured := sorted(statistics_of(self.architecture)):
             self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
+        self.plan.notes += self._notes
+        if self.heads is not None:  # what it does not merge is accounted for
+            return
         self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
@@ -117,6 +143,7 @@ class MergeRun:
         # A chat template goes with a tokenizer: the one mergekit builds, or the one `ModelOutput.begin` has copied.
         template = self.configuration.chat_template if self.builds_tokenizer else None
         configuration = self.configuration.model_copy(deep=True, update={"chat_template": template})
+        session.architecture = self.architecture
         options = SessionOptions.of(self.options.model_copy(update=update), session)
         try:
             with quiet_mergekit(), any_dtype_name():
@@ -149,7 +176,7 @@ class MergeRun:
         """Write mergekit's README.md and the YAML, unless the options say not to."""
         if not self.options.write_model_card:
             return
-        card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.source.strip(), name=name)
+        card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.recorded.strip(), name=name)
         card = card.replace("library_name: transformers", f"library_name: {library}")
         (staging / "README.md").write_text(card, encoding="utf-8")
-        (staging / CONFIG_NAME).write_text(self.source, encoding="utf-8")
+        (staging / CONFIG_NAME).write_text(self.recorded, encoding="utf-8")

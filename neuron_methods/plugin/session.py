@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from mergekit.architecture.base import ModelArchitecture
 from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +34,7 @@ class MergeSession:
         on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
         allow_nonfinite: go on where a tensor holds NaN or Inf.
         quiet: no progress bars.
+        architecture: that mergekit is to plan by, where it has been chosen.
         prepared: the merge by a method of ours, None for mergekit's own methods.
         planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
         nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
@@ -42,6 +44,7 @@ class MergeSession:
     on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
     allow_nonfinite: bool = False
     quiet: bool = False
+    architecture: ModelArchitecture | None = None
     prepared: PreparedMerge | None = None
     planned_tensors: int = 0
     nonfinite: list[str] = field(default_factory=list)

@@ -40,22 +40,25 @@ class _Part:
     stop: int
 
 
-def check_structure(configuration: MergeConfiguration, options: MergeOptions, name: str) -> ModelArchitecture:
+def check_structure(
+    configuration: MergeConfiguration, options: MergeOptions, name: str, architecture: ModelArchitecture | None = None
+) -> ModelArchitecture:
     """Make sure that modules, layers and layouts of the models fit each other; their loaders must be open.
 
     Args:
         configuration: as read, not yet normalised by mergekit's planner.
         options: mergekit's.
         name: of the YAML, for messages.
+        architecture: that the merge is planned by, where that is decided.
 
     Returns:
-        mergekit's definition of the architecture.
+        The definition of the architecture.
 
     Raises:
         UserError: naming the module, the models and what differs.
     """
     try:
-        architecture = architecture_info(configuration, options)
+        architecture = architecture or architecture_info(configuration, options)
     except RuntimeError as error:
         if "--allow-crimes" not in str(error):
             raise UserError(f"{name}: {error}") from None

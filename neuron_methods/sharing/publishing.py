@@ -66,8 +66,8 @@ def merge_witness(extras: Extras | None = None) -> MergeWitness:
         if not run.options.write_model_card:
             return []
         options = CardOptions(section, evaluation, cache_dir=run.options.transformers_cache)
-        card = make_card(run.configuration, run.source, name, staging, options)
-        (staging / CONFIG_NAME).write_text(run.source, encoding="utf-8")
+        card = make_card(run.configuration, run.recorded, name, staging, options)
+        (staging / CONFIG_NAME).write_text(run.recorded, encoding="utf-8")
         (staging / "README.md").write_text(card.text, encoding="utf-8")
         return card.warnings
 
