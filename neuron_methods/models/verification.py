@@ -18,12 +18,15 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from neuron_methods.models.headers import Header, open_safetensors, stored_headers, weight_files
+from neuron_methods.models.headers import Header, HeaderFiles, open_safetensors, stored_headers, weight_files
 from neuron_methods.models.skeleton import Skeleton, model_class
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_object, write_json
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line, listed
+
+#: Folder of heads that go with a model, within its directory: NAME.safetensors, and the config to load it with.
+HEADS = "heads"
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def verify_model(
     Raises:
         UserError: naming the file and what is missing, left over, damaged, of another shape or dtype.
     """
-    config = _read_config(place, trust_remote_code)
+    config = _read_config(place / "config.json", trust_remote_code)
     headers = stored_headers(place, stem)
     architecture = (config.architectures or ["the class"])[0]
     checked = _unbuilt(config, place, architecture, trust_remote_code)
@@ -173,7 +176,24 @@ def verify_model(
         )
     if report.missing:
         notes.append(f"missing, as in the base, so that transformers makes it up: {listed(report.missing)}")
+    heads = [_verify_head(file, headers) for file in sorted((place / HEADS).glob("*.json"))]
+    notes += [f"with a head in {HEADS}/ it is a whole model: {listed(heads)}"] if heads else []
     return Verified("model", len(headers), f"{architecture} of transformers {transformers.__version__}", notes)
+
+
+def _verify_head(file: Path, body: Mapping[str, Header]) -> str:
+    """Make sure that a model's body and a head beside it are a whole model; gives the head's name."""
+    config = _read_config(file)
+    architecture = (config.architectures or [""])[0]
+    model = model_class(config)
+    weights = file.with_suffix(".safetensors")
+    if model is None:
+        raise UserError(f"{file}: transformers {transformers.__version__} has no {architecture!r}; merge again")
+    report = load_report(model, config, {**body, **HeaderFiles().all_of(str(weights))})
+    if report.missing or report.mismatched or report.errors:
+        wrong = report.missing or [name for name, _, _ in report.mismatched] or report.errors
+        raise UserError(f"{weights}: {architecture} does not get {listed(wrong)} from it and its model; merge again")
+    return file.stem
 
 
 def _pools_on_request(model: type) -> bool:
@@ -190,7 +210,7 @@ def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]
     Returns:
         What was changed, in words.
     """
-    config, headers = _read_config(place, trust_remote_code), stored_headers(place)
+    config, headers = _read_config(place / "config.json", trust_remote_code), stored_headers(place)
     content, notes = read_object(place / "config.json"), []
     dtypes = Counter(header.dtype for header in headers.values() if header.dtype.is_floating_point)
     if dtypes and config.dtype not in dtypes:
@@ -216,13 +236,13 @@ def _spelled(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _read_config(place: Path, trust_remote_code: bool) -> PretrainedConfig:
-    if not (place / "config.json").is_file():
-        raise UserError(f"{place}: no config.json in it, so this is no model; merge or download it again")
+def _read_config(file: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    if not file.is_file():
+        raise UserError(f"{file.parent}: no {file.name} in it, so this is no model; merge or download it again")
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class makes of foreign values
-        raise UserError(f"{place / 'config.json'}: {first_line(error)}") from error
+        raise UserError(f"{file}: {first_line(error)}") from error
 
 
 def _unbuilt(config: PretrainedConfig, place: Path, architecture: str, trust_remote_code: bool) -> str | None:

@@ -25,17 +25,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuron_methods.adapters.loader import AdapterLoader
+from neuron_methods.models.verification import HEADS
 from neuron_methods.plugin.head_members import Member, class_name, find_member, named_member, path_of
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.session import MergeSession, is_finite
 from neuron_methods.plugin.stored_architecture import stored_architecture
+from neuron_methods.plugin.structure import different_architectures
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_object, write_json
 from neuron_methods.support.local_names import local_names
 from neuron_methods.support.text import listed
 
-#: Folder of the heads that are kept, within the output.
-FOLDER = "heads"
 _WORDS = ("base", "drop", "keep")
 # What a config says of a head that classifies.
 _LABELS = ("id2label", "label2id", "num_labels", "problem_type")
@@ -122,7 +122,7 @@ class Heads:
         elif self.owner is not self.base:
             write_json(place / "config.json", self._config_of(self.owner, written), indent=2)
         for name, member in self.kept.items():
-            (place / FOLDER).mkdir(exist_ok=True)
+            (place / HEADS).mkdir(exist_ok=True)
             loader = LoaderCache().get(member.model)
             tensors = {}
             for stored in _unmerged(member, self.merged):
@@ -130,11 +130,9 @@ class Heads:
                 if not self.allow_nonfinite:
                     _check_finite(member.model, stored, tensor)
                 tensors[member.stored[stored].path] = tensor.contiguous()
-            config = self._config_of(member, written)
-            labels = {str(index): label for index, label in sorted((member.config.id2label or {}).items())}
-            facts = {"architecture": member.kind, "num_labels": str(len(labels)), "id2label": json.dumps(labels)}
-            save_file(tensors, place / FOLDER / f"{name}.safetensors", {"format": "pt", **facts})
-            write_json(place / FOLDER / f"{name}.json", config, indent=2)
+            # Its labels go into the config: the order of several entries of metadata changes from run to run.
+            save_file(tensors, place / HEADS / f"{name}.safetensors", {"format": "pt"})
+            write_json(place / HEADS / f"{name}.json", self._config_of(member, written), indent=2)
 
     def _config_of(self, member: Member, written: Mapping[str, Any]) -> dict[str, Any]:
         """A member's config, with what the merge has changed of the base's: layers, vocabulary, dtype."""
@@ -170,16 +168,15 @@ def heads_of_merge(
     strangers = [model for model, member in found.items() if member is None]
     members = {model: member for model, member in found.items() if member is not None}
     backbones = {type(member.skeleton.body.model) for member in members.values()}
-    if choice is None and (strangers or len(backbones) > 1):
-        return None, []  # for the checks of structure to say
+    if choice is None and (strangers or (len(backbones) > 1 and options.allow_crimes)):
+        return None, []
     if strangers:
         raise UserError(
             f"--head {choice}: {class_name(strangers[0], options)} of {strangers[0]} is not to be had from "
             "transformers, so nothing tells its head from its body; custom code needs --trust-remote-code"
         )
     if len(backbones) > 1:
-        kinds = ", ".join(f"{model} is a {member.kind}" for model, member in members.items())
-        raise UserError(f"--head {choice}: the models have different backbones: {kinds}; merge models of one family")
+        raise UserError(different_architectures(configuration, options))
     if choice is None and len(architectures) == 1:
         return None, _compared(list(members.values()))
     experts = [member for model, member in members.items() if model != configuration.base_model]
@@ -243,12 +240,14 @@ def _told(heads: Heads, everyone: list[Member], headless: bool) -> list[str]:
     names = {id(member): name for name, member in heads.kept.items()}
     notes = []
     if headless:
-        notes.append(f"written as a {heads.kind}, without a head")
+        notes.append(f"bodies merged: a {heads.kind} without a head")
     elif heads.owner.head:
-        notes.append(f"head: that of {heads.owner.shown}, as it is; the output is a {heads.kind}")
+        notes.append(f"bodies merged: a {heads.kind} with the head of {heads.owner.shown}")
     else:
-        notes.append(f"written as a {heads.kind}, as the base {heads.base.model} has no head (--head chooses another)")
-    if kept := [f"{FOLDER}/{names[id(m)]}.safetensors of {m.shown}" for m in everyone if id(m) in names]:
+        notes.append(
+            f"bodies merged: a {heads.kind}, without a head, as the base {heads.base.model}; --head gives it one"
+        )
+    if kept := [f"{HEADS}/{names[id(m)]}.safetensors of {m.shown}" for m in everyone if id(m) in names]:
         notes.append(f"heads kept: {listed(kept, len(kept))}")
     lost = [
         member
@@ -258,7 +257,7 @@ def _told(heads: Heads, everyone: list[Member], headless: bool) -> list[str]:
     if lost:
         notes.append(f"heads left out: {listed([member.shown for member in lost], len(lost))}")
     if rest := [stored for stored in heads.copied if stored in heads.owner.body]:
-        notes.append(f"copied from {heads.owner.model}, as not all models store them: {listed(rest)}")
+        notes.append(f"unchanged from {heads.owner.model}, as not all models store them: {listed(rest)}")
     for member in everyone:
         unread = sorted(set(LoaderCache().get(member.model).index.tensor_paths) - set(member.stored))
         unread += [n for n in _unmerged(member, heads.merged) if n in member.body and n not in heads.copied]
@@ -290,7 +289,7 @@ def _compared(members: list[Member]) -> list[str]:
     """Compare heads that the method is to merge; returns a note where they are for different labels."""
     first = members[0]
     for member in members[1:]:
-        for stored in first.head:
+        for stored in sorted(first.head, key=lambda name: not name.endswith("weight")):
             if stored not in member.stored or member.header(stored).shape == first.header(stored).shape:
                 continue
             if stored not in first.skeleton.vocabulary:

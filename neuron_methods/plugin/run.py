@@ -79,9 +79,9 @@ class MergeRun:
     @property
     def recorded(self) -> str:
         """The YAML for the record, with what was chosen for the heads as a comment, by which it can be merged again."""
-        if self._head is None or _recorded_head(self.source):
-            return self.source
-        return f"{_HEAD_COMMENT}{self._head}\n{self.source}"
+        recorded = _recorded_head(self.source)
+        source = self.source.partition("\n")[2] if recorded else self.source
+        return f"{_HEAD_COMMENT}{self._head}\n{source}" if self._head else source
 
     @property
     def donor(self) -> ModelReference:

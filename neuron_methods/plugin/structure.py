@@ -62,7 +62,7 @@ def check_structure(
     except RuntimeError as error:
         if "--allow-crimes" not in str(error):
             raise UserError(f"{name}: {error}") from None
-        raise UserError(_different_architectures(configuration, options)) from None
+        raise UserError(different_architectures(configuration, options)) from None
     base = configuration.base_model or configuration.referenced_models()[0]
     kind = base.config(options.trust_remote_code).architectures[0]
     modules = architecture.modules
@@ -88,7 +88,8 @@ def check_structure(
     return architecture
 
 
-def _different_architectures(configuration: MergeConfiguration, options: MergeOptions) -> str:
+def different_architectures(configuration: MergeConfiguration, options: MergeOptions) -> str:
+    """Say which model is of which architecture, one for each."""
     found: dict[str, ModelReference] = {}
     for model in configuration.referenced_models():
         found.setdefault(model.config(options.trust_remote_code).architectures[0], model)

@@ -26,7 +26,7 @@ from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.licences import Licences, find_licences
 from neuron_methods.sharing.model_names import ModelNames, parts_of, reduced_yaml
 from neuron_methods.sharing.settings import profiled_datasets, variants_of
-from neuron_methods.sharing.snippets import loading_snippet, pipeline_tag
+from neuron_methods.sharing.snippets import heads_section, loading_snippet, pipeline_tag
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_json
 
@@ -109,6 +109,7 @@ def make_card(
         *([options.report_section.strip()] if options.report_section else []),
         *([_evaluation_section(options.evaluation)] if options.evaluation else []),
         f"## How to load it\n\n{loading_snippet(place)}",
+        *([heads] if (heads := heads_section(place)) else []),
         f"## Configuration\n\n```yaml\n{reduced_yaml(source.strip(), names)}\n```",
         f"Made with {_versions()}.",
         f"## Citation\n\n```bibtex\n{chr(10).join(c.bibtex for c in (citation, MERGEKIT) if c.bibtex)}\n```",

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods.models.kinds import KindFacts, facts_of
+from neuron_methods.models.verification import HEADS
 from neuron_methods.routing.routed_files import is_routed
 from neuron_methods.support.files import read_object
+from neuron_methods.support.text import listed
 
 _INPUT_FILES = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "spiece.model"),
@@ -52,6 +54,37 @@ def loading_snippet(place: Path) -> str:
 
 
 _MODEL_ID = 'model_id = "."  # this directory'
+
+
+def heads_section(place: Path) -> str | None:
+    """Write a card's section on the heads beside a model, and how to attach one; None where there are none."""
+    configs = {file.stem: _config(file) for file in sorted((place / HEADS).glob("*.json"))}
+    if not configs:
+        return None
+    rows = [f"| `{name}` | {config['architectures'][0]} | {_labels(config)} |" for name, config in configs.items()]
+    name, config = next(iter(configs.items()))
+    auto = config["architectures"][0]
+    code = [
+        "from huggingface_hub import snapshot_download",
+        "from safetensors.torch import load_file",
+        f"from transformers import AutoConfig, {auto}",
+        "",
+        _MODEL_ID,
+        'place = "." if model_id == "." else snapshot_download(model_id)',
+        f'config = AutoConfig.from_pretrained(f"{{place}}/{HEADS}/{name}.json")',
+        f"model = {auto}.from_pretrained(place, config=config)  # without a head: it comes next",
+        f'model.load_state_dict(load_file(f"{{place}}/{HEADS}/{name}.safetensors"), strict=False)',
+    ]
+    table = "\n".join(["| head | class | labels |", "|---|---|---|", *rows])
+    return (
+        f"## Heads\n\nThe body is merged. Each expert's own head is in `{HEADS}/`, with the config to load it "
+        f"by:\n\n{table}\n\n{_block(code)}"
+    )
+
+
+def _labels(config: dict[str, Any]) -> str:
+    labels = [str(label).replace("|", "\\|") for label in (config.get("id2label") or {}).values()]
+    return listed(labels, 10) if labels else ""
 
 
 def _adapter(place: Path) -> list[str]:

@@ -101,6 +101,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DistilBertConfig",
         {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
     ),
+    "distilbert-classifier": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+    ),
+    "llama-classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**_GROUPED, "pad_token_id": 0}),
     "mpnet": ("MPNetModel", "MPNetConfig", _TEXT),
     "deberta": ("DebertaV2Model", "DebertaV2Config", _TEXT),
     # Encoder-decoders, speech.
@@ -140,6 +146,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Vision, with convolutions and batch norms too; vision and text.
     "dinov2": ("Dinov2Model", "Dinov2Config", _VISION),
     "dinov2-classifier": ("Dinov2ForImageClassification", "Dinov2Config", _VISION),
+    "vit-classifier": ("ViTForImageClassification", "ViTConfig", _VISION),
     "resnet": (
         "ResNetForImageClassification",
         "ResNetConfig",
