@@ -111,7 +111,7 @@ def stored_architecture(
             infos += [_weight(skeleton, written(name), path, [name]) for name in own]
     if (head := skeleton.output) in foreign and head not in spelled and skeleton.tied_to(head):
         infos.append(_weight(skeleton, *foreign[head], head))
-    statistics = frozenset(name for path in skeleton.statistics for name in spelled.get(path, ()))
+    statistics = frozenset(written(name) for path in skeleton.statistics for name in spelled.get(path, ()))
     return _in_modules(infos, config, statistics)
 
 
@@ -130,11 +130,13 @@ def _spellings(skeleton: Skeleton, names: Iterable[str]) -> dict[str, dict[str, 
     return found
 
 
-def _weight(skeleton: Skeleton, name: str, path: str, also: Iterable[str] = ()) -> WeightInfo:
+def _weight(skeleton: Skeleton, name: str, path: str, also: Collection[str] = ()) -> WeightInfo:
     group = skeleton.tied_to(path)
     # A tied copy may be missing where its source is stored, under whichever of the names; and encoders are often saved
-    # without the pooler, which their config does not tell.
-    optional = path in group[1:] or "pooler" in path.split(".")
+    # without the pooler, which their config does not tell. What no model stores by its own name cannot be optional:
+    # mergekit 0.1.5 would pass it over.
+    stored = not also or name in also
+    optional = stored and (path in group[1:] or "pooler" in path.split("."))
     others = tuple(dict.fromkeys([*also, *(member for member in group if member != path)]))
     # mergekit 0.1.5 raises a TypeError where an optional weight has aliases; its loader takes tied names just as well.
     return WeightInfo(
