@@ -12,9 +12,6 @@ def lazily(package: str, exports: Mapping[str, str]) -> Callable[[str], object]:
     Args:
         package: its `__name__`.
         exports: public name -> module that defines it.
-
-    Raises:
-        AttributeError: by the function returned, for any other name.
     """
 
     def getattribute(name: str) -> object:

@@ -70,7 +70,7 @@ def read_object(path: str | os.PathLike[str], what: str = "", again: str = "make
     Args:
         path: the file.
         what: what it is to the user, for messages: "groups", "profile".
-        again: what to do where it is damaged.
+        again: what to do where it is damaged: how to make such a file.
 
     Raises:
         UserError: it is missing, truncated, or holds something else.
@@ -88,14 +88,7 @@ def read_object(path: str | os.PathLike[str], what: str = "", again: str = "make
 
 
 def read_json(path: str | os.PathLike[str], what: str, *, format: str, version: int, again: str) -> dict[str, Any]:
-    """Read a file that says its format and version.
-
-    Args:
-        path: the file.
-        what: what it is to the user, for messages: "groups", "profile".
-        format: the value its key `format` must have.
-        version: likewise.
-        again: how to make such a file.
+    """Read a file that says its format and version; `what` and `again` are as for `read_object`.
 
     Raises:
         UserError: it is missing, truncated, of another format or version.
