@@ -13,14 +13,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+#: What an option or argument that names a place, or a file, is turned into.
+PLACE = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+#: dtypes that a model can be asked to compute in.
+DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 _DEBUG = "neuron_methods.debug"  # key in click's Context.meta, which nested contexts share
 
@@ -45,14 +53,20 @@ def debug_option(command: F) -> F:
     )(command)
 
 
+def options(*given: Callable[[F], F]) -> Callable[[F], F]:
+    """Make one decorator of several options, in the order in which `--help` is to show them."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def is_debug(context: click.Context) -> bool:
     """Whether tracebacks are wanted: by `--debug`, or by MERGEKIT_NEURON_DEBUG=1 in the environment."""
     return bool(context.meta.get(_DEBUG)) or os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception on a single line, whatever it holds."""
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def describe_error(error: Exception) -> str:

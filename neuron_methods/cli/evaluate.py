@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import DTYPES, PLACE, debug_option, options
 
 EPILOG = """\b
 MODEL is a directory, a repository of the hub, an adapter, base+adapter, or a routed model's directory.
@@ -50,46 +51,34 @@ Beside OUT.json there is OUT.examples.jsonl with every example's score, predicti
 """
 
 
+#: What is scored, and how: of `evaluate` and of `tune`.
+task_options = options(
+    click.option("--task", "tasks", required=True, type=PLACE, metavar="TASKS.yml", help="File of tasks."),
+    click.option("--only", multiple=True, metavar="NAME", help="This task of the file alone; may be repeated."),
+    click.option("--limit", type=click.IntRange(1), help="Examples per task at most."),
+    click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own."),
+    click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: as stored; float32 on a CPU."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of draws, intervals and searches."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+)
+
+
 @click.command("evaluate", epilog=EPILOG)
 @click.argument("model")
-@click.option(
-    "--task",
-    "tasks",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="TASKS.yml",
-    help="File of tasks.",
-)
-@click.option("--only", multiple=True, metavar="NAME", help="Score this task of the file alone; may be repeated.")
+@task_options
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
-@click.option("--limit", type=click.IntRange(1), help="Examples per task at most.")
-@click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="auto: as stored; float32 on a CPU.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw under a limit, and of intervals.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="OUT.json", help="[default: NAME-OF-MODEL.scores.json]"
-)
+@click.option("-o", "--output", type=PLACE, metavar="OUT.json", help="[default: NAME-OF-MODEL.scores.json]")
 @click.option("--force", is_flag=True, help="Replace OUT.json if it exists.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 @debug_option
 def evaluate(
     model: str,
     tasks: Path,
     only: tuple[str, ...],
-    split: str,
-    limit: int | None,
     batch_size: int | None,
-    dtype: str,
-    seed: int,
     output: Path | None,
     force: bool,
     quiet: bool,
+    **settings: Any,
 ) -> None:
     """Score MODEL on the tasks of a file, with a 95 % bootstrap interval for each score."""
     from neuron_methods.evaluation.score_files import check_place, table, write_evaluation
@@ -103,9 +92,7 @@ def evaluate(
     state = process_state()
     if state.is_main_process:
         check_place(place, force)
-    evaluation = score(model, chosen, split=split, dtype=dtype, limit=limit, seed=seed, progress=not quiet)
+    evaluation = score(model, chosen, progress=not quiet, **settings)
     if state.is_main_process:
         write_evaluation(evaluation, place)
-        for line in table(evaluation):
-            click.echo(line)
-        click.echo(f"written: {place}")
+        click.echo("\n".join([*table(evaluation), f"written: {place}"]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import PLACE, debug_option
 
 EPILOG = """\b
 Examples:
@@ -19,8 +19,8 @@ Examples:
 
 @click.command("generate", epilog=EPILOG)
 @click.argument("routed")
-@click.option("--prompt", multiple=True, help="A text; may be repeated, and all are computed in one batch.")
-@click.option("--image", multiple=True, type=click.Path(path_type=Path), help="A file, for image classifiers.")
+@click.option("--prompt", "prompts", multiple=True, help="A text; may be repeated, and all are computed in one batch.")
+@click.option("--image", "images", multiple=True, type=PLACE, help="A file, for image classifiers.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--sample", is_flag=True, help="Draw tokens instead of taking the likeliest.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --sample.")
@@ -28,31 +28,11 @@ Examples:
 @click.option("--device", help="cpu, cuda, auto, ...  [default: an accelerator if any]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @debug_option
-def generate(
-    routed: str,
-    prompt: tuple[str, ...],
-    image: tuple[Path, ...],
-    max_new_tokens: int,
-    sample: bool,
-    seed: int,
-    base_model: str | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
+def generate(routed: str, as_json: bool, **settings: Any) -> None:
     """Run ROUTED, a directory of `mergekit-neuron route` or a hub id, and print each answer with its routing."""
     from neuron_methods.routing.answering import answer
 
-    if bool(prompt) == bool(image):
+    if bool(settings["prompts"]) == bool(settings["images"]):
         raise click.UsageError("give --prompt TEXT or --image FILE")
-    answers = answer(
-        routed,
-        prompts=prompt,
-        images=image,
-        max_new_tokens=max_new_tokens,
-        sample=sample,
-        seed=seed,
-        base_model=base_model,
-        device=device,
-    )
-    for found in answers:
+    for found in answer(routed, **settings):
         click.echo(found.as_json() if as_json else found.as_text())

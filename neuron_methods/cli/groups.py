@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import FILE, debug_option
 
 EPILOG = """\b
 Examples:
@@ -30,8 +30,8 @@ the columns layer, neuron and group. Neurons without a label are general.
 
 
 @click.command("groups", epilog=EPILOG)
-@click.argument("profile", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE")
+@click.argument("profile", type=FILE)
+@click.option("-o", "--output", required=True, type=FILE, metavar="FILE")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
@@ -46,7 +46,7 @@ the columns layer, neuron and group. Neurons without a label are general.
     show_default=True,
     help="Neurons that fire on a smaller share of their domain's tokens are general.",
 )
-@click.option("--import", "labels", type=click.Path(dir_okay=False, path_type=Path), help="Labels made elsewhere.")
+@click.option("--import", "labels", type=FILE, help="Labels made elsewhere.")
 @debug_option
 def groups(profile: Path, output: Path, threshold: float, min_firing: float, labels: Path | None) -> None:
     """Classify every MLP neuron of the base by the data source of PROFILE that drives it furthest.
@@ -60,5 +60,4 @@ def groups(profile: Path, output: Path, threshold: float, min_firing: float, lab
     measured = NeuronProfile.load(profile)
     found = import_labels(measured, labels) if labels else classify(measured, threshold, min_firing)
     found.write(output)
-    for line in describe_groups(found):
-        click.echo(line)
+    click.echo("\n".join(describe_groups(found)))

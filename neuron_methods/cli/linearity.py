@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
-from neuron_methods.support.errors import UserError
+from neuron_methods.cli.common import FILE, debug_option
 
 EPILOG = """\b
 Examples:
@@ -20,16 +20,14 @@ SOURCE is as in `mergekit-neuron profile --help`.
 
 
 @click.command("linearity", epilog=EPILOG)
-@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("config", type=FILE)
 @click.option("--data", multiple=True, metavar="NAME=SOURCE", help="What the base reads; noise without. Repeatable.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Of each source.")
 @click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Inputs per layer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of noise and of the order of samples.")
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JSON, too."
-)
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write JSON, too.")
 @debug_option
-def linearity(config: Path, data: tuple[str, ...], samples: int, tokens: int, seed: int, output: Path | None) -> None:
+def linearity(config: Path, data: tuple[str, ...], output: Path | None, **settings: Any) -> None:
     """Measure, per layer, how far the change of the MLP's output is from linear in the change of its weights.
 
     For every expert of the mergekit YAML in CONFIG, for plain task arithmetic, for the merge that CONFIG asks for
@@ -38,13 +36,10 @@ def linearity(config: Path, data: tuple[str, ...], samples: int, tokens: int, se
     """
     from neuron_methods.plugin.updates import plan_updates
     from neuron_methods.profiling.linearity import measure_linearity
+    from neuron_methods.support.yaml_source import read_text
 
-    try:
-        source = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{config}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    report = measure_linearity(plan_updates(source, str(config)), data, samples=samples, tokens=tokens, seed=seed)
-    for line in report.lines():
-        click.echo(line)
+    updates = plan_updates(read_text(config), str(config))
+    report = measure_linearity(updates, data, **settings)
+    click.echo("\n".join(report.lines()))
     if output is not None:
         report.write(output)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import DTYPES, PLACE, debug_option
 
 EPILOG = """\b
 `mergekit-neuron profile show FILE [--layer L [--neuron N]]` prints a profile; see its own --help.
@@ -54,7 +54,7 @@ class ProfileCommand(click.Command):
 @click.command("profile", cls=ProfileCommand, epilog=EPILOG)
 @click.argument("model")
 @click.option("--data", multiple=True, required=True, metavar="NAME=SOURCE", help="A data source; may be repeated.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="*.safetensors")
+@click.option("-o", "--output", required=True, type=PLACE, metavar="FILE", help="*.safetensors")
 @click.option("--samples", type=click.IntRange(0), default=1000, show_default=True, help="Of each source; 0: all.")
 @click.option("--max-length", type=click.IntRange(1), default=512, show_default=True, help="Tokens per text.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
@@ -63,9 +63,7 @@ class ProfileCommand(click.Command):
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Exemplars per neuron.")
 @click.option("--context", type=click.IntRange(0), default=8, show_default=True, help="Tokens around an exemplar.")
 @click.option("--separator", default="\n", help="Joins two columns for a decoder.  [default: a line break]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
+@click.option("--dtype", type=DTYPES, default="auto", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Start anew if FILE exists.")
 @debug_option
 def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **settings: Any) -> None:
@@ -81,7 +79,7 @@ def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **
 
 
 @click.command("show")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PLACE)
 @click.option("--layer", help="Key as the overview names it, or its number.")
 @click.option("--neuron", type=click.IntRange(0), help="Index of a neuron of that layer.")
 @debug_option
@@ -99,5 +97,4 @@ def show(file: Path, layer: str | None, neuron: int | None) -> None:
         lines = describe_layer(measured, layer)
     else:
         lines = describe_neuron(measured, layer, neuron)
-    for line in lines:
-        click.echo(line)
+    click.echo("\n".join(lines))

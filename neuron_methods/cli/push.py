@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import PLACE, debug_option, options
 
 if TYPE_CHECKING:
     from neuron_methods.sharing.hub import PushOptions
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 EPILOG = """\b
 Examples:
@@ -29,34 +26,30 @@ their last component is uploaded. After an interruption the same command goes on
 """
 
 
-def push_options(command: F) -> F:
-    """Give a command the options of an upload, except for where it goes."""
-    options = (
-        click.option("--private", is_flag=True, default=None, help="Make a new repository private."),
-        click.option("--revision", metavar="BRANCH", help="Commit to this branch; made if it is not there."),
-        click.option("--commit-message", metavar="TEXT", help="Of the commit."),
-        click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
-        click.option("--base-model", metavar="USER/NAME", help="Of an adapter: the id its base has on the Hub."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+#: Of an upload, except for where it goes.
+push_options = options(
+    click.option("--private", is_flag=True, default=None, help="Make a new repository private."),
+    click.option("--revision", metavar="BRANCH", help="Commit to this branch; made if it is not there."),
+    click.option("--commit-message", metavar="TEXT", help="Of the commit."),
+    click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+    click.option("--base-model", metavar="USER/NAME", help="Of an adapter: the id its base has on the Hub."),
+)
 
 
-def pushing(repository: str | None, options: dict[str, Any]) -> PushOptions | None:
+def pushing(repository: str | None, given: dict[str, Any]) -> PushOptions | None:
     """Say what `--push-to-hub` asks of a command that makes something first, the token already checked; None: nothing.
 
     Raises:
         UserError: the token may not write there.
     """
     if repository is None:
-        for name, value in options.items():
+        for name, value in given.items():
             if value:
                 raise click.UsageError(f"--{name.replace('_', '-')} goes with --push-to-hub")
         return None
     from neuron_methods.sharing.hub import PushOptions, check_access
 
-    found = PushOptions(**options)
+    found = PushOptions(**given)
     check_access(repository, found)
     return found
 
@@ -72,13 +65,13 @@ def push_and_tell(out: Path, repository: str, options: PushOptions, *, quiet: bo
 
 
 @click.command("push", epilog=EPILOG)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PLACE)
 @click.argument("repository", metavar="USER/NAME")
 @push_options
 @click.option("--quiet", is_flag=True, help="No progress bars; print the address alone.")
 @debug_option
-def push(out: Path, repository: str, quiet: bool, **options: Any) -> None:
+def push(out: Path, repository: str, quiet: bool, **given: Any) -> None:
     """Upload OUT, a merge, an adapter or a routed model, to the repository USER/NAME of the Hugging Face Hub."""
     from neuron_methods.sharing.hub import PushOptions
 
-    push_and_tell(out, repository, PushOptions(**options), quiet=quiet)
+    push_and_tell(out, repository, PushOptions(**given), quiet=quiet)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import FILE, debug_option
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
 from neuron_methods.support.text import columns
@@ -54,7 +54,7 @@ def show_recipe(name: str) -> None:
 @click.argument("method")
 @click.option("--base", required=True, help="Path or id of the model that the experts were fine-tuned from.")
 @click.option("--expert", "experts", multiple=True, required=True, help="Path or id of an expert, or base+adapter.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file.")
+@click.option("-o", "--output", type=FILE, help="Write to this file.")
 @debug_option
 def new_recipe_command(family: str, method: str, base: str, experts: tuple[str, ...], output: Path | None) -> None:
     """Print a recipe for FAMILY (llama, t5, vit) by METHOD, with your models in it."""

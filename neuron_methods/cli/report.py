@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import FILE, PLACE, debug_option
 
 EPILOG = """\b
 Examples:
@@ -22,24 +23,14 @@ and puts the figures into OUT/README.md, the model card. Needs matplotlib: pip i
 
 
 @click.command("report", epilog=EPILOG)
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The YAML that OUT was made with.  [default: OUT/mergekit_config.yml]",
-)
+@click.argument("out", type=PLACE)
+@click.option("--config", type=FILE, help="The YAML that OUT was made with.  [default: OUT/mergekit_config.yml]")
 @click.option("--rows", type=click.IntRange(min=1), help="Look at this many neurons of each weight.  [default: all]")
-@click.option(
-    "--evaluation",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="JSON of `mergekit-neuron evaluate`, for the card.",
-)
+@click.option("--evaluation", type=FILE, help="JSON of `mergekit-neuron evaluate`, for the card.")
 @click.option("--new-card", is_flag=True, help="Write README.md anew instead of changing its sections.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @debug_option
-def report(
-    out: Path, config: Path | None, rows: int | None, evaluation: Path | None, new_card: bool, quiet: bool
-) -> None:
+def report(out: Path, quiet: bool, **settings: Any) -> None:
     """Draw what the merge in OUT did to the neurons, from the models it was made of and what it has written.
 
     Per layer and kind of weight: parallel and orthogonal parts of the updates, agreement and conflict of the experts,
@@ -47,5 +38,4 @@ def report(
     """
     from neuron_methods.sharing.publishing import report_directory
 
-    done = report_directory(out, config=config, rows=rows, evaluation=evaluation, new_card=new_card, progress=not quiet)
-    click.echo(done)
+    click.echo(report_directory(out, progress=not quiet, **settings))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import PLACE, debug_option
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
 
 EPILOG = """\b
@@ -76,12 +76,12 @@ beside OUT, or in --work-dir, where they also serve the next run with other rout
 
 
 @click.command("route", epilog=EPILOG)
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("config", type=PLACE)
+@click.argument("out", type=PLACE)
 @click.option("--dry-run", is_flag=True, help="Load and check everything, show the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT if a routed model is there.")
 @click.option("--device", help="Where to compute: cpu, cuda, cuda:1, auto.  [default: an accelerator if any]")
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Keep finished stages here.  [default: beside OUT]")
+@click.option("--work-dir", type=PLACE, help="Keep finished stages here.  [default: beside OUT]")
 @click.option("--push-to-hub", metavar="USER/NAME", help="Upload OUT; the token is checked first.")
 @push_options
 @debug_option

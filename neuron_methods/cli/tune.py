@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import FILE, PLACE, debug_option
+from neuron_methods.cli.evaluate import task_options
 
 EPILOG = """\b
 --search says what is searched and where:
@@ -43,12 +44,10 @@ extra report). Run again to go on: points in the trace are not tried again.
 
 
 @click.command("tune", epilog=EPILOG)
-@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--task", "tasks", required=True, type=click.Path(path_type=Path), metavar="TASKS.yml", help="File of tasks."
-)
+@click.argument("config", type=FILE)
+@task_options
 @click.option("--search", multiple=True, required=True, metavar="NAME=RANGE", help="May be repeated.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Directory.")
+@click.option("-o", "--output", "out", required=True, type=PLACE, metavar="OUT", help="Directory.")
 @click.option("--strategy", type=click.Choice(["grid", "random", "cma"]), default="grid", show_default=True)
 @click.option("--budget", type=click.IntRange(1), help="Points at most.  [default: the whole grid, else 40]")
 @click.option(
@@ -58,22 +57,10 @@ extra report). Run again to go on: points in the trace are not tried again.
     show_default=True,
     help="Over the tasks' scores; relative: mean share of the experts' own.",
 )
-@click.option("--only", multiple=True, metavar="NAME", help="This task of the file alone; may be repeated.")
-@click.option("--limit", type=click.IntRange(1), help="Examples per task at most.")
-@click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of draws under a limit.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="auto: as merged; float32 on a CPU.",
-)
 @click.option("--test", is_flag=True, help="Score the best point on test data, once, at the end.")
 @click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
 @click.option("--merge-every-point", is_flag=True, help="Do not recombine parts.")
 @click.option("--overwrite", is_flag=True, help="Forget what OUT holds.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 @debug_option
 def tune(
     config: Path,
@@ -103,6 +90,5 @@ def tune(
         say=click.echo,
     )
     metrics = {task.name: task.metric for task in chosen}
-    for line in report_lines(result, out, metrics, settings["objective"]):
-        click.echo(line)
-    click.echo(f"written: {out / 'best.yml'}")
+    lines = report_lines(result, out, metrics, settings["objective"])
+    click.echo("\n".join([*lines, f"written: {out / 'best.yml'}"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import PLACE, debug_option
 
 EPILOG = """\b
 Examples:
@@ -24,7 +24,7 @@ Exit codes: 0 complete, 1 not (one line on stderr), 2 wrong usage.
 
 
 @click.command("verify", epilog=EPILOG)
-@click.argument("places", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("places", metavar="DIR...", nargs=-1, required=True, type=PLACE)
 @click.option("--trust-remote-code", is_flag=True, help="Run the custom code of a model to build its class.")
 @debug_option
 def verify(places: tuple[Path, ...], trust_remote_code: bool) -> None:
