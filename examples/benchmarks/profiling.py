@@ -30,7 +30,6 @@ from neuron_methods.data.sources import Sample, SourceReader, parse_source
 from neuron_methods.demo.base_model import find_gguf, save_base
 from neuron_methods.models.reference import ModelName
 from neuron_methods.profiling.measured_model import LoadedModel, load_model
-from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_exemplars, source_tensors
 
@@ -68,19 +67,17 @@ class Profiler:
     """A feeder and a recorder, with what `measure_profile` does with them for one source."""
 
     def __init__(self, loaded: LoadedModel, name: ModelName, corpus: Path, length: int, gradients: bool) -> None:
-        self.loaded, self.gradients = loaded, gradients
         self.feeder = make_feeder(name, loaded.model, length, CONTEXT)
         self.reader = SourceReader(parse_source(f"python={corpus}"), self.feeder.columns)
         self.feeder.start(self.reader, gradients)
-        widths = self.feeder.payload_width
-        self.recorder = Recorder(loaded.model, loaded.neurons, self.feeder.stream_of, TOP, widths, gradients)
+        self.recorder = Recorder(loaded, self.feeder, TOP, gradients)
 
     def run(self, samples: list[Sample]) -> None:
         with self.recorder.watching():
-            run_batch(samples, self.loaded, self.feeder, self.recorder, self.gradients)
+            self.recorder.run(self.feeder.batch(samples))
 
     def finish(self) -> None:
-        lines, _ = describe_exemplars(self.recorder, self.feeder, "python", 0)
+        lines, _ = describe_exemplars(self.recorder, "python", 0)
         source_tensors(self.recorder, "python", lines)
 
 

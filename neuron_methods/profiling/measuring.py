@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from neuron_methods import __version__
 from neuron_methods.data.batching import batched
 from neuron_methods.data.feeders import Feeder
 from neuron_methods.data.making import make_feeder
-from neuron_methods.data.sources import DataSource, Sample, SourceReader, parse_source
+from neuron_methods.data.sources import DataSource, SourceReader, parse_source
 from neuron_methods.models.processes import add_up, collect, process_state
 from neuron_methods.models.reference import ModelName
 from neuron_methods.neurons.profile_file import (
@@ -183,16 +182,12 @@ def _measure_source(
 ) -> NeuronProfile:
     """Measure one source and write `profile` with it; returns that."""
     state = process_state()
-    recorder = Recorder(
-        loaded.model, loaded.neurons, feeder.stream_of, settings.top, feeder.payload_width, settings.gradients
-    )
+    recorder = Recorder(loaded, feeder, settings.top, settings.gradients)
     feeder.start(reader, settings.gradients)
     belongs_to = {**asdict(replace(profile.info, sources={}, exemplars=0)), "batch_size": settings.batch_size}
     checkpoint = Checkpoint(output, {**belongs_to, "source": reader.source.fingerprint}, settings.checkpoint_seconds)
     done = checkpoint.load(recorder)
-    samples = _measure(reader, loaded, feeder, settings, recorder, checkpoint, done)
-
-    samples = int(add_up(torch.tensor(samples)))
+    samples = int(add_up(torch.tensor(_measure(reader, settings, recorder, checkpoint, done))))
     for record in recorder.records.values():
         record.sums.reduce(add_up)
         record.top.gather(collect)
@@ -202,7 +197,7 @@ def _measure_source(
     source = SourceInfo(reader.source.shown, reader.source.fingerprint, samples, tokens)
     info = replace(profile.info, sources={**profile.info.sources, reader.source.name: source})
     if state.is_main_process:
-        lines, exemplars = describe_exemplars(recorder, feeder, reader.source.name, profile.info.exemplars)
+        lines, exemplars = describe_exemplars(recorder, reader.source.name, profile.info.exemplars)
         info = replace(info, exemplars=profile.info.exemplars + len(exemplars))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_exemplars(output, profile.info.exemplars, exemplars)
@@ -215,15 +210,7 @@ def _measure_source(
     return profile
 
 
-def _measure(
-    reader: SourceReader,
-    loaded: LoadedModel,
-    feeder: Feeder,
-    settings: Settings,
-    recorder: Recorder,
-    checkpoint: Checkpoint,
-    done: int,
-) -> int:
+def _measure(reader: SourceReader, settings: Settings, recorder: Recorder, checkpoint: Checkpoint, done: int) -> int:
     """Let this process's share of the samples through the model; returns how many they are.
 
     `done` batches were measured before and are only counted.
@@ -239,17 +226,7 @@ def _measure(
         for number, samples in enumerate(batched(own, settings.batch_size)):
             count += len(samples)
             if number >= done:
-                run_batch(samples, loaded, feeder, recorder, settings.gradients)
+                recorder.run(recorder.feeder.batch(samples))
                 checkpoint.save_if_due(recorder, number + 1)
             bar.update(len(samples))
     return count
-
-
-def run_batch(samples: list[Sample], loaded: LoadedModel, feeder: Feeder, recorder: Recorder, gradients: bool) -> None:
-    """Run a forward pass, and with `gradients` a backward pass, under the eyes of `recorder`."""
-    batch = feeder.batch(samples).to(loaded.device)
-    recorder.expect(batch.streams)
-    with nullcontext() if gradients else torch.no_grad():
-        output = loaded.forward(batch.inputs, with_head=gradients)
-        if gradients:
-            feeder.loss(output, batch).backward()

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from neuron_methods.data.feeders import Batch, Feeder
 from neuron_methods.data.tokens import TokenBatch
-from neuron_methods.neurons import MlpLayer, NeuronMap, find_modules
+from neuron_methods.neurons import MlpLayer, find_modules
 from neuron_methods.profiling.exemplars import TopActivations
+from neuron_methods.profiling.measured_model import LoadedModel
 from neuron_methods.profiling.statistics import NeuronSums
 
 
@@ -70,40 +72,31 @@ class LayerRecord:
 
 
 class Recorder:
-    """Watches all MLPs of `model`; what they compute inside `watching(...)` goes into `records`.
+    """Watches all MLPs of a model; what they compute inside `watching()` goes into `records`, by layer.
 
     Args:
-        model: as transformers makes it; adapters may have been injected.
-        neurons: its neurons.
-        stream_of: key of a layer -> name of the token stream it reads.
+        loaded: the model; adapters may have been injected.
+        feeder: lays out what it reads.
         top: exemplars to keep per neuron.
-        width_of: stream -> width of its payloads.
         gradients: record activation × gradient, too.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        neurons: NeuronMap,
-        stream_of: Callable[[str], str],
-        top: int,
-        width_of: Callable[[str], int],
-        gradients: bool,
-    ) -> None:
-        self.gradients = gradients
+    def __init__(self, loaded: LoadedModel, feeder: Feeder, top: int, gradients: bool) -> None:
+        self.loaded, self.feeder, self.gradients = loaded, feeder, gradients
         self.records: dict[str, LayerRecord] = {}
         self._modules: list[tuple[LayerRecord, nn.Module, nn.Module | None]] = []
         self._batch: dict[str, TokenBatch] = {}
-        for layer in neurons.layers:
-            down, gate = find_modules(model, layer)
-            stream = stream_of(layer.key)
-            record = LayerRecord(layer, stream, top, width_of(stream), gradients, _device_of(down, model))
+        for layer in loaded.neurons.layers:
+            down, gate = find_modules(loaded.model, layer)
+            stream = feeder.stream_of(layer.key)
+            device = _device_of(down, loaded.model)
+            record = LayerRecord(layer, stream, top, feeder.payload_width(stream), gradients, device)
             self.records[layer.key] = record
             self._modules.append((record, down, gate))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, the hooks are in place. Every batch has to be announced by `expect`."""
+        """Inside, the hooks are in place, and `run` records."""
         handles = []
         try:
             for record, down, gate in self._modules:
@@ -115,18 +108,20 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def expect(self, streams: dict[str, TokenBatch]) -> None:
-        """Say which tokens the model is about to read."""
-        devices = {(record.stream, record.device) for record in self.records.values()}
-        self._batch = {(stream, device): streams[stream].to(device) for stream, device in devices if stream in streams}
-
-    def _tokens(self, record: LayerRecord) -> TokenBatch:
-        return self._batch[record.stream, record.device]
+    def run(self, batch: Batch) -> None:
+        """Run a forward pass, and with gradients a backward pass."""
+        batch = batch.to(self.loaded.device)
+        wanted = {(record.stream, record.device) for record in self.records.values() if record.stream in batch.streams}
+        self._batch = {(stream, device): batch.streams[stream].to(device) for stream, device in wanted}
+        with torch.set_grad_enabled(self.gradients):
+            output = self.loaded.forward(batch.inputs, with_head=self.gradients)
+            if self.gradients:
+                self.feeder.loss(output, batch).backward()
 
     def _before_down(self, record: LayerRecord) -> Callable[..., Any]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> Any:
             activations, *others = arguments
-            batch = self._tokens(record)
+            batch = self._batch[record.stream, record.device]
             seen = activations.detach().to(record.device)
             record.add(seen, batch)
             if not self.gradients:
@@ -140,7 +135,7 @@ class Recorder:
 
     def _behind_gate(self, record: LayerRecord) -> Callable[..., None]:
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            record.add_gate(output.detach().to(record.device), self._tokens(record))
+            record.add_gate(output.detach().to(record.device), self._batch[record.stream, record.device])
 
         return hook
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuron_methods.data.feeders import Feeder
 from neuron_methods.neurons.profile_file import TOP_ACTIVATION, TOP_EXEMPLAR
 from neuron_methods.profiling.exemplars import NOBODY
 from neuron_methods.profiling.recorder import Recorder
@@ -26,7 +25,7 @@ def source_tensors(recorder: Recorder, source: str, lines: dict[str, Tensor]) ->
 
 
 def describe_exemplars(
-    recorder: Recorder, feeder: Feeder, source: str, first_line: int
+    recorder: Recorder, source: str, first_line: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Describe every exemplar once, and for each layer which of them its neurons have.
 
@@ -48,7 +47,7 @@ def describe_exemplars(
         unknown = [(token, filled[at]) for token, at in zip(tokens, first, strict=True) if token not in line_of]
         where = torch.tensor(np.array([at for _, at in unknown], dtype=np.int64))
         payloads = entries["payload"].flatten(0, 1)[where]
-        texts = feeder.describe(record.stream, payloads) if len(where) else []
+        texts = recorder.feeder.describe(record.stream, payloads) if len(where) else []
         rows = entries["row"].flatten()[where].tolist()
         for (token, _), row, text in zip(unknown, rows, texts, strict=True):
             line_of[token] = first_line + len(exemplars)

@@ -6,12 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from neuron_methods import __version__
@@ -218,10 +219,10 @@ class _Run:
                 enhanced = untouched(self.mixer, name)
             paths = kept_paths(self.mixer, enhanced)
             save_adapter(self.peft_model, name, place / "adapter", paths, stored_dtype(self.directories[name]))
-            return enhanced.to_json()
+            return asdict(enhanced)
 
         stage = _stage(work, f"expert-{name}", key, build)
-        enhanced = Enhanced.from_json(stage.result)
+        enhanced = TypeAdapter(Enhanced).validate_python(stage.result)
         if settings.enabled:
             self.report(("" if stage.built else "(done before) ") + describe_enhancement(enhanced))
         return enhanced, stage.place / "adapter"
@@ -254,14 +255,14 @@ class _Run:
             router=shape,
             redundant=self.config.merging.redundant,
             seed=self.config.merging.seed,
-            report={"router": figures.to_json(), "made_with": {"mergekit-neuron": __version__, **versions}},
+            report={"router": asdict(figures), "made_with": {"mergekit-neuron": __version__, **versions}},
         )
         for name, (_, adapter) in enhanced.items():
             shutil.copytree(adapter, staging / ADAPTERS / name)
         save_file(dict(router.state_dict()), staging / ROUTER_NAME, metadata={"format": "pt"})
         trace = {
             "settings": self.config.enhancement.model_dump(),
-            "experts": [e.to_json() for e, _ in enhanced.values()],
+            "experts": [asdict(e) for e, _ in enhanced.values()],
         }
         write_json(staging / ENHANCEMENT_NAME, trace, indent=1)
         self.processor.save_pretrained(staging)

@@ -9,9 +9,8 @@ is never worse than the original by more than `tolerance` on its calibration dat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -64,16 +63,6 @@ class Enhanced:
     samples: int
     trace: tuple[Step, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Turn it into plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Enhanced:
-        """Read what `to_json` made."""
-        trace = tuple(Step(**step) for step in content["trace"])
-        return cls(**{**content, "trace": trace, **{k: tuple(content[k]) for k in ("core", "redundant")}})
-
 
 def enhance_expert(
     model: Any,
@@ -85,17 +74,11 @@ def enhance_expert(
 ) -> Enhanced:
     """Find an expert's core and mask its adapter's factors to the neurons that are kept.
 
-    Args:
-        model: the base with the mixer's seam in it.
-        mixer: of the adapters.
-        expert: its name.
-        loss: on the expert's calibration data.
-        settings: see there.
-        progress: called with layers tried and layers there are.
+    `model` is the base with the mixer's seam in it, `loss` that on the expert's calibration data; `progress` is called
+    with the number of layers tried and of those there are.
     """
     place = mixer.experts.index(expert)
-    own = [path for path, module in mixer.modules.items() if expert in module.lora_A]
-    layers = list(dict.fromkeys(layer_of(path) for path in own))
+    layers = untouched(mixer, expert).core
     coefficients = mixer.only(expert).clone()
 
     def measure() -> float:
@@ -131,9 +114,8 @@ def enhance_expert(
     progress(len(layers), len(layers))
     density = _choose_density(mixer, expert, importance, redundant, settings, limit, measure, trace)
     trace.append(Step("enhanced", measure(), kept=True, density=density))
-    core = tuple(layer for layer in layers if layer not in redundant)
-    dropped = tuple(layer for layer in layers if layer in redundant)
-    return Enhanced(expert, core, dropped, density, loss.samples, tuple(trace))
+    parts = (tuple(layer for layer in layers if (layer in redundant) == dropped) for dropped in (False, True))
+    return Enhanced(expert, *parts, density, loss.samples, tuple(trace))
 
 
 def _choose_density(
@@ -151,30 +133,23 @@ def _choose_density(
     for _ in range(_DENSITY_TRIALS):
         if density >= 1:
             break
-        masks = factor_masks(importance, density, mixer)
-        with _masked(mixer, expert, masks, redundant) as settle:
-            measured = measure()
-            kept = measured <= limit
-            trace.append(Step("density", measured, kept, density=density))
-            if kept:
-                settle()
-                return density
+        before = _mask(mixer, expert, factor_masks(importance, density, mixer), redundant)
+        measured = measure()
+        kept = measured <= limit
+        trace.append(Step("density", measured, kept, density=density))
+        if kept:
+            return density
+        for weight, values in before:
+            weight.copy_(values)
         density = (1 + density) / 2
     return 1.0
 
 
-@contextmanager
-def _masked(
+def _mask(
     mixer: AdapterMixer, expert: str, masks: dict[str, tuple[str, Tensor]], redundant: list[str]
-) -> Iterator[Callable[[], None]]:
-    """Inside, an expert's factors are masked; afterwards they are as before, unless what is yielded was called."""
-    before: list[tuple[Tensor, Tensor]] = []
-    settled = False
-
-    def settle() -> None:
-        nonlocal settled
-        settled = True
-
+) -> list[tuple[Tensor, Tensor]]:
+    """Mask an expert's factors outside its redundant layers; returns them with the values they had."""
+    before = []
     for path, (factor, mask) in masks.items():
         if layer_of(path) in redundant:
             continue
@@ -182,18 +157,13 @@ def _masked(
         weight = (module.lora_B if factor == "B" else module.lora_A)[expert].weight.data
         before.append((weight, weight.clone()))
         weight.mul_(mask.to(weight).unsqueeze(1 if factor == "B" else 0))
-    try:
-        yield settle
-    finally:
-        if not settled:
-            for weight, values in before:
-                weight.copy_(values)
+    return before
 
 
 def untouched(mixer: AdapterMixer, expert: str) -> Enhanced:
     """Take an expert as it is, for a routed model without enhancement: every layer it changes is core."""
-    own = [path for path, module in mixer.modules.items() if expert in module.lora_A]
-    return Enhanced(expert, tuple(dict.fromkeys(layer_of(path) for path in own)), (), 1.0, 0, ())
+    own = (path for path, module in mixer.modules.items() if expert in module.lora_A)
+    return Enhanced(expert, tuple(dict.fromkeys(map(layer_of, own))), (), 1.0, 0, ())
 
 
 def kept_paths(mixer: AdapterMixer, enhanced: Enhanced) -> list[str]:

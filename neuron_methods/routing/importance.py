@@ -14,7 +14,6 @@ root mean square of its MLP neurons (``magnitude``: ‖τ_l‖ / ‖θ₀_l‖ o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from neuron_methods.adapters.live import base_weight
 from neuron_methods.kernels.select import keep_threshold, relative_norms
 from neuron_methods.models.loading import input_device
-from neuron_methods.neurons import NeuronMap, Ownership, neuron_map
+from neuron_methods.neurons import MlpLayer, NeuronMap, Ownership, find_modules, neuron_map
 from neuron_methods.profiling.measured_model import LoadedModel
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.routing.data import CalibrationLoss
@@ -59,56 +58,59 @@ def neurons_of(model: Any) -> NeuronMap:
 def measure_importance(
     model: Any, mixer: AdapterMixer, expert: str, how: Importance, loss: CalibrationLoss, *, by_neuron: bool
 ) -> ExpertImportance:
-    """Measure one expert.
+    """Measure one expert on `model`, the base with the mixer's seam in it.
 
-    Args:
-        model: the base with the mixer's seam in it.
-        mixer: of the adapters.
-        expert: its name.
-        how: see the module.
-        loss: on the expert's calibration data; read for ``activation`` and ``taylor`` only.
-        by_neuron: False if only layers matter: then no family has to be known, unless `how` asks for activations.
+    `loss` is on the expert's calibration data, and read for ``activation`` and ``taylor`` only. Without `by_neuron`
+    only layers matter: then no family has to be known, unless `how` asks for activations.
 
     Raises:
         UserError: the model's family is unknown, and neurons are asked for.
     """
     neurons = neurons_of(model) if by_neuron or how != "magnitude" else None
-    statistics = _measure_activations(model, mixer, expert, how, loss, neurons) if how != "magnitude" else {}
+    statistics: dict[str, Tensor] = {}
+    if neurons is not None and how != "magnitude":
+        loaded = LoadedModel(model, neurons, input_device(model))
+        recorder = Recorder(loaded, loss.feeder, top=0, gradients=how == "taylor")
+        with recorder.watching(), mixer.using(mixer.only(expert)):
+            for batch in loss.batches:
+                recorder.run(batch)
+        name = "taylor" if how == "taylor" else "mean_abs"
+        statistics = {key: record.sums.means()[name].double() for key, record in recorder.records.items()}
     update: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
     outgoing: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     owners: dict[str, Ownership] = {}
+    mlps: dict[str, MlpLayer] = {}
     squares: dict[str, list[float]] = {}
     for path in mixer.modules:
         delta = mixer.delta(path, expert)
         if delta is None:
             continue
         weight = base_weight(mixer.modules[path])
-        totals = squares.setdefault(layer_of(path), [0.0, 0.0])
+        layer = layer_of(path)
+        totals = squares.setdefault(layer, [0.0, 0.0])
         totals[0] += float(delta.square().sum())
         totals[1] += float(weight.square().sum())
         owner = neurons.owner_of(f"{path}.weight") if neurons is not None else None
         if owner is None:
-            axis = 0 if _transposed(mixer.modules[path]) else 1
+            axis = 0 if getattr(mixer.modules[path], "fan_in_fan_out", False) else 1
             rows[path] = relative_norms(delta.double().square().sum(axis), weight.double().square().sum(axis)).cpu()
             continue
-        owners[path] = owner
-        layer = layer_of(path)
+        owners[path], mlps[layer] = owner, owner.layer
         for sums, tensor in ((update, delta), (base, weight)):
             sums[layer] = sums.get(layer, 0) + _per_neuron(tensor, owner)
         if owner.role == "down":
             outgoing[layer] = _per_neuron(weight + delta, owner).sqrt()
     found = {}
-    for layer in update:
-        key = next(owner.layer.key for path, owner in owners.items() if layer_of(path) == layer)
+    for layer, mlp in mlps.items():
         if how == "magnitude":
             found[layer] = relative_norms(update[layer], base[layer])
         elif how == "taylor":
-            found[layer] = statistics[key]
+            found[layer] = statistics[mlp.key]
         else:
-            norms = outgoing.get(layer)
-            found[layer] = statistics[key] * (norms if norms is not None else _outgoing(model, neurons, key))
+            norms = outgoing[layer] if layer in outgoing else _outgoing(model, mlp)
+            found[layer] = statistics[mlp.key] * norms
     layers = {}
     for layer, (changed, there) in squares.items():
         if not layer.rpartition(".")[2].isdigit():
@@ -126,11 +128,11 @@ def keep_masks(importance: ExpertImportance, density: float) -> tuple[dict[str, 
     Returns:
         Bool masks: layer -> (neurons,) of MLP neurons, module path -> (out,) of other modules' rows.
     """
-
-    def keep(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: v >= keep_threshold(v, density) for key, v in values.items()}
-
-    return keep(importance.neurons), keep(importance.rows)
+    neurons, rows = (
+        {key: values >= keep_threshold(values, density) for key, values in of.items()}
+        for of in (importance.neurons, importance.rows)
+    )
+    return neurons, rows
 
 
 def factor_masks(importance: ExpertImportance, density: float, mixer: AdapterMixer) -> dict[str, tuple[str, Tensor]]:
@@ -143,10 +145,7 @@ def factor_masks(importance: ExpertImportance, density: float, mixer: AdapterMix
     masks = {path: ("B", mask) for path, mask in rows.items()}
     for path, owner in importance.owners.items():
         kept = neurons[layer_of(path)]
-        if owner.role == "down":
-            masks[path] = ("A", kept)
-        else:
-            masks[path] = ("B", kept.repeat(len(owner.roles)))
+        masks[path] = ("A", kept) if owner.role == "down" else ("B", kept.repeat(len(owner.roles)))
     return masks
 
 
@@ -156,36 +155,9 @@ def _per_neuron(tensor: Tensor, owner: Ownership) -> Tensor:
     return sums.view(len(owner.roles), -1).sum(0).cpu()
 
 
-def _transposed(module: Any) -> bool:
-    return bool(getattr(module, "fan_in_fan_out", False))
-
-
-def _outgoing(model: Any, neurons: NeuronMap | None, key: str) -> Tensor:
+def _outgoing(model: Any, mlp: MlpLayer) -> Tensor:
     """Norms of a layer's outgoing weights where the expert leaves them as they are, float64 (neurons,)."""
-    from neuron_methods.neurons import find_modules
-
-    assert neurons is not None
-    down = find_modules(model, neurons[key]).down
-    owner = next(part for part in neurons[key].parts if part.role == "down")
+    down = find_modules(model, mlp).down
+    axis = next(part.axis for part in mlp.parts if part.role == "down")
     weight = getattr(down, "base_layer", down).weight.detach().double()
-    return weight.square().sum(1 - owner.axis).sqrt().cpu()
-
-
-def _measure_activations(
-    model: Any, mixer: AdapterMixer, expert: str, how: Importance, loss: CalibrationLoss, neurons: NeuronMap | None
-) -> dict[str, Tensor]:
-    """Layer key of `neurons` -> mean |a| or mean |a · ∂L/∂a|, float64 (neurons,)."""
-    assert neurons is not None
-    gradients = how == "taylor"
-    feeder = loss.feeder
-    recorder = Recorder(model, neurons, feeder.stream_of, 0, feeder.payload_width, gradients)
-    loaded = LoadedModel(model, neurons, input_device(model))
-    with recorder.watching(), mixer.using(mixer.only(expert)), torch.set_grad_enabled(gradients):
-        for batch in loss.batches:
-            batch = batch.to(loaded.device)
-            recorder.expect(batch.streams)
-            output = loaded.forward(batch.inputs, with_head=gradients)
-            if gradients:
-                feeder.loss(output, batch).backward()
-    name = "taylor" if gradients else "mean_abs"
-    return {key: record.sums.means()[name].double() for key, record in recorder.records.items()}
+    return weight.square().sum(1 - axis).sqrt().cpu()

@@ -8,7 +8,6 @@ the router learns to claim no more than it has seen. Background inputs, if there
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +58,6 @@ class RouterReport:
     in_domain: float
     training: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Turn it into plain values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 def train_router(
     train: Inputs, calibration: Inputs, settings: RouterSettings, background: Tensor | None = None
@@ -73,7 +68,7 @@ def train_router(
     has no say in anything, and is what accuracy and share in domain are reported on.
 
     Args:
-        train: what to learn from; every expert is there, and counts the same however many inputs it has.
+        train: every expert is there, and counts the same however many inputs it has.
         calibration: held-out inputs, at least two of each expert.
         settings: see there.
         background: hidden states (n, width) of inputs that no expert is for.

@@ -25,7 +25,6 @@ from neuron_methods.neurons.profile_file import exemplars_path
 from neuron_methods.profiling import NeuronProfile, Settings, measure_profile
 from neuron_methods.profiling.checkpoint import Checkpoint
 from neuron_methods.profiling.measured_model import load_model
-from neuron_methods.profiling.measuring import run_batch
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.support.errors import UserError
 from tests.support import tiny
@@ -221,13 +220,13 @@ def test_memory_does_not_grow_with_the_number_of_samples(llama, texts):
     with load_model(ModelName.parse(str(llama)), "float32") as loaded:
         feeder = make_feeder(ModelName.parse(str(llama)), loaded.model, 64, 4)
         feeder.start(SourceReader(parse_source(f"a={texts}"), feeder.columns), gradients=True)
-        recorder = Recorder(loaded.model, loaded.neurons, feeder.stream_of, 5, feeder.payload_width, True)
+        recorder = Recorder(loaded, feeder, 5, gradients=True)
         measured = []
         tracemalloc.start()
         try:
             with recorder.watching():
                 for batch in range(1, 121):
-                    run_batch(samples(batch), loaded, feeder, recorder, gradients=True)
+                    recorder.run(feeder.batch(samples(batch)))
                     if batch in (60, 120):
                         measured.append(live())
         finally:
