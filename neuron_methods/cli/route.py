@@ -101,14 +101,14 @@ def route(
     miss; a router is trained to tell whose an input is; at run time an expert's core layers come from it alone, its
     redundant ones from the other chosen experts, and an input that is nobody's is left to the base.
     """
-    from neuron_methods.routing.build import Options, build_routed_model
+    from neuron_methods.routing.build import build_routed_model
 
     push_to = pushing(push_to_hub, push)
     if push_to is not None and push_to_hub is not None:
         from neuron_methods.sharing.publishing import check_base_of_route
 
         check_base_of_route(config, push_to)
-    options = Options(dry_run=dry_run, force=force, device=device, work_dir=work_dir)
-    build_routed_model(config, out, options, report=click.echo)
+    options = {"dry_run": dry_run, "force": force, "device": device, "work_dir": work_dir}
+    build_routed_model(config, out, **options, report=click.echo)
     if push_to is not None and push_to_hub is not None and not dry_run:
         push_and_tell(out, push_to_hub, push_to)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from neuron_methods.routing.enhancement import Enhanced, Step
-from neuron_methods.routing.route_yaml import RouteConfig
+from neuron_methods.routing.route_yaml import RouteConfig, RouterSettings
 from neuron_methods.routing.router_training import RouterReport
 from neuron_methods.support.text import columns
 
@@ -35,7 +35,7 @@ def _describe_step(step: Step) -> tuple[str, str, str, str]:
     return what, importance, f"{step.loss:.4f}", outcome if tried else ""
 
 
-def describe_router(report: RouterReport, names: Sequence[str], ood_score: str, threshold: float, share: float) -> str:
+def describe_router(report: RouterReport, names: Iterable[str], settings: RouterSettings, threshold: float) -> str:
     """Describe accuracy by expert and what passes the threshold."""
     rows = [("expert", "held-out accuracy")]
     rows += [(name, f"{accuracy:.1%}") for name, accuracy in zip(names, report.accuracies, strict=True)]
@@ -43,8 +43,8 @@ def describe_router(report: RouterReport, names: Sequence[str], ood_score: str, 
     return (
         f"router: {report.training} training inputs, {report.epochs} epochs; {report.held_out} held-out inputs\n"
         f"{_table(rows)}\n"
-        f"  out of domain: {ood_score} below {threshold:.4g}; {report.in_domain:.1%} of the held-out inputs pass "
-        f"({100 * share:g}% asked for)"
+        f"  out of domain: {settings.ood_score} below {threshold:.4g}; {report.in_domain:.1%} of the held-out inputs "
+        f"pass ({100 * settings.in_domain_share:g}% asked for)"
     )
 
 

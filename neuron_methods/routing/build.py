@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from neuron_methods import __version__
 from neuron_methods.adapters.live import save_adapter, stored_dtype
-from neuron_methods.models.loading import device_map, input_device, load_processor
+from neuron_methods.models.loading import device_map, load_processor
 from neuron_methods.models.reference import Place
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.base import load_base, routable_kind
@@ -40,7 +40,6 @@ from neuron_methods.routing.routed_files import (
     ROUTER_NAME,
     RoutedConfig,
     RoutedExpert,
-    RouterShape,
     reference_to,
 )
 from neuron_methods.routing.router import Router
@@ -57,34 +56,25 @@ from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.stages import Stage, Stages
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a run goes about it; nothing here changes the outcome.
-
-    Attributes:
-        dry_run: say what would be done, and write nothing.
-        force: replace an earlier output.
-        device: where to compute: ``cpu``, ``cuda``, ``auto``, …
-        work_dir: where finished stages are kept, also after the run; None: beside OUT, and removed with success.
-        progress: show bars.
-    """
-
-    dry_run: bool = False
-    force: bool = False
-    device: str | None = None
-    work_dir: Path | None = None
-    progress: bool = True
-
-
 def build_routed_model(
-    configuration: Path, out: Path, options: Options = Options(), report: Callable[[str], None] = lambda text: None
+    configuration: Path,
+    out: Path,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    device: str | None = None,
+    work_dir: Path | None = None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Make a routed model.
 
     Args:
         configuration: the YAML; see `route_yaml`.
         out: directory to write. What is there before is replaced at the very end, and with `force` only.
-        options: see there.
+        dry_run: say what would be done, and write nothing.
+        force: replace an earlier output.
+        device: where to compute: ``cpu``, ``cuda``, ``auto``, …
+        work_dir: where finished stages are kept, also after the run; None: beside `out`, and removed with success.
         report: called with texts for the user.
 
     Raises:
@@ -92,29 +82,25 @@ def build_routed_model(
     """
     config = read_config(configuration)
     directories = adapter_directories({expert.name: expert.adapter for expert in config.experts})
-    target = check_target(out, options.force or options.dry_run, (config.base_model, *directories.values()))
-    if options.force and target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
+    target = check_target(out, force or dry_run, (config.base_model, *directories.values()))
+    if force and target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
         raise UserError(f"{out}: holds no routed model, so --force does not replace it; choose another name")
-    run = _Run(config, configuration, directories, options, report)
+    run = _Run(config, configuration, directories, device, report)
     counts = [(len(parts["train"]), len(parts["calibration"])) for parts in run.samples.values()]
     report(describe_plan(config, run.mixer.layers, counts, run.read))
-    if options.dry_run:
+    if dry_run:
         return
-    work = Stages(options.work_dir or target.parent / f".{target.name}.work", "mergekit-neuron route")
+    work = Stages(work_dir or target.parent / f".{target.name}.work", "mergekit-neuron route")
     train, calibration = run.inputs(work)
-    router, figures = train_router(train, calibration, config.router, run.background_inputs(work))
-    report(
-        describe_router(
-            figures, list(run.samples), config.router.ood_score, router.threshold, config.router.in_domain_share
-        )
-    )
+    router, figures = train_router(train, calibration, config.router, run.background_inputs(work), run.read)
+    report(describe_router(figures, run.samples, config.router, router.threshold))
     enhanced = {name: run.enhance(name, work) for name in run.samples}
     with staging_directory(target) as staging:
         run.write(staging, target, router, figures, enhanced)
-        _verify(staging, config, run.reference(target), calibration, router)
+        _verify(staging, config, calibration, router)
         give_ordinary_permissions(staging)
-        move_into_place(staging, target, options.force)
-    if options.work_dir is None:
+        move_into_place(staging, target, force)
+    if work_dir is None:
         work.remove()
     report(f"complete and verified: {out}")
 
@@ -127,18 +113,17 @@ class _Run:
         config: RouteConfig,
         where: Path,
         directories: dict[str, str],
-        options: Options,
+        device: str | None,
         report: Callable[[str], None],
     ) -> None:
         self.config, self.where, self.directories = config, str(where), directories
-        self.options, self.report = options, report
+        self.report = report
         adapters = {name: check_adapter(d, f"{where}: adapter of {name}") for name, d in directories.items()}
         if config.check_base:
             for note in check_bases(adapters, directories, config.base_model, self.where):
                 report(note)
-        base = load_base(
-            config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=device_map(options.device)
-        )
+        placement = device_map(device)
+        base = load_base(config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=placement)
         kind = routable_kind(base)
         self.read = resolve_layers(base, config.router.layer, f"{where}: router.layer")
         place = Place.parse(config.base_model)
@@ -152,21 +137,15 @@ class _Run:
         self.background = [drawer.of_background(number, data) for number, data in enumerate(config.background)]
         self.models_key = [place.state(), config.dtype]
 
-    def reference(self, target: Path) -> str:
-        """Name the base as it is named in `target`."""
-        return reference_to(self.config.base_model, target)
-
     def inputs(self, work: Stages) -> tuple[Inputs, Inputs]:
         """Pool hidden states of all training and all calibration samples."""
-        parts: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
-        labels: dict[str, list[torch.Tensor]] = {"train": [], "calibration": []}
-        for number, name in enumerate(self.samples):
-            states = self._states(name, self.samples[name], work)
-            for part in parts:
-                parts[part].append(states[part])
-                labels[part].append(torch.full((len(states[part]),), number))
-        train, calibration = (Inputs(torch.cat(parts[part]), torch.cat(labels[part])) for part in parts)
-        return train, calibration
+        states = [self._states(name, parts, work) for name, parts in self.samples.items()]
+
+        def joined(part: str) -> Inputs:
+            labels = [torch.full((len(of_expert[part]),), number) for number, of_expert in enumerate(states)]
+            return Inputs(torch.cat([of_expert[part] for of_expert in states]), torch.cat(labels))
+
+        return joined("train"), joined("calibration")
 
     def background_inputs(self, work: Stages) -> torch.Tensor | None:
         """Pool hidden states of what no expert is for, None if there is nothing."""
@@ -179,8 +158,7 @@ class _Run:
 
         def build(place: Path) -> dict[str, Any]:
             tensors = {}
-            options = {"total": sum(map(len, parts.values())), "unit": "sample", "shown": self.options.progress}
-            with progress_bar(what=f"{name}: inputs", **options) as bar:
+            with progress_bar(total=sum(map(len, parts.values())), what=f"{name}: inputs", unit="sample") as bar:
                 for part, samples in parts.items():
                     pooled = []
                     for inputs in samples.inputs():
@@ -208,7 +186,7 @@ class _Run:
         def build(place: Path) -> dict[str, Any]:
             if settings.enabled:
                 loss = self.samples[name]["calibration"].loss(settings.samples)
-                with progress_bar(what=f"{name}: layers", unit="layer", shown=self.options.progress) as bar:
+                with progress_bar(what=f"{name}: layers", unit="layer") as bar:
 
                     def progress(done: int, total: int) -> None:
                         bar.total = total
@@ -236,23 +214,11 @@ class _Run:
         enhanced: dict[str, tuple[Enhanced, Path]],
     ) -> None:
         """Fill the output directory."""
-        settings = self.config.router
-        shape = RouterShape(
-            layers=self.read,
-            pooling=settings.pooling,
-            width=len(router.mean),
-            hidden=settings.hidden,
-            axes=router.axes.shape[1],
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            ood_score=settings.ood_score,
-            ood_threshold=router.threshold,
-        )
         versions = {name: version(name) for name in ("transformers", "peft", "torch")}
         config = RoutedConfig(
-            base_model=self.reference(target),
+            base_model=reference_to(self.config.base_model, target),
             experts=tuple(RoutedExpert(name, e.redundant) for name, (e, _) in enhanced.items()),
-            router=shape,
+            router=replace(router.shape, ood_threshold=router.threshold),
             redundant=self.config.merging.redundant,
             seed=self.config.merging.seed,
             report={"router": asdict(figures), "made_with": {"mergekit-neuron": __version__, **versions}},
@@ -275,7 +241,7 @@ def _stage(work: Stages, name: str, key: Any, build: Callable[[Path], Any]) -> S
     return work.run(work.records / f"{name}-{digest}", key, build)
 
 
-def _verify(staging: Path, config: RouteConfig, reference: str, calibration: Inputs, router: Router) -> None:
+def _verify(staging: Path, config: RouteConfig, calibration: Inputs, router: Router) -> None:
     """Load what was written, and make sure that its router says what the trained one says.
 
     Raises:
@@ -286,5 +252,5 @@ def _verify(staging: Path, config: RouteConfig, reference: str, calibration: Inp
     with torch.no_grad():
         (expected, scores), (found, found_scores) = router(some), loaded.router.cpu()(some)
     same = torch.allclose(expected, found, atol=1e-5) and torch.allclose(scores, found_scores, atol=1e-4)
-    if not same or loaded.routed_config.base_model != reference or input_device(loaded.base) is None:
+    if not same:
         raise UserError("verification failed: the routed model does not route as it was trained to; run again")

@@ -49,15 +49,11 @@ class AdapterMixer:
         experts: names of the adapters, in the order of the coefficients' last axis.
         layers: keys of the layers that carry LoRA, in the model's order: the coefficients' middle axis.
         modules: path in the model -> peft's LoRA layer.
+        layer_index: path in the model -> index of its layer, along the coefficients' middle axis.
     """
 
     def __init__(self, peft_model: Any, experts: Sequence[str]) -> None:
-        """Switch peft's own mixing off and put the hooks in.
-
-        Args:
-            peft_model: a `PeftModel` with the adapters loaded; see `experts.load_experts` for what it may hold.
-            experts: names of the adapters.
-        """
+        """Switch the mixing of what `experts.load_experts` made off, and put the hooks in."""
         from peft.tuners.lora import LoraLayer
 
         self.experts = tuple(experts)
@@ -67,7 +63,7 @@ class AdapterMixer:
             if isinstance(module, LoraLayer) and any(name in module.lora_A for name in self.experts)
         }
         self.layers = tuple(dict.fromkeys(layer_of(path) for path in self.modules))
-        self._index = {path: self.layers.index(layer_of(path)) for path in self.modules}
+        self.layer_index = {path: self.layers.index(layer_of(path)) for path in self.modules}
         # A context variable: two threads that generate with one model do not mix up their samples.
         self._mixture: ContextVar[_Mixture | None] = ContextVar("mixture", default=None)
         peft_model.base_model.disable_adapter_layers()
@@ -96,10 +92,6 @@ class AdapterMixer:
         """Make coefficients (1, L, E) of one expert as it is."""
         return self.uniform(torch.tensor([float(name == expert) for name in self.experts]))
 
-    def index_of(self, path: str) -> int:
-        """Find the layer that a module belongs to, as an index of the coefficients' middle axis."""
-        return self._index[path]
-
     def delta(self, path: str, expert: str) -> Tensor | None:
         """Form an expert's update s·B·A of one module in float32, arranged like its weight; None where it has none."""
         return layer_update(self.modules[path], expert)
@@ -125,7 +117,7 @@ class AdapterMixer:
 
     def _prepare(self, path: str, mixture: _Mixture) -> tuple[Tensor, Tensor, Tensor] | None:
         """Stacked A (R, in), stacked B (out, R) and scales (B, R) of the experts that some sample needs here."""
-        module, layer = self.modules[path], self._index[path]
+        module, layer = self.modules[path], self.layer_index[path]
         needed = [
             (e, name)
             for e, name in enumerate(self.experts)

@@ -50,14 +50,7 @@ class NeuronRoutedModel(nn.Module):
     """
 
     def __init__(self, peft_model: Any, router: Router, routed_config: RoutedConfig, base: str) -> None:
-        """Put the parts together.
-
-        Args:
-            peft_model: of `experts.load_experts`.
-            router: trained.
-            routed_config: names the experts in the router's order.
-            base: where the base came from.
-        """
+        """Put together what `experts.load_experts` made, a trained router, and where the base came from."""
         super().__init__()
         self.peft_model = peft_model
         self.router = router
@@ -215,7 +208,7 @@ class NeuronRoutedModel(nn.Module):
         for path in self.mixer.modules:
             target = plain.get_submodule(path).weight
             merged = target.float()
-            for name, value in zip(self.experts, weights[self.mixer.index_of(path)].tolist(), strict=True):
+            for name, value in zip(self.experts, weights[self.mixer.layer_index[path]].tolist(), strict=True):
                 delta = self.mixer.delta(path, name) if value else None
                 if delta is not None:
                     merged = merged + value * delta.to(merged.device)
@@ -256,12 +249,7 @@ class NeuronRoutedModel(nn.Module):
     ) -> str:
         """Upload the routed model to a repository of the hub, which is made where it is not there.
 
-        Args:
-            repo_id: of the repository.
-            base_model: the base's hub id, where it was loaded from a directory.
-            private: whether a new repository is.
-            token: of the hub; by default the one that is logged in.
-            commit_message: of the upload.
+        `base_model` is the base's hub id, where it was loaded from a directory; `token` by default that of the login.
 
         Returns:
             The commit's address.
@@ -322,23 +310,12 @@ class NeuronRoutedModel(nn.Module):
             )
         base = load_base(reference, f"{where}: base {reference}", dtype=dtype, device_map=device_map)
         directories = {expert.name: str(directory / ADAPTERS / expert.name) for expert in config.experts}
-        shape = config.router
-        router = Router(
-            shape.width,
-            len(config.experts),
-            hidden=shape.hidden,
-            axes=shape.axes,
-            temperature=shape.temperature,
-            ood_score=shape.ood_score,
-            threshold=shape.ood_threshold,
-        )
+        router = Router(config.router, len(config.experts))
         try:
             router.load_state_dict(load_file(directory / ROUTER_NAME))
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = first_line(error)
-            raise UserError(
-                f"{directory / ROUTER_NAME}: cannot be read ({reason}); download or make it again"
-            ) from None
+            problem = f"cannot be read ({first_line(error)}); download or make it again"
+            raise UserError(f"{directory / ROUTER_NAME}: {problem}") from None
         model = cls(load_experts(base, directories, where), router.requires_grad_(False), config, reference)
         return model.eval()
 

@@ -37,7 +37,13 @@ class RoutedExpert:
 
 @dataclass(frozen=True)
 class RouterShape:
-    """How to make the router that router.safetensors fits into, and what it decides by; see `router.Router`."""
+    """How to make the router that router.safetensors fits into, and what it decides by; see `route_yaml`.
+
+    Attributes:
+        layers: how many lie before each of the hidden states that are read.
+        width: of those, pooled and side by side.
+        axes: leading axes of the scatter within experts that are kept.
+    """
 
     layers: tuple[int, ...]
     pooling: str
@@ -47,7 +53,7 @@ class RouterShape:
     top_k: int
     temperature: float
     ood_score: str
-    ood_threshold: float
+    ood_threshold: float = float("-inf")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuron_methods.routing.routed_files import RouterShape
+
 OodScore = Literal["combined", "distance", "probability", "energy"]
 
 
@@ -31,35 +33,15 @@ class Router(nn.Module):
     """Tells from pooled hidden states (B, width) which expert an input belongs to.
 
     Attributes:
-        temperature: divides the logits.
-        ood_score: which score `scores` gives.
+        shape: how it is made, and what it decides by.
         threshold: inputs with a lower score are out of domain.
     """
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        *,
-        hidden: int,
-        axes: int,
-        temperature: float = 1.0,
-        ood_score: OodScore = "combined",
-        threshold: float = float("-inf"),
-    ) -> None:
-        """Make an untrained router.
-
-        Args:
-            width: of the hidden states.
-            experts: how many.
-            hidden: width of the MLP.
-            axes: leading axes of the scatter within experts that are kept.
-            temperature: see the attributes.
-            ood_score: likewise.
-            threshold: likewise.
-        """
+    def __init__(self, shape: RouterShape, experts: int) -> None:
+        """Make an untrained router for so many experts."""
         super().__init__()
-        self.temperature, self.ood_score, self.threshold = temperature, ood_score, threshold
+        self.shape, self.threshold = shape, shape.ood_threshold
+        width, hidden, axes = shape.width, shape.hidden, shape.axes
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, experts + 1)  # the last one is nobody's
         self.register_buffer("mean", torch.zeros(width))
@@ -82,8 +64,8 @@ class Router(nn.Module):
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Compute probabilities (B, experts), and scores (B,) of which larger ones look more in domain."""
-        logits = self.logits(states) / self.temperature
-        return logits[:, :-1].softmax(dim=1), self.scores(states, logits, self.ood_score)
+        logits = self.logits(states) / self.shape.temperature
+        return logits[:, :-1].softmax(dim=1), self.scores(states, logits, self.shape.ood_score)
 
     def scores(self, states: Tensor, logits: Tensor, kind: OodScore) -> Tensor:
         """Measure how much in domain inputs look, (B,); `logits` are divided by the temperature."""
@@ -93,13 +75,13 @@ class Router(nn.Module):
             both = torch.stack([self.scores(states, logits, part) for part in ("energy", "distance")], dim=1)
             return ((both - self.usual) / self.gap).amin(1)
         if kind == "energy":
-            return self.temperature * logits[:, :-1].logsumexp(dim=1)
+            return self.shape.temperature * logits[:, :-1].logsumexp(dim=1)
         return -self._distances(states).amin(1)
 
     @torch.no_grad()
     def fit_scores(self, states: Tensor) -> None:
         """Set what ``combined`` takes for usual, from in-domain inputs that were not trained on."""
-        logits = self.logits(states) / self.temperature
+        logits = self.logits(states) / self.shape.temperature
         for number, kind in enumerate(("energy", "distance")):
             scores = self.scores(states, logits, kind)
             self.usual[number] = scores.median()

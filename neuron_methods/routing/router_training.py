@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from neuron_methods.routing.route_yaml import RouterSettings
+from neuron_methods.routing.routed_files import RouterShape
 from neuron_methods.routing.router import Router, axes_for, threshold_for
 
 _BATCH = 128
@@ -60,7 +61,11 @@ class RouterReport:
 
 
 def train_router(
-    train: Inputs, calibration: Inputs, settings: RouterSettings, background: Tensor | None = None
+    train: Inputs,
+    calibration: Inputs,
+    settings: RouterSettings,
+    background: Tensor | None = None,
+    layers: tuple[int, ...] = (),
 ) -> tuple[Router, RouterReport]:
     """Train a router.
 
@@ -72,20 +77,15 @@ def train_router(
         calibration: held-out inputs, at least two of each expert.
         settings: see there.
         background: hidden states (n, width) of inputs that no expert is for.
+        layers: where the hidden states come from, to be noted.
     """
     decide, held_out = calibration.halves()
     experts = int(train.labels.max()) + 1
     width = train.states.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        router = Router(
-            width,
-            experts,
-            hidden=settings.hidden,
-            axes=axes_for(len(train), width),
-            temperature=settings.temperature,
-            ood_score=settings.ood_score,
-        )
+        given = settings.model_dump(include={"pooling", "hidden", "top_k", "temperature", "ood_score"})
+        router = Router(RouterShape(layers, width=width, axes=axes_for(len(train), width), **given), experts)
         router.fit_scatter(train.states, train.labels)
         epochs = _fit(router, train, decide, settings, background)
     router.requires_grad_(False).eval()

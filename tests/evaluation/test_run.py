@@ -244,14 +244,14 @@ def test_places_to_write_that_are_none(model, folder, no_loading, place):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_routed_model(folder, kind):
     from neuron_methods.routing import NeuronRoutedModel
-    from neuron_methods.routing.build import Options, build_routed_model
+    from neuron_methods.routing.build import build_routed_model
     from tests.support import routed as routing
 
     made = folder / "made"
     made.mkdir()
     routing.make_workspace(kind, made)
     (made / "route.yml").write_text(yaml.safe_dump(routing.settings(kind)))
-    build_routed_model(made / "route.yml", made / "routed", Options(progress=False))
+    build_routed_model(made / "route.yml", made / "routed")
     routed = NeuronRoutedModel.from_pretrained(made / "routed")
     tokenizer = transformers.AutoTokenizer.from_pretrained(made / "base")
 

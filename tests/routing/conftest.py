@@ -24,7 +24,7 @@ def _quiet() -> None:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`made("llama")`: a folder with base, adapters, data and a routed model of them; to be left as it is."""
-    from neuron_methods.routing.build import Options, build_routed_model
+    from neuron_methods.routing.build import build_routed_model
 
     known: dict[str, Path] = {}
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if kind not in known:
             folder = make_workspace(kind, tmp_path_factory.mktemp(kind))
             (folder / "routed.yaml").write_text(yaml.safe_dump(settings(kind)))
-            build_routed_model(folder / "routed.yaml", folder / "routed", Options(progress=False))
+            build_routed_model(folder / "routed.yaml", folder / "routed")
             known[kind] = folder
         return known[kind]
 

@@ -76,7 +76,7 @@ def test_coefficients_count_per_layer(loaded):
     plain = logits(peft_model, kind)
     for path, module in mixer.modules.items():  # the same, merged by hand
         delta = mixer.delta(path, EXPERTS[0])
-        if mixer.index_of(path) == len(mixer.layers) - 1 and delta is not None:
+        if mixer.layer_index[path] == len(mixer.layers) - 1 and delta is not None:
             module.get_base_layer().weight.data += 0.5 * delta
     assert torch.allclose(logits(peft_model, kind), mixed, atol=1e-5)
     assert not torch.allclose(mixed, plain, atol=1e-4)

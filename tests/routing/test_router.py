@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from neuron_methods.routing.route_yaml import RouterSettings
+from neuron_methods.routing.routed_files import RouterShape
 from neuron_methods.routing.router import Router, axes_for, threshold_for
 from neuron_methods.routing.router_training import Inputs, train_router
 
@@ -126,7 +127,7 @@ def test_background_is_left_to_the_base():
 
 def test_distance_is_mahalanobis_where_all_axes_are_kept():
     cloud = inputs(400, 0)
-    router = Router(WIDTH, 3, hidden=4, axes=WIDTH - 1)
+    router = Router(RouterShape((0,), "mean", WIDTH, 4, WIDTH - 1, 2, 1.0, "distance"), 3)
     router.fit_scatter(cloud.states, cloud.labels)
     normal = router.standardised(cloud.states)
     within = normal - router.centres[cloud.labels]
