@@ -161,10 +161,6 @@ class TextToTextFeeder(TextFeeder):
             labels,
         )
 
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Measure how well the target's tokens are told."""
-        return target_loss(output.logits, batch.targets)
-
 
 def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Measure the cross-entropy, the mean over the targets of each sample, added up over samples.

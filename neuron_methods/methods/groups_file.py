@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.neurons import NeuronMap
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_json, write_json
 
@@ -93,22 +92,6 @@ class NeuronGroups:
             if values.ndim != 1 or bool(((values < 0) | (values >= len(groups))).any()):
                 raise UserError(f"groups {path}: damaged (labels of {layer} name no group); {again}")
         return found
-
-    def check_model(self, path: str, neurons: NeuronMap) -> None:
-        """Raise UserError unless the groups are of a model with these neurons."""
-        if self.model_type != neurons.model_type:
-            raise UserError(
-                f"groups {path}: these are of {self.model} (model_type {self.model_type!r}), the model at hand is a "
-                f"{neurons.model_type!r}"
-            )
-        for layer in (*neurons.neurons, *self.labels):
-            here = neurons.neurons.get(layer, 0)
-            there = len(self.labels[layer]) if layer in self.labels else 0
-            if here != there:
-                raise UserError(
-                    f"groups {path}: {there or 'no'} neurons in {layer}, the model at hand has {here or 'none'} there; "
-                    f"these are of {self.model}: of another model, or a layer is missing"
-                )
 
     def check_experts(self, path: str, experts: Mapping[Any, str]) -> None:
         """Raise UserError unless experts and groups match.

@@ -85,7 +85,8 @@ class PreparedNeuronMerge(DelegatingMerge):
         if not path:
             raise UserError(f"{NAME} needs groups: FILE, made by `mergekit-neuron groups` from a profile of the base")
         self.groups = NeuronGroups.read(path)
-        self.groups.check_model(path, self.layout.neurons)
+        counts = {layer: len(labels) for layer, labels in self.groups.labels.items()}
+        self.layout.neurons.check_same(f"groups {path}: this file", self.groups.model, self.groups.model_type, counts)
         self.groups.check_experts(path, own)
         by_layer = grouped(mlp, lambda tensor: self.layout.slices[tensor.name].layer)
         self._factors = {layer: self._factors_of(layer, together, own) for layer, together in by_layer.items()}

@@ -7,7 +7,7 @@ to no neuron. Everything here follows from the model's config and the table in `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -89,7 +89,7 @@ class LayerModules(NamedTuple):
 
 
 class NeuronMap:
-    """All MLP layers of a model, by key and by the names of their tensors.
+    """All MLP layers of a model, and whose the slices of its tensors are.
 
     Attributes:
         model_type: the config's.
@@ -109,14 +109,6 @@ class NeuronMap:
             if not architecture.endswith(stack.absent_in)
             for layer in self._stack_layers(family, stack, architecture, config)
         )
-        self._by_key = {layer.key: layer for layer in self.layers}
-
-    def __getitem__(self, key: str) -> MlpLayer:
-        """The layer called `key`; KeyError if there is none."""
-        return self._by_key[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._by_key
 
     @property
     def neurons(self) -> dict[str, int]:
@@ -129,6 +121,27 @@ class NeuronMap:
         One dictionary look-up. Understands every spelling of the table, whatever the config's architecture.
         """
         return self._owners.get(tensor_name)
+
+    def check_same(self, what: str, model: str, model_type: str, layers: Mapping[str, int]) -> None:
+        """Raise UserError unless a file is of a model with these neurons: same family, layers and widths.
+
+        Args:
+            what: begins the message, and tells the file: "p.safetensors: this profile".
+            model: what the file is of.
+            model_type: likewise.
+            layers: key -> number of neurons, likewise.
+        """
+        if model_type != self.model_type:
+            raise UserError(
+                f"{what} is of {model} (model_type {model_type!r}), the model at hand is a {self.model_type!r}"
+            )
+        for key in (*self.neurons, *layers):
+            here, there = self.neurons.get(key, 0), layers.get(key, 0)
+            if here != there:
+                raise UserError(
+                    f"{what} is of {model}, which has {there or 'no'} neurons in {key}; the model at hand has "
+                    f"{here or 'none'}: of another model, or a layer is missing"
+                )
 
     def _stack_layers(
         self, family: Family, stack: Stack, architecture: str, config: PretrainedConfig

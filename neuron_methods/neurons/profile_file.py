@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,9 +28,12 @@ from torch import Tensor
 from neuron_methods.neurons import NeuronMap
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after
+from neuron_methods.support.text import one_line
 
 FORMAT = "mergekit-neuron profile"
 VERSION = "1"
+STATISTICS = ("mean_abs", "second_moment", "firing_rate")
+TAYLOR = "taylor"
 TOP_ACTIVATION, TOP_EXEMPLAR = "top_activation", "top_exemplar"
 
 
@@ -79,8 +83,7 @@ class ProfileInfo:
     @property
     def statistics(self) -> tuple[str, ...]:
         """The names of the statistics there are."""
-        names = ("mean_abs", "second_moment", "firing_rate")
-        return (*names, "taylor") if self.settings.get("gradients") else names
+        return (*STATISTICS, TAYLOR) if self.settings.get("gradients") else STATISTICS
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,10 @@ class NeuronProfile:
                 "measure it again"
             )
         try:
-            values = json.loads(metadata["profile"])
-            sources = {name: SourceInfo(**source) for name, source in values.pop("sources").items()}
-            info = ProfileInfo(**values, sources=sources)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: the metadata of this profile is damaged ({error}); measure it again") from error
+            info = TypeAdapter(ProfileInfo).validate_json(metadata["profile"])
+        except (KeyError, ValueError) as error:
+            problem = f"the metadata of this profile is damaged ({one_line(error)}); measure it again"
+            raise UserError(f"{path}: {problem}") from error
         profile = cls(info, tensors, path)
         profile._check_complete()
         return profile
@@ -173,7 +175,8 @@ class NeuronProfile:
 
     def tokens(self, source: str, layer: str) -> int:
         """Count the tokens of a source that a layer read."""
-        return self.info.sources[self._source(source)].tokens[self._layer(layer)]
+        self._check(source, layer)
+        return self.info.sources[source].tokens[layer]
 
     def statistic(self, name: str, source: str, layer: str) -> Tensor:
         """Get a statistic of a layer's neurons on a source, float32 (neurons,).
@@ -182,13 +185,14 @@ class NeuronProfile:
             UserError: there is no such source, layer or statistic in this profile.
         """
         if name not in self.info.statistics:
-            hint = "; measure again with --gradients" if name == "taylor" else ""
-            raise UserError(f"{self._name}: there is no {name!r} in it (there are: {self._statistics}){hint}")
-        return self.tensors[f"{self._source(source)}/{self._layer(layer)}/{name}"]
+            known = ", ".join(self.info.statistics)
+            hint = "; measure again with --gradients" if name == TAYLOR else ""
+            raise UserError(f"{self._name}: there is no {name!r} in it (there are: {known}){hint}")
+        return self._tensor(source, layer, name)
 
     def top_activations(self, source: str, layer: str) -> Tensor:
         """Get the activations of the exemplars, float32 (neurons, top), by descending size; 0 in empty places."""
-        return self.tensors[f"{self._source(source)}/{self._layer(layer)}/{TOP_ACTIVATION}"]
+        return self._tensor(source, layer, TOP_ACTIVATION)
 
     def exemplars(self, source: str, layer: str, neuron: int) -> list[Exemplar]:
         """Get the tokens of a source that drive a neuron furthest, by descending |activation|.
@@ -196,64 +200,46 @@ class NeuronProfile:
         Raises:
             UserError: there is no such source, layer or neuron, or the JSONL file is missing or damaged.
         """
-        if not 0 <= neuron < self.layers[self._layer(layer)]:
-            raise UserError(f"{self._name}: {layer} has neurons 0 to {self.layers[layer] - 1}, not {neuron}")
-        lines = self.tensors[f"{self._source(source)}/{layer}/{TOP_EXEMPLAR}"][neuron].tolist()
-        values = self.top_activations(source, layer)[neuron].tolist()
-        return [self._exemplar(line, value) for line, value in zip(lines, values, strict=True) if line >= 0]
+        lines, values = (self._tensor(source, layer, name) for name in (TOP_EXEMPLAR, TOP_ACTIVATION))
+        if not 0 <= neuron < len(lines):
+            raise UserError(f"{self._name}: {layer} has neurons 0 to {len(lines) - 1}, not {neuron}")
+        found = []
+        for line, activation in zip(lines[neuron].tolist(), values[neuron].tolist(), strict=True):
+            if line >= 0:
+                text = dict(self._lines[line])
+                place = {key: text.pop(key) for key in ("source", "row", "position")}
+                found.append(Exemplar(activation, **place, text=text))
+        return found
 
     def check_model(self, neurons: NeuronMap) -> None:
         """Raise UserError unless this profile is of a model with these neurons: same family, layers and widths."""
-        if self.info.model_type != neurons.model_type:
-            raise UserError(
-                f"{self._name}: this profile is of {self.info.model} (model_type {self.info.model_type!r}), "
-                f"the model at hand is a {neurons.model_type!r}"
-            )
-        for key in (*neurons.neurons, *self.layers):
-            here, there = neurons.neurons.get(key, 0), self.layers.get(key, 0)
-            if here != there:
-                raise UserError(
-                    f"{self._name}: this profile is of {self.info.model}, which has {there or 'no'} neurons in {key}; "
-                    f"the model at hand has {here or 'none'}"
-                )
+        neurons.check_same(f"{self._name}: this profile", self.info.model, self.info.model_type, self.layers)
 
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
         """The JSONL file, as far as it belongs to this profile."""
         return read_exemplars(self.path, self.info.exemplars) if self.path is not None else []
 
-    def _exemplar(self, line: int, activation: float) -> Exemplar:
-        fields = dict(self._lines[line])
-        return Exemplar(activation, fields.pop("source"), fields.pop("row"), fields.pop("position"), fields)
-
     @property
     def _name(self) -> str:
         return str(self.path) if self.path is not None else f"profile of {self.info.model}"
 
-    @property
-    def _statistics(self) -> str:
-        return ", ".join(self.info.statistics)
+    def _check(self, source: str, layer: str) -> None:
+        for what, name, known in (("data source", source, self.sources), ("layer", layer, self.layers)):
+            if name not in known:
+                raise UserError(f"{self._name}: there is no {what} {name!r} in it (there are: {', '.join(known)})")
 
-    def _source(self, name: str) -> str:
-        if name not in self.info.sources:
-            raise UserError(
-                f"{self._name}: there is no data source {name!r} in it (there are: {', '.join(self.sources)})"
-            )
-        return name
-
-    def _layer(self, key: str) -> str:
-        if key not in self.layers:
-            raise UserError(f"{self._name}: there is no layer {key!r} in it (there are: {', '.join(self.layers)})")
-        return key
+    def _tensor(self, source: str, layer: str, name: str) -> Tensor:
+        self._check(source, layer)
+        return self.tensors[f"{source}/{layer}/{name}"]
 
     def _check_complete(self) -> None:
         """Every source must have every layer, with the shapes that the metadata says."""
         for source, info in self.info.sources.items():
             for layer, neurons in self.layers.items():
                 if layer not in info.tokens:
-                    raise UserError(
-                        f"{self._name}: layer {layer} of data source {source!r} is missing; measure it again"
-                    )
+                    missing = f"layer {layer} of data source {source!r} is missing"
+                    raise UserError(f"{self._name}: {missing}; measure it again")
                 for name in (*self.info.statistics, TOP_ACTIVATION, TOP_EXEMPLAR):
                     tensor = self.tensors.get(f"{source}/{layer}/{name}")
                     if tensor is None or tensor.shape[0] != neurons:

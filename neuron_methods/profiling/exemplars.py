@@ -67,11 +67,6 @@ class TopActivations:
         candidates["activation"] = activations[places, contested[:, None]].float()
         self._compete(contested, candidates)
 
-    def merge(self, other: Entries) -> None:
-        """Let the entries of another process, of the same shape, compete for the places."""
-        if self.top:
-            self._compete(torch.arange(len(self.entries["order"]), device=other["order"].device), other)
-
     def _compete(self, neurons: Tensor, candidates: Entries) -> None:
         """Keep the best of what `neurons` have and of their candidates, the earlier one of equal identities."""
         held = {field: values[neurons] for field, values in self.entries.items()}
@@ -94,11 +89,11 @@ class TopActivations:
 
     def gather(self, collect: Callable[[Tensor], Tensor]) -> None:
         """Merge with all other processes; `collect` stacks a tensor of every process along its first axis."""
+        if not self.top:
+            return
         neurons = len(self.entries["order"])
-        collected = {field: collect(values) for field, values in self.entries.items()}
-        processes = len(collected["order"]) // max(neurons, 1)
-        for field, values in collected.items():
-            self.entries[field] = values[:neurons].clone()
-        for process in range(1, processes):
-            span = slice(process * neurons, (process + 1) * neurons)
-            self.merge({field: values[span] for field, values in collected.items()})
+        collected = {field: collect(values).split(neurons) for field, values in self.entries.items()}
+        own, *others = (dict(zip(collected, parts, strict=True)) for parts in zip(*collected.values(), strict=True))
+        self.entries = {field: values.clone() for field, values in own.items()}
+        for other in others:
+            self._compete(torch.arange(neurons, device=other["order"].device), other)

@@ -21,6 +21,7 @@ from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_fro
 from neuron_methods.neurons.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import columns
+from neuron_methods.support.yaml_source import read_text
 
 # One label: (layer, neuron, group), and where it was read, for messages.
 Label = tuple[str, Any, str, str]
@@ -91,18 +92,13 @@ def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> Neuro
 
 def describe_groups(groups: NeuronGroups) -> Iterator[str]:
     """List how many neurons each group has, a line per layer; and the sums."""
-    counts = groups.counts()
-    rows = [["layer", *groups.groups]]
-    rows += [[layer, *(str(of_group[name]) for name in groups.groups)] for layer, of_group in counts.items()]
-    rows.append(["all", *(str(sum(of_group[name] for of_group in counts.values())) for name in groups.groups)])
-    yield from columns(rows)
+    counts = {**groups.counts(), "all": groups.totals()}
+    rows = [[layer, *(str(of_group[name]) for name in groups.groups)] for layer, of_group in counts.items()]
+    yield from columns([["layer", *groups.groups], *rows])
 
 
 def _read_labels(path: Path) -> Iterator[Label]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    text = read_text(path).removeprefix("\ufeff")
     ending = path.suffix.lower()
     try:
         if ending == ".csv":

@@ -181,15 +181,14 @@ def _layer_updates(
 
 def _parameter_of(name: str, neurons: NeuronMap, layer: MlpLayer, parameters: dict[str, Tensor]) -> str:
     """Name of the module's parameter that a stored tensor becomes."""
-    owner = neurons.owner_of(name)
-    places = [path.rsplit(".", 1)[0] for path in layer.down]
-    fitting = []
-    for parameter in parameters:
-        for place in places:
-            other = neurons.owner_of(f"{place}.{parameter}")
-            if other is not None and owner is not None and other.roles == owner.roles:
-                fitting.append(parameter)
-                break
+    roles = neurons.owner_of(name).roles
+    places = [path.rpartition(".")[0] for path in layer.down]
+
+    def fits(parameter: str) -> bool:
+        owners = (neurons.owner_of(f"{place}.{parameter}") for place in places)
+        return any(owner is not None and owner.roles == roles for owner in owners)
+
+    fitting = list(filter(fits, parameters))
     exact = [p for p in fitting if name.endswith("." + p)]
     if not fitting or (len(fitting) > 1 and not exact):
         raise UserError(f"{name}: the module of {layer.key} has no parameter for it (it has: {', '.join(parameters)})")

@@ -20,8 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STATISTICS = ("mean_abs", "second_moment", "firing_rate")
-TAYLOR = "taylor"
+from neuron_methods.neurons.profile_file import STATISTICS, TAYLOR
 
 
 class NeuronSums:

@@ -106,17 +106,15 @@ def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
 
     model = load_adapters(base, directories, {name: f"{where}: adapter of {name}" for name in directories})
     for path, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and not _is_linear(module):
+        if not isinstance(module, LoraLayer):
+            continue
+        factors = [*module.lora_A.values(), *module.lora_B.values()]
+        if not factors or not all(isinstance(factor, nn.Linear) for factor in factors):
             raise UserError(
                 f"{where}: the adapters change {path} ({type(module.get_base_layer()).__name__}); only linear layers "
                 "can be mixed per input"
             )
     return model
-
-
-def _is_linear(module: Any) -> bool:
-    factors = [*module.lora_A.values(), *module.lora_B.values()]
-    return bool(factors) and all(isinstance(factor, nn.Linear) for factor in factors)
 
 
 def adapter_directories(adapters: Mapping[str, str]) -> dict[str, str]:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from neuron_methods.support.yaml_source import YamlSource
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+def _located(text: str, info: ValidationInfo) -> str:
+    """Make a path that exists beside the YAML absolute; what does not exist is left for the hub to know."""
+    place = None if info.context is None else info.context / text
+    return str(place) if place is not None and place.exists() else text
+
+
+_Location = Annotated[str, AfterValidator(_located)]
 
 
 class _Section(BaseModel):
@@ -34,7 +43,7 @@ class Data(_Section):
             in the calibration loss.
     """
 
-    source: str
+    source: _Location
     name: str | None = None
     split: str | None = None
     columns: dict[Literal["input", "target", "text", "image", "label"], str] = Field(default_factory=dict)
@@ -52,7 +61,7 @@ class Expert(_Section):
     """
 
     name: str
-    adapter: str
+    adapter: _Location
     data: Data
     calibration: Data | None = None
 
@@ -164,7 +173,7 @@ class RouteConfig(_Section):
         text, enhancement, router, merging: see there.
     """
 
-    base_model: str
+    base_model: _Location
     experts: tuple[Expert, ...]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     check_base: bool = True
@@ -195,22 +204,4 @@ def read_config(path: Path) -> RouteConfig:
         UserError: naming the file, the line and the key.
     """
     source = YamlSource.read(path, "the keys base_model and experts; see mergekit-neuron route --help")
-    return _located(source.validated(RouteConfig), path.resolve().parent)
-
-
-def _located(config: RouteConfig, folder: Path) -> RouteConfig:
-    """Make paths that exist absolute; what does not exist is left for the hub to know."""
-
-    def place(text: str) -> str:
-        return str(folder / text) if (folder / text).exists() else text
-
-    def data(section: Data | None) -> Data | None:
-        return section and section.model_copy(update={"source": place(section.source)})
-
-    experts = tuple(
-        e.model_copy(update={"adapter": place(e.adapter), "data": data(e.data), "calibration": data(e.calibration)})
-        for e in config.experts
-    )
-    background = tuple(data(section) for section in config.background)
-    located = {"base_model": place(config.base_model), "experts": experts, "background": background}
-    return config.model_copy(update=located)
+    return source.validated(RouteConfig, context=path.resolve().parent)

@@ -101,15 +101,15 @@ class YamlSource:
                 line = node.start_mark.line + 1
         return line
 
-    def validated(self, schema: type[Model]) -> Model:
-        """Turn the content into a pydantic model.
+    def validated(self, schema: type[Model], context: Any = None) -> Model:
+        """Turn the content into a pydantic model, whose validators see `context`.
 
         Raises:
             UserError: naming file, line and key of the first problem; an unknown key comes before what is missing by
                 its fault.
         """
         try:
-            return schema.model_validate(self.content)
+            return schema.model_validate(self.content, context=context)
         except ValidationError as error:
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         location = tuple(part for part in first["loc"] if part != "[key]")

@@ -267,7 +267,7 @@ def test_groups_of_another_model_are_refused(llama: Any, tmp_path: Path) -> None
     write_groups(path, FAMILIES["vit"].config(), NAMES)
     assert "model_type 'vit'" in refusal(llama, {"groups": str(path)})
     write_groups(path, build("llama-untied", intermediate_size=20).config, NAMES)
-    assert "20 neurons in layers.0, the model at hand has 24" in refusal(llama, {"groups": str(path)})
+    assert "20 neurons in layers.0; the model at hand has 24" in refusal(llama, {"groups": str(path)})
     write_groups(path, llama[0], NAMES)
     content = json.loads(path.read_text())
     del content["labels"]["layers.1"]

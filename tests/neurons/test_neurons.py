@@ -260,9 +260,8 @@ def test_keys_and_order():
         **{f"text_model.encoder.layers.{i}": 24 for i in range(2)},
         **{f"vision_model.encoder.layers.{i}": 20 for i in range(3)},
     }
-    llama = neuron_map(transformers.LlamaConfig(**DECODER))
-    assert "layers.1" in llama and "layers.2" not in llama
-    assert llama["layers.1"].index == 1
+    llama = neuron_map(transformers.LlamaConfig(**DECODER)).layers
+    assert [(layer.key, layer.index) for layer in llama] == [("layers.0", 0), ("layers.1", 1)]
 
 
 def test_what_belongs_to_no_neuron_has_no_owner():
