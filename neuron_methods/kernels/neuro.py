@@ -171,9 +171,7 @@ def _fill_trimmed(
 ) -> None:
     """Fill `out` with the t-th expert's trimmed task vector; add the weighted norm before trimming to `lengths`."""
     weight = options.weights[t]
-    fill_task_vector(out, expert, base)
-    if options.allow_nonfinite:
-        out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    fill_task_vector(out, expert, base, clean=options.allow_nonfinite)
     if lengths is not None:
         lengths += abs(weight) * out.norm(dim=-1)
     trim_(out, options.thresholds[t])

@@ -47,9 +47,7 @@ def slice_squares(
         origin = base[block].float()
         values = origin
         if expert is not None:
-            values = fill_task_vector(torch.empty_like(origin), expert[block], origin)
-            if clean:
-                values.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            values = fill_task_vector(torch.empty_like(origin), expert[block], origin, clean=clean)
             if not update:
                 values += origin
         part = values.square()
@@ -155,9 +153,7 @@ def combine_slices(
         total = origin.clone()
         update = torch.empty_like(origin)
         for expert, factor in zip(experts, factors, strict=True):
-            fill_task_vector(update, expert[block], origin)
-            if clean:
-                update.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            fill_task_vector(update, expert[block], origin, clean=clean)
             total += update.mul_(factor[block] if axis == 0 else factor)
         merged[block].copy_(total)
     return merged

@@ -13,17 +13,20 @@ class TaskVector(Tensor):
     """
 
 
-def fill_task_vector(out: Tensor, expert: Tensor, base: Tensor) -> Tensor:
+def fill_task_vector(out: Tensor, expert: Tensor, base: Tensor, *, clean: bool = False) -> Tensor:
     """Write θ_t − θ₀ into `out`.
 
     Args:
         out: float32, shape of the base; overwritten.
         expert: θ_t in any float dtype, or τ_t as a `TaskVector`.
         base: θ₀, any float dtype.
+        clean: take a NaN or infinite update for none.
 
     Returns:
         `out`.
     """
     if isinstance(expert, TaskVector):
-        return out.copy_(expert.as_subclass(Tensor))
-    return out.copy_(expert).sub_(base)
+        out.copy_(expert.as_subclass(Tensor))
+    else:
+        out.copy_(expert).sub_(base)
+    return out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if clean else out

@@ -313,5 +313,5 @@ def _runs(base: Tensor, expert: Tensor, starts: range, settings: MergeSettings) 
     first = torch.tensor(starts, dtype=torch.int64, device=base.device).clamp_(max=len(base) - length)
     index = first.unsqueeze(1) + torch.arange(length, device=base.device)
     origin = base[index].float()
-    runs = fill_task_vector(torch.empty_like(origin), expert[index], origin).abs_().cpu()
-    return runs.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if settings.allow_nonfinite else runs
+    runs = fill_task_vector(torch.empty_like(origin), expert[index], origin, clean=settings.allow_nonfinite)
+    return runs.abs_().cpu()

@@ -112,16 +112,15 @@ def measure_linearity(
                 for k, (layer, _) in layers.items()
             }
             told = "standard normal noise (give --data for real ones)"
-        report: LinearityReport | None = None
+        report = LinearityReport([], told)
         for key, (layer, mlp) in layers.items():
             base, updates = _layer_updates(planned, loaded.neurons, layer, mlp)
-            if report is None:
-                report = LinearityReport(list(updates), told)
+            report.variants = list(updates)
             norm = _norm(base)
             report.sizes[key] = {v: _norm(update) / norm for v, update in updates.items()}
             errors = {v: relative_error(mlp, base, update, inputs[key]) for v, update in updates.items()}
             report.errors[key] = {v: error for v, error in errors.items() if error is not None}
-        if report is None:
+        if not layers:
             raise UserError(f"{planned.base}: no MLP layers to measure")
         return report
 

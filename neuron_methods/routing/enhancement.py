@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from neuron_methods.routing.data import CalibrationLoss
-from neuron_methods.routing.importance import ExpertImportance, factor_masks, measure_importance
+from neuron_methods.routing.importance import factor_masks, measure_importance
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
 from neuron_methods.routing.route_yaml import Enhancement
 
@@ -85,9 +85,6 @@ def enhance_expert(
         with mixer.using(coefficients):
             return loss(model)
 
-    def switch(layer: str, on: bool) -> None:
-        coefficients[0, mixer.layers.index(layer), place] = float(on)
-
     with mixer.using(None):
         trace = [Step("base", loss(model), kept=False)]
     limit = measure()
@@ -101,7 +98,7 @@ def enhance_expert(
         progress(tried, len(layers))
         if refusals == settings.patience or len(redundant) == len(layers) - 1:  # an expert keeps one layer at least
             break
-        switch(layer, False)
+        coefficients[0, mixer.layers.index(layer), place] = 0
         measured = measure()
         kept = measured <= limit
         value = importance.layers[layer]
@@ -110,25 +107,8 @@ def enhance_expert(
             redundant.append(layer)
         else:
             refusals += 1
-            switch(layer, True)
+            coefficients[0, mixer.layers.index(layer), place] = 1
     progress(len(layers), len(layers))
-    density = _choose_density(mixer, expert, importance, redundant, settings, limit, measure, trace)
-    trace.append(Step("enhanced", measure(), kept=True, density=density))
-    parts = (tuple(layer for layer in layers if (layer in redundant) == dropped) for dropped in (False, True))
-    return Enhanced(expert, *parts, density, loss.samples, tuple(trace))
-
-
-def _choose_density(
-    mixer: AdapterMixer,
-    expert: str,
-    importance: ExpertImportance,
-    redundant: list[str],
-    settings: Enhancement,
-    limit: float,
-    measure: Callable[[], float],
-    trace: list[Step],
-) -> float:
-    """Mask the factors at the smallest density tried that stays within `limit`; returns it."""
     density = settings.density
     for _ in range(_DENSITY_TRIALS):
         if density >= 1:
@@ -138,11 +118,15 @@ def _choose_density(
         kept = measured <= limit
         trace.append(Step("density", measured, kept, density=density))
         if kept:
-            return density
+            break
         for weight, values in before:
             weight.copy_(values)
         density = (1 + density) / 2
-    return 1.0
+    else:
+        density = 1.0
+    trace.append(Step("enhanced", measure(), kept=True, density=density))
+    parts = (tuple(layer for layer in layers if (layer in redundant) == dropped) for dropped in (False, True))
+    return Enhanced(expert, *parts, density, loss.samples, tuple(trace))
 
 
 def _mask(

@@ -15,7 +15,7 @@ root mean square of its MLP neurons (``magnitude``: ‖τ_l‖ / ‖θ₀_l‖ o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ from neuron_methods.profiling.measured_model import LoadedModel
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.routing.data import CalibrationLoss
 from neuron_methods.routing.mixing import AdapterMixer, layer_of
-
-Importance = Literal["magnitude", "activation", "taylor"]
+from neuron_methods.routing.route_yaml import Importance
 
 
 @dataclass(frozen=True)

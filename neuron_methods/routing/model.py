@@ -34,6 +34,8 @@ from neuron_methods.support.text import first_line
 # What a router can look at; the rest of a model's inputs (labels, caches, what was generated so far) is not the prompt.
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")
 
+_OF_THE_BASE = ("config", "generation_config", "main_input_name", "dtype", "can_generate")
+
 
 class NeuronRoutedModel(nn.Module):
     """MIN-Merging's routed model (Liang, arXiv:2510.17890): every sample is computed with experts of its own.
@@ -68,20 +70,9 @@ class NeuronRoutedModel(nn.Module):
         """The base model, with peft's layers in it; by itself it computes without any expert."""
         return self.peft_model.get_base_model()
 
-    @property
-    def config(self) -> Any:
-        """The base model's config."""
-        return self.base.config
-
-    @property
-    def generation_config(self) -> Any:
-        """The base model's."""
-        return self.base.generation_config
-
-    @property
-    def main_input_name(self) -> str:
-        """The base model's."""
-        return self.base.main_input_name
+    def __getattr__(self, name: str) -> Any:
+        """Ask the base for what callers ask of any model of transformers."""
+        return getattr(self.base, name) if name in _OF_THE_BASE else super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:
@@ -89,18 +80,9 @@ class NeuronRoutedModel(nn.Module):
         return input_device(self.base)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The base model's."""
-        return self.base.dtype
-
-    @property
     def experts(self) -> tuple[str, ...]:
         """Names of the experts."""
         return self.mixer.experts
-
-    def can_generate(self) -> bool:
-        """Tell whether the base generates text."""
-        return self.base.can_generate()
 
     @torch.no_grad()
     def route(self, **inputs: Any) -> Routing:

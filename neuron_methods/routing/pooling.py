@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuron_methods.models.loading import input_device
+from neuron_methods.routing.route_yaml import Pooling
 from neuron_methods.support.errors import UserError
-
-Pooling = Literal["moments", "mean", "first", "last"]
 
 
 class _Reached(Exception):

@@ -14,6 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from neuron_methods.support.yaml_source import YamlSource
 
+Importance = Literal["magnitude", "activation", "taylor"]
+Pooling = Literal["moments", "mean", "first", "last"]
+OodScore = Literal["combined", "distance", "probability", "energy"]
+Redundant = Literal["router", "random", "none"]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -104,7 +108,7 @@ class Enhancement(_Section):
     tolerance: float = Field(0.01, ge=0)
     patience: int = Field(3, ge=1)
     density: float = Field(0.5, gt=0, le=1)
-    importance: Literal["magnitude", "activation", "taylor"] = "magnitude"
+    importance: Importance = "magnitude"
     samples: int = Field(64, ge=1)
 
 
@@ -132,11 +136,11 @@ class RouterSettings(_Section):
     """
 
     layer: int | tuple[int, ...] | None = None
-    pooling: Literal["moments", "mean", "first", "last"] = "moments"
+    pooling: Pooling = "moments"
     hidden: int = Field(256, ge=1)
     top_k: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
-    ood_score: Literal["combined", "distance", "probability", "energy"] = "combined"
+    ood_score: OodScore = "combined"
     in_domain_share: float = Field(0.95, gt=0, le=1)
     ood_margin: float = Field(0.0, ge=0)
     samples: int = Field(400, ge=8)
@@ -156,7 +160,7 @@ class Merging(_Section):
         seed: of ``random``.
     """
 
-    redundant: Literal["router", "random", "none"] = "router"
+    redundant: Redundant = "router"
     seed: int = 0
 
 

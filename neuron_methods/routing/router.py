@@ -18,15 +18,12 @@ choose from:
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuron_methods.routing.route_yaml import OodScore
 from neuron_methods.routing.routed_files import RouterShape
-
-OodScore = Literal["combined", "distance", "probability", "energy"]
 
 
 class Router(nn.Module):

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Redundant = Literal["router", "random", "none"]
+from neuron_methods.routing.route_yaml import Redundant
 
 
 @dataclass(frozen=True)
