@@ -27,6 +27,7 @@ from neuron_methods.plugin.seam import (
     check_fit,
     models_in_order,
     replace,
+    write_references_as_text,
 )
 from neuron_methods.support.errors import UserError
 
@@ -163,7 +164,7 @@ def patch_loaders() -> None:
 
 
 def patch_configuration() -> None:
-    """Let an adapter stand by itself in a configuration, and list the models in its order instead of a set's.
+    """Let an adapter stand by itself, list the models in the YAML's order instead of a set's, and write any path.
 
     Every command of mergekit calls `referenced_models` before anything else.
     """
@@ -178,6 +179,7 @@ def patch_configuration() -> None:
         return referenced_models
 
     replace(REFERENCED_MODELS, around)
+    write_references_as_text()
 
 
 def patch_merge() -> None:

@@ -69,6 +69,7 @@ METHOD = Private(_PLAN, "MergePlanner._method")
 TOKENIZER_TASK = Private(_PLAN, "MergePlanner._tokenizer_task")
 GET_LOADER = Private(_TASKS, "LoaderCache.get", ("model",))
 LAZY_LOADER = Private("mergekit.common", "ModelReference.lazy_loader", ("cache_dir", "lazy_unpickle"))
+SERIALIZE = Private("mergekit.common", "ModelReference.serialize")
 RESOLVE_NAME = Private(_TASKS, "LoadTensor._resolve_name", ("loader",))
 DTYPE_FROM_NAME = Private(_TASKS, "dtype_from_name", ("name",))
 REFERENCED_MODELS = Private("mergekit.config", "MergeConfiguration.referenced_models")
@@ -97,7 +98,7 @@ SEAM: dict[str, tuple[Private, ...]] = {
         DTYPE_FROM_NAME,
         LAZY_LOADER,
     ),
-    "mergekit.config": (REFERENCED_MODELS,),
+    "mergekit.config": (REFERENCED_MODELS, SERIALIZE),
     _PLAN: (PLAN, TENSORS, METHOD, TOKENIZER_TASK),
     _MERGE: (ARCHITECTURE_OF_MERGE, DONOR, COPY_TOKENIZER, IS_HF, TQDM),
     _RAW: (FLAT_MERGE, FLAT_PARAMETERS),
@@ -125,6 +126,22 @@ def replace(private: Private, around: Callable[[Any], Any]) -> None:
         replacement = functools.wraps(original)(around(original))
         setattr(replacement, _MARK, True)
         setattr(holder, name, replacement)
+
+
+def write_references_as_text() -> None:
+    """Let a model be written as it is read, whatever its path holds.
+
+    For a path with a space or a quote mergekit 0.1.5's serializer gives the model itself back, which pydantic calls a
+    circular reference: at the very end of mergekit-yaml, where the card is written. pydantic has compiled the function
+    into every class with a model in it, so it is its code that is exchanged.
+    """
+
+    def serialize(self: Any) -> Any:
+        if self.override_architecture is not None:
+            return {"model": self.model, "lora": self.lora, "override_architecture": self.override_architecture}
+        return str(self)
+
+    SERIALIZE.find()[2].__code__ = serialize.__code__
 
 
 @contextmanager
