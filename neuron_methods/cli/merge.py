@@ -163,7 +163,7 @@ def merge(
         return
     from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
     from neuron_methods.plugin.output import ModelOutput
-    from neuron_methods.sharing.publishing import Extras, merge_witness
+    from neuron_methods.sharing.publishing import merge_witness
 
     push_to = pushing(push_to_hub, push)
     output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
@@ -178,7 +178,7 @@ def merge(
         profile_out=profile_out,
         config_name=config,
         head=head,
-        witness=merge_witness(Extras(report=report, evaluation=evaluation)),
+        witness=merge_witness(report, evaluation),
     )
     if not options.quiet:
         click.echo(str(summary))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 from huggingface_hub import ModelCardData
 
@@ -22,12 +23,8 @@ def with_section(card: str, section: str, before: str = "## How to load it") -> 
         before: heading of the section that a new one goes before; at the end where there is none.
     """
     heading = section.strip().splitlines()[0]
-    parts = re.split(r"^(?=## )", _masked(card), flags=re.MULTILINE)
-    starts, position = [], 0
-    for part in parts:
-        starts.append(position)
-        position += len(part)
-    texts = [card[start : start + len(part)] for start, part in zip(starts, parts, strict=True)]
+    starts = [0, *(match.start() for match in re.finditer(r"^## ", _masked(card), flags=re.MULTILINE))]
+    texts = [card[start:end] for start, end in pairwise([*starts, len(card)])]
     placed = [index for index, text in enumerate(texts) if text.startswith(heading + "\n") or text.strip() == heading]
     if placed:
         texts[placed[0]] = section.strip() + "\n\n"

@@ -67,13 +67,12 @@ class Pushed:
     notes: list[str]
 
 
-def check_access(repository: str, options: PushOptions | None = None) -> None:
+def check_access(repository: str, options: PushOptions = PushOptions()) -> None:
     """Make sure, before anything takes long, that the token may write to `repository`.
 
     Raises:
         UserError: not a repository's id, no token, a wrong one, one that may not write there, or no network.
     """
-    options = options or PushOptions()
     try:
         validate_repo_id(repository)
         namespace, name = repository.split("/")
@@ -87,23 +86,13 @@ def check_access(repository: str, options: PushOptions | None = None) -> None:
 
 
 def push_directory(
-    place: Path, repository: str, options: PushOptions | None = None, *, progress: bool = True
+    place: Path, repository: str, options: PushOptions = PushOptions(), *, progress: bool = True
 ) -> Pushed:
-    """Verify a directory and upload it; run again after an interruption it goes on.
-
-    Args:
-        place: a model, an adapter or a routed model; it is not changed.
-        repository: USER/NAME.
-        options: see `PushOptions`.
-        progress: show progress on stderr.
-
-    Returns:
-        Where it is.
+    """Verify a model, an adapter or a routed model and upload it; run again after an interruption it goes on.
 
     Raises:
         UserError: the directory is not complete, the token may not write, or the upload did not finish.
     """
-    options = options or PushOptions()
     kind = verify_directory(place).kind
     check_base(place, options.base_model)
     check_access(repository, options)

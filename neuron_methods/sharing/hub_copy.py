@@ -55,7 +55,8 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
     Raises:
         UserError: a file that names paths of this machine cannot be read.
     """
-    labels = _local_labels(place)
+    names = _names_in(place)
+    labels = {} if names is None else names.labels
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-upload-") as temporary:
         copy = Path(temporary)
         for file in sorted(place.rglob("*")):
@@ -109,12 +110,10 @@ def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str]
         text = with_model_id(file.read_text(encoding="utf-8"), repository)
         return _with_base(text, base_model) if base_model else text
     if relative.name == CONFIG_NAME:
-        source = file.read_text(encoding="utf-8")
-        try:
-            configuration = read_configuration(source)
-        except UserError:
-            raise UserError(f"{file}: no merge configuration, and may name paths of this machine; remove it") from None
-        return reduced_yaml(source, ModelNames(configuration, known_hub_ids(file.parent)))
+        names = _names_in(file.parent)
+        if names is None:
+            raise UserError(f"{file}: no merge configuration, and may name paths of this machine; remove it")
+        return reduced_yaml(file.read_text(encoding="utf-8"), names)
     if relative.suffix != ".json" or relative.name in _PLAIN or relative.name.endswith(".index.json"):
         return None
     try:
@@ -135,11 +134,10 @@ def _with_base(card: str, base_model: str) -> str:
     return str(content)
 
 
-def _local_labels(place: Path) -> dict[str, str]:
-    """Local paths of the merge's models -> their names; {} where no YAML tells."""
+def _names_in(place: Path) -> ModelNames | None:
+    """What the models of the merge in a directory are called; None where no YAML tells."""
     try:
         configuration = read_configuration((place / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, UserError):
-        return {}
-    names = ModelNames(configuration, known_hub_ids(place))
-    return {path: label for path, label in names.labels.items() if not names.is_hub(path)}
+        return None
+    return ModelNames(configuration, known_hub_ids(place))

@@ -55,20 +55,15 @@ def front_matter(card: Path) -> dict[str, Any]:
         return {}
 
 
-def read_card(model: ModelPath, cache_dir: str | None = None) -> dict[str, Any]:
-    """Read the front matter of a model's card: in its directory, or in the Hub's cache. Never asks the network."""
+def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | None:
+    """Read the licence on a model's card, in its directory or in the Hub's cache; None where it says none."""
     place: Any = os.path.join(model.path, "README.md")
     if not os.path.isdir(model.path):
         try:
             place = try_to_load_from_cache(model.path, "README.md", cache_dir=cache_dir, revision=model.revision)
         except HFValidationError:
-            return {}
-    return front_matter(Path(place)) if isinstance(place, str) else {}
-
-
-def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | None:
-    """Read the licence on a model's card, None where it says none."""
-    card = read_card(model, cache_dir)
+            return None
+    card = front_matter(Path(place)) if isinstance(place, str) else {}
     identity = card.get("license")
     if isinstance(identity, list):
         identity = identity[0] if len(identity) == 1 else ", ".join(map(str, identity)) or None

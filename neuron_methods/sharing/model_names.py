@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import yaml
 from mergekit.common import ModelPath, ModelReference
@@ -83,12 +83,12 @@ def reduced_yaml(source: str, names: ModelNames) -> str:
     """
     pieces: list[str] = []
     end = 0
-    for node in sorted(_scalars(yaml.compose(source)), key=lambda n: n.start_mark.index):
-        pieces.append(reduced_text(source[end : node.start_mark.index]))
-        text = source[node.start_mark.index : node.end_mark.index]
-        value = reduced_value(node.value, names)
-        pieces.append(text if value == node.value else text.replace(node.value, value))
-        end = node.end_mark.index
+    for token in yaml.scan(source):
+        if isinstance(token, yaml.ScalarToken):
+            pieces.append(reduced_text(source[end : token.start_mark.index]))
+            text = source[token.start_mark.index : token.end_mark.index]
+            pieces.append(text.replace(token.value, reduced_value(token.value, names)) if token.value else text)
+            end = token.end_mark.index
     pieces.append(reduced_text(source[end:]))
     return "".join(pieces)
 
@@ -133,15 +133,3 @@ def reduced_json(content: object, labels: Mapping[str, str] | None = None) -> ob
 def _is_absolute(text: str) -> bool:
     rooted = text.startswith(("/", "~/")) or bool(_WINDOWS.match(text))
     return rooted and len(components(text)) + (not text.startswith("/")) >= 2
-
-
-def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
-    if isinstance(node, yaml.ScalarNode):
-        yield node
-    elif isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            yield from _scalars(child)
-    elif isinstance(node, yaml.MappingNode):
-        for pair in node.value:
-            for child in pair:
-                yield from _scalars(child)

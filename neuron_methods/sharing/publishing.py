@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +16,27 @@ from neuron_methods.sharing.hub import PushOptions
 from neuron_methods.sharing.hub_copy import LOCAL_BASE, known_hub_ids
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id
 from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
+from neuron_methods.sharing.report.pages import FOLDER, require_matplotlib, write_report
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
-from neuron_methods.sharing.report.writing import FOLDER, require_matplotlib, write_report
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
 from neuron_methods.support.yaml_source import YamlSource, read_text
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What is asked for beside the merge.
-
-    Attributes:
-        report: draw the report, from what the merge sees of every tensor.
-        evaluation: JSON of `mergekit-neuron evaluate` for the card.
-    """
-
-    report: bool = False
-    evaluation: Path | None = None
-
-
-def merge_witness(extras: Extras | None = None) -> MergeWitness:
+def merge_witness(report: bool = False, evaluation: Path | None = None) -> MergeWitness:
     """Make the witness that writes card and report beside what a merge writes.
+
+    Args:
+        report: draw it, from what the merge sees of every tensor.
+        evaluation: JSON of `mergekit-neuron evaluate` for the card.
 
     Raises:
         UserError: the evaluation cannot be read, or the report's drawing library is missing.
     """
-    extras = extras or Extras()
-    evaluation = read_evaluation(extras.evaluation) if extras.evaluation is not None else None
+    scores = read_evaluation(evaluation) if evaluation is not None else None
     collector: Collector | None = None
-    if extras.report:
+    if report:
         require_matplotlib()
 
     def on_plan(run: MergeRun, planner: Any) -> None:
@@ -65,13 +54,13 @@ def merge_witness(extras: Extras | None = None) -> MergeWitness:
             section = write_report(document_of(collector, run, names, state), staging, name)
         if not run.options.write_model_card:
             return []
-        options = CardOptions(section, evaluation, cache_dir=run.options.transformers_cache)
+        options = CardOptions(section, scores, cache_dir=run.options.transformers_cache)
         card = make_card(run.configuration, run.recorded, name, staging, options)
         (staging / CONFIG_NAME).write_text(run.recorded, encoding="utf-8")
         (staging / "README.md").write_text(card.text, encoding="utf-8")
         return card.warnings
 
-    return MergeWitness(finish, on_plan, on_tensor) if extras.report else MergeWitness(finish)
+    return MergeWitness(finish, on_plan, on_tensor) if report else MergeWitness(finish)
 
 
 def report_directory(
@@ -83,7 +72,7 @@ def report_directory(
     new_card: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write the report of a merge that is done, and put it into the card.
+    """Write the report of a merge that is done, put it into the card, and give the place of its HTML page.
 
     Args:
         place: what `mergekit-neuron merge` or another command of mergekit has written.
@@ -92,9 +81,6 @@ def report_directory(
         evaluation: JSON of `mergekit-neuron evaluate` for the card.
         new_card: write the card anew instead of changing its sections.
         progress: show progress.
-
-    Returns:
-        The HTML page.
 
     Raises:
         UserError: output, YAML or models are not there or do not belong together, or matplotlib is missing.

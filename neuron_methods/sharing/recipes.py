@@ -91,16 +91,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:
-    """Fill somebody's own models into the recipe of a family and a method; its comments stay.
-
-    Args:
-        family: llama, t5 or vit.
-        method: name in the YAML.
-        base: path or id of the base.
-        experts: paths or ids of the experts, base+adapter among them.
-
-    Returns:
-        The YAML.
+    """Fill somebody's own models, by path or id, into the recipe of a family and a method; its comments stay.
 
     Raises:
         UserError: no such recipe, or no expert.
@@ -126,9 +117,8 @@ def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
     start = next(i for i, line in enumerate(lines) if line.startswith("models:"))
     end = next((i for i in range(start + 1, len(lines)) if re.match(r"[\w#]", lines[i])), len(lines))
     filled = [*lines[:start], "models:", *_expert_lines(recipe, experts), *lines[end:]]
-    body = next(i for i, line in enumerate(filled) if not line.startswith("#"))
     head = [f"# After the recipe {recipe.name}; what it says of models below is about its own.", "#"]
-    text = "\n".join([*head, *filled[:body], *filled[body:]]) + "\n"
+    text = "\n".join([*head, *filled]) + "\n"
     return re.sub(r"^base_model: .*$", lambda _: f"base_model: {_scalar(base)}", text, flags=re.MULTILINE)
 
 

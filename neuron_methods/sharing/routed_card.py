@@ -13,12 +13,7 @@ from neuron_methods.sharing.snippets import loading_snippet
 
 
 def make_routed_card(place: Path, name: str, base_model: str) -> str:
-    """Write the card.
-
-    Args:
-        place: what `mergekit-neuron route` wrote.
-        name: what the model is called.
-        base_model: the base's id on the Hub.
+    """Write the card of what `mergekit-neuron route` wrote, whose base has this id on the Hub.
 
     Raises:
         UserError: routed_config.json is damaged.

@@ -18,15 +18,10 @@ _INPUT_FILES = {
 }
 
 
-def architecture_of(place: Path) -> str:
-    """Read the model's class from its config, "" where there is none."""
-    architectures = _config(place / "config.json").get("architectures") or [""]
-    return str(architectures[0])
-
-
 def _kind(place: Path) -> KindFacts | None:
     config = _config(place / "config.json")
-    return facts_of(architecture_of(place), bool(config.get("is_encoder_decoder", True)))
+    architectures = config.get("architectures") or [""]
+    return facts_of(str(architectures[0]), bool(config.get("is_encoder_decoder", True)))
 
 
 def pipeline_tag(place: Path) -> str | None:

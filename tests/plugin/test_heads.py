@@ -20,7 +20,7 @@ from neuron_methods.models.verification import verify_model
 from neuron_methods.plugin.adapter_output import AdapterOutput
 from neuron_methods.plugin.describe import describe_plan
 from neuron_methods.plugin.merging import MergeSummary, merge_to_directory, plan_merge
-from neuron_methods.sharing.publishing import Extras, merge_witness
+from neuron_methods.sharing.publishing import merge_witness
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import edit
 from tests.support.kinds import build_kind
@@ -170,7 +170,7 @@ def test_without_a_head_the_output_is_the_backbone(kind: str) -> None:
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_every_experts_head_is_kept_and_attaches_as_the_card_says(kind: str) -> None:
     save_classifiers(kind)
-    merge("keep", witness=merge_witness(Extras()))
+    merge("keep", witness=merge_witness())
     assert sorted(path.name for path in Path("out/heads").iterdir()) == sorted(
         f"{name}.{suffix}" for name in WEIGHTS for suffix in ("json", "safetensors")
     )
@@ -285,7 +285,7 @@ def test_a_masked_language_model_as_base_of_classifiers() -> None:
         assert torch.equal(body_of(model)[name], body_of(load("cars"))[name])
     check_body_against_masked(model)
     assert any("cls.seq_relationship.bias" in note for note in summary.notes)
-    merge("keep", witness=merge_witness(Extras()))
+    merge("keep", witness=merge_witness())
     attached = run_snippet(Path("out/README.md").read_text(), "digits")
     assert torch.equal(body_of(attached)["pooler.dense.weight"], body_of(load("digits"))["pooler.dense.weight"])
 
@@ -424,13 +424,13 @@ def test_the_plan_says_what_becomes_of_the_heads() -> None:
 
 def test_the_record_of_a_merge_merges_again_to_the_same() -> None:
     save_classifiers("vit-classifier")
-    merge("keep", witness=merge_witness(Extras()))
+    merge("keep", witness=merge_witness())
     recorded = Path("out/mergekit_config.yml").read_text()
     assert recorded == f"# mergekit-neuron merge --head keep\n{source()}"
-    merge(None, recorded, "again", witness=merge_witness(Extras()))
+    merge(None, recorded, "again", witness=merge_witness())
     for name in ("model.safetensors", "heads/cars.safetensors", "mergekit_config.yml"):
         assert (Path("out") / name).read_bytes() == (Path("again") / name).read_bytes()
-    merge("cars", recorded, "other", witness=merge_witness(Extras()))
+    merge("cars", recorded, "other", witness=merge_witness())
     assert Path("other/mergekit_config.yml").read_text() == f"# mergekit-neuron merge --head cars\n{source()}"
 
 
@@ -483,7 +483,7 @@ def test_the_head_of_an_adapter_is_the_one_it_was_trained_with(base: str) -> Non
         torch.testing.assert_close(
             model(**inputs_of(model)).logits, cars(**inputs_of(model)).logits, rtol=1e-5, atol=1e-5
         )
-    merge("keep", yml, witness=merge_witness(Extras()))
+    merge("keep", yml, witness=merge_witness())
     attached = run_snippet(Path("out/README.md").read_text(), "digits")
     assert torch.equal(
         attached.classifier.weight, load_file("digits/adapter_model.safetensors")["base_model.model.classifier.weight"]

@@ -27,7 +27,7 @@ from tests.support.checkpoints import build, configuration, fine_tune, read, sav
 @pytest.fixture
 def undrawn(monkeypatch):
     """The report without its pictures, where only the numbers are looked at: drawing takes seconds."""
-    monkeypatch.setattr("neuron_methods.sharing.report.writing.draw_figures", lambda _document: [])
+    monkeypatch.setattr("neuron_methods.sharing.report.pages.draw_figures", lambda _document: [])
 
 
 def run(*arguments: str) -> click.testing.Result:
@@ -178,7 +178,7 @@ def test_no_path_of_this_machine_is_shown(many):
 
 
 def test_the_card_shows_every_figure_once_however_often_it_is_made(many, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr("neuron_methods.sharing.report.writing.draw_figures", lambda _document: drawn)
+    monkeypatch.setattr("neuron_methods.sharing.report.pages.draw_figures", lambda _document: drawn)
     card = many / "out" / "README.md"
     first = card.read_text()
     links = re.findall(r"!\[([^\]]+)\]\(report/(\w+)\.png\)", first)

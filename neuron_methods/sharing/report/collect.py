@@ -182,33 +182,34 @@ def _selection(state: Any, labels: Mapping[Hashable, str]) -> dict[str, Any] | N
     """Of `min_merging`: which share of each layer's MLP neurons goes to nobody, to one expert, to several."""
     if not isinstance(state, PreparedMinMerging):
         return None
-    layers = []
+    layers = {}
     for block, coefficients in state.coefficients.items():
         if not any(s.kind == "mlp" and s.block == block for s in state.layout.slices.values()):
             continue
         got, takers = coefficients > 0, (coefficients > 0).sum(dim=0)
-        shares = {
+        layers[block] = {
             "nobody": _share(takers == 0),
             "alone": [_share(row & (takers == 1)) for row in got],
             "shared": _share(takers > 1),
         }
-        stack, layer, _ = place_of(block + ".")
-        layers.append({"stack": stack, "layer": layer, **shares})
-    layers.sort(key=lambda entry: _in_order(entry["stack"], entry["layer"]))
     kept = {labels[expert]: {"kept": k, "of": n} for expert, (k, n) in state.kept.items()}
-    return {"experts": [labels[expert] for expert in state.experts], "kept": kept, "layers": layers}
+    return {"experts": [labels[expert] for expert in state.experts], "kept": kept, "layers": _of_layers(layers)}
 
 
 def _groups(state: Any) -> dict[str, Any] | None:
     """Of `neuron_merge`: how many neurons of each group every layer has."""
     if not isinstance(state, PreparedNeuronMerge):
         return None
-    layers = []
-    for key, counts in state.groups.counts().items():
-        stack, layer, _ = place_of(key + ".")
-        layers.append({"stack": stack, "layer": layer, "counts": [counts[group] for group in state.groups.groups]})
-    layers.sort(key=lambda entry: _in_order(entry["stack"], entry["layer"]))
-    return {"groups": list(state.groups.groups), "layers": layers}
+    groups = list(state.groups.groups)
+    layers = {key: {"counts": [counts[group] for group in groups]} for key, counts in state.groups.counts().items()}
+    return {"groups": groups, "layers": _of_layers(layers)}
+
+
+def _of_layers(found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known by a layer's name, in the order of the layers."""
+    placed = [(place_of(f"{name}.")[:2], entry) for name, entry in found.items()]
+    placed.sort(key=lambda item: _in_order(*item[0]))
+    return [{"stack": stack, "layer": layer, **entry} for (stack, layer), entry in placed]
 
 
 def _share(chosen: Tensor) -> float:

@@ -71,11 +71,10 @@ def figure(theme: Theme, rows: int = 1, columns: int = 1, *, width: float = 10, 
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the report needs matplotlib: pip install 'mergekit-neuron[report]'") from None
-    settings = {
+    of_text = ("axes.labelcolor", "axes.titlecolor", "legend.labelcolor", "text.color", "xtick.color", "ytick.color")
+    settings = dict.fromkeys(of_text, theme.text) | {
         "axes.edgecolor": theme.faint,
         "axes.facecolor": theme.background,
-        "axes.labelcolor": theme.text,
-        "axes.titlecolor": theme.text,
         "axes.titlesize": 10,
         "axes.labelsize": 9,
         "axes.grid": True,
@@ -87,11 +86,7 @@ def figure(theme: Theme, rows: int = 1, columns: int = 1, *, width: float = 10, 
         "grid.color": theme.faint,
         "grid.linewidth": 0.6,
         "legend.frameon": False,
-        "legend.labelcolor": theme.text,
         "legend.fontsize": 8.5,
-        "text.color": theme.text,
-        "xtick.color": theme.text,
-        "ytick.color": theme.text,
     }
     with rc_context(settings):
         drawn = Figure(figsize=(width, height * rows), dpi=110, layout="constrained")
@@ -174,14 +169,9 @@ def stacked_bars(
     parts: Sequence[tuple[str, str, Callable[[dict[str, Any]], float]]],
     theme: Theme,
 ) -> None:
-    """Draw one bar per entry, in parts that add up to 100 %.
+    """Draw one bar per entry of the report's JSON, in parts that add up to 100 %.
 
-    Args:
-        axes: to draw on.
-        axis: the layers.
-        entries: of the report's JSON.
-        parts: label, colour, and an entry's share between 0 and 1.
-        theme: of the page.
+    A part is a label, a colour, and an entry's share between 0 and 1.
     """
     places, bottom = [axis.place(entry) for entry in entries], [0.0] * len(entries)
     look = {"width": 0.9, "edgecolor": theme.background, "linewidth": 0.4}

@@ -1,4 +1,4 @@
-"""The report as pages: one HTML file that needs nothing else, and a Markdown section for the model card."""
+"""The report as files: JSON, PNGs, an HTML page that needs nothing else, and a section for the model card."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from neuron_methods.sharing.report.drawing import DARK, LIGHT, Document, FigureSpec
+from neuron_methods.sharing.report.drawing import DARK, LIGHT, Document, FigureSpec, figure
 from neuron_methods.sharing.report.figures import MODEL_FIGURES
 from neuron_methods.sharing.report.method_figures import METHOD_FIGURES
+from neuron_methods.support.files import write_json, write_text
 
 FIGURES: tuple[FigureSpec, ...] = (*MODEL_FIGURES, *METHOD_FIGURES)
+FOLDER = "report"
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,33 @@ class Drawn:
     text: str
 
 
-def draw_figures(document: Document) -> list[Drawn]:
-    """Draw all figures that the report's JSON has the numbers for.
+def require_matplotlib() -> None:
+    """Make sure, before a long merge, that the report can be drawn; raises UserError without matplotlib."""
+    with figure(LIGHT):
+        pass
+
+
+def write_report(document: Document, place: Path, title: str) -> str:
+    """Draw the figures and write all files into the directory `report` of an output.
+
+    Returns:
+        The Markdown section for the card.
 
     Raises:
         UserError: matplotlib is not installed.
     """
+    drawn = draw_figures(document)
+    folder = place / FOLDER
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "report.json", document, indent=1)
+    for one in drawn:
+        (folder / f"{one.spec.name}.png").write_bytes(one.light)
+    write_text(folder / "report.html", html_page(document, drawn, title))
+    return markdown_section(document, drawn)
+
+
+def draw_figures(document: Document) -> list[Drawn]:
+    """Draw all figures that the report's JSON has the numbers for; raises UserError without matplotlib."""
     return [
         Drawn(spec, spec.draw(document, LIGHT), spec.draw(document, DARK), spec.describe(document))
         for spec in FIGURES
@@ -53,16 +77,16 @@ def measured_on(document: Document) -> str:
     return f"Measured on {of}: {limit} rows, drawn at random, of every weight matrix."
 
 
-def markdown_section(document: Document, drawn: Sequence[Drawn], folder: str = "report") -> str:
-    """Write the section of the card; pictures are linked in `folder` beside it."""
+def markdown_section(document: Document, drawn: Sequence[Drawn]) -> str:
+    """Write the section of the card, which links the pictures."""
     lines = [
         "## What the merge does to the neurons",
         "",
-        f"{measured_on(document)} The page `{folder}/report.html` shows the same, and needs no network.",
+        f"{measured_on(document)} The page `{FOLDER}/report.html` shows the same, and needs no network.",
     ]
     for one in drawn:
         text = one.text.replace("[", "(").replace("]", ")").replace("\n", " ")
-        lines += ["", f"### {one.spec.title}", "", f"![{text}]({folder}/{one.spec.name}.png)", "", one.spec.caption]
+        lines += ["", f"### {one.spec.title}", "", f"![{text}]({FOLDER}/{one.spec.name}.png)", "", one.spec.caption]
     return "\n".join(lines)
 
 

@@ -28,16 +28,10 @@ def collector_for(run: MergeRun, limit: int | None) -> Collector:
     base = run.configuration.base_model
     if base is None:
         raise UserError(f"{run.name}: the report tells how models differ from their base; name it as base_model")
-    experts = experts_of(run)
+    experts = [model for model in dict.fromkeys(models_in_order(run.configuration)) if model != base]
     if not experts:
         raise UserError(f"{run.name}: the report compares experts with the base, and there is none")
     return Collector(base, experts, limit)
-
-
-def experts_of(run: MergeRun) -> list[ModelReference]:
-    """List the models beside the base, in the order of the YAML."""
-    models = dict.fromkeys(models_in_order(run.configuration))
-    return [model for model in models if model != run.configuration.base_model]
 
 
 def document_of(collector: Collector, run: MergeRun, names: ModelNames, state: Any) -> dict[str, Any]:
@@ -49,14 +43,9 @@ def document_of(collector: Collector, run: MergeRun, names: ModelNames, state: A
 def report_from_files(
     place: Path, run: MergeRun, names: ModelNames, *, limit: int | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Make the report's JSON of a merge that is done, from the models it was made of and what it has written.
+    """Make the report's JSON of a merge that is done, from the models of its run and what it has written.
 
-    Args:
-        place: the output: a model, or an adapter on the base.
-        run: of the same configuration.
-        names: of its models.
-        limit: neurons looked at per weight; None: all.
-        progress: show progress bars.
+    The output is a model, or an adapter on the base. `limit` neurons are looked at per weight; None: all.
 
     Raises:
         UserError: models or output are not there, or do not belong together.
@@ -66,7 +55,8 @@ def report_from_files(
     def look(planner: Any) -> None:
         collector = collector_for(run, limit)
         output = _output_reference(place, run)
-        known = _known(planner)
+        tokenizer = tokenizer_task(planner)  # embeddings have to be aligned before they can be compared
+        known = {} if tokenizer is None else {tokenizer: evaluate_task(tokenizer, {})}
         tensors = [(weight, task) for weight, task in planned_tasks(planner) if isinstance(task, PlannedMergeTask)]
         matched = 0
         for weight, task in progress_bar(tensors, what="Looking at the neurons", unit="tensor", shown=progress):
@@ -100,12 +90,6 @@ def _measured(planner: Any, known: dict[Any, Any]) -> Any:
     plan.known_values.update(known)
     plan.prepared.measure(plan.settings)
     return plan.prepared
-
-
-def _known(planner: Any) -> dict[Any, Any]:
-    """The tokenizer, where embeddings have to be aligned before they can be compared."""
-    task = tokenizer_task(planner)
-    return {} if task is None else {task: evaluate_task(task, {})}
 
 
 def _load(output: ModelReference, weight: WeightInfo) -> Tensor | None:
