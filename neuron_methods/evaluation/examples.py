@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from neuron_methods.data.sources import DataSource, Sample, SourceReader, is_empty
@@ -46,22 +46,17 @@ class Examples:
 
     task: Task
     split: str
-    reader: SourceReader | None
+    reader: SourceReader
     samples: list[Sample]
     roles: list[str]
     skipped: int = 0
-    _places: dict[str, int] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._places = {role: place for place, role in enumerate(self.roles)}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def value(self, index: int, role: str) -> Any:
         """A column of an example; None where the task does not name an optional one."""
-        place = self._places.get(role)
-        return None if place is None else self.samples[index].values[place]
+        return self.samples[index].values[self.roles.index(role)] if role in self.roles else None
 
     def text(self, index: int, role: str) -> str:
         """A column that must be text; numbers are taken as they are written."""
@@ -104,17 +99,8 @@ def read_examples(task: Task, split: str = "test", seed: int = 0, limit: int | N
     rows = task.rows(split)
     roles = sorted(task.columns, key="label".__eq__)  # last: the reader knows the names of the last column's labels
     columns = tuple(task.columns[role] for role in roles)
-    source = DataSource(
-        task.name,
-        rows.location,
-        rows.local,
-        rows.config,
-        rows.split,
-        columns,
-        role="task",
-        told_by="the task's columns",
-    )
-    reader = SourceReader(source, columns)
+    place = (rows.location, rows.local, rows.config, rows.split)
+    reader = SourceReader(DataSource(task.name, *place, columns, role="task", told_by="the task's columns"), columns)
     bound = min(filter(None, (task.limit, limit)), default=None)
     drawn = list(reader.samples(bound or 0, seed, start=rows.start, stop=rows.stop, leave_out=_asks_nothing))
     skipped = reader.left_out

@@ -21,6 +21,7 @@ from neuron_methods.models.loading import (
 )
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName, Place
+from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
 from neuron_methods.support.quiet import quiet_transformers
 
@@ -96,34 +97,25 @@ class ModelSpec:
 
 
 @contextlib.contextmanager
-def open_model(
-    spec: str | ModelSpec, dtype: str = "auto", max_memory: dict[Any, int | str] | None = None
-) -> Iterator[OpenedModel]:
+def open_model(spec: str | ModelSpec, dtype: str = "auto") -> Iterator[OpenedModel]:
     """Load a model, of whatever kind, and let accelerate place it for as long as the block lasts.
 
     Args:
         spec: directory, repository of the hub, adapter, base+adapter, or a routed model's directory.
         dtype: ``auto`` (see `computing_dtype`), ``float32``, ``bfloat16`` or ``float16``.
-        max_memory: accelerate's bounds per device, by default what is free.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
     found = ModelSpec.parse(spec) if isinstance(spec, str) else spec
-    if found.routed:
-        yield _open_routed(found, dtype)
+    if not found.routed:
+        with opened_model(found.name, computing_dtype(dtype)) as (model, device):
+            yield OpenedModel(model, found.processors, device)
         return
-    with opened_model(found.name, computing_dtype(dtype), max_memory) as (model, device):
-        yield OpenedModel(model, found.processors, device)
-
-
-def _open_routed(spec: ModelSpec, dtype: str) -> OpenedModel:
-    from neuron_methods.routing import NeuronRoutedModel
-
     with quiet_transformers():
-        routed = str(spec.routed)
-        model = NeuronRoutedModel.from_pretrained(routed, device_map=device_map(), dtype=computing_dtype(dtype))
-    return OpenedModel(model.eval(), spec.processors, process_state().device)
+        place, placed = str(found.routed), device_map()
+        routed = NeuronRoutedModel.from_pretrained(place, device_map=placed, dtype=computing_dtype(dtype))
+    yield OpenedModel(routed.eval(), found.processors, process_state().device)
 
 
 def architecture_of(model: Any) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neuron_methods.data.batching import by_length
+from neuron_methods.data.batching import batched, by_length
 from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.harness import run_harness
 from neuron_methods.evaluation.kinds.scorer import processor_part
-from neuron_methods.evaluation.models import ModelSpec, architecture_of, open_model
+from neuron_methods.evaluation.models import ModelSpec, OpenedModel, architecture_of, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.processes import process_state
@@ -84,22 +84,8 @@ def evaluate_model(
     seed: int = 0,
     progress: bool = False,
 ) -> TaskResult:
-    """Score a model that is in memory on one task.
-
-    Args:
-        model: as transformers makes it.
-        processor: its tokenizer, its image processor, or something that holds both.
-        task: from `load_tasks`.
-        split: ``test`` or ``validation``.
-        examples: from `read_examples`, to read them once for several models.
-        seed: of the draw of examples, where the task has a limit, and of the interval.
-        progress: show a bar.
-
-    Raises:
-        UserError: the data cannot be read, or the model cannot do the task.
-    """
-    prepared = start_task(model, processor, task, split, examples=examples, seed=seed)
-    return prepared.run(progress=progress)
+    """Score a model that is in memory on one task; arguments and errors are those of `start_task`."""
+    return start_task(model, processor, task, split, examples=examples, seed=seed).run(progress)
 
 
 def start_task(
@@ -116,8 +102,17 @@ def start_task(
 
     Whoever changes the model's weights in place runs it again.
 
+    Args:
+        model: as transformers makes it.
+        processor: its tokenizer, its image processor, or something that holds both.
+        task: from `load_tasks`.
+        split: ``test`` or ``validation``.
+        examples: from `read_examples`, to read them once for several models.
+        device: where inputs go; None: where the model is.
+        seed: of the draw of examples, where the task has a limit, and of the interval.
+
     Raises:
-        UserError: as `evaluate_model`.
+        UserError: the data cannot be read, or the model cannot do the task.
     """
     kind = KINDS[task.kind]
     shown = Path(getattr(model, "name_or_path", "") or "in memory").name
@@ -128,6 +123,13 @@ def start_task(
         examples = read_examples(task, split, seed)
     kind.check_examples(examples, model.config)
     return RunningTask(kind(model, processor, examples, device or model.device), examples, seed)
+
+
+def start_opened(
+    opened: OpenedModel, task: Task, split: str, examples: Examples | None, seed: int
+) -> RunningTask | HarnessTask:
+    """Get a task ready, as `start_task` does, for what `open_model` has loaded."""
+    return start_task(opened.model, opened.processor, task, split, examples=examples, device=opened.device, seed=seed)
 
 
 class RunningTask:
@@ -150,8 +152,7 @@ class RunningTask:
         bar = progress_bar(total=len(own), what=self.task.name, unit="example", shown=shown, leave=False)
         with bar, torch.inference_mode(), quiet_transformers():
             self.scorer.begin()
-            for start in range(0, len(own), self.task.batch_size):
-                batch = own[start : start + self.task.batch_size]
+            for batch in batched(own, self.task.batch_size):
                 outcomes += self.scorer.score(batch)
                 bar.update(len(batch))
         self.scorer.model.train(training)
@@ -160,9 +161,6 @@ class RunningTask:
 
             outcomes = gather_object(outcomes)
         outcomes.sort(key=lambda outcome: outcome.row)
-        return self._result(outcomes, time.perf_counter() - started)
-
-    def _result(self, outcomes: list[Outcome], seconds: float) -> TaskResult:
         task = self.task
         scores, weights = [o.score for o in outcomes], [o.weight for o in outcomes]
         low, high = bootstrap_interval(scores, weights, task.metric, self.seed)
@@ -181,7 +179,7 @@ class RunningTask:
             count=len(outcomes),
             source=task.source,
             split=task.rows(self.examples.split).split_shown,
-            seconds=round(seconds, 3),
+            seconds=round(time.perf_counter() - started, 3),
             outcomes=outcomes,
             notes=notes,
         )
@@ -233,22 +231,11 @@ def evaluate(
     dtype: str = "auto",
     limit: int | None = None,
     seed: int = 0,
-    max_memory: dict[Any, int | str] | None = None,
     progress: bool = True,
-    report: Callable[[TaskResult], None] = lambda result: None,
 ) -> Evaluation:
-    """Score MODEL on tasks; whatever can be refused is refused before it is loaded.
+    """Score MODEL, as `open_model` takes it, on tasks; whatever can be refused is refused before it is loaded.
 
-    Args:
-        model: directory, repository of the hub, base+adapter, or a routed model's directory.
-        tasks: from `load_tasks`.
-        split: ``test`` or ``validation``.
-        dtype: of the model; see `open_model`.
-        limit: examples per task at most, where that is less than the task's own.
-        seed: of the draw of examples and of the intervals.
-        max_memory: accelerate's bounds per device.
-        progress: show bars.
-        report: called with each task's result as it comes.
+    A limit counts where it is less than the task's own; the seed is of the draw of examples and of the intervals.
 
     Raises:
         UserError: anything is wrong with the model, the tasks or their data.
@@ -259,13 +246,9 @@ def evaluate(
     prepared = prepare_tasks(tasks, spec, split, seed, limit)
     set_seed(seed)
     results = []
-    with open_model(spec, dtype, max_memory) as opened:
+    with open_model(spec, dtype) as opened:
         for task, examples in prepared:
-            running = start_task(
-                opened.model, opened.processor, task, split, examples=examples, device=opened.device, seed=seed
-            )
-            results.append(running.run(progress))
-            report(results[-1])
+            results.append(start_opened(opened, task, split, examples, seed).run(progress))
     return Evaluation(spec.shown, results, seed, process_state().num_processes)
 
 

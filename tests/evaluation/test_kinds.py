@@ -207,7 +207,7 @@ def test_a_token_that_changes_where_the_choice_follows():
             return {"input_ids": table[text]}
 
     scorer = MultipleChoice.__new__(MultipleChoice)
-    scorer.encodes, scorer.longest, scorer.tokenizer = False, None, Greedy()
+    scorer.encodes, scorer.longest, scorer.tokenizer, scorer.truncated = False, None, Greedy(), [False]
     scorer.examples = type("E", (), {"text": lambda self, i, role: "ab"})()
     scorer.task = type("T", (), {"settings": {}})()
     assert scorer._pair(0, "c") == ([1], [3, 4])

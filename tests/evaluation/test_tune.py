@@ -45,7 +45,7 @@ def merges(monkeypatch):
         seen.append(yaml.safe_load(source))
         return merge(source, *arguments, **options)
 
-    monkeypatch.setattr(merging, "merge_to_directory", count)
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", count)
     return seen
 
 
@@ -62,10 +62,10 @@ def test_a_grid_of_a_linear_parameter_takes_three_merges_and_one_to_confirm(expe
     said = []
     source = cases.merge_yaml(experts("llama"))
     result = tune(source, tasks, ["lambda_orthogonal=0:3:0.25"], folder / "out", QUIET, say=said.append)
-    assert len(merges) == result.merges == 4
+    assert len(merges) == result.effort.merges == 4
     assert [m["parameters"]["lambda_orthogonal"] for m in merges] == [0.0, 1.0, 3.0, result.best["lambda_orthogonal"]]
     assert [m["dtype"] for m in merges] == ["float32", "float32", "float32", "bfloat16"]
-    assert (result.points, result.recombined) == (13, 13)
+    assert (result.effort.points, result.effort.recombined) == (13, 13)
     assert said == ["linear in lambda_orthogonal: parts found and checked by 3 merges, 0 MB"]
     assert result.difference <= 2**-8
     assert result.confirmed["words"] == pytest.approx(result.scores["words"], rel=1e-3)
@@ -105,7 +105,7 @@ def test_recombined_weights_are_those_of_a_real_merge(experts, folder, kind, met
         for tried, _, how in bench.try_points(points):
             assert how == "recombined"
             if tried == point:
-                found = {name: tensor.clone() for name, tensor in distinct_tensors(bench._model).items()}
+                found = {name: tensor.clone() for name, tensor in distinct_tensors(bench._opened.model).items()}
         merging.merge_to_directory(recipe.source_at(point), folder / "real", progress=False)
     loader = getattr(transformers, type(bench_model(folder / "real")).__name__)
     real = distinct_tensors(loader.from_pretrained(folder / "real", dtype=torch.float32))
@@ -129,7 +129,7 @@ def test_every_point_merged_scores_the_same(experts, folder, merges):
     fast = tune(source, tasks, ["lambda_orthogonal=0:3:0.5"], folder / "fast", QUIET)
     assert len(merges) == 4
     slow = tune(source, tasks, ["lambda_orthogonal=0:3:0.5"], folder / "slow", settings(shortcut=False))
-    assert len(merges) == 4 + 7 and (slow.merges, slow.recombined) == (7, 0)
+    assert len(merges) == 4 + 7 and (slow.effort.merges, slow.effort.recombined) == (7, 0)
     assert {t.weights for t in fast.trials} == {"recombined"} and {t.weights for t in slow.trials} == {"merged"}
     for one, other in zip(fast.trials, slow.trials, strict=True):
         assert one.point == other.point
@@ -166,7 +166,7 @@ def test_parameters_that_are_not_linear_share_parts_where_they_agree(experts, fo
     source = cases.merge_yaml(experts("llama"))
     search = ["density=0.1,0.4", "lambda_orthogonal=auto,0,1,2,3"]
     result = tune(source, words(folder), search, folder / "out", QUIET)
-    assert (result.points, result.recombined) == (10, 8)
+    assert (result.effort.points, result.effort.recombined) == (10, 8)
     assert len(merges) == 2 * (3 + 1) + 1
     by_key = {(t.point["density"], t.point["lambda_orthogonal"]): t.scores["words"] for t in result.trials}
     # With nothing of the experts added, density is of no consequence; otherwise it is.
@@ -208,12 +208,12 @@ def test_neuron_merge_s_factors_are_recombined_where_groups_are_plain(experts, f
         entry["parameters"] = {"group": group}
     search = ["general=0:1:0.25", "in_group=0,1,2"]
     result = tune(yaml.safe_dump(source), words(folder), search, folder / "out", QUIET)
-    assert (result.points, result.recombined, len(merges)) == (15, 15, 5)
+    assert (result.effort.points, result.effort.recombined, len(merges)) == (15, 15, 5)
     assert result.difference <= 2**-5
     assert len({trial.scores["words"] for trial in result.trials}) == 15
     search = ["lambda=0:2:0.25", "rest=base,task_arithmetic"]
     result = tune(yaml.safe_dump(source), words(folder), search, folder / "rest", QUIET)
-    assert (result.points, result.recombined) == (18, 18)
+    assert (result.effort.points, result.effort.recombined) == (18, 18)
     # Without a change to the neurons, what is left is the rest: the base's, or merged with a lambda of 0.
     scores = {(t.point["lambda"], t.point["rest"]): t.scores["words"] for t in result.trials}
     assert scores[0.0, "base"] == scores[0.0, "task_arithmetic"]
@@ -229,7 +229,7 @@ def test_what_these_parameters_do_not_change_follows_the_others(experts, folder)
     search = ["lambda=0:2:0.5", "rest=base,linear"]
     fast = tune(yaml.safe_dump(source), words(folder), search, folder / "fast", QUIET)
     slow = tune(yaml.safe_dump(source), words(folder), search, folder / "slow", settings(shortcut=False))
-    assert fast.recombined == 10
+    assert fast.effort.recombined == 10
     expected = {str(t.point): t.scores["words"] for t in slow.trials}
     assert {str(t.point): pytest.approx(t.scores["words"], rel=1e-5) for t in fast.trials} == expected
     assert len({*expected.values()}) == 10
@@ -239,9 +239,9 @@ def test_cma_recombines_all_its_generations(experts, folder, merges):
     source = cases.merge_yaml(experts("llama"))
     search = ["lambda_orthogonal=0:3", "lambda_parallel=-1:1"]
     result = tune(source, words(folder), search, folder / "out", settings(strategy="cma", budget=20))
-    assert (result.points, result.recombined, len(merges)) == (20, 20, 5)
+    assert (result.effort.points, result.effort.recombined, len(merges)) == (20, 20, 5)
     again = tune(source, words(folder), search, folder / "out", settings(strategy="cma", budget=20))
-    assert (again.points, len(merges)) == (0, 5)
+    assert (again.effort.points, len(merges)) == (0, 5)
     assert again.best == result.best
 
 
@@ -252,11 +252,11 @@ def test_what_is_in_the_trace_is_not_tried_again(experts, folder, merges):
     told = json.loads((out / "tune.json").read_text())
     (out / ".mergekit-neuron-tune-x").mkdir()  # as a killed run leaves it
     again = tune(source, words(folder), ["lambda_orthogonal=1:3:0.5"], out, QUIET)
-    assert (again.points, again.best, len(merges)) == (0, first.best, count)
+    assert (again.effort.points, again.best, len(merges)) == (0, first.best, count)
     assert json.loads((out / "tune.json").read_text())["test"] == told["test"] is not None
     assert sorted(path.name for path in out.iterdir()) == ["best.yml", "scores.png", "trace.jsonl", "tune.json"]
     wider = tune(source, words(folder), ["lambda_orthogonal=0:3:0.5"], out, QUIET)
-    assert (wider.points, len(wider.trials)) == (2, 7)
+    assert (wider.effort.points, len(wider.trials)) == (2, 7)
 
 
 def test_a_search_that_was_interrupted_goes_on(experts, folder, merges):
@@ -266,7 +266,7 @@ def test_a_search_that_was_interrupted_goes_on(experts, folder, merges):
     (out / "trace.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote the fourth
     (out / "best.yml").unlink()
     again = tune(source, words(folder), ["lambda_orthogonal=0:3:0.5"], out, QUIET)
-    assert again.points == 4
+    assert again.effort.points == 4
     assert [t.scores for t in again.trials] == [t.scores for t in whole.trials]
     assert len((out / "trace.jsonl").read_text().splitlines()) == 7
     assert (out / "best.yml").is_file()
@@ -303,7 +303,7 @@ def test_another_search_s_trace_is_not_taken(experts, folder, merges, what):
         UserError, match=f"-o .*out: holds a search with another {what}( and another .*)?; name another"
     ):
         tune(source, tasks, search, folder / "out", changed)
-    assert tune(source, tasks, search, folder / "out", settings(overwrite=True, dtype=changed.dtype)).points == 2
+    assert tune(source, tasks, search, folder / "out", settings(overwrite=True, dtype=changed.dtype)).effort.points == 2
 
 
 def test_directories_that_hold_something_else(tmp_path):
@@ -387,7 +387,7 @@ def no_work(monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("merged or loaded")
 
-    monkeypatch.setattr(merging, "merge_to_directory", never)
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", never)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", never)
 
 

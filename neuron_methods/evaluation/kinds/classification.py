@@ -22,7 +22,6 @@ class Classification(Scorer):
     Attributes:
         targets: the model's class of every example.
         classes: the model's classes to choose from, int64 (classes of the task,); None: all.
-        names: of the model's classes.
     """
 
     settings: ClassVar = {"labels": different_labels(str, int)}
@@ -33,7 +32,6 @@ class Classification(Scorer):
         self.targets = target_classes(self.examples, config)
         labels = self.task.settings.get("labels")
         self.classes = None if labels is None else torch.tensor([class_index(v, None, config) for v in labels])
-        self.names = config.id2label or {}
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
@@ -59,15 +57,7 @@ class Classification(Scorer):
             found = logits.argmax(dim=1).tolist()
         else:
             found = self.classes[logits[:, self.classes].argmax(dim=1)].tolist()
-        return [
-            Outcome(
-                self.examples.samples[i].row,
-                float(predicted == self.targets[i]),
-                self.names.get(predicted, predicted),
-                self.names.get(self.targets[i], self.targets[i]),
-            )
-            for i, predicted in zip(indices, found, strict=True)
-        ]
+        return self.chosen(indices, found, self.model.config.id2label or {})
 
 
 def target_classes(examples: Examples, config: Any) -> list[int]:
@@ -78,7 +68,7 @@ def target_classes(examples: Examples, config: Any) -> list[int]:
     """
     labels = examples.task.settings.get("labels")
     allowed = None if labels is None else {class_index(label, None, config) for label in labels}
-    names = examples.reader.labels if examples.reader is not None else None
+    names = examples.reader.labels
     targets = []
     for index in range(len(examples)):
         found = class_index(examples.value(index, "label"), names, config)

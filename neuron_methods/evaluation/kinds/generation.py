@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from neuron_methods.data.batching import pad
 from neuron_methods.evaluation.examples import Outcome
-from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input
+from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input, shortened
 from neuron_methods.evaluation.kinds.setting_checks import string, whole_number
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
@@ -40,10 +40,10 @@ class Generation(Scorer):
         self.tokenizer = self.part("tokenizer")
         self.new_tokens: int = self.task.settings.get("max_new_tokens", self.default_new_tokens)
         self.longest = longest_input(self.task, self.model.config, self.new_tokens if self.goes_on else 0)
-        self.prompts: list[list[int]] = []
-        self.truncated: list[bool] = []
-        for index in range(len(self.examples)):
-            self._add(self.tokenizer(self.examples.text(index, "input"))["input_ids"])
+        texts = [self.tokenizer(self.examples.text(index, "input"))["input_ids"] for index in range(len(self.examples))]
+        cut = [shortened(tokens, self.longest, keep_end=self.goes_on) for tokens in texts]
+        self.prompts = [tokens for tokens, _ in cut]
+        self.truncated = [was_cut for _, was_cut in cut]
         self.settings_of_generate = self._generation_config()
 
     @classmethod
@@ -70,12 +70,6 @@ class Generation(Scorer):
             row = self.examples.samples[index].row
             outcomes.append(Outcome(row, measure(answer, targets), answer, shown, truncated=self.truncated[index]))
         return outcomes
-
-    def _add(self, tokens: list[int]) -> None:
-        """Keep a prompt; its end, where it is too long, as the answer follows there."""
-        cut = self.longest is not None and len(tokens) > self.longest
-        self.prompts.append(tokens[-self.longest :] if cut else tokens)
-        self.truncated.append(cut)
 
     def _generation_config(self) -> GenerationConfig:
         """Ask greedily, whatever the checkpoint would do by itself."""
@@ -117,12 +111,6 @@ class TextToText(Generation):
     models = ("text-to-text",)
     needed = "a text-to-text model such as T5 (causal models: generation)"
     goes_on = False
-
-    def _add(self, tokens: list[int]) -> None:
-        """Keep an input; its beginning and its end token, where it is too long."""
-        cut = self.longest is not None and len(tokens) > self.longest
-        self.prompts.append([*tokens[: self.longest - 1], tokens[-1]] if cut else tokens)
-        self.truncated.append(cut)
 
 
 class StopAt(StoppingCriteria):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from neuron_methods.data.batching import by_length, pad
+from neuron_methods.data.batching import batched, by_length, pad
 from neuron_methods.evaluation.examples import Examples, Outcome
-from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input
+from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input, shortened
 from neuron_methods.evaluation.kinds.setting_checks import one_of, string, whole_number
 from neuron_methods.support.errors import UserError
 
@@ -57,12 +57,11 @@ class MultipleChoice(Scorer):
         likelihoods = self._likelihoods([pair for _, pair in flat])
         if self.task.settings.get("normalize", "none") == "tokens":
             likelihoods = [value / len(pair[1]) for value, (_, pair) in zip(likelihoods, flat, strict=True)]
-        outcomes, start = [], 0
+        outcomes, following = [], iter(likelihoods)
         for i in indices:
-            own = likelihoods[start : start + len(self.choices[i])]
-            start += len(own)
-            best = max(range(len(own)), key=own.__getitem__)
             right, choices = self.targets[i], self.choices[i]
+            own = [next(following) for _ in choices]
+            best = own.index(max(own))
             row = self.examples.samples[i].row
             outcomes.append(
                 Outcome(row, float(best == right), choices[best], choices[right], truncated=self.truncated[i])
@@ -72,13 +71,10 @@ class MultipleChoice(Scorer):
     def _pair(self, index: int, choice: str) -> tuple[list[int], list[int]]:
         """Split into tokens that are given and tokens that are scored."""
         text = self.examples.text(index, "input")
-        if self.encodes:
-            before = self.tokenizer(text)["input_ids"]
-            after = self.tokenizer(text_target=choice)["input_ids"]
-            if self.longest is not None and len(before) > self.longest:
-                before, self.truncated[index] = [*before[: self.longest - 1], before[-1]], True
-            return before, after
         before = self.tokenizer(text)["input_ids"]
+        if self.encodes:
+            before, self.truncated[index] = shortened(before, self.longest, keep_end=False)
+            return before, self.tokenizer(text_target=choice)["input_ids"]
         whole = self.tokenizer(text + self.task.settings.get("separator", " ") + choice)["input_ids"]
         same = 0  # the last token of the input may become another one where the choice follows
         while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
@@ -86,20 +82,18 @@ class MultipleChoice(Scorer):
         same = max(same, 1)
         before, after = whole[:same], whole[same:]
         room = None if self.longest is None else self.longest - len(after)
-        if room is not None and len(before) > room:
-            if room < 1:
-                raise self.examples.wrong(index, "choices", f"at most {self.longest - 1} tokens per choice")
-            before, self.truncated[index] = before[-room:], True
+        if room is not None and room < 1:
+            raise self.examples.wrong(index, "choices", f"at most {self.longest - 1} tokens per choice")
+        before, cut = shortened(before, room, keep_end=True)
+        self.truncated[index] |= cut
         return before, after
 
     def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         found = [0.0] * len(pairs)
         order = by_length([len(before) + len(after) for before, after in pairs])
-        for start in range(0, len(order), self.task.batch_size):
-            chosen = order[start : start + self.task.batch_size]
-            batch = [pairs[i] for i in chosen]
-            score = self._encoded if self.encodes else self._continued
-            for i, value in zip(chosen, score(batch), strict=True):
+        score = self._encoded if self.encodes else self._continued
+        for chosen in batched(order, self.task.batch_size):
+            for i, value in zip(chosen, score([pairs[i] for i in chosen]), strict=True):
                 found[i] = value
         return found
 
@@ -156,8 +150,7 @@ class Perplexity(Scorer):
         """Compute the negative log-likelihood of each text, in nats."""
         flat = [(i, window) for i in indices for window in self.windows[i]]
         sums = dict.fromkeys(indices, 0.0)
-        for start in range(0, len(flat), self.task.batch_size):
-            batch = flat[start : start + self.task.batch_size]
+        for batch in batched(flat, self.task.batch_size):
             found = causal_log_likelihoods(self.model, [w for _, w in batch], [1] * len(batch), self.device)
             for (i, _), value in zip(batch, found, strict=True):
                 sums[i] -= value
@@ -167,17 +160,9 @@ class Perplexity(Scorer):
 def causal_log_likelihoods(
     model: Any, sequences: Sequence[list[int]], starts: Sequence[int], device: torch.device, **options: Any
 ) -> list[float]:
-    """Compute the log-likelihood of each sequence's tokens from its `start` on, given those before.
+    """Compute the log-likelihood of each sequence's tokens from its `start` (1 or more) on, given those before.
 
-    Args:
-        model: causal.
-        sequences: token ids, of any lengths.
-        starts: from 1 on.
-        device: where the model's inputs go.
-        **options: more for the model.
-
-    Returns:
-        Nats, summed in float64.
+    Nats, summed in float64. Sequences are of any lengths; options go to the model.
     """
     ids, mask = pad_right(sequences, device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits

@@ -45,14 +45,7 @@ class Scorer(ABC):
     reads_data: ClassVar[bool] = True
 
     def __init__(self, model: Any, processor: Any, examples: Examples, device: torch.device) -> None:
-        """Get ready to score.
-
-        Args:
-            model: as transformers makes it.
-            processor: its tokenizer, its image processor, or something that holds both.
-            examples: of the task.
-            device: where the model's inputs go.
-        """
+        """Get ready to score; the processor is a tokenizer, an image processor, or holds both."""
         self.model, self.processor, self.examples, self.device = model, processor, examples, device
         self.task = examples.task
 
@@ -84,6 +77,15 @@ class Scorer(ABC):
     def score(self, indices: Sequence[int]) -> list[Outcome]:
         """Score one batch."""
 
+    def chosen(self, indices: Sequence[int], found: Sequence[int], names: Mapping[int, Any]) -> list[Outcome]:
+        """Say what it means that these classes were found, where `targets` holds the right one of every example."""
+        rows = [self.examples.samples[i].row for i in indices]
+        pairs = [(predicted, self.targets[i]) for i, predicted in zip(indices, found, strict=True)]
+        return [
+            Outcome(row, float(predicted == target), names.get(predicted, predicted), names.get(target, target))
+            for row, (predicted, target) in zip(rows, pairs, strict=True)
+        ]
+
     def part(self, name: str) -> Any:
         """Give the tokenizer or the image processor."""
         return processor_part(self.processor, name)
@@ -97,6 +99,16 @@ def processor_part(processor: Any, name: str) -> Any:
     if found is None:
         raise UserError(f"there is no {name.replace('_', ' ')} to read the task's data with, but a {type(processor)}")
     return found
+
+
+def shortened(tokens: list[int], longest: int | None, *, keep_end: bool) -> tuple[list[int], bool]:
+    """Cut tokens to what a model can read, and tell whether that was needed.
+
+    Kept is their end, where an answer follows there, else their beginning and the token that ends them.
+    """
+    if longest is None or len(tokens) <= longest:
+        return tokens, False
+    return tokens[-longest:] if keep_end else [*tokens[: longest - 1], tokens[-1]], True
 
 
 def longest_input(task: Task, config: Any, reserved: int = 0, unless_set: int | None = None) -> int | None:

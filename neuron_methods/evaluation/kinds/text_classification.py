@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from neuron_methods.data.batching import pad
 from neuron_methods.evaluation.examples import Outcome
 from neuron_methods.evaluation.kinds.classification import Classification
 from neuron_methods.evaluation.kinds.scorer import longest_input
@@ -30,8 +31,7 @@ class TextClassification(Classification):
         self.inputs: list[dict[str, list[int]]] = []
         self.truncated: list[bool] = []
         for index in range(len(self.examples)):
-            pair = self.examples.text(index, "pair") if "pair" in self.task.columns else None
-            texts = (self.examples.text(index, "text"), *([pair] if pair is not None else []))
+            texts = [self.examples.text(index, role) for role in ("text", "pair") if role in self.task.columns]
             whole = tokenizer(*texts)
             cut = bound is not None and len(whole["input_ids"]) > bound
             self.inputs.append(dict(tokenizer(*texts, truncation=True, max_length=bound) if cut else whole))
@@ -51,12 +51,9 @@ class TextClassification(Classification):
         return [replace(o, truncated=self.truncated[i]) for i, o in zip(indices, outcomes, strict=True)]
 
     def _logits(self, indices: Sequence[int]) -> torch.Tensor:
-        width = max(self.length(i) for i in indices)
         fill = {"input_ids": self.pad or 0, "attention_mask": 0, "token_type_ids": 0}
         inputs = {
-            name: torch.tensor(
-                [[*self.inputs[i][name], *[value] * (width - self.length(i))] for i in indices], device=self.device
-            )
+            name: pad([self.inputs[i][name] for i in indices], value)[0].to(self.device)
             for name, value in fill.items()
             if name in self.inputs[indices[0]]
         }

@@ -35,9 +35,8 @@ class PixelCache:
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Give the pixels of some examples, (B, channels, height, width)."""
         new = [i for i in indices if i not in self._kept]
-        found = (
-            dict(zip(new, self._feeder.pixels([self._examples.samples[i] for i in new]), strict=True)) if new else {}
-        )
+        decoded = self._feeder.pixels([self._examples.samples[i] for i in new]) if new else ()
+        found = dict(zip(new, decoded, strict=True))
         batch = torch.stack([found[i] if i in found else self._kept[i] for i in indices])
         for index, pixels in found.items():
             if self._bytes + pixels.nbytes <= KEPT_PIXELS:
@@ -122,15 +121,7 @@ class ZeroShotImageClassification(Scorer):
         pixels = self.pixels.batch(indices).to(self.device, self.model.dtype)
         images = normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1)
         found = (images @ self.classes.T).argmax(dim=1).tolist()
-        return [
-            Outcome(
-                self.examples.samples[i].row,
-                float(predicted == self.targets[i]),
-                self.names[predicted],
-                self.names[self.targets[i]],
-            )
-            for i, predicted in zip(indices, found, strict=True)
-        ]
+        return self.chosen(indices, found, dict(enumerate(self.names)))
 
 
 def _features(output: Any) -> Tensor:
@@ -144,7 +135,7 @@ def class_names(examples: Examples) -> list[str]:
     Raises:
         UserError: neither names them.
     """
-    names = examples.task.settings.get("labels") or (examples.reader.labels if examples.reader else None)
+    names = examples.task.settings.get("labels") or examples.reader.labels
     if not names:
         raise UserError(f"task {examples.task.name!r}: labels: the data names no labels; list them in their order")
     return names
@@ -156,7 +147,7 @@ def named_targets(examples: Examples) -> list[int]:
     Raises:
         UserError: a label is none of them.
     """
-    names, known = class_names(examples), examples.reader.labels if examples.reader else None
+    names, known = class_names(examples), examples.reader.labels
     targets = []
     for index in range(len(examples)):
         label = examples.value(index, "label")

@@ -8,35 +8,47 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neuron_methods.evaluation.examples import Examples
-from neuron_methods.evaluation.models import open_model
-from neuron_methods.evaluation.scoring import RunningTask, TaskResult, start_task
+from neuron_methods.evaluation.models import ModelSpec, OpenedModel, open_model
+from neuron_methods.evaluation.scoring import RunningTask, TaskResult, start_opened
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 from neuron_methods.models.loading import computing_dtype
+from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 _WORK = ".mergekit-neuron-tune-"
 
 
-class Bench:
-    """Tries points of a recipe on tasks.
+@dataclass
+class Effort:
+    """What a search has cost.
 
     Attributes:
-        merges: merges run so far, those for parts and checks among them.
+        points: tried; others were in the trace.
+        recombined: those of them that took no merge.
+        merges: run for them, those for parts and checks among them.
         merge_seconds: time they took, with loading what they wrote.
-        tried: points tried.
-        recombined: those of them that cost no merge.
+        seconds: time in all.
     """
+
+    points: int = 0
+    recombined: int = 0
+    merges: int = 0
+    merge_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class Bench:
+    """Tries points of a recipe on tasks; `effort` is what they have cost so far."""
 
     def __init__(
         self,
@@ -66,12 +78,11 @@ class Bench:
         self.shortcut, self.say = shortcut, say
         # Where bars are lines, those of the points are enough.
         self.progress = progress and sys.stderr.isatty()
-        self.merges = self.recombined = self.tried = 0
-        self.merge_seconds = 0.0
+        self.effort = Effort()
         self._dtype, self._within = dtype, folder
         self._out_dtype: torch.dtype | None = None
         self._open = ExitStack()
-        self._model: Any = None
+        self._opened: OpenedModel | None = None
         self._running: list[RunningTask] = []
         self._parts: Parts | None = None
         self._parts_of = ""
@@ -85,7 +96,7 @@ class Bench:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._model, self._running, self._parts = None, [], None
+        self._opened, self._running, self._parts = None, [], None
         self._open.close()
 
     def try_points(self, points: Sequence[Point], expected: int = 0) -> Iterator[tuple[Point, list[TaskResult], str]]:
@@ -108,12 +119,12 @@ class Bench:
             sharing = len(group) + (expected if not others else 0)
             worth_it = sharing > len(linear) + 2 or (self._parts is not None and self._parts_of == key)
             for point in group:
-                self.tried += 1
+                self.effort.points += 1
                 numbers, _ = split_point(point, linear)
                 affine = linear and worth_it and all(map(is_number, numbers.values()))
                 if affine and self._find(key, linear, others, group):
-                    self._put(self._parts.combine({k: float(v) for k, v in numbers.items()}))
-                    self.recombined += 1
+                    self._put(self._parts.combine(numbers))
+                    self.effort.recombined += 1
                     yield point, self.score(), "recombined"
                 else:
                     with self.merged(point) as tensors:
@@ -139,7 +150,7 @@ class Bench:
         with self.merged(point) as tensors:
             difference = 0.0 if known else None
             if known:
-                for name, tensor in self._parts.combine({k: float(v) for k, v in numbers.items()}):
+                for name, tensor in self._parts.combine(numbers):
                     if not tensor.numel():
                         continue
                     rounded = self._rounded(tensor)
@@ -148,12 +159,8 @@ class Bench:
                     difference = max(difference, off / largest)
             self._put(tensors.items())
         scores = {result.name: result.score for result in self.score()}
-        arguments: dict[str, Any] = {"device": self._device, "seed": self.seed}
-        results = [
-            start_task(self._model, self._processor, task, "test", examples=examples, **arguments).run(self.progress)
-            for task, examples in test
-        ]
-        return scores, difference, results
+        on_test = [start_opened(self._opened, task, "test", examples, self.seed) for task, examples in test]
+        return scores, difference, [running.run(self.progress) for running in on_test]
 
     def score(self) -> list[TaskResult]:
         """Score the model as it stands, on every task."""
@@ -162,22 +169,20 @@ class Bench:
     @contextmanager
     def merged(self, point: Mapping[str, Any], exact: bool = False) -> Iterator[StateDict]:
         """Merge for real, and give the tensors by the names of the model in memory while the block lasts."""
-        from neuron_methods.plugin.merging import merge_to_directory
-
         started = time.perf_counter()
-        out = self._folder / f"merge-{self.merges}"
+        out = self._folder / f"merge-{self.effort.merges}"
         source = self.recipe.source_at(point, exact)
         merge_to_directory(source, out, progress=False, config_name=self.recipe.name)
-        self.merges += 1
+        self.effort.merges += 1
         try:
             with open_model(str(out), "float32" if exact else self._dtype) as opened:
                 tensors = distinct_tensors(opened.model)
                 if any(tensor.is_meta for tensor in tensors.values()):
                     raise UserError("the model does not fit into memory: tune needs all of its weights there")
-                if self._model is None:
+                if self._opened is None:
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
                     self._adopt(opened)
-                self.merge_seconds += time.perf_counter() - started
+                self.effort.merge_seconds += time.perf_counter() - started
                 yield tensors
         finally:
             shutil.rmtree(out, ignore_errors=True)
@@ -206,7 +211,7 @@ class Bench:
         for number, name in enumerate(linear):
             tried = [abs(point[name]) for point in group if is_number(point[name])]
             check_at[name] = max(2.0, *tried) + 0.25 * number
-        before = self.merges
+        before = self.effort.merges
         try:
             self._parts = find_parts(linear, merged_at, check_at)
         except NotAffine as error:
@@ -219,35 +224,25 @@ class Bench:
         self._parts_of = key
         where = f" at {show_point(others)}" if others else ""
         self.say(
-            f"linear in {', '.join(linear)}{where}: parts found and checked by {self.merges - before} merges, "
+            f"linear in {', '.join(linear)}{where}: parts found and checked by {self.effort.merges - before} merges, "
             f"{self._parts.bytes / 1e6:.0f} MB"
         )
         return True
 
-    def _adopt(self, opened: Any) -> None:
+    def _adopt(self, opened: OpenedModel) -> None:
         """Make a model that was just loaded the one that all points are tried on."""
-        self._model, self._processor, self._device = opened.model, opened.processor, opened.device
-        base_dtype = _stored_dtype(self.recipe.base)
-        self._out_dtype = _DTYPES.get(self.recipe.out_dtype or "", base_dtype)
-        computing = _DTYPES.get(computing_dtype(self._dtype), self._out_dtype)
+        self._opened = opened
+        stored = getattr(ModelSpec.parse(self.recipe.base).config, "dtype", None)
+        self._out_dtype = _dtype(self.recipe.out_dtype) or _dtype(stored)
+        computing = _dtype(computing_dtype(self._dtype)) or self._out_dtype
         if computing is not None:
-            self._model.to(computing)
-        for task, examples in self.tasks:
-            started = start_task(
-                opened.model,
-                opened.processor,
-                task,
-                "validation",
-                examples=examples,
-                device=opened.device,
-                seed=self.seed,
-            )
-            self._running.append(started)
+            opened.model.to(computing)
+        self._running = [start_opened(opened, task, "validation", examples, self.seed) for task, examples in self.tasks]
 
     @torch.no_grad()
     def _put(self, tensors: Any) -> None:
         """Replace weights, rounded as the merge would write them."""
-        own = distinct_tensors(self._model)
+        own = distinct_tensors(self._opened.model)
         for name, tensor in tensors:
             own[name].copy_(self._rounded(tensor))
 
@@ -270,9 +265,6 @@ def distinct_tensors(model: Any) -> StateDict:
     return tensors
 
 
-def _stored_dtype(model: str) -> torch.dtype | None:
-    """Look up what a model is stored in, by its config; None where it does not say."""
-    from neuron_methods.evaluation.models import ModelSpec
-
-    found = getattr(ModelSpec.parse(model).config, "dtype", None)
-    return found if isinstance(found, torch.dtype) else _DTYPES.get(str(found))
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Find a dtype by its name; None for `auto` and where a config does not say."""
+    return name if isinstance(name, torch.dtype) else getattr(torch, name or "auto", None)

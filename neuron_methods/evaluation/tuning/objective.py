@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.recipe import path_parts
-from neuron_methods.support.errors import UserError
 
 OBJECTIVES = ("mean", "relative", "minimum")
 
@@ -19,16 +18,9 @@ def goodness(score: float, metric: str) -> float:
 def objective(
     name: str, scores: Mapping[str, float], metrics: Mapping[str, str], experts: Mapping[str, float] | None = None
 ) -> float:
-    """Compute one number for the scores of a point.
+    """Compute one number for the scores of a point, by task; more is better.
 
-    Args:
-        name: ``mean``, ``relative`` (the mean of shares of the experts' scores) or ``minimum``.
-        scores: by task.
-        metrics: by task.
-        experts: scores of the tasks' experts, for ``relative``.
-
-    Returns:
-        More is better.
+    It is called ``mean``, ``relative`` (the mean of shares of the experts' scores) or ``minimum``.
     """
     values = {task: goodness(score, metrics[task]) for task, score in scores.items()}
     if name == "minimum":
@@ -42,10 +34,3 @@ def experts_of_task(task: Task, experts: Sequence[str]) -> list[str]:
     """List the models that may be a task's expert: the one whose path holds the task's name, else all."""
     named = [expert for expert in experts if task.name in path_parts(expert)]
     return named if len(named) == 1 else list(experts)
-
-
-def check_experts(scores: Mapping[str, float]) -> None:
-    """Refuse experts that score nothing; raises UserError."""
-    for task, score in scores.items():
-        if score <= 0:
-            raise UserError(f"--objective relative: the experts score 0 on {task!r}; relative to that nothing is")

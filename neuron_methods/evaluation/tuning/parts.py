@@ -77,22 +77,18 @@ def find_parts(
     directions: dict[str, StateDict] = {}
     for name in names:
         at_one = merged_at({**dict.fromkeys(names, 0.0), name: 1.0})
-        directions[name] = {}
-        for key, tensor in at_one.items():
-            update = tensor - origin[key]
-            if update.any():
-                directions[name][key] = update
+        updates = ((key, tensor - origin[key]) for key, tensor in at_one.items())
+        directions[name] = {key: update for key, update in updates if update.any()}
         del at_one
-    for key, tensor in merged_at({name: float(check_at[name]) for name in names}).items():
-        sum_of_parts, reach = origin[key].clone(), 0.0
-        for name in names:
-            if key in directions[name]:
-                sum_of_parts.add_(directions[name][key], alpha=float(check_at[name]))
-                reach += abs(check_at[name]) * float(directions[name][key].abs().max())
+    parts = Parts(origin, directions)
+    merged = merged_at({name: float(check_at[name]) for name in names})
+    for key, sum_of_parts in parts.combine(check_at):
+        tensor, own = merged[key], [(name, directions[name][key]) for name in names if key in directions[name]]
+        reach = sum(abs(check_at[name]) * float(direction.abs().max()) for name, direction in own)
         largest = float(origin[key].abs().max()) if origin[key].numel() else 0.0
         allowed = max(SPACINGS * torch.finfo(torch.float32).eps * (largest + reach), SHARE * reach)
         difference = float((tensor - sum_of_parts).abs().max()) if tensor.numel() else 0.0
         if not difference <= allowed:  # a NaN is not
             at = ", ".join(f"{name}={value:g}" for name, value in check_at.items())
             raise NotAffine(f"{key} differs by {difference:.2g} at {at}, of an update of {reach:.2g}")
-    return Parts(origin, directions)
+    return parts

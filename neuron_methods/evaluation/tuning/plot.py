@@ -24,17 +24,10 @@ def plot_search(
     objective_name: str,
     output: Path,
 ) -> None:
-    """Draw one panel per parameter.
+    """Draw one panel per parameter, to a PNG.
 
     A task's line goes through the scores of the best point (by objective) at each value of the parameter; dots are all
     points.
-
-    Args:
-        trials: all.
-        objectives: of each trial.
-        parameters: searched.
-        objective_name: for the legend.
-        output: a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

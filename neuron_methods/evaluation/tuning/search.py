@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,14 +30,12 @@ class Parameter:
         values: to choose from; None for a range without steps.
         low: lower end of a range.
         high: upper end.
-        step: of a range with steps.
     """
 
     name: str
     values: tuple[Any, ...] | None = None
     low: float | None = None
     high: float | None = None
-    step: float | None = None
 
     @property
     def is_range(self) -> bool:
@@ -46,9 +43,7 @@ class Parameter:
         return self.low is not None
 
     def at(self, share: float) -> Any:
-        """Give the value at a share, 0 to 1, of the way through; on a step, where there are steps."""
-        if not self.is_range:
-            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+        """Give the value at a share, 0 to 1, of the way through a range; on a step, where there are steps."""
         if self.values is not None:
             return self.values[round(share * (len(self.values) - 1))]
         return round(self.low + share * (self.high - self.low), 6)
@@ -109,7 +104,7 @@ def _range(text: str, name: str, ends: list[str]) -> Parameter:
     if count > _MOST_POINTS:
         raise UserError(f"--search {text!r}: {count} values; give a larger step")
     values = tuple(round(low + i * step[0], 10) for i in range(count))
-    return Parameter(name, values, low, high, step[0])
+    return Parameter(name, values, low, high)
 
 
 def key_of(point: Mapping[str, Any]) -> str:
@@ -125,65 +120,48 @@ def show_point(point: Mapping[str, Any]) -> str:
     )
 
 
-class Strategy(ABC):
-    """Proposes points, batch after batch, and hears what they were worth."""
+class Strategy:
+    """Proposes points, batch after batch, and hears what they were worth; here a list, all at once."""
 
-    @abstractmethod
+    def __init__(self, points: list[Point]) -> None:
+        self._points = points
+
     def batches(self) -> Iterator[list[Point]]:
         """Propose batches of points; `tell` is called between them."""
+        yield self._points
 
-    def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:  # noqa: B027 - most need not listen
+    def tell(self, points: Sequence[Point], values: Sequence[float]) -> None:
         """Hear the objective of a batch's points."""
 
 
-class Grid(Strategy):
-    """Every combination, the first parameter slowest."""
-
-    def __init__(self, parameters: Sequence[Parameter], budget: int | None) -> None:
-        """Refuse ranges without steps, and more points than the budget allows."""
-        for parameter in parameters:
-            if parameter.values is None:
-                raise UserError(
-                    f"--search {parameter.name}: a grid needs steps: {parameter.low:g}:{parameter.high:g}:STEP "
-                    "(or --strategy random or cma)"
-                )
-        count = math.prod(len(parameter.values) for parameter in parameters)
-        if count > (budget or _MOST_POINTS):
+def _grid(parameters: Sequence[Parameter], budget: int) -> list[Point]:
+    """Every combination, the first parameter slowest; no ranges without steps, no more points than the budget."""
+    for parameter in parameters:
+        if parameter.values is None:
             raise UserError(
-                f"--budget {budget or _MOST_POINTS}: the grid has {count} points; take larger steps, or "
-                "--strategy random"
+                f"--search {parameter.name}: a grid needs steps: {parameter.low:g}:{parameter.high:g}:STEP "
+                "(or --strategy random or cma)"
             )
-        self._parameters = parameters
+    count = math.prod(len(parameter.values) for parameter in parameters)
+    if count > budget:
+        raise UserError(f"--budget {budget}: the grid has {count} points; take larger steps, or --strategy random")
+    names = [parameter.name for parameter in parameters]
+    combined = itertools.product(*(parameter.values for parameter in parameters))
+    return [dict(zip(names, values, strict=True)) for values in combined]
 
-    def batches(self) -> Iterator[list[Point]]:
-        """Propose all at once."""
-        names = [parameter.name for parameter in self._parameters]
-        combined = itertools.product(*(parameter.values for parameter in self._parameters))
-        yield [dict(zip(names, values, strict=True)) for values in combined]
 
-
-class Random(Strategy):
-    """Points drawn at random, each once."""
-
-    def __init__(self, parameters: Sequence[Parameter], budget: int, seed: int) -> None:
-        self._parameters, self._budget, self._seed = parameters, budget, seed
-
-    def batches(self) -> Iterator[list[Point]]:
-        """Propose all at once; fewer than the budget where there are no more."""
-        generator = random.Random(self._seed)
-        points: dict[str, Point] = {}
-        for _ in range(50 * self._budget):
-            point = {parameter.name: self._draw(parameter, generator) for parameter in self._parameters}
-            points.setdefault(key_of(point), point)
-            if len(points) == self._budget:
-                break
-        yield list(points.values())
-
-    @staticmethod
-    def _draw(parameter: Parameter, generator: random.Random) -> Any:
-        if parameter.values is not None:
-            return generator.choice(parameter.values)
-        return parameter.at(generator.random())
+def _drawn(parameters: Sequence[Parameter], budget: int, seed: int) -> list[Point]:
+    """Points drawn at random, each once; fewer than the budget where there are no more."""
+    generator = random.Random(seed)
+    points: dict[str, Point] = {}
+    for _ in range(50 * budget):
+        point = {
+            p.name: generator.choice(p.values) if p.values is not None else p.at(generator.random()) for p in parameters
+        }
+        points.setdefault(key_of(point), point)
+        if len(points) == budget:
+            break
+    return list(points.values())
 
 
 class CmaEs(Strategy):
@@ -244,7 +222,8 @@ def make_strategy(name: str, parameters: Sequence[Parameter], budget: int | None
         UserError: it cannot search these parameters within the budget.
     """
     if name == "grid":
-        return Grid(parameters, budget)
+        return Strategy(_grid(parameters, budget or _MOST_POINTS))
     if name not in ("random", "cma"):
         raise UserError(f"--strategy {name!r}: expected grid, random or cma")
-    return (Random if name == "random" else CmaEs)(parameters, budget or DEFAULT_BUDGET, seed)
+    budget = budget or DEFAULT_BUDGET
+    return CmaEs(parameters, budget, seed) if name == "cma" else Strategy(_drawn(parameters, budget, seed))

@@ -11,15 +11,14 @@ from typing import Any
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, open_model
 from neuron_methods.evaluation.score_files import format_score, table, task_record
-from neuron_methods.evaluation.scoring import Evaluation, prepare_tasks, start_task
+from neuron_methods.evaluation.scoring import Evaluation, prepare_tasks, start_opened
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.evaluation.tuning.bench import Bench
-from neuron_methods.evaluation.tuning.objective import OBJECTIVES, check_experts, experts_of_task, goodness, objective
+from neuron_methods.evaluation.tuning.bench import Bench, Effort
+from neuron_methods.evaluation.tuning.objective import OBJECTIVES, experts_of_task, goodness, objective
 from neuron_methods.evaluation.tuning.plot import can_plot, plot_search
 from neuron_methods.evaluation.tuning.recipe import Recipe
 from neuron_methods.evaluation.tuning.search import (
     DEFAULT_BUDGET,
-    CmaEs,
     Parameter,
     Point,
     Strategy,
@@ -28,11 +27,7 @@ from neuron_methods.evaluation.tuning.search import (
     parse_search,
     show_point,
 )
-from neuron_methods.evaluation.tuning.trace import (
-    Trace,
-    Trial,
-    fingerprint_of_examples,
-)
+from neuron_methods.evaluation.tuning.trace import Trace, Trial, fingerprint_of_examples
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName
 from neuron_methods.plugin.merging import plan_merge
@@ -81,11 +76,7 @@ class TuneResult:
         objective: its objective.
         scores: its scores on validation data, by task.
         trials: all, in the order in which they were run.
-        points: how many this run tried; the others were in the trace.
-        merges: how many merges this run took for them.
-        recombined: how many of its points took none.
-        merge_seconds: time spent merging.
-        seconds: time of this run.
+        effort: of this run.
         confirmed: validation scores of a real merge at the best point, where points were recombined.
         difference: largest difference there between a weight as recombined and as merged, in shares of the largest
             weight of its tensor; None where the parts are gone.
@@ -96,11 +87,7 @@ class TuneResult:
     objective: float
     scores: dict[str, float]
     trials: list[Trial]
-    points: int = 0
-    merges: int = 0
-    recombined: int = 0
-    merge_seconds: float = 0.0
-    seconds: float = 0.0
+    effort: Effort
     confirmed: dict[str, float] | None = None
     difference: float | None = None
     test: Evaluation | None = None
@@ -144,8 +131,8 @@ def tune(
         say("scores.png will not be drawn: it needs matplotlib: pip install 'mergekit-neuron[report]'")
     spec = ModelSpec.parse(recipe.base)
     prepared = prepare_tasks(tasks, spec, "validation", settings.seed, settings.limit)
-    if settings.test:  # what is wrong with the test data must not come out after the search
-        prepare_tasks(tasks, spec, "test", settings.seed, settings.limit)
+    # What is wrong with the test data must not come out after the search.
+    test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
     trace = Trace(out, _identity(recipe, parameters, prepared, settings), settings.overwrite)
     metrics = {task.name: task.metric for task in tasks}
     experts = _experts(recipe, prepared, trace, settings, say) if settings.objective == "relative" else None
@@ -160,26 +147,19 @@ def tune(
         best = max(trials, key=value_of)
         note = f"# {settings.objective} {value_of(best):.4f} on validation data, the best of {len(trials)} points\n"
         write_text(out / "best.yml", note + recipe.source_at(best.point))
-        result = TuneResult(best.point, value_of(best), best.scores, trials)
-        if settings.test or bench.recombined:
-            test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
+        result = TuneResult(best.point, value_of(best), best.scores, trials, bench.effort)
+        if settings.test or bench.effort.recombined:
             result.confirmed, result.difference, scored = bench.confirm(best.point, test)
             result.test = Evaluation("best.yml", scored, settings.seed) if settings.test else None
-        result.points, result.recombined = bench.tried, bench.recombined
-        result.merges, result.merge_seconds = bench.merges, bench.merge_seconds
     if can_plot():
         plot_search(trials, [value_of(t) for t in trials], parameters, settings.objective, out / "scores.png")
-    result.seconds = time.perf_counter() - started
+    result.effort.seconds = time.perf_counter() - started
     trace.finish(_summary(result, settings, experts, trace.summary))
     return result
 
 
 def with_validation(task: Task, allow_same_split: bool = False) -> Task:
-    """Give the task back, if its validation data is not its test data.
-
-    Args:
-        task: from `load_tasks`.
-        allow_same_split: take the test data where there is no other.
+    """Give the task back, if its validation data is not its test data; where there is none, the latter may be allowed.
 
     Raises:
         UserError: it has no validation data, or some of its rows are the test's.
@@ -210,7 +190,7 @@ def _search(
         for batch in strategy.batches():
             new = {key_of(point): point for point in batch if trace.get(point) is None}
             # Whoever proposes generations goes on after this one.
-            expected = settings.budget or DEFAULT_BUDGET if isinstance(strategy, CmaEs) else 0
+            expected = settings.budget or DEFAULT_BUDGET if settings.strategy == "cma" else 0
             bar.total = (bar.total or 0) + len(new)
             started = time.perf_counter()
             for point, results, how in bench.try_points(list(new.values()), expected):
@@ -237,16 +217,16 @@ def _experts(
             continue
         with open_model(expert, settings.dtype) as opened:
             for task, examples in new:
-                arguments: dict[str, Any] = {"examples": examples, "device": opened.device, "seed": settings.seed}
-                running = start_task(opened.model, opened.processor, task, "validation", **arguments)
+                running = start_opened(opened, task, "validation", examples, settings.seed)
                 trace.add_expert(task.name, expert, running.run(settings.progress).score)
     best = {}
     for task, _ in prepared:
         found = {expert: trace.experts[task.name][expert] for expert in wanted[task.name]}
         leading = max(found, key=lambda expert: goodness(found[expert], task.metric))
         best[task.name] = found[leading]
+        if found[leading] <= 0:
+            raise UserError(f"--objective relative: the experts score 0 on {task.name!r}; relative to that nothing is")
         say(f"expert on {task.name}: {leading}, {format_score(found[leading], task.metric)}")
-    check_experts(best)
     return best
 
 
@@ -280,13 +260,7 @@ def _summary(
         "experts": experts,
         "confirmed": result.confirmed,
         "largest_difference": result.difference,
-        "last_run": {
-            "points": result.points,
-            "recombined": result.recombined,
-            "merges": result.merges,
-            "merge_seconds": round(result.merge_seconds, 1),
-            "seconds": round(result.seconds, 1),
-        },
+        "last_run": {key: round(value, 1) for key, value in asdict(result.effort).items()},
         "test": None
         if result.test is None
         else {"tasks": [task_record(task) for task in result.test.tasks], "mean": result.test.mean},
@@ -300,21 +274,22 @@ def _summary(
 def report_lines(result: TuneResult, out: Path, metrics: Mapping[str, str], objective_name: str) -> list[str]:
     """Write what the user is told at the end."""
     scores = ", ".join(f"{name} {format_score(score, metrics[name])}" for name, score in result.scores.items())
-    plain = result.points - result.recombined
+    effort = result.effort
+    plain = effort.points - effort.recombined
     lines = [
         f"best: {show_point(result.best)}",
         f"  validation: {scores}; objective ({objective_name}) {result.objective:.4f}, of {len(result.trials)} points",
     ]
-    if result.points:
+    if effort.points:
         lines.append(
-            f"{result.points} points tried: {result.recombined} recombined in memory, {plain} merged; {result.merges} "
-            f"merges in {result.merge_seconds:.1f} s, {result.seconds:.1f} s in all"
+            f"{effort.points} points tried: {effort.recombined} recombined in memory, {plain} merged; {effort.merges} "
+            f"merges in {effort.merge_seconds:.1f} s, {effort.seconds:.1f} s in all"
         )
     else:
         lines.append(f"0 points tried: all of them are in {out / 'trace.jsonl'}")
-    if result.recombined and result.merges:
-        each = result.merge_seconds / result.merges
-        spared = result.points + 1 - result.merges
+    if effort.recombined and effort.merges:
+        each = effort.merge_seconds / effort.merges
+        spared = effort.points + 1 - effort.merges
         lines.append(f"  one merge per point would have been {max(spared, 0)} merges more, about {spared * each:.0f} s")
     if result.confirmed is not None:
         again = ", ".join(f"{name} {format_score(score, metrics[name])}" for name, score in result.confirmed.items())
