@@ -14,7 +14,6 @@ from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -157,13 +156,6 @@ def train_expert(
             losses.append(loss.item())
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
             bar.update()
-    _save(model, tokenizer, directory)
-    return losses
-
-
-def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    import torch
-
     with quiet_transformers():
         # "auto" would ask the Hub for the base's config, to learn whether the vocabulary was resized. It was not.
         model.save_pretrained(directory / "adapter", save_embedding_layers=False)
@@ -171,3 +163,4 @@ def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
         merged.config.dtype = torch.bfloat16
         merged.save_pretrained(directory / "full")
         tokenizer.save_pretrained(directory / "full")
+    return losses

@@ -14,7 +14,7 @@ from neuron_methods import evaluation
 from neuron_methods.demo.base_model import BASE_NAME, find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
 from neuron_methods.demo.outcome import DemoReport
-from neuron_methods.demo.questions import DemoTask, build_tasks
+from neuron_methods.demo.questions import DemoTask, build_tasks, digest
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
@@ -145,7 +145,7 @@ class _Demo:
 
     def train(self, task: DemoTask, base_key: dict[str, Any]) -> dict[str, Any]:
         training = TrainingSettings(steps=self.settings.steps or task.steps, seed=self.settings.seed)
-        key = {"stage": "expert", "base": base_key, "task": task.name, "examples": task.fingerprint()}
+        key = {"stage": "expert", "base": base_key, "task": task.name, "examples": digest(task.train)}
         key |= {"training": asdict(training)}
 
         def build(path: Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class _Demo:
         return key, stage.result
 
     def score(self, name: str, model_path: Path, model_key: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        held_out = {task.name: task.held_out_fingerprint() for task in self.tasks}
+        held_out = {task.name: digest(task.held_out) for task in self.tasks}
         key = {"stage": "scores", "model": model_key, "held_out": held_out}
 
         def build(path: Path) -> dict[str, Any]:

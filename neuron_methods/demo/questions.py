@@ -50,16 +50,9 @@ class DemoTask:
     max_new_tokens: int
     steps: int
 
-    def fingerprint(self) -> str:
-        """Digest the training examples: another word list or Python version trains another expert."""
-        return _digest(self.train)
 
-    def held_out_fingerprint(self) -> str:
-        """Digest the held-out examples: with others, models are scored again."""
-        return _digest(self.held_out)
-
-
-def _digest(examples: tuple[Example, ...]) -> str:
+def digest(examples: tuple[Example, ...]) -> str:
+    """Digest examples: with others, of another word list or Python version, experts are trained and scored again."""
     text = json.dumps([(e.prompt, e.answer) for e in examples])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
