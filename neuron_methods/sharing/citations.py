@@ -7,15 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Citation:
-    """A paper.
-
-    Attributes:
-        name: of the method.
-        text: three sentences on what the method does.
-        paper: title, authors and venue in one line.
-        url: where to read it.
-        bibtex: entry.
-    """
+    """A method's name and what it does, in three sentences; its paper, in one line, where to read it, its BibTeX."""
 
     name: str
     text: str

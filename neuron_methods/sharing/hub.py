@@ -56,12 +56,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where an upload has gone.
-
-    Attributes:
-        url: of the repository, or of the pull request.
-        notes: what the user should know.
-    """
+    """Where an upload has gone, the address of repository or pull request, and what the user should know."""
 
     url: str
     notes: list[str]

@@ -107,8 +107,12 @@ def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
 def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str], base_model: str | None) -> str | None:
     """New text of a file; None where it stays as it is."""
     if relative == Path("README.md"):
-        text = with_model_id(file.read_text(encoding="utf-8"), repository)
-        return _with_base(text, base_model) if base_model else text
+        card = with_model_id(file.read_text(encoding="utf-8"), repository)
+        if base_model is None:
+            return card
+        with_base = huggingface_hub.ModelCard(card, ignore_metadata_errors=True)
+        with_base.data.base_model, with_base.data.base_model_relation = base_model, "adapter"
+        return str(with_base)
     if relative.name == CONFIG_NAME:
         names = _names_in(file.parent)
         if names is None:
@@ -125,13 +129,6 @@ def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str]
     if base_model is not None and key is not None and isinstance(reduced, dict):
         reduced[key] = base_model
     return None if reduced == content else json.dumps(reduced, indent=2, ensure_ascii=False) + "\n"
-
-
-def _with_base(card: str, base_model: str) -> str:
-    content = huggingface_hub.ModelCard(card, ignore_metadata_errors=True)
-    content.data.base_model = base_model
-    content.data.base_model_relation = "adapter"
-    return str(content)
 
 
 def _names_in(place: Path) -> ModelNames | None:

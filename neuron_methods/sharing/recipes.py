@@ -21,12 +21,7 @@ from neuron_methods.support.text import did_you_mean
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe.
-
-    Attributes:
-        name: FAMILY/FILE without its ending.
-        text: of the file.
-    """
+    """One recipe: the text of a file, under the name FAMILY/FILE without its ending."""
 
     name: str
     text: str

@@ -12,25 +12,15 @@ def local_names(paths: Iterable[str]) -> dict[str, str]:
 
     `experts/math/full` and `experts/code/full` become `math` and `code`.
     """
-    paths = list(dict.fromkeys(paths))
-    names = {path: components(path)[-1] for path in paths}
-    for name in set(names.values()):
-        alike = [path for path in paths if names[path] == name]
-        if len(alike) > 1:
-            names.update(_told_apart(alike))
-    for index, path in enumerate(paths):  # whatever is still alike
-        if names[path] in [names[other] for other in paths[:index]]:
-            names[path] = f"{names[path]}-{index + 1}"
-    return names
-
-
-def _told_apart(paths: list[str]) -> dict[str, str]:
     parts = {path: components(path) for path in paths}
-    for depth in range(2, max(map(len, parts.values())) + 1):
-        found = {path: own[-min(depth, len(own))] for path, own in parts.items()}
-        if len(set(found.values())) == len(paths):
-            return found
-    return {path: own[-1] for path, own in parts.items()}
+    names: dict[str, str] = {}
+    for path, own in parts.items():
+        alike = [other for other in parts.values() if other[-1] == own[-1]]
+        at_depth = {d: [other[-min(d, len(other))] for other in alike] for d in range(1, max(map(len, alike)) + 1)}
+        depth = next((d for d, found in at_depth.items() if len(set(found)) == len(found)), 1)
+        name = own[-min(depth, len(own))]
+        names[path] = f"{name}-{len(names) + 1}" if name in names.values() else name
+    return names
 
 
 def components(path: str) -> list[str]:

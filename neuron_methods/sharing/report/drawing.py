@@ -105,11 +105,7 @@ def png(drawn: Any) -> bytes:
 
 @dataclass(frozen=True)
 class LayerAxis:
-    """Layers of one or several stacks side by side on one axis.
-
-    Attributes:
-        layers: (stack, layer) in order.
-    """
+    """Layers, (stack, layer) in order, of one or several stacks side by side on one axis."""
 
     layers: tuple[tuple[str, int], ...]
 

@@ -19,14 +19,7 @@ FOLDER = "report"
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure, drawn.
-
-    Attributes:
-        spec: which one.
-        light: PNG for light pages, and for pages that know no theme.
-        dark: PNG for dark pages.
-        text: what it shows, in words.
-    """
+    """A figure, drawn: as PNG for light pages and those that know no theme, as PNG for dark ones, and in words."""
 
     spec: FigureSpec
     light: bytes
