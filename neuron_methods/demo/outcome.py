@@ -17,8 +17,8 @@ SHOWN = 2
 class DemoReport:
     """The outcome of the demo; `str` of it is what the command prints.
 
-    `scores` are of ``base``, each ``expert-TASK`` and ``merge``: per task ``accuracy`` (0 to 1) and ``answers``, one per
-    held-out example. `seconds` is what each stage took when it was done.
+    `scores` are of ``base``, each ``expert-TASK`` and ``merge``: per task ``accuracy`` (0 to 1) and ``answers``, one
+    per held-out example. `seconds` is what each stage took when it was done.
     """
 
     out: Path

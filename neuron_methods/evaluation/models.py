@@ -45,13 +45,7 @@ class Processors:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in memory, ready to be evaluated.
-
-    Attributes:
-        model: as transformers makes it, frozen and in evaluation mode.
-        processor: its `Processors`.
-        device: where its inputs go.
-    """
+    """A model in memory, frozen and in evaluation mode, with its `Processors` and the device where its inputs go."""
 
     model: Any
     processor: Any

@@ -28,19 +28,8 @@ from neuron_methods.support.quiet import quiet_transformers
 class TaskResult:
     """How a model did on one task.
 
-    Attributes:
-        name: of the task.
-        kind: of the task.
-        metric: what `score` is.
-        score: 0 to 1, or a perplexity.
-        low: lower end of the 95 % interval.
-        high: its upper end.
-        count: examples scored.
-        source: where they come from.
-        split: which of them.
-        seconds: time it took.
-        outcomes: per example, in the order of their rows.
-        notes: what the user should know.
+    `score` and the ends of its 95 % interval, `low` and `high`, are 0 to 1, or a perplexity; `outcomes` are in the
+    order of their rows; `notes` are what the user should know.
     """
 
     name: str

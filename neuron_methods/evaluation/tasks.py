@@ -13,15 +13,9 @@ from neuron_methods.support.errors import UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one data set.
+    """Rows of one data set: a split of a local path or of a hub id with its configuration, from `start` up to `stop`.
 
-    Attributes:
-        location: local path or hub id.
-        local: whether it is a path.
-        config: configuration of the hub's data set.
-        split: name; None: the only one there is.
-        start: first row.
-        stop: the row after the last one, None: all.
+    A split of None is the only one there is, a `stop` of None the end.
     """
 
     location: str

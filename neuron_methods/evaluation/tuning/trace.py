@@ -20,14 +20,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Trial:
-    """A point and what it scored on validation data.
-
-    Attributes:
-        point: the parameters.
-        scores: by task.
-        weights: ``recombined`` or ``merged``.
-        seconds: time it took.
-    """
+    """A point and what it scored on validation data, by task; its weights were ``recombined`` or ``merged``."""
 
     point: Point
     scores: dict[str, float]
