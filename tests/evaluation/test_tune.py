@@ -388,7 +388,7 @@ def no_work(monkeypatch):
         raise AssertionError("merged or loaded")
 
     monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", never)
-    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", never)
+    monkeypatch.setattr("neuron_methods.evaluation.models.opened_model", never)
 
 
 @pytest.mark.parametrize(
