@@ -28,11 +28,11 @@ Examples:
 @click.option("--device", help="cpu, cuda, auto, ...  [default: an accelerator if any]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @debug_option
-def generate(routed: str, as_json: bool, **settings: Any) -> None:
+def generate(routed: str, **settings: Any) -> None:
     """Run ROUTED, a directory of `mergekit-neuron route` or a hub id, and print each answer with its routing."""
     from neuron_methods.routing.answering import answer
 
     if bool(settings["prompts"]) == bool(settings["images"]):
         raise click.UsageError("give --prompt TEXT or --image FILE")
-    for found in answer(routed, **settings):
-        click.echo(found.as_json() if as_json else found.as_text())
+    for line in answer(routed, **settings):
+        click.echo(line)

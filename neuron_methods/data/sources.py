@@ -99,23 +99,25 @@ def parse_source(text: str) -> DataSource:
     name, equals, source = text.partition("=")
     if not equals or not source or not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"--data {text}: expected {_SYNTAX}, where NAME is of letters, digits, '.', '_' and '-'")
-    if Path(source).exists():
-        return DataSource(name, source, local=True)
-    location, *fields = source.split(":")
+    location, *fields = [source] if Path(source).exists() else source.split(":")
     if len(fields) > 2 or not all((location, *fields)):
         raise UserError(f"--data {text}: expected {_SYNTAX}")
-    if Path(location).exists():
-        split = fields[0] if len(fields) == 2 else None
-        return DataSource(name, location, True, None, split, _columns(fields[-1] if fields else "", text))
-    is_local(location, f"--data {text}")
-    hub = _HUB_ID.fullmatch(location)
-    assert hub is not None
-    if not fields:
+    local = is_local(location, f"--data {text}")
+    if not local and not fields:
         raise UserError(
             f"--data {text}: there is no file or folder {location!r}, and a data set of the hub needs a split: "
             f"{name}={location}:train"
         )
-    return DataSource(name, hub["id"], False, hub["config"], fields[0], _columns("".join(fields[1:]), text))
+    config = ""
+    if local:
+        split, given = fields[0] if len(fields) == 2 else None, fields[-1:]
+    else:
+        location, _, config = location.partition("@")
+        split, *given = fields
+    columns = tuple(column.strip() for column in given[0].split(",")) if given else ()
+    if len(columns) > 2 or not all(columns):
+        raise UserError(f"--data {text}: expected one column or two with a comma between, found {given[0]!r}")
+    return DataSource(name, location, local, config or None, split, columns)
 
 
 def is_local(location: str, where: str) -> bool:
@@ -129,13 +131,6 @@ def is_local(location: str, where: str) -> bool:
     if not _HUB_ID.fullmatch(location) or _format_of(location) or Path(location).is_absolute():
         raise UserError(f"{where}: there is no file or folder {location!r}")
     return False
-
-
-def _columns(text: str, argument: str) -> tuple[str, ...]:
-    columns = tuple(column.strip() for column in text.split(",")) if text else ()
-    if len(columns) > 2 or not all(columns):
-        raise UserError(f"--data {argument}: expected one column or two with a comma between, found {text!r}")
-    return columns
 
 
 def _format_of(location: str) -> str | None:

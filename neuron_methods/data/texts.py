@@ -55,10 +55,16 @@ class TextFeeder(Feeder):
         texts = self.texts(samples, 0)
         if len(self.reader.columns) < 2:
             return self.sequences(self.tokenize(texts), [1] * len(texts), samples)
-        prompts = self.tokenize([text + self.separator for text in texts])
-        targets = self.tokenize(self.texts(samples, 1), special=False)
-        both = [(prompt + target)[: self.max_length] for prompt, target in zip(prompts, targets, strict=True)]
+        prompts, targets = self.pairs(texts, self.texts(samples, 1))
+        both = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        if self.truncates:
+            both = [tokens[: self.max_length] for tokens in both]
+        self.refuse_long(texts, both)
         return self.sequences(both, [len(prompt) for prompt in prompts], samples)
+
+    def pairs(self, inputs: list[str], targets: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Make the token ids of inputs and of their targets; the separator is tokenized with the input."""
+        return self.tokenize([text + self.separator for text in inputs]), self.tokenize(targets, special=False)
 
     def sequences(self, sequences: list[list[int]], starts: list[int], samples: list[Sample]) -> Batch:
         """Lay out token ids; in each sequence the tokens from `starts` on are targets."""

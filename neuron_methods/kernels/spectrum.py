@@ -57,14 +57,11 @@ def temper_spectrum_(update: Tensor, exponent: float) -> Tensor:
 
 
 def remove_parallel_(update: Tensor, base: Tensor) -> Tensor:
-    """Take out of each neuron's update what is parallel to its base weights, in place.
+    """Take out of each neuron's update what is parallel to its base weights, in place; returns `update`.
 
     Args:
         update: shape (neurons, d), float32.
         base: w, same shape, float32; a row of zeros has no direction, and its neuron's update stays as it is.
-
-    Returns:
-        `update`.
     """
     device = "cpu" if update.device.type == "mps" else update.device
     w, wide = base.to(device, torch.float64), update.to(device, torch.float64)

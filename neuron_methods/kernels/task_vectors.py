@@ -14,16 +14,13 @@ class TaskVector(Tensor):
 
 
 def fill_task_vector(out: Tensor, expert: Tensor, base: Tensor, *, clean: bool = False) -> Tensor:
-    """Write θ_t − θ₀ into `out`.
+    """Write θ_t − θ₀ into `out`, and return it.
 
     Args:
         out: float32, shape of the base; overwritten.
         expert: θ_t in any float dtype, or τ_t as a `TaskVector`.
         base: θ₀, any float dtype.
         clean: take a NaN or infinite update for none.
-
-    Returns:
-        `out`.
     """
     if isinstance(expert, TaskVector):
         out.copy_(expert.as_subclass(Tensor))

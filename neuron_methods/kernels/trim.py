@@ -281,15 +281,7 @@ def _split_at(magnitudes: Tensor, low: float, bracket: Bracket) -> tuple[int, Te
 
 
 def trim_(task_vector: Tensor, threshold: float) -> Tensor:
-    """Zero every entry whose magnitude is below the threshold, in place.
-
-    Args:
-        task_vector: float32, any shape.
-        threshold: smallest magnitude to keep.
-
-    Returns:
-        `task_vector`.
-    """
+    """Zero every entry of a float32 task vector whose magnitude is below the threshold, in place; returns it."""
     if threshold <= 0:
         return task_vector
     # hardshrink keeps |x| > λ in one pass; λ just below the threshold makes that |x| ≥ threshold.
@@ -335,14 +327,11 @@ def largest_left_out(values: Tensor, density: float) -> float:
 
 
 def keep_differing_(updates: Tensor, values: Tensor, bound: float) -> Tensor:
-    """Zero, for all experts, every entry whose variance is not above a bound, in place.
+    """Zero, for all experts, every entry whose variance is not above a bound, in place; returns `updates`.
 
     Args:
         updates: shape (..., experts, d), float32.
         values: their `variances`, shape (..., d).
         bound: from `largest_left_out`.
-
-    Returns:
-        `updates`.
     """
     return updates.mul_((values > bound).unsqueeze(-2))

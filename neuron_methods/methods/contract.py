@@ -179,11 +179,7 @@ class PlannedMethod(MergeMethod):
 
 
 def planned_in_memory(groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]) -> list[PlannedTensor]:
-    """Plan a merge whose tensors are all at hand.
-
-    Args:
-        groups: the tensors.
-        parameters: of each group, as mergekit binds them.
+    """Plan a merge whose tensors are all at hand, with the parameters of each group as mergekit binds them.
 
     Raises:
         UserError: the tensors are those of models, one by one, so they are not all there.

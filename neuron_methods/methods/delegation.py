@@ -153,15 +153,7 @@ class Delegation:
             self.prepared = method.prepare(list(self.tensors.values()))
 
     def merge(self, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
-        """Merge one of the tensors.
-
-        Args:
-            inputs: of which the experts may be `TaskVector`s.
-            out_dtype: dtype of the result.
-
-        Raises:
-            UserError: the method cannot merge them.
-        """
+        """Merge one of the tensors, whose experts may be `TaskVector`s; raises UserError if the method cannot."""
         name, base, experts = inputs
         planned = self.tensors[name]
         direct = self.prepared is not None  # a method of ours, which takes task vectors

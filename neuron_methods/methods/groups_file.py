@@ -124,15 +124,7 @@ def groups_from_labels(
     made_from: Mapping[str, Any],
     domains: Sequence[str] = (),
 ) -> NeuronGroups:
-    """Make groups from one name per neuron.
-
-    Args:
-        model: name of the base.
-        model_type: its config's.
-        labels: layer -> the group of every neuron.
-        made_from: how they were made.
-        domains: names that are groups even if no neuron has them, for experts to name.
-    """
+    """Make groups from one name per neuron; `domains` are groups even if no neuron has them, for experts to name."""
     names = sorted({name for values in labels.values() for name in values}.union(domains) - {GENERAL})
     groups = (GENERAL, *names)
     index = {name: i for i, name in enumerate(groups)}

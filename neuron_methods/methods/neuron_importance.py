@@ -38,12 +38,7 @@ class NeuronNorms:
 
 
 def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], settings: MergeSettings) -> NeuronNorms:
-    """Stream once over tensors that belong to neurons.
-
-    Args:
-        layout: whose slices they are.
-        tensors: each counted once.
-        settings: progress, and the policy on non-finite values.
+    """Stream once over tensors that belong to neurons, each counted once.
 
     Raises:
         UserError: an input holds NaN or Inf, or a tensor has not one slice per neuron.
@@ -75,12 +70,7 @@ def read_importance(
 ) -> ProfileStatistic | None:
     """Read what an expert's profile says of its neurons; None for `magnitude`, which needs none.
 
-    Args:
-        layout: the model's neurons.
-        expert: its id.
-        importance: the parameter.
-        profile: likewise, a path or "".
-        data: likewise, a source within the profile or "".
+    The parameters are those of `min_merging`: `profile` is a path or "", `data` a source within the profile or "".
 
     Raises:
         UserError: parameters contradict each other, or the profile cannot be read, is of another model, or lacks what

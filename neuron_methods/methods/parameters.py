@@ -27,11 +27,7 @@ Of = Literal["merge", "expert"]
 def method_spec(name: str, pretty_name: str, url: str, *parameters: ParameterSpec) -> MergeMethodSpec:
     """Describe a method of ours to mergekit: all of them take a base and at least one expert.
 
-    Args:
-        name: in the YAML.
-        pretty_name: the paper's.
-        url: of the paper.
-        *parameters: in the order in which users see them.
+    `pretty_name` and `url` are the paper's; users see the parameters in this order.
     """
     return MergeMethodSpec(
         name=name,

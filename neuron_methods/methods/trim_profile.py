@@ -112,15 +112,9 @@ class TrimProfile:
 
     @classmethod
     def read(cls, path: str, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
-        """Read a profile and make sure that it is one of this merge.
+        """Read what `--profile-out` wrote, and make sure that it is of this merge: its experts, its tensors that count.
 
-        Args:
-            path: JSON file written by `--profile-out`.
-            tensors: the plan's tensors that count.
-            experts: the plan's experts.
-
-        Returns:
-            The profile; who votes is up to the merge, whatever the weights were in the one that was measured.
+        Who votes is up to the merge, whatever the weights were in the one that was measured.
 
         Raises:
             UserError: the file is missing, not a trim profile, of another version, or of another merge.
@@ -186,10 +180,7 @@ def measure_model(
 ) -> TrimProfile:
     """Find one exact threshold and σ per expert over all tensors, in memory bounded by one tensor.
 
-    Args:
-        tensors: the plan's tensors, each counted once.
-        experts: ids in a fixed order, each of one density.
-        settings: progress and the policy on non-finite values.
+    Every tensor is there once, and every expert has one density.
 
     Raises:
         UserError: an input holds NaN or Inf.

@@ -17,10 +17,6 @@ def infer_neurons(names: Collection[str], shape_of: Callable[[str], Sequence[int
 
     Families that store alike cannot be told apart and need not be: the first of them in the table stands for all.
 
-    Args:
-        names: of all tensors.
-        shape_of: shape of the tensor of a name.
-
     Raises:
         UserError: the names fit no family of the table.
     """

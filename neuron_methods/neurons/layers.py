@@ -7,6 +7,7 @@ to no neuron. Everything here follows from the model's config and the table in `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -173,12 +174,8 @@ class NeuronMap:
             yield layer
 
     def _enter(self, layer: MlpLayer, parts: tuple[OwnedSlice, ...]) -> None:
-        by_tensor: dict[str, list[OwnedSlice]] = {}
-        for part in parts:
-            by_tensor.setdefault(part.tensor, []).append(part)
-        for name, slices in by_tensor.items():
-            roles = tuple((part.role, part.offset) for part in slices)
-            self._owners[name] = Ownership(layer, slices[0].axis, roles)
+        for (name, axis), slices in itertools.groupby(parts, lambda part: (part.tensor, part.axis)):
+            self._owners[name] = Ownership(layer, axis, tuple((part.role, part.offset) for part in slices))
 
 
 def neuron_map(config: PretrainedConfig, architecture: str | None = None) -> NeuronMap:

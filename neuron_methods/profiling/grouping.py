@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,51 +98,44 @@ def describe_groups(groups: NeuronGroups) -> Iterator[str]:
 
 
 def _read_labels(path: Path) -> Iterator[Label]:
+    for where, record in _read_records(path):
+        missing = [key for key in ("layer", "neuron", "group") if not isinstance(record, Mapping) or key not in record]
+        if missing:
+            raise UserError(f"{where}: no {missing[0]!r}; a label has layer, neuron and group")
+        group = record["group"]
+        if not isinstance(group, str) or not group.strip():
+            raise UserError(f"{where}: a group is a name, found {group!r}")
+        yield record["layer"], record["neuron"], group.strip(), where
+
+
+def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where a record stands, and what it is: of a whole layer's labels, each as a record of its own."""
     text = read_text(path).removeprefix("\ufeff")
     ending = path.suffix.lower()
     try:
         if ending == ".csv":
-            reader = csv.DictReader(text.splitlines())
-            yield from _records(enumerate(reader, start=2), path, "line")
+            for number, row in enumerate(csv.DictReader(text.splitlines()), start=2):
+                yield f"{path}, line {number}", row
         elif ending == ".jsonl":
-            lines = ((i, json.loads(line)) for i, line in enumerate(text.splitlines(), start=1) if line.strip())
-            yield from _records(lines, path, "line")
+            for number, line in enumerate(text.splitlines(), start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line)
         elif ending == ".json":
-            yield from _json_labels(json.loads(text), path)
+            content = json.loads(text)
+            if isinstance(content, list):
+                yield from ((f"{path}, record {number}", record) for number, record in enumerate(content))
+                return
+            if not isinstance(content, dict):
+                raise UserError(
+                    f"{path}: expected {{layer: [group, …]}} or a list of records with layer, neuron and group"
+                )
+            for layer, values in content.items():
+                where = f"{path}, {layer}"
+                if not isinstance(values, (list, dict)):
+                    raise UserError(f"{where}: expected one group per neuron, found {type(values).__name__}")
+                for neuron, group in values.items() if isinstance(values, dict) else enumerate(values):
+                    yield where, {"layer": layer, "neuron": neuron, "group": group}
         else:
             raise UserError(f"{path}: labels are read from .json, .jsonl and .csv files")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: no valid JSON ({error}); is it truncated?") from None
-
-
-def _json_labels(content: Any, path: Path) -> Iterator[Label]:
-    if isinstance(content, list):
-        yield from _records(enumerate(content), path, "record")
-        return
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected {{layer: [group, …]}} or a list of records with layer, neuron and group")
-    for layer, values in content.items():
-        where = f"{path}, {layer}"
-        if isinstance(values, list):
-            pairs: Iterable[tuple[Any, Any]] = enumerate(values)
-        elif isinstance(values, dict):
-            pairs = values.items()
-        else:
-            raise UserError(f"{where}: expected one group per neuron, found {type(values).__name__}")
-        for neuron, group in pairs:
-            yield layer, neuron, _group(group, where), where
-
-
-def _records(records: Iterable[tuple[int, Any]], path: Path, kind: str) -> Iterator[Label]:
-    for number, record in records:
-        where = f"{path}, {kind} {number}"
-        missing = [key for key in ("layer", "neuron", "group") if not isinstance(record, Mapping) or key not in record]
-        if missing:
-            raise UserError(f"{where}: no {missing[0]!r}; a label has layer, neuron and group")
-        yield record["layer"], record["neuron"], _group(record["group"], where), where
-
-
-def _group(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: a group is a name, found {value!r}")
-    return value.strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,20 @@ from neuron_methods.routing.routes import Routing
 from neuron_methods.support.errors import UserError
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer.
-
-    Attributes:
-        given: the prompt, or the image's path.
-        answer: text generated, or the label.
-        routing: of the whole batch.
-        sample: which one of it this is.
-    """
-
-    given: str
-    answer: str
-    routing: Routing
-    sample: int
-
-    def as_text(self) -> str:
-        """Show it in three lines."""
-        return f"{self.given}\n  answer:  {self.answer}\n  routing: {self.routing.describe(self.sample)}"
-
-    def as_json(self) -> str:
-        """Show it in one line."""
-        routing, i = self.routing, self.sample
-        weights = {name: round(float(routing.weights[i, routing.names.index(name)]), 6) for name in routing.experts[i]}
-        content = {
-            "input": self.given,
-            "answer": self.answer,
-            "experts": weights,
-            "in_domain": bool(routing.in_domain[i]),
-            "score": round(float(routing.scores[i]), 6),
-            "threshold": round(routing.threshold, 6),
-        }
-        return json.dumps(content, ensure_ascii=False)
+def _told(given: str, answered: str, routing: Routing, sample: int, as_json: bool) -> str:
+    """An answer to a prompt or an image, and the routing of that sample of the batch."""
+    if not as_json:
+        return f"{given}\n  answer:  {answered}\n  routing: {routing.describe(sample)}"
+    weights = dict(zip(routing.names, routing.weights[sample].tolist(), strict=True))
+    content = {
+        "input": given,
+        "answer": answered,
+        "experts": {name: round(weights[name], 6) for name in routing.experts[sample]},
+        "in_domain": bool(routing.in_domain[sample]),
+        "score": round(float(routing.scores[sample]), 6),
+        "threshold": round(routing.threshold, 6),
+    }
+    return json.dumps(content, ensure_ascii=False)
 
 
 def answer(
@@ -65,8 +45,12 @@ def answer(
     seed: int = 0,
     base_model: str | None = None,
     device: str | None = None,
-) -> list[Answer]:
+    as_json: bool = False,
+) -> list[str]:
     """Answer prompts or classify images in one batch; see `cli.generate` for the arguments.
+
+    Returns:
+        Each answer with its routing: three lines, or one of JSON.
 
     Raises:
         UserError: the model cannot be loaded or is of the other kind, an image cannot be read, or a prompt does not
@@ -80,15 +64,19 @@ def answer(
     if model.kind == "image-classification":
         if prompts:
             raise UserError(f"{routed}: classifies images; give --image FILE instead of --prompt")
-        return _classify(model, processor, images)
-    if images:
-        raise UserError(f"{routed}: reads text; give --prompt TEXT instead of --image")
-    return _generate(model, processor, prompts, max_new_tokens, sample, seed)
+        given: Sequence[Any] = images
+        answers, routing = _classify(model, processor, images)
+    else:
+        if images:
+            raise UserError(f"{routed}: reads text; give --prompt TEXT instead of --image")
+        given = prompts
+        answers, routing = _generate(model, processor, prompts, max_new_tokens, sample, seed)
+    return [_told(str(given[i]), text, routing, i, as_json) for i, text in enumerate(answers)]
 
 
 def _generate(
     model: NeuronRoutedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, sample: bool, seed: int
-) -> list[Answer]:
+) -> tuple[list[str], Routing]:
     limit = text_limit(model.config)
     for prompt in prompts:
         tokens = len(tokenizer(prompt).input_ids)
@@ -114,10 +102,10 @@ def _generate(
     if model.kind == "causal":
         output = output[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [Answer(p, text.strip(), routing, i) for i, (p, text) in enumerate(zip(prompts, texts, strict=True))]
+    return [text.strip() for text in texts], routing
 
 
-def _classify(model: NeuronRoutedModel, processor: Any, images: Sequence[Path]) -> list[Answer]:
+def _classify(model: NeuronRoutedModel, processor: Any, images: Sequence[Path]) -> tuple[list[str], Routing]:
     from PIL import Image, UnidentifiedImageError
 
     opened = []
@@ -130,7 +118,4 @@ def _classify(model: NeuronRoutedModel, processor: Any, images: Sequence[Path]) 
     with torch.no_grad():
         output, routing = model(pixel_values=pixels, return_routing=True)
     labels = model.config.id2label
-    return [
-        Answer(str(path), str(labels.get(int(c), int(c))), routing, i)
-        for i, (path, c) in enumerate(zip(images, output.logits.argmax(1), strict=True))
-    ]
+    return [str(labels.get(number, number)) for number in output.logits.argmax(1).tolist()], routing

@@ -11,13 +11,7 @@ from neuron_methods.support.errors import UserError
 
 
 def load_base(reference: str, where: str, *, dtype: str = "auto", device_map: Any = None) -> Any:
-    """Load the base model in evaluation mode, all weights frozen.
-
-    Args:
-        reference: directory, or repository of the hub.
-        where: how messages name it.
-        dtype: ``auto``: as stored.
-        device_map: as transformers takes it.
+    """Load the base model, `where` in messages, in evaluation mode, all weights frozen.
 
     Raises:
         UserError: it cannot be loaded, lacks weights, or is of no kind that can be routed.

@@ -31,16 +31,10 @@ class PromptFeeder(TextFeeder):
     columns_for_loss = 2
     end: tuple[int, ...] = ()  # of a target
 
-    def batch(self, samples: list[Sample]) -> Batch:
-        """Lay out input, separator with target, and the end of the sequence."""
-        texts = self.texts(samples, 0)
-        prompts = self.tokenize(texts)
-        if len(self.reader.columns) < 2:
-            return self.sequences(prompts, [1] * len(prompts), samples)
-        answers = self.tokenize([self.separator + text for text in self.texts(samples, 1)], special=False)
-        both = [[*prompt, *answer, *self.end] for prompt, answer in zip(prompts, answers, strict=True)]
-        self.refuse_long(texts, both)
-        return self.sequences(both, [len(prompt) for prompt in prompts], samples)
+    def pairs(self, inputs: list[str], targets: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Make token ids; the separator is tokenized with the target, which ends the sequence."""
+        answers = self.tokenize([self.separator + text for text in targets], special=False)
+        return self.tokenize(inputs), [[*answer, *self.end] for answer in answers]
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,6 @@ def check_bases(
 ) -> list[str]:
     """Make sure that all adapters were trained on the base model of the YAML; see `models.reference.same_model`.
 
-    Args:
-        configs: expert -> its adapter's config.
-        directories: expert -> directory of its adapter.
-        base: the base model's directory or hub id.
-        where: file name for messages.
-
     Returns:
         Lines for the user about bases whose last names alone agree with the base model's.
 
@@ -92,12 +86,7 @@ def check_bases(
 
 
 def load_experts(base: Any, directories: Mapping[str, str], where: str) -> Any:
-    """Put all adapters into one `PeftModel`, each under its expert's name, on top of `base`.
-
-    Args:
-        base: a model of transformers; its linear layers become peft's LoRA layers, in place.
-        directories: expert -> local directory of its adapter.
-        where: file or directory name for messages.
+    """Put all adapters into one `PeftModel`, each under its expert's name; layers of `base` become peft's, in place.
 
     Raises:
         UserError: an adapter does not fit the base, or is in a layer that cannot be mixed per sample.
