@@ -31,7 +31,7 @@ from neuron_methods.demo.base_model import find_gguf, save_base
 from neuron_methods.models.reference import ModelName
 from neuron_methods.profiling.measured_model import LoadedModel, load_model
 from neuron_methods.profiling.recorder import Recorder
-from neuron_methods.profiling.results import describe_exemplars, source_tensors
+from neuron_methods.profiling.results import describe_source
 
 BATCH_SIZE, TOP, CONTEXT = 8, 10, 8
 BARE = ("bare without head", "bare with head")
@@ -77,8 +77,7 @@ class Profiler:
             self.recorder.run(self.feeder.batch(samples))
 
     def finish(self) -> None:
-        lines, _ = describe_exemplars(self.recorder, "python", 0)
-        source_tensors(self.recorder, "python", lines)
+        describe_source(self.recorder, "python", 0)
 
 
 def measure(loaded: LoadedModel, name: ModelName, corpus: Path, batches: int, length: int) -> dict[str, Cost]:

@@ -14,12 +14,11 @@ from typing import Literal
 from torch import Tensor
 
 from neuron_methods.methods.contract import PlannedTensor
-from neuron_methods.neurons import NeuronMap, infer_neurons, neuron_map
+from neuron_methods.neurons import NeuronMap, infer_neurons, layer_of, neuron_map
 from neuron_methods.support.errors import UserError
 
 _ATTENTION = re.compile(r"(^|[._])(self_?|cross_?|enc_?dec_?)?(attn|attention)[._]", re.IGNORECASE)
 _NO_PROJECTION = re.compile(r"norm|(^|[._])ln_|relative_attention_bias|rotary|inv_freq|sinks", re.IGNORECASE)
-_LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,7 @@ class NeuronLayout:
                 if weight in names and name.endswith((".weight", ".bias")):
                     # Families that store their MLP in_features × out_features (GPT-2) store attention likewise.
                     axis = rows if name == weight else 0
-                    layer = _LAYER.match(name)
-                    self.slices[name] = Slices(weight, layer.group() if layer else name, "attention", axis)
+                    self.slices[name] = Slices(weight, layer_of(name), "attention", axis)
 
     def of_kind(self, tensors: Iterable[PlannedTensor], *kinds: str) -> list[PlannedTensor]:
         """List the tensors that belong to neurons of these kinds; without kinds, those that belong to none."""

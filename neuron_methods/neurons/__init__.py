@@ -12,6 +12,7 @@ from neuron_methods.neurons.layers import (
     OwnedSlice,
     Ownership,
     find_modules,
+    layer_of,
     neuron_map,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "Ownership",
     "find_modules",
     "infer_neurons",
+    "layer_of",
     "neuron_map",
 ]

@@ -8,6 +8,7 @@ to no neuron. Everything here follows from the model's config and the table in `
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # the start-up hook imports this room along with mergekit: tr
 
 Role = Literal["gate", "up", "bias", "down"]
 
+# The first number in a path is that of its layer: "model.layers.3.mlp.up_proj" belongs to "model.layers.3".
+_LAYER = re.compile(r"(.*?\.\d+)(\.|$)")
 # Fields by which configs announce that a token passes through some of many MLPs.
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -188,6 +191,12 @@ def neuron_map(config: PretrainedConfig, architecture: str | None = None) -> Neu
         UserError: its family is not in the table, or its layers are mixtures of experts.
     """
     return NeuronMap(config, architecture)
+
+
+def layer_of(path: str) -> str:
+    """Name the layer that a module or tensor belongs to; one outside all layers (embedding, head) is one by itself."""
+    found = _LAYER.match(path)
+    return found[1] if found else path
 
 
 def find_modules(model: PreTrainedModel, layer: MlpLayer) -> LayerModules:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -248,9 +248,7 @@ def _capturing(mlps: dict[str, nn.Module], seen: dict[str, list[Tensor]]) -> Ite
 
         return before
 
-    handles = [mlp.register_forward_pre_hook(hook(key)) for key, mlp in mlps.items()]
-    try:
+    with ExitStack() as hooks:
+        for key, mlp in mlps.items():
+            hooks.enter_context(mlp.register_forward_pre_hook(hook(key)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -33,7 +33,7 @@ from neuron_methods.neurons.profile_file import (
 from neuron_methods.profiling.checkpoint import Checkpoint
 from neuron_methods.profiling.measured_model import LoadedModel, load_model, read_neurons
 from neuron_methods.profiling.recorder import Recorder
-from neuron_methods.profiling.results import describe_exemplars, source_tensors
+from neuron_methods.profiling.results import describe_source
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.progress import progress_bar
 
@@ -186,8 +186,7 @@ def _measure_source(
     feeder.start(reader, settings.gradients)
     belongs_to = {**asdict(replace(profile.info, sources={}, exemplars=0)), "batch_size": settings.batch_size}
     checkpoint = Checkpoint(output, {**belongs_to, "source": reader.source.fingerprint}, settings.checkpoint_seconds)
-    done = checkpoint.load(recorder)
-    samples = int(add_up(torch.tensor(_measure(reader, settings, recorder, checkpoint, done))))
+    samples = int(add_up(torch.tensor(_measure(reader, settings, recorder, checkpoint))))
     for record in recorder.records.values():
         record.sums.reduce(add_up)
         record.top.gather(collect)
@@ -197,11 +196,11 @@ def _measure_source(
     source = SourceInfo(reader.source.shown, reader.source.fingerprint, samples, tokens)
     info = replace(profile.info, sources={**profile.info.sources, reader.source.name: source})
     if state.is_main_process:
-        lines, exemplars = describe_exemplars(recorder, reader.source.name, profile.info.exemplars)
+        tensors, exemplars = describe_source(recorder, reader.source.name, profile.info.exemplars)
         info = replace(info, exemplars=profile.info.exemplars + len(exemplars))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_exemplars(output, profile.info.exemplars, exemplars)
-        profile = NeuronProfile(info, {**profile.tensors, **source_tensors(recorder, reader.source.name, lines)})
+        profile = NeuronProfile(info, {**profile.tensors, **tensors})
         profile.save(output)
     else:
         profile = NeuronProfile(info, profile.tensors)
@@ -210,12 +209,10 @@ def _measure_source(
     return profile
 
 
-def _measure(reader: SourceReader, settings: Settings, recorder: Recorder, checkpoint: Checkpoint, done: int) -> int:
-    """Let this process's share of the samples through the model; returns how many they are.
-
-    `done` batches were measured before and are only counted.
-    """
+def _measure(reader: SourceReader, settings: Settings, recorder: Recorder, checkpoint: Checkpoint) -> int:
+    """Let this process's share of the samples through the model; returns how many they are."""
     state = process_state()
+    done = checkpoint.load(recorder)  # batches that were measured before are only counted
     own = itertools.islice(
         reader.samples(settings.samples, settings.seed), state.process_index, None, state.num_processes
     )

@@ -7,7 +7,7 @@ pre-activation by a hook behind the gate's module. All work is done per layer on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -97,16 +97,12 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, the hooks are in place, and `run` records."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for record, down, gate in self._modules:
-                handles.append(down.register_forward_pre_hook(self._before_down(record), with_kwargs=True))
+                hooks.enter_context(down.register_forward_pre_hook(self._before_down(record), with_kwargs=True))
                 if gate is not None:
-                    handles.append(gate.register_forward_hook(self._behind_gate(record)))
+                    hooks.enter_context(gate.register_forward_hook(self._behind_gate(record)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def run(self, batch: Batch) -> None:
         """Run a forward pass, and with gradients a backward pass."""

@@ -13,29 +13,15 @@ from neuron_methods.profiling.exemplars import NOBODY
 from neuron_methods.profiling.recorder import Recorder
 
 
-def source_tensors(recorder: Recorder, source: str, lines: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make the tensors of one source in a profile; `lines` comes from `describe_exemplars`."""
-    tensors = {}
-    for key, record in recorder.records.items():
-        for name, values in record.sums.means().items():
-            tensors[f"{source}/{key}/{name}"] = values
-        tensors[f"{source}/{key}/{TOP_ACTIVATION}"] = record.top.entries["activation"].cpu()
-        tensors[f"{source}/{key}/{TOP_EXEMPLAR}"] = lines[key]
-    return tensors
-
-
-def describe_exemplars(
-    recorder: Recorder, source: str, first_line: int
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Describe every exemplar once, and for each layer which of them its neurons have.
+def describe_source(recorder: Recorder, source: str, first_line: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Make the tensors of one source in a profile, and describe every exemplar of its neurons once.
 
     Returns:
-        Layer -> line numbers, int32 (neurons, top), -1 in empty places; and the lines themselves, numbered from
-        `first_line` on.
+        Name -> tensor, as `profile_file` has them; and the lines of the exemplars, numbered from `first_line` on.
     """
+    tensors: dict[str, Tensor] = {}
     exemplars: list[dict[str, Any]] = []
     line_of: dict[tuple[str, int, int], int] = {}
-    lines = {}
     for key, record in recorder.records.items():
         entries = {field: values.cpu() for field, values in record.top.entries.items()}
         order, position = entries["order"].flatten().numpy(), entries["position"].flatten().numpy()
@@ -54,5 +40,10 @@ def describe_exemplars(
             exemplars.append({"source": source, "row": row, "position": token[2], **text})
         result = np.full(order.shape, -1, dtype=np.int32)
         result[filled] = np.array([line_of[token] for token in tokens], dtype=np.int32)[inverse.reshape(-1)]
-        lines[key] = torch.from_numpy(result).view(entries["order"].shape)
-    return lines, exemplars
+        found = {
+            **record.sums.means(),
+            TOP_ACTIVATION: entries["activation"],
+            TOP_EXEMPLAR: torch.from_numpy(result).view(entries["order"].shape),
+        }
+        tensors |= {f"{source}/{key}/{name}": values for name, values in found.items()}
+    return tensors, exemplars

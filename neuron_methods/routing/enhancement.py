@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from neuron_methods.neurons import layer_of
 from neuron_methods.routing.data import CalibrationLoss
 from neuron_methods.routing.importance import factor_masks, measure_importance
-from neuron_methods.routing.mixing import AdapterMixer, layer_of
+from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.route_yaml import Enhancement
 
 _DENSITY_TRIALS = 4  # halving the distance to 1 each time, before all neurons are kept
@@ -146,14 +147,9 @@ def _mask(
 
 def untouched(mixer: AdapterMixer, expert: str) -> Enhanced:
     """Take an expert as it is, for a routed model without enhancement: every layer it changes is core."""
-    own = (path for path, module in mixer.modules.items() if expert in module.lora_A)
-    return Enhanced(expert, tuple(dict.fromkeys(map(layer_of, own))), (), 1.0, 0, ())
+    return Enhanced(expert, tuple(dict.fromkeys(map(layer_of, mixer.paths_of(expert)))), (), 1.0, 0, ())
 
 
 def kept_paths(mixer: AdapterMixer, enhanced: Enhanced) -> list[str]:
     """Name the modules whose updates an enhanced expert still has."""
-    return [
-        path
-        for path, module in mixer.modules.items()
-        if enhanced.expert in module.lora_A and layer_of(path) in enhanced.core
-    ]
+    return [path for path in mixer.paths_of(enhanced.expert) if layer_of(path) in enhanced.core]

@@ -23,11 +23,11 @@ from torch import Tensor
 from neuron_methods.adapters.live import base_weight
 from neuron_methods.kernels.select import keep_threshold, relative_norms
 from neuron_methods.models.loading import input_device
-from neuron_methods.neurons import MlpLayer, NeuronMap, Ownership, find_modules, neuron_map
+from neuron_methods.neurons import MlpLayer, NeuronMap, Ownership, find_modules, layer_of, neuron_map
 from neuron_methods.profiling.measured_model import LoadedModel
 from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.routing.data import CalibrationLoss
-from neuron_methods.routing.mixing import AdapterMixer, layer_of
+from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.route_yaml import Importance
 
 

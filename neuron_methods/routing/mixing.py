@@ -10,7 +10,6 @@ a layer costs two products whatever the number of experts; experts that no sampl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,16 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from neuron_methods.adapters.live import layer_update
+from neuron_methods.neurons import layer_of
 from neuron_methods.support.errors import UserError
-
-# The first number in a module's path is that of its layer: "model.layers.3.mlp.up_proj" belongs to "model.layers.3".
-_LAYER = re.compile(r"(.*?\.\d+)(\.|$)")
-
-
-def layer_of(path: str) -> str:
-    """Name the layer that a module belongs to; a module outside all layers (embedding, head) is one by itself."""
-    found = _LAYER.match(path)
-    return found[1] if found else path
 
 
 class _Mixture:
@@ -91,6 +82,10 @@ class AdapterMixer:
     def only(self, expert: str) -> Tensor:
         """Make coefficients (1, L, E) of one expert as it is."""
         return self.uniform(torch.tensor([float(name == expert) for name in self.experts]))
+
+    def paths_of(self, expert: str) -> list[str]:
+        """List the modules that an expert has an update of."""
+        return [path for path, module in self.modules.items() if expert in module.lora_A]
 
     def delta(self, path: str, expert: str) -> Tensor | None:
         """Form an expert's update s·B·A of one module in float32, arranged like its weight; None where it has none."""

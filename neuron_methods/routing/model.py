@@ -214,8 +214,7 @@ class NeuronRoutedModel(nn.Module):
             place = target / ADAPTERS / name
             if place.exists():
                 shutil.rmtree(place)
-            paths = [path for path, module in self.mixer.modules.items() if name in module.lora_A]
-            save_adapter(self.peft_model, name, place, paths)
+            save_adapter(self.peft_model, name, place, self.mixer.paths_of(name))
         state = {key: value.detach().cpu().contiguous() for key, value in self.router.state_dict().items()}
         save_file(state, target / ROUTER_NAME, metadata={"format": "pt"})
         replace(self.routed_config, base_model=base_model or reference_to(self.base_reference, target)).write(target)

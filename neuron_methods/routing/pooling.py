@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -127,17 +128,14 @@ def _states_behind(
     def behind_all(_module: nn.Module, _arguments: Any, output: Any) -> None:
         keep(len(modules), output[0] if isinstance(output, tuple) else output)
 
-    handles = [
-        modules[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
-        if layer < len(modules)
-        else modules[-1].register_forward_hook(behind_all)
-        for layer in layers
-    ]
-    try:
-        body(**keywords)
-    except _Reached:
-        return [found[layer] for layer in layers]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for layer in layers:
+            if layer < len(modules):
+                hooks.enter_context(modules[layer].register_forward_pre_hook(before(layer), with_kwargs=True))
+            else:
+                hooks.enter_context(modules[-1].register_forward_hook(behind_all))
+        try:
+            body(**keywords)
+        except _Reached:
+            return [found[layer] for layer in layers]
     raise RuntimeError("the layers of the base model were not called")

@@ -9,11 +9,12 @@ import torch
 from pydantic import TypeAdapter
 
 from neuron_methods.adapters.live import save_adapter
+from neuron_methods.neurons import layer_of
 from neuron_methods.routing.base import load_base
 from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.importance import factor_masks, keep_masks, measure_importance, neurons_of
-from neuron_methods.routing.mixing import AdapterMixer, layer_of
+from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.route_yaml import Enhancement
 from tests.support.routed import EXPERTS
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from neuron_methods.neurons import layer_of
 from neuron_methods.routing.base import load_base
 from neuron_methods.routing.experts import load_experts
-from neuron_methods.routing.mixing import AdapterMixer, layer_of
+from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.support.errors import UserError
 from tests.support.routed import EXPERTS
 
