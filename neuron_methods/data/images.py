@@ -43,10 +43,11 @@ class ImageFeeder(Feeder):
     def batch(self, samples: list[Sample]) -> Batch:
         """Lay out pixels, and classes if there is a head to say them."""
         order, row = orders_and_rows(samples)
-        names = torch.tensor([_encode_name(image_name(sample)) for sample in samples], dtype=torch.int32)
+        names = (image_name(sample)[-NAME_WIDTH:].ljust(NAME_WIDTH, "\0") for sample in samples)
+        payloads = torch.tensor([list(map(ord, name)) for name in names], dtype=torch.int32)
         labelled = self.has_loss and len(self.reader.columns) == 2
         targets = torch.tensor([self.class_of(sample) for sample in samples]) if labelled else None
-        return Batch({"pixel_values": self.pixels(samples)}, {"": TokenBatch(order, row, names[:, None])}, targets)
+        return Batch({"pixel_values": self.pixels(samples)}, {"": TokenBatch(order, row, payloads[:, None])}, targets)
 
     def pixels(self, samples: list[Sample]) -> Tensor:
         """Make float32 pixels (B, channels, height, width)."""
@@ -154,13 +155,7 @@ class ImageTextFeeder(Feeder):
 def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:
     """Find the number of a label among a model's classes: by its name if both know names, else as it stands.
 
-    Args:
-        label: as the data has it, a number or a name.
-        names: the data set's names of its numbers, if it has any.
-        config: the model's.
-
-    Returns:
-        None where the model has no such class.
+    `names` are the data set's of its numbers, if it has any. None where the model has no such class.
     """
     known = config.label2id or {}
     model_knows_names = any(not name.startswith("LABEL_") for name in known)  # transformers' placeholders
@@ -179,8 +174,3 @@ def image_name(sample: Sample) -> str:
     value = sample.values[0]
     path = value.get("path") if isinstance(value, dict) else value
     return "/".join(path.split("/")[-2:]) if isinstance(path, str) and path else f"row {sample.row}"
-
-
-def _encode_name(name: str) -> list[int]:
-    codes = [ord(character) for character in name[-NAME_WIDTH:]]
-    return codes + [0] * (NAME_WIDTH - len(codes))

@@ -196,14 +196,8 @@ class SourceReader:
     ) -> Iterator[Sample]:
         """Draw up to `limit` samples (0: all) in an order that depends on `seed` alone.
 
-        The order is random within a buffer that is refilled as rows come in.
-
-        Args:
-            limit: how many at most.
-            seed: of the order.
-            start: first row that counts.
-            stop: the row after the last one; None: all.
-            leave_out: whether a sample's values are too empty to count; by default if one is.
+        The order is random within a buffer that is refilled as rows come in. Rows count from `start` to before `stop`,
+        unless `leave_out` says that a sample's values are too empty, which by default they are if one is.
         """
         self.left_out = 0
 

@@ -171,9 +171,7 @@ class TextToTextFeeder(TextFeeder):
 def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Measure the cross-entropy, the mean over the targets of each sample, added up over samples.
 
-    Args:
-        logits: (B, T, vocabulary).
-        targets: (B, T), -100 where nothing is to be predicted.
+    Logits are (B, T, vocabulary), targets (B, T), -100 where nothing is to be predicted.
     """
     # Flat: over a transposed view of the logits the same takes half as long again.
     losses = functional.cross_entropy(

@@ -91,12 +91,7 @@ def sequence_identity(ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def decoder_identity(ids: Tensor, read: Tensor) -> Tensor:
-    """Hash every token that a decoder is given, all before it, and all that its encoder read, int64 (B, T).
-
-    Args:
-        ids: (B, T), what the decoder is given.
-        read: the encoder's `sequence_identity`.
-    """
+    """Hash every token that a decoder is given, all before it, and `read`, what its encoder read, int64 (B, T)."""
     return prefix_identity(ids) * _PRIME + read[:, :1]
 
 

@@ -22,14 +22,7 @@ def elect_signs(values: Tensor, tie_tolerance: float = 0.0) -> Tensor:
 
 
 def resolve_ties(signs: Tensor) -> Tensor:
-    """Give tied positions the majority of the elected signs along the last dimension (the row).
-
-    Args:
-        signs: elected signs, shape (..., row), values in {-1, 0, 1}; 0 is a tie.
-
-    Returns:
-        Same shape, values in {-1, 1}: ties take the majority sign of their row, -1 where that balances too.
-    """
+    """Give tied positions, 0 among elected signs (..., row), the majority sign of their row; -1 where that balances."""
     majority = torch.where(signs.sum(dim=-1, keepdim=True) > 0, 1.0, -1.0).to(signs.dtype)
     return torch.where(signs == 0, majority, signs)
 
@@ -55,15 +48,9 @@ def reduce_elected(values: Tensor, signs: Tensor, consensus: str = "mean") -> Te
 def elect_and_reduce(values: Tensor, consensus: str = "mean", tie_tolerance: float = 0.0) -> Tensor:
     """Elect a sign at each position of a row, then reduce the values that carry it.
 
-    A tie takes the majority sign of the elected signs of its row (negative if these balance too).
-
-    Args:
-        values: shape (experts, ..., row); the last dimension is "the same row" of the tie rule.
-        consensus: see `reduce_elected`.
-        tie_tolerance: see `elect_signs`.
-
-    Returns:
-        Shape (..., row), dtype of `values`.
+    A tie takes the majority sign of the elected signs of its row (negative if these balance too): of the last dimension
+    of `values`, (experts, ..., row). The other arguments are those of `elect_signs` and `reduce_elected`, of which the
+    latter says what is returned.
     """
     signs = resolve_ties(elect_signs(values, tie_tolerance))
     return reduce_elected(values, signs.to(values.dtype), consensus)

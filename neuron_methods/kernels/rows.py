@@ -32,16 +32,7 @@ def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
 
 
 def row_blocks(neurons: int, bytes_per_neuron: int, scratch_bytes: int) -> Iterator[slice]:
-    """Yield slices of rows whose scratch memory stays within bounds.
-
-    Args:
-        neurons: number of rows.
-        bytes_per_neuron: scratch one row takes.
-        scratch_bytes: upper bound on a block's scratch; a single row may exceed it.
-
-    Yields:
-        Consecutive slices that cover all rows.
-    """
+    """Yield consecutive slices of all rows, each with scratch memory within `scratch_bytes`; one row may exceed it."""
     size = max(1, min(scratch_bytes, CACHE_BYTES) // max(1, bytes_per_neuron))
     for start in range(0, neurons, size):
         yield slice(start, min(start + size, neurons))

@@ -62,12 +62,8 @@ def slice_squares(
 def relative_norms(update_squares: Tensor, base_squares: Tensor) -> Tensor:
     """Compute the importance `magnitude`: norm of a neuron's update relative to the norm of its base weights.
 
-    Args:
-        update_squares: ‖τ‖² over all slices the neuron owns, shape (neurons,), float64.
-        base_squares: ‖θ₀‖² likewise.
-
-    Returns:
-        Shape (neurons,), float64; finite even where a neuron has no base weights.
+    Both squared norms are over all slices the neuron owns, float64 (neurons,), and so is the result, which is finite
+    even where a neuron has no base weights.
     """
     return (update_squares / base_squares.clamp(min=_SMALLEST_SQUARE)).sqrt()
 
@@ -77,14 +73,7 @@ def keep_threshold(importances: Tensor, density: float) -> float:
 
     The rank is that of `neuron_methods.kernels.trim.kept_rank`: of n neurons the ⌊n·(1 − density)⌋-th smallest
     importance is the threshold, and every neuron at or above it is kept, ties included: n − ⌊n·(1 − density)⌋ + 1 of
-    them where no two are equal, all of them where the rank is 0.
-
-    Args:
-        importances: shape (neurons,).
-        density: share of neurons to keep, in (0, 1].
-
-    Returns:
-        The threshold; −∞ where everything is kept.
+    them where no two are equal, all of them where the rank is 0. Then the threshold is −∞.
     """
     rank = kept_rank(len(importances), density)
     return float(importances.kthvalue(rank).values) if rank else -float("inf")

@@ -109,14 +109,7 @@ def matching_scales(coefficients: Tensor, gram: Tensor, lengths: Tensor) -> Tens
 
 
 def gram_matrices(rows: Tensor) -> Tensor:
-    """Compute the inner products of each neuron's rows.
-
-    Args:
-        rows: shape (neurons, k, d), float32.
-
-    Returns:
-        Shape (neurons, k, k), float64.
-    """
+    """Compute the inner products of each neuron's rows: float64 (neurons, k, k) of float32 (neurons, k, d)."""
     neurons, stacked, width = rows.shape
     device = "cpu" if rows.device.type == "mps" else rows.device
     gram = torch.zeros(neurons, stacked, stacked, dtype=torch.float64, device=device)

@@ -39,27 +39,18 @@ _STANDARD_ERRORS = 4.0
 
 
 def kept_rank(entries: int, density: float) -> int:
-    """Compute the threshold's rank: ⌊n·(1 − density)⌋, in floating point as the published code computes it.
+    """Compute the threshold's rank of n entries: ⌊n·(1 − density)⌋, in floating point as the published code does.
 
-    Args:
-        entries: n, the number of entries.
-        density: share of entries to keep, in (0, 1].
-
-    Returns:
-        The 1-based rank among the magnitudes in ascending order; 0 where everything is kept.
+    It counts from 1 in ascending order of the magnitudes; 0 where everything is kept. `density` is in (0, 1].
     """
     return int(entries * (1 - density))
 
 
 def task_vector_chunks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield θ_t − θ₀ of every expert in flat float32 chunks of at most `CHUNK` entries.
+    """Yield θ_t − θ₀ of every expert in flat float32 chunks of at most `CHUNK` entries, with the expert's index.
 
-    Args:
-        base: any shape, any float dtype.
-        experts: tensors of the base's shape, each of any float dtype, or `TaskVector`s.
-
-    Yields:
-        (expert index, 1-D float32 tensor). The tensors share one buffer: use each before asking for the next.
+    Base and experts are of one shape and any float dtype; experts may be `TaskVector`s. The chunks share one buffer:
+    use each before asking for the next.
     """
     base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
     size = max(1, min(CHUNK, base.numel()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from neuron_methods.support.errors import UserError
 
+Thing = TypeVar("Thing")
 PREPARED = "prepared"
 SCRATCH_BYTES = 256 * 1024 * 1024
 
@@ -237,9 +238,9 @@ def nonfinite(name: str, base: Tensor, expert: Hashable) -> UserError:
     )
 
 
-def grouped(tensors: Iterable[PlannedTensor], by: Callable[[PlannedTensor], str]) -> dict[str, list[PlannedTensor]]:
-    """Put tensors that have something in common together, in their order."""
-    groups: dict[str, list[PlannedTensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(by(tensor), []).append(tensor)
+def grouped(things: Iterable[Thing], by: Callable[[Thing], str]) -> dict[str, list[Thing]]:
+    """Put things that have something in common together, in their order."""
+    groups: dict[str, list[Thing]] = {}
+    for thing in things:
+        groups.setdefault(by(thing), []).append(thing)
     return groups

@@ -32,6 +32,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from neuron_methods.kernels.select import combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import (
     Inputs,
@@ -43,7 +44,7 @@ from neuron_methods.methods.contract import (
     grouped,
     only_value,
 )
-from neuron_methods.methods.neuron_layout import NeuronLayout
+from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
 from neuron_methods.methods.parameters import declared
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import unknown
@@ -296,6 +297,19 @@ class DelegatingMerge(PreparedMerge):
         if delegation is None:
             return inputs.base.to(out_dtype, copy=True)
         return delegation.merge(inputs, out_dtype)
+
+    def combine(self, inputs: Inputs, slices: Slices, coefficients: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """Merge a tensor of neurons into θ₀ + λ Σ_t a_t τ_t, a_t being `coefficients` and λ `scale`."""
+        return combine_slices(
+            inputs.base,
+            list(inputs.experts.values()),
+            coefficients,
+            slices.axis,
+            torch.empty_like(inputs.base, dtype=dtype),
+            scale=scale,
+            copies=slices.copies,
+            clean=self.settings.allow_nonfinite,
+        )
 
     @abstractmethod
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.select import CONFLICTS, combine_slices, conflict_coefficients
+from neuron_methods.kernels.select import CONFLICTS, conflict_coefficients
 from neuron_methods.methods.contract import Inputs, MergeSettings, PlannedTensor, grouped
 from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_of
 from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms, read_importance, select
@@ -124,22 +124,12 @@ class PreparedMinMerging(DelegatingMerge):
 
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 4 for a tensor of neurons or of attention rows."""
-        name, base, experts = inputs
-        slices = self.layout.slices.get(name)
+        slices = self.layout.slices.get(inputs.name)
         coefficients = self.coefficients.get(slices.block) if slices is not None else None
         if slices is None or coefficients is None:
             return None
-        rows = [self.experts.index(expert) for expert in experts]
-        return combine_slices(
-            base,
-            list(experts.values()),
-            coefficients[rows],
-            slices.axis,
-            torch.empty_like(base, dtype=out_dtype),
-            scale=parameters["lambda"],
-            copies=slices.copies,
-            clean=self.settings.allow_nonfinite,
-        )
+        rows = [self.experts.index(expert) for expert in inputs.experts]
+        return self.combine(inputs, slices, coefficients[rows], parameters["lambda"], out_dtype)
 
     def _looked_at(self) -> list[PlannedTensor]:
         kinds = ("mlp",) if self._attention == "drop" else ("mlp", "attention")

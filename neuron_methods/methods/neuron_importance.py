@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.select import keep_threshold, relative_norms, slice_squares
-from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
+from neuron_methods.methods.contract import MergeSettings, PlannedTensor, grouped, nonfinite
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
 from neuron_methods.neurons.profile_file import NeuronProfile
 from neuron_methods.support.errors import UserError
@@ -119,11 +119,9 @@ def select(
     Returns:
         Block -> bool, shape (neurons,).
     """
-    ranked: dict[str, list[str]] = {}
-    for slices in blocks:
-        ranked.setdefault("" if scope == "model" else slices.layer, []).append(slices.block)
     kept = {}
-    for together in ranked.values():
+    for ranked in grouped(blocks, lambda slices: "" if scope == "model" else slices.layer).values():
+        together = [slices.block for slices in ranked]
         threshold = keep_threshold(torch.cat([importances[b] for b in together]), densities[together[0]])
         kept.update({b: importances[b] >= threshold for b in together})
     return kept

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.select import combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector, fill_task_vector
 from neuron_methods.methods.contract import Inputs, PlannedTensor, grouped
 from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, Delegation, find_method, method_of
@@ -118,19 +117,10 @@ class PreparedNeuronMerge(DelegatingMerge):
         if slices is None or slices.kind != "mlp":
             return None
         slices.check_shape(name, base)
-        merged = torch.empty_like(base, dtype=out_dtype)
         scale = parameters["lambda"]
         if not self.within:
-            return combine_slices(
-                base,
-                list(experts.values()),
-                self._coefficients(slices.layer, list(experts)),
-                slices.axis,
-                merged,
-                scale=scale,
-                copies=slices.copies,
-                clean=self.settings.allow_nonfinite,
-            )
+            return self.combine(inputs, slices, self._coefficients(slices.layer, list(experts)), scale, out_dtype)
+        merged = torch.empty_like(base, dtype=out_dtype)
         for group, delegation in self.within.items():
             if name not in delegation.tensors:
                 continue

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -210,12 +209,12 @@ def measure_tensors(
 ) -> TrimProfile:
     """Find thresholds per tensor and expert, and each expert's σ over the whole model under them."""
     profile = TrimProfile("tensor", fingerprint=fingerprint(tensors))
-    entries: Counter[Hashable] = Counter()
-    total, removed = dict.fromkeys(experts, 0.0), dict.fromkeys(experts, 0.0)
+    sums = {expert: ThresholdSearch(density=1.0) for expert in experts}
     for tensor in settings.progress("Measuring trim thresholds", tensors):
         densities = tensor.expert_parameters["density"]
         if tensor.untouched:
-            entries.update(dict.fromkeys(densities, tensor.entries or 0))
+            for expert in densities:
+                sums[expert].entries += tensor.entries or 0
             continue
         base, found = tensor.load()
         if base is None or not base.is_floating_point() or not found:
@@ -223,12 +222,10 @@ def measure_tensors(
         searches = measure_tensor(tensor.name, base, found, densities, settings)
         profile.tensor_thresholds[tensor.name] = {e: search.threshold or 0.0 for e, search in searches.items()}
         for expert, search in searches.items():
-            entries[expert] += search.entries
-            total[expert] += search.total_l1
-            removed[expert] += search.removed_l1
-    for expert in experts:
-        sigma = removed[expert] / total[expert] if total[expert] > 0 else 0.0
-        profile.experts[expert] = ExpertTrim(str(expert), density_of(tensors, expert), entries[expert], None, sigma)
+            sums[expert].entries += search.entries
+            sums[expert].total_l1 += search.total_l1
+            sums[expert].removed_l1 += search.removed_l1
+    profile.experts = {e: ExpertTrim(str(e), density_of(tensors, e), s.entries, None, s.sigma) for e, s in sums.items()}
     return profile
 
 

@@ -40,12 +40,10 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 if metadata.get("belongs_to") != self._belongs_to:
                     return 0
-                states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                for key, record in recorder.records.items():
+                    record.load_state({name: file.get_tensor(f"{key}/{name}") for name in record.state()})
         except (OSError, SafetensorError):
             return 0
-        for key, record in recorder.records.items():
-            start = key + "/"
-            record.load_state({n.removeprefix(start): v for n, v in states.items() if n.startswith(start)})
         return int(metadata["batches"])
 
     def save_if_due(self, recorder: Recorder, batches: int) -> None:

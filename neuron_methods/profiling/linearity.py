@@ -101,27 +101,24 @@ def measure_linearity(
     """
     name = ModelName.parse(str(planned.base))
     with load_model(name, "float32", merged=True) as loaded:
-        layers = {layer.key: (layer, _mlp(loaded.model, layer)) for layer in loaded.neurons.layers}
+        layers = {layer.key: (layer, *_mlp(loaded.model, layer)) for layer in loaded.neurons.layers}
+        if not layers:
+            raise UserError(f"{planned.base}: no MLP layers to measure")
         if data:
-            inputs = _read_inputs(name, loaded, {k: m for k, (_, m) in layers.items()}, data, samples, tokens, seed)
+            inputs = _read_inputs(name, loaded, {k: m for k, (_, m, _) in layers.items()}, data, samples, tokens, seed)
             told = f"{', '.join(text.partition('=')[0] for text in data)}, read by the base"
         else:
             generator = torch.Generator().manual_seed(seed)
-            inputs = {
-                k: torch.randn(tokens, _width(loaded.model, layer), generator=generator)
-                for k, (layer, _) in layers.items()
-            }
+            inputs = {k: torch.randn(tokens, width, generator=generator) for k, (_, _, width) in layers.items()}
             told = "standard normal noise (give --data for real ones)"
         report = LinearityReport([], told)
-        for key, (layer, mlp) in layers.items():
+        for key, (layer, mlp, _) in layers.items():
             base, updates = _layer_updates(planned, loaded.neurons, layer, mlp)
             report.variants = list(updates)
             norm = _norm(base)
             report.sizes[key] = {v: _norm(update) / norm for v, update in updates.items()}
             errors = {v: relative_error(mlp, base, update, inputs[key]) for v, update in updates.items()}
             report.errors[key] = {v: error for v, error in errors.items() if error is not None}
-        if not layers:
-            raise UserError(f"{planned.base}: no MLP layers to measure")
         return report
 
 
@@ -194,17 +191,12 @@ def _parameter_of(name: str, neurons: NeuronMap, layer: MlpLayer, parameters: di
     return (exact or fitting)[0]
 
 
-def _mlp(model: PreTrainedModel, layer: MlpLayer) -> nn.Module:
-    """The module that holds a layer's projections."""
+def _mlp(model: PreTrainedModel, layer: MlpLayer) -> tuple[nn.Module, int]:
+    """The module that holds a layer's projections, and how many features it reads: as many as it writes."""
     down = find_modules(model, layer).down
     path = next(name for name, module in model.named_modules() if module is down)
-    return model.get_submodule(path.rsplit(".", 1)[0])
-
-
-def _width(model: PreTrainedModel, layer: MlpLayer) -> int:
-    """Number of features an MLP reads: as many as its down projection writes."""
-    down = find_modules(model, layer).down
-    return int(getattr(down, "out_features", None) or down.nf)
+    width = getattr(down, "out_features", None) or down.nf
+    return model.get_submodule(path.rsplit(".", 1)[0]), int(width)
 
 
 def _norm(tensors: dict[str, Tensor]) -> float:

@@ -8,6 +8,7 @@ by float rounding. A finished source is in the file; an unfinished one leaves it
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -137,10 +138,9 @@ def measure_profile(
 
 def _parse(data: Sequence[str]) -> list[DataSource]:
     sources = [parse_source(text) for text in data]
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--data {name}=...: two data sources have this name")
+    name, count = Counter(source.name for source in sources).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--data {name}=...: two data sources have this name")
     return sources
 
 

@@ -186,13 +186,7 @@ class _Run:
         def build(place: Path) -> dict[str, Any]:
             if settings.enabled:
                 loss = self.samples[name]["calibration"].loss(settings.samples)
-                with progress_bar(what=f"{name}: layers", unit="layer") as bar:
-
-                    def progress(done: int, total: int) -> None:
-                        bar.total = total
-                        bar.update(done - bar.n)
-
-                    enhanced = enhance_expert(self.base, self.mixer, name, loss, settings, progress)
+                enhanced = enhance_expert(self.base, self.mixer, name, loss, settings)
             else:
                 enhanced = untouched(self.mixer, name)
             paths = kept_paths(self.mixer, enhanced)

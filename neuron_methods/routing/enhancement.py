@@ -9,7 +9,6 @@ is never worse than the original by more than `tolerance` on its calibration dat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from neuron_methods.routing.data import CalibrationLoss
 from neuron_methods.routing.importance import factor_masks, measure_importance
 from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.route_yaml import Enhancement
+from neuron_methods.support.progress import progress_bar
 
 _DENSITY_TRIALS = 4  # halving the distance to 1 each time, before all neurons are kept
 
@@ -71,12 +71,10 @@ def enhance_expert(
     expert: str,
     loss: CalibrationLoss,
     settings: Enhancement,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Enhanced:
     """Find an expert's core and mask its adapter's factors to the neurons that are kept.
 
-    `model` is the base with the mixer's seam in it, `loss` that on the expert's calibration data; `progress` is called
-    with the number of layers tried and of those there are.
+    `model` is the base with the mixer's seam in it, `loss` that on the expert's calibration data.
     """
     place = mixer.experts.index(expert)
     layers = untouched(mixer, expert).core
@@ -95,8 +93,8 @@ def enhance_expert(
     importance = measure_importance(model, mixer, expert, settings.importance, loss, by_neuron=by_neuron)
     redundant: list[str] = []
     refusals = 0
-    for tried, layer in enumerate(sorted(layers, key=lambda key: importance.layers[key])):
-        progress(tried, len(layers))
+    order = sorted(layers, key=lambda key: importance.layers[key])
+    for layer in progress_bar(order, what=f"{expert}: layers", unit="layer"):
         if refusals == settings.patience or len(redundant) == len(layers) - 1:  # an expert keeps one layer at least
             break
         coefficients[0, mixer.layers.index(layer), place] = 0
@@ -109,7 +107,6 @@ def enhance_expert(
         else:
             refusals += 1
             coefficients[0, mixer.layers.index(layer), place] = 1
-    progress(len(layers), len(layers))
     density = settings.density
     for _ in range(_DENSITY_TRIALS):
         if density >= 1:

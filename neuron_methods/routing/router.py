@@ -94,11 +94,9 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def fit_scatter(self, states: Tensor, labels: Tensor) -> None:
-        """Set the standardisation, the centres and the metric from training inputs.
+        """Set the standardisation, the centres and the metric from training inputs, each expert's at least once.
 
-        Args:
-            states: float32 (n, width).
-            labels: int64 (n,), each expert at least once.
+        States are float32 (n, width), labels int64 (n,).
         """
         self.mean.copy_(states.mean(0))
         # What never varies carries nothing, and must not be blown up where it does vary.

@@ -69,12 +69,9 @@ class Routing:
 
 
 def chosen_weights(probabilities: Tensor, top_k: int, in_domain: Tensor) -> Tensor:
-    """Weigh the `top_k` most probable experts, renormalised; (B, E) like `probabilities`.
+    """Weigh the `top_k` most probable experts, renormalised; (B, E) like `probabilities`, whose rows sum to 1.
 
-    Args:
-        probabilities: (B, E), rows sum to 1.
-        top_k: how many experts are chosen.
-        in_domain: bool (B,); other rows get all zeros.
+    Rows that are not `in_domain`, bool (B,), get all zeros.
     """
     values, places = probabilities.topk(top_k, dim=1)
     weights = torch.zeros_like(probabilities).scatter(1, places, values / values.sum(dim=1, keepdim=True))
