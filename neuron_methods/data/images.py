@@ -26,13 +26,9 @@ class ImageFeeder(Feeder):
     columns_for_loss = 2
 
     def __init__(self, processor: Any, config: Any, has_loss: bool, classes: Collection[int] | None = None) -> None:
-        """Make a feeder.
+        """Make a feeder for the model of `config`; it has a loss where it has a head that says classes.
 
-        Args:
-            processor: makes pixels of images.
-            config: tells the model's classes apart.
-            has_loss: whether the model has a head that says classes.
-            classes: those that count in the loss, where the head has more than the task at hand; None: all.
+        `classes` are those that count in the loss, where the head has more than the task at hand; None: all.
         """
         self.processor, self.config, self.has_loss, self.classes = processor, config, has_loss, classes
 

@@ -138,9 +138,9 @@ def measure_profile(
 
 def _parse(data: Sequence[str]) -> list[DataSource]:
     sources = [parse_source(text) for text in data]
-    name, count = Counter(source.name for source in sources).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"--data {name}=...: two data sources have this name")
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
+            raise UserError(f"--data {name}=...: two data sources have this name")
     return sources
 
 

@@ -49,8 +49,8 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
     """Describe one neuron: its statistics on every source, and the tokens that drive it furthest, marked »so«."""
     layer = profile.find_layer(layer, f"--layer {layer}")
     exemplars = {source: profile.exemplars(source, layer, neuron) for source in profile.sources}
-    gated = "fires: the gate is open" if layer in profile.info.gated else "fires: the activation is positive"
-    yield f"{layer}, neuron {neuron} of {profile.layers[layer]} ({gated})"
+    fires = "the gate is open" if layer in profile.info.gated else "the activation is positive"
+    yield f"{layer}, neuron {neuron} of {profile.layers[layer]} (fires: {fires})"
     rows = [["source", *profile.info.statistics]]
     for source in profile.sources:
         values = [f"{profile.statistic(name, source, layer)[neuron]:.4g}" for name in profile.info.statistics]

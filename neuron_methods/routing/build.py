@@ -131,7 +131,6 @@ class _Run:
         self.peft_model = load_experts(base, directories, self.where)
         self.mixer = AdapterMixer(self.peft_model, list(directories))
         self.base = base
-        self.data = {expert.name: (expert.data, expert.calibration) for expert in config.experts}
         drawer = SampleDrawer(config, base, self.processor, kind.kind)
         self.samples = {expert.name: drawer.of_expert(expert) for expert in config.experts}
         self.background = [drawer.of_background(number, data) for number, data in enumerate(config.background)]
@@ -180,7 +179,7 @@ class _Run:
             settings.model_dump(),
             self.config.text.model_dump(),
             fingerprint_of_samples(self.samples[name]),
-            *(list(data.labels) for data in self.data[name] if data is not None and data.labels is not None),
+            [getattr(part.feeder, "classes", None) for part in self.samples[name].values()],
         ]
 
         def build(place: Path) -> dict[str, Any]:
