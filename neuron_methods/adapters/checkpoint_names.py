@@ -72,9 +72,17 @@ class StoredNames:
                 return group
         return ()
 
-    def is_output(self, name: str) -> bool:
-        """Tell whether a parameter is the weight of the model's output embeddings."""
-        return self.skeleton is not None and self.skeleton.output == name
+    def among(self, name: str, members: Collection[str]) -> str | None:
+        """Find a parameter among paths in memory.
+
+        Args:
+            name: path of the parameter in a model in memory, of transformers 4 or 5, or name in the checkpoint.
+            members: paths in memory, under this transformers.
+        """
+        spellings = [name, *filter(None, [self.path_of(name)])]
+        if self.skeleton is not None:
+            spellings.append(self.skeleton.renamed([name])[name].path)
+        return next((found for found in (_among(spelling, members) for spelling in spellings) if found), None)
 
     @property
     def vocabulary(self) -> int | None:

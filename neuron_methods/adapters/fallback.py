@@ -7,7 +7,6 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,23 +109,37 @@ def _merge(
     model = model_class.from_pretrained(
         base_path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
-    PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(out)
+    adapted = PeftModel.from_pretrained(model, directory)
+    _untie(model, adapted)
+    adapted.merge_and_unload().save_pretrained(out)
+
+
+def _untie(model: Any, adapted: Any) -> None:
+    """Give modules that share a weight one each, as what peft adds to one of them is no part of the others."""
+    ties = dict(model.all_tied_weights_keys)
+    for tied in ties:
+        path, _, name = tied.rpartition(".")
+        module = adapted.base_model.model.get_submodule(path)
+        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        module = getattr(module, "original_module", module)
+        setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
+    if ties:
+        model.all_tied_weights_keys = {}
+        model.config.tie_word_embeddings = False
 
 
 def _changed_tensors(config: AdapterConfig, base: BaseCheckpoint, merged: MergedTensors) -> AdapterLoader:
     updates: dict[str, TensorUpdate] = {}
     untied: dict[str, str] = {}
-    missing = sorted(set(base.loader.index.tensor_paths) - set(merged.names))
     for name in merged.names:
         origin = name
         if name not in base.loader.index.tensor_paths:
             origin = _tied(base, name)
+            if origin in merged.names and torch.equal(merged.tensor(origin), merged.tensor(name)):
+                continue
             untied[name] = origin
         if not _same(base.tensor(origin), merged.tensor(name)):
             updates[name] = TensorUpdate((Replacement(merged, name),), origin)
-    # A checkpoint may hold copies of tied tensors, which transformers does not store again.
-    for name in missing:
-        updates.update(_copied(base, name, updates))
     return AdapterLoader(base, updates, untied, config.where)
 
 
@@ -136,14 +149,6 @@ def _tied(base: BaseCheckpoint, name: str) -> str:
     if origin is None:
         raise UserError(f"{base.where}: merged with its adapter it has a tensor {name} that the base does not have")
     return origin
-
-
-def _copied(base: BaseCheckpoint, name: str, updates: Mapping[str, TensorUpdate]) -> dict[str, TensorUpdate]:
-    for member in base.names.tied_to(name):
-        source = base.names.find(member)
-        if source in updates and _same(base.tensor(name), base.tensor(source)):
-            return {name: updates[source]}
-    return {}
 
 
 def _same(base: Tensor, merged: Tensor) -> bool:

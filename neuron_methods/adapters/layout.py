@@ -85,6 +85,7 @@ class _Builder:
         self.steps: dict[str, list[Step]] = defaultdict(list)
         self.origins: dict[str, str] = {}
         self.untied: dict[str, str] = {}
+        self.tied: dict[tuple[str, ...], dict[str, list[Step]]] = {}
         self.keeps_ties = bool(config.raw.get("ensure_weight_tying"))
 
     def build(self) -> AdapterLayout:
@@ -98,6 +99,8 @@ class _Builder:
             self._replace(self._find(parameter), key)
         for module in modules:
             self._adapt(module)
+        for members, steps in self.tied.items():
+            self._settle(members, steps)
         updates = {name: TensorUpdate(tuple(steps), self.origins[name]) for name, steps in self.steps.items()}
         return AdapterLayout(updates, self.untied, head)
 
@@ -168,20 +171,20 @@ class _Builder:
     def _replace(self, located: Located, key: str) -> None:
         if self.file.shapes[key] != located.shape:
             raise self._mismatch(key, self.file.shapes[key], located)
-        tied = located.name != located.origin
-        if tied and self.keeps_ties:  # then the embedding brings the same values
-            return
         # With a targeted embedding's factors peft stores its own weights, too.
         if self._is_vocabulary(located) and _equal(self.file.tensor(key), self.base.tensor(located.origin)):
             return
-        self._add(located.name, located.origin, Replacement(self.file, key))
-        if tied:
-            self.untied[located.name] = located.origin
-        elif self._is_vocabulary(located) and not self.keeps_ties:
-            # The base's head reads its embedding. The expert has another embedding, but still the base's head.
-            for member in self.names.tied_to(located.origin):
-                if self.names.is_output(member) and self.names.find(member) is None:
-                    self.untied[member] = located.origin
+        step, members = Replacement(self.file, key), self._one_with(located)
+        if not members:
+            self._add(located.name, located.origin, step)
+            if located.name != located.origin:
+                self.untied[located.name] = located.origin
+        elif ".base_layer." in key or (self.keeps_ties and self._member(members, located) == members[0]):
+            # Loaded into a parameter that is one with others, or given to all by peft.
+            for member in members:
+                self._steps_of(members, member).append(step)
+        elif not self.keeps_ties:  # else the embedding brings the same values
+            self._steps_of(members, self._member(members, located)).append(step)
 
     def _is_vocabulary(self, located: Located) -> bool:
         """Whether a tensor has a row per token, and so may be tied to others."""
@@ -284,17 +287,53 @@ class _Builder:
         self.steps[name].extend(steps)
 
     def _add_tied(self, located: Located, steps: Sequence[Step]) -> None:
-        """Add steps to a tensor and its copies: tied parameters are one in memory, and peft changes them as one."""
-        if located.name in self.untied:
-            self._add(located.name, located.origin, *steps)
-            return
-        self._add(located.origin, located.origin, *steps)
+        """Add steps to what one module computes with; the others that its tensor is tied to are settled at the end."""
+        if members := self._one_with(located):
+            self._steps_of(members, self._member(members, located)).extend(steps)
+        else:
+            self._add(located.origin, located.origin, *steps)
+
+    def _one_with(self, located: Located) -> tuple[str, ...]:
+        """Paths of the parameters that are one with a token embedding in memory, itself too; none if it is alone."""
         if not self._is_vocabulary(located):
-            return
-        for member in self.names.tied_to(located.origin):
-            copy = self.names.find(member)
-            if copy not in (None, located.origin) and _equal(self.base.tensor(copy), self.base.tensor(located.origin)):
-                self._add(copy, copy, *steps)
+            return ()
+        group = self.names.tied_to(located.origin)
+        stored = {member: self.names.find(member) for member in group}
+        home = next((name for name in stored.values() if name is not None), None)
+        # transformers does not tie what is stored with values of its own.
+        members = tuple(m for m, name in stored.items() if name in (None, home) or self._copies(name, home))
+        return members if any(stored[m] == located.origin for m in members) and len(members) > 1 else ()
+
+    def _copies(self, name: str, home: str) -> bool:
+        return self.base.shape(name) == self.base.shape(home) and _equal(self.base.tensor(name), self.base.tensor(home))
+
+    def _member(self, members: Sequence[str], located: Located) -> str:
+        found = self.names.among(located.name, members)
+        if found is None:
+            raise NeedsPeft(f"{located.name} is tied in the base under another name")
+        return found
+
+    def _steps_of(self, members: tuple[str, ...], member: str) -> list[Step]:
+        return self.tied.setdefault(members, {m: [] for m in members})[member]
+
+    def _settle(self, members: Sequence[str], steps: dict[str, list[Step]]) -> None:
+        """Untie what an adapter changes differently.
+
+        In memory peft applies its factors where a module computes, to no other that shares the module's weight; only
+        `merge_and_unload` (peft 0.21) adds them to the one tensor, as often as there are modules with factors.
+        """
+        source, *others = members
+        rows = [step for step in steps[source] if isinstance(step, Rows)]
+        if rows and not any(isinstance(step, Rows) for member in others for step in steps[member]):
+            for member in others:  # rows of tokens are those of all, unless they are named for each
+                steps[member][:0] = rows  # below the member's own factors
+        stored = {member: self.names.find(member) for member in members}
+        keeper, home = next((member, name) for member, name in stored.items() if name is not None)
+        for member, name in stored.items():
+            if name is None and not _alike(steps[member], steps[keeper]):
+                self.untied[member] = home
+            if steps[member] and (name is not None or member in self.untied):
+                self._add(name or member, name or home, *steps[member])
 
     def _mismatch(self, key: str, found: Shape, located: Located) -> UserError:
         where, stored, shape = self.file.where, located.origin, located.shape
@@ -312,6 +351,10 @@ class _Builder:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+def _alike(some: Sequence[Step], others: Sequence[Step]) -> bool:
+    return len(some) == len(others) and all(one.equals(other) for one, other in zip(some, others, strict=True))
 
 
 def _stacked_layout(a: Shape, b: Shape, shape: Shape) -> Layout | None:

@@ -96,6 +96,10 @@ class Step(ABC):
             The task vector, float32, shape of the base weight.
         """
 
+    def equals(self, other: Step) -> bool:
+        """Tell whether another step, stored under keys of its own, makes the same change."""
+        return self == other
+
     def _read(self, key: str, device: str) -> Tensor:
         return self.source.tensor(key).to(device=device, dtype=torch.float32)
 
@@ -119,6 +123,16 @@ class LowRank(Step):
         """See `Step.apply`; the base is not read."""
         a, b = self._read(self.a, device), self._read(self.b, device)
         return _add(task_vector, low_rank_delta(a, b, self.scaling, self.layout, self.shape))
+
+    def equals(self, other: Step) -> bool:
+        """See `Step.equals`; an embedding keeps its factors the other way round than a head."""
+        if not isinstance(other, LowRank) or (self.scaling, self.shape) != (other.scaling, other.shape):
+            return self == other
+        return all(torch.equal(one, same) for one, same in zip(self._sides(), other._sides(), strict=True))
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        a, b = self.source.tensor(self.a), self.source.tensor(self.b)
+        return (a.T, b.T) if self.layout in ("embedding", "transposed") else (b, a)
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,12 @@ class Replacement(Step):
         """See `Step.apply`."""
         return self._read(self.key, device) - base()
 
+    def equals(self, other: Step) -> bool:
+        """See `Step.equals`."""
+        return isinstance(other, Replacement) and torch.equal(
+            self.source.tensor(self.key), other.source.tensor(other.key)
+        )
+
 
 @dataclass(frozen=True)
 class Rows(Step):
@@ -176,6 +196,14 @@ class Rows(Step):
         update = torch.zeros_like(weights) if task_vector is None else task_vector
         indices = torch.tensor(self.indices, device=weights.device)
         return update.index_copy_(0, indices, self._read(self.key, device) - weights[indices])
+
+    def equals(self, other: Step) -> bool:
+        """See `Step.equals`."""
+        return (
+            isinstance(other, Rows)
+            and self.indices == other.indices
+            and torch.equal(self.source.tensor(self.key), other.source.tensor(other.key))
+        )
 
 
 @dataclass(frozen=True)

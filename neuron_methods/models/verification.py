@@ -169,7 +169,8 @@ def verify_model(
         )
     notes = poolerless + _check_dtype(place, config, headers)
     pair = untied(place, Skeleton.build(model, config), headers) if stem.endswith(".safetensors") else None
-    if pair is not None:
+    # Not of the class's config: T5's takes no other word for it than "tied".
+    if pair is not None and read_object(place / "config.json").get("tie_word_embeddings") is not False:
         raise UserError(
             f"{place}: {' and '.join(pair)} differ, but config.json says that they are tied, so readers that obey it "
             'drop one of them; set "tie_word_embeddings": false in it'
@@ -212,9 +213,12 @@ def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]
     """
     config, headers = _read_config(place / "config.json", trust_remote_code), stored_headers(place)
     content, notes = read_object(place / "config.json"), []
-    dtypes = Counter(header.dtype for header in headers.values() if header.dtype.is_floating_point)
-    if dtypes and config.dtype not in dtypes:
-        written = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+    dtypes: Counter[torch.dtype] = Counter()
+    for header in headers.values():
+        if header.dtype.is_floating_point:
+            dtypes[header.dtype] += header.entries
+    if dtypes and (most := dtypes.most_common(1)[0][0]) != config.dtype:
+        written = _spelled(most)
         notes.append(f"written in {written}, and config.json says so (the base's says {_spelled(config.dtype)})")
         for part in (content, *(value for value in content.values() if isinstance(value, dict))):
             if part is content or "dtype" in part:
@@ -222,7 +226,7 @@ def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]
                 part.pop("torch_dtype", None)
     model = model_class(config, place, trust_remote_code=trust_remote_code)
     pair = untied(place, Skeleton.build(model, config), headers) if model is not None else None
-    if pair is not None:
+    if pair is not None and content.get("tie_word_embeddings") is not False:
         notes.append(f"{' and '.join(pair)} differ now, so config.json says that they are not tied")
         content["tie_word_embeddings"] = False
         if isinstance(content.get("text_config"), dict):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -24,6 +25,7 @@ from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.models.headers import Header
 from neuron_methods.plugin.seam import method_of, stored_name
+from neuron_methods.support.errors import UserError
 
 
 class LoadTaskVector(LoadTensor):
@@ -111,9 +113,20 @@ class AdapterPlan:
         return task.model_copy(update=update), None, entries
 
     def unties(self, weights: Sequence[WeightInfo]) -> bool:
-        """Tell whether the output will hold a tensor that the base ties to another and does not store."""
-        untied = {name for loader in self.adapters.values() for name in loader.untied}
-        return any(weight.name in untied for weight in weights)
+        """Tell whether the output will hold a tensor that the base ties to another and does not store.
+
+        Raises:
+            UserError: it would have to, but mergekit's definition of the architecture has no such tensor.
+        """
+        written = {name for weight in weights for name in (weight.name, *(weight.aliases or ()))}
+        for loader in self.adapters.values():
+            if lost := sorted(loader.untied.keys() - written):
+                raise UserError(
+                    f"{loader.where}: it changes {lost[0]} and what the base ties to it differently, and a merge of "
+                    f"this architecture writes the two as one ({loader.untied[lost[0]]}); train the adapter without "
+                    "the embeddings"
+                )
+        return any(loader.untied for loader in self.adapters.values())
 
     def _is_on(self, base: ModelReference, model: ModelReference) -> bool:
         return base.lora is None and model.model == base.model
@@ -140,6 +153,17 @@ class AdapterPlan:
             dtype = self._header(model, names[model]).dtype
             promoted = dtype if promoted is None else torch.promote_types(promoted, dtype)
         return str(promoted).removeprefix("torch.")
+
+
+def untied_notes(configuration: MergeConfiguration) -> list[str]:
+    """Say what is written apart that the base ties, because an adapter changes only one of the two; models are open."""
+    loaders = {model: LoaderCache().get(model) for model in configuration.referenced_models() if model.lora}
+    return [
+        f"untied: {new} is written beside {old}, which the base uses for both, as {loader.where} changes them "
+        "differently; this is what it computes in peft, unlike what merge_and_unload makes of it"
+        for loader in loaders.values()
+        for new, old in loader.untied.items()
+    ]
 
 
 def _keeps_equal_inputs(method: str, task: ExecuteMergeMethodTask) -> bool:

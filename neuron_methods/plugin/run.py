@@ -15,6 +15,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from neuron_methods.models.headers import Header, HeaderFiles
+from neuron_methods.plugin.adapter_planning import untied_notes
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.heads import Heads, heads_of_merge
 from neuron_methods.plugin.inputs import opened_models
@@ -117,6 +118,7 @@ class MergeRun:
         if measured := sorted(statistics_of(self.architecture)):
             self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
         self.plan.notes += self._notes
+        self.plan.notes += untied_notes(self.configuration)
         if self.heads is not None:  # what it does not merge is accounted for
             return
         self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)

@@ -107,7 +107,7 @@ CASES: dict[str, Case] = {
     "llama-tokens-named": Case(
         llama, lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 3], "lm_head": [2]})
     ),
-    "t5": Case(t5, lora(target_modules=["q", "wi", "wo", "shared"])),
+    "t5": Case(t5, lora(target_modules=["q", "wi", "wo"])),
     "t5-head-saved": Case(t5, lora(target_modules=["q"], modules_to_save=["lm_head"])),
     "t5-gated": Case(gated_t5, lora(target_modules=["v", "wi_0", "wi_1", "wo"], use_dora=True)),
     "vit": Case(vit, lora(target_modules=["q_proj", "fc1", "projection"], modules_to_save=["classifier"])),
@@ -179,7 +179,21 @@ def merge(base: Path, adapter: Path, path: Path) -> Path:
     """Save what peft makes of base and adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.PeftModel.from_pretrained(load(base), adapter).merge_and_unload().save_pretrained(path)
+        model = load(base)
+        adapted = peft.PeftModel.from_pretrained(model, adapter)
+        ties = model.all_tied_weights_keys
+        # Into a tied weight peft would merge the factors of every module that shares it, which it does not compute.
+        for tied in ties:
+            module = adapted.base_model.model.get_submodule(tied.rpartition(".")[0])
+            module = getattr(module, "base_layer", getattr(module, "original_module", module))
+            module.weight = torch.nn.Parameter(module.weight.detach().clone())
+        merged = adapted.merge_and_unload()
+        for tied, source in ties.items():
+            if torch.equal(merged.get_parameter(tied), merged.get_parameter(source)):
+                merged.get_submodule(tied.rpartition(".")[0]).weight = merged.get_parameter(source)
+            else:
+                merged.config.tie_word_embeddings = False
+        merged.save_pretrained(path)
     return path
 
 

@@ -161,7 +161,7 @@ def test_checkpoint_without_or_with_another_prefix(name: str, prefix: str, tmp_p
 def test_copies_of_a_tied_tensor_change_together(tmp_path: Path, made) -> None:
     from safetensors.torch import save_file
 
-    saved, other = made("llama-tied-embedding"), tmp_path / "base"
+    saved, other = made("llama-tokens"), tmp_path / "base"
     other.mkdir()
     (other / "config.json").write_bytes((saved.base / "config.json").read_bytes())
 
