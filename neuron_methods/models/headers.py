@@ -86,11 +86,13 @@ class HeaderFiles:
         """Read the header of a tensor behind a loader of mergekit's kind; errors as in `read`.
 
         Args:
-            loader: has `index` and `get_tensor`; only a pickled tensor is read.
-            name: under which it is stored.
+            loader: has `index` and `get_tensor`, and `stored_as` where its names are not those of its files; only a
+                pickled tensor is read.
+            name: in its index.
         """
         path = os.path.join(loader.index.base_path, loader.index.tensor_paths[name])
-        return self.read(path, name) if path.endswith(".safetensors") else Header.of(loader.get_tensor(name))
+        stored = loader.stored_as(name) if hasattr(loader, "stored_as") else name
+        return self.read(path, stored) if path.endswith(".safetensors") else Header.of(loader.get_tensor(name))
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> Any:
@@ -135,7 +137,7 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         UserError: the file is damaged, or holds something else.
     """
-    found = read_object(index).get("weight_map")
+    found = read_object(index, again="download or save the model again").get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index}: no weight_map of names of tensors and files in it; download or save the model again")
     return found

@@ -132,9 +132,10 @@ def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_loaders() -> None:
-    """Let mergekit's loaders hand out adapters' tensors lazily, where it would merge each into a cache directory."""
+    """Let mergekit's loaders read as transformers does, and adapters lazily, which it would merge into a cache first."""
     check_fit(("mergekit.io.tasks",))
     from neuron_methods.adapters.opening import open_adapter
+    from neuron_methods.plugin.checkpoints import CheckpointLoader
 
     def around_get(original: Callable[..., Any]) -> Callable[..., Any]:
         def get(cache: Any, model: Any) -> Any:
@@ -150,17 +151,14 @@ def patch_loaders() -> None:
 
         return get
 
-    def around_loader(original: Callable[..., Any]) -> Callable[..., Any]:
-        def lazy_loader(model: Any, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
-            if model.lora is None:
-                return original(model, cache_dir, lazy_unpickle)
-            base = original(model.model_copy(update={"lora": None}), cache_dir, lazy_unpickle)
-            return open_adapter(model, base, cache_dir=cache_dir, allow_pickle=lazy_unpickle)
-
-        return lazy_loader
+    def lazy_loader(model: Any, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
+        base = CheckpointLoader.open(model.local_path(cache_dir, ignore_lora=True), lazy_unpickle)
+        if model.lora is None:
+            return base
+        return open_adapter(model, base, cache_dir=cache_dir, allow_pickle=lazy_unpickle)
 
     replace(GET_LOADER, around_get)
-    replace(LAZY_LOADER, around_loader)
+    replace(LAZY_LOADER, lambda _own: lazy_loader)
 
 
 def patch_configuration() -> None:

@@ -119,6 +119,9 @@ class MergeRun:
             self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
         self.plan.notes += self._notes
         self.plan.notes += untied_notes(self.configuration)
+        for model in self.configuration.referenced_models():
+            if wrappers := getattr(LoaderCache().get(model), "wrappers", ""):
+                self.plan.notes.append(f"{model}: read without {wrappers} in the names of its tensors")
         if self.heads is not None:  # what it does not merge is accounted for
             return
         self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)

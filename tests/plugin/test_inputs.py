@@ -99,8 +99,8 @@ def test_weights_truncated(workspace, keep):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "model expert-a: its weights cannot be opened: Expecting"),
-        ("{}", "model expert-a: its weights cannot be opened: its index has no weight_map"),
+        ("{", "expert-a/model.safetensors.index.json: truncated, or not valid JSON; download or save"),
+        ("{}", "expert-a/model.safetensors.index.json: no weight_map"),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "expert-a/gone.safetensors: no such file"),
     ],
 )

@@ -1,0 +1,110 @@
+"""Checkpoints behind mergekit's loaders: every tensor is the one that transformers would read.
+
+mergekit 0.1.5 takes the index before a single file, where transformers 5 takes the single file; and it takes a tensor
+from whichever shard is open, where transformers takes every tensor of the shards in the order of their names, the last
+one of a name. It reads names as they stand; here what `torch.compile` and `DistributedDataParallel` put into them goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
+from mergekit.io.loader import TensorLoader
+from torch import Tensor
+
+from neuron_methods.models.headers import open_safetensors, weight_files, weight_map
+from neuron_methods.support.errors import UserError
+
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+# Part of a name -> who puts it there: before all names, or before those of the module that was compiled.
+_WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+
+
+class CheckpointLoader(LazyTensorLoader):
+    """Reads a checkpoint as transformers 5 does.
+
+    Attributes:
+        wrappers: what was taken out of all names, in words; empty where nothing was.
+    """
+
+    def __init__(self, index: ShardedTensorIndex, spelled: Mapping[str, str], lazy_unpickle: bool = True) -> None:
+        super().__init__(index, lazy_unpickle)
+        self._spelled = spelled
+        self._open_file: str | None = None
+        found = [part for part in _WRAPPERS if any(part in name for name in spelled.values())]
+        self.wrappers = " and ".join(f"{part} (of {_WRAPPERS[part]})" for part in found)
+
+    @classmethod
+    def open(cls, directory: str, lazy_unpickle: bool = True) -> CheckpointLoader:
+        """Open a directory's weights.
+
+        Raises:
+            UserError: a file is missing or damaged, or holds something else than a model's tensors.
+            RuntimeError: there are no weights, as mergekit's own loader says.
+        """
+        index = _index(directory)
+        spelled = _without_wrappers(index.tensor_paths)
+        if spelled:
+            index.tensor_paths = {new: index.tensor_paths[old] for new, old in spelled.items()}
+        return cls(index, spelled, lazy_unpickle)
+
+    def stored_as(self, name: str) -> str:
+        """Give the name of a tensor within its file."""
+        return self._spelled.get(name, name)
+
+    def get_tensor(
+        self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
+    ) -> Tensor | None:
+        """Read one tensor from the file that `index` names; see mergekit's `LazyTensorLoader.get_tensor`."""
+        paths = self.index.tensor_paths
+        key = next((name for name in (key, *(aliases or ())) if name in paths), key)
+        if key not in paths:
+            if raise_on_missing:
+                raise KeyError(key)
+            return None
+        with self.lock:
+            if self._open_file != paths[key]:
+                self.current_shard, self._open_file = None, None
+                file = os.path.join(self.index.base_path, paths[key])
+                self.current_shard = TensorLoader.get(file, use_lazy_unpickle=self.lazy_unpickle, device=device)
+                self._open_file = paths[key]
+            return self.current_shard.get_tensor(self.stored_as(key)).to(device)
+
+    def flush(self) -> None:
+        """Close the open file."""
+        super().flush()
+        self._open_file = None
+
+
+def _index(directory: str) -> ShardedTensorIndex:
+    place = Path(directory)
+    if (place / _SAFETENSORS).is_file() or (place / f"{_SAFETENSORS}.index.json").is_file():
+        paths: dict[str, str] = {}
+        if not (place / _SAFETENSORS).is_file():
+            paths |= weight_map(place / f"{_SAFETENSORS}.index.json")  # what no shard holds is missed by name later
+        for file in weight_files(place):
+            paths |= dict.fromkeys(open_safetensors(file).keys(), file.name)
+        shards = [ShardInfo(name, [n for n in paths if paths[n] == name]) for name in dict.fromkeys(paths.values())]
+        return ShardedTensorIndex(directory, True, paths, shards)
+    if (place / _PICKLE).is_file():
+        content = torch.load(place / _PICKLE, map_location="meta", weights_only=True)
+        if "state_dict" in content:
+            raise UserError(
+                f"{place / _PICKLE}: a training checkpoint with the weights under 'state_dict', which transformers does "
+                "not read; save them alone: torch.save(torch.load(FILE)['state_dict'], FILE)"
+            )
+        return ShardedTensorIndex(directory, False, dict.fromkeys(content, _PICKLE), [ShardInfo(_PICKLE, [*content])])
+    return ShardedTensorIndex.from_disk(directory)
+
+
+def _without_wrappers(names: Mapping[str, str]) -> dict[str, str]:
+    """{name without wrappers: name as it is stored}; empty where none are in the way."""
+    clean = {name: name.replace("_orig_mod.", "") for name in names}
+    while clean and all(name.startswith("module.") for name in clean.values()):
+        clean = {old: new.removeprefix("module.") for old, new in clean.items()}
+    changed = any(old != new for old, new in clean.items())
+    return {new: old for old, new in clean.items()} if changed and len({*clean.values()}) == len(clean) else {}
