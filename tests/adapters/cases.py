@@ -179,22 +179,24 @@ def merge(base: Path, adapter: Path, path: Path) -> Path:
     """Save what peft makes of base and adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = load(base)
-        adapted = peft.PeftModel.from_pretrained(model, adapter)
-        ties = model.all_tied_weights_keys
-        # Into a tied weight peft would merge the factors of every module that shares it, which it does not compute.
-        for tied in ties:
-            module = adapted.base_model.model.get_submodule(tied.rpartition(".")[0])
-            module = getattr(module, "base_layer", getattr(module, "original_module", module))
-            module.weight = torch.nn.Parameter(module.weight.detach().clone())
-        merged = adapted.merge_and_unload()
-        for tied, source in ties.items():
-            if torch.equal(merged.get_parameter(tied), merged.get_parameter(source)):
-                merged.get_submodule(tied.rpartition(".")[0]).weight = merged.get_parameter(source)
-            else:
-                merged.config.tie_word_embeddings = False
-        merged.save_pretrained(path)
+        merge_in_memory(peft.PeftModel.from_pretrained(load(base), adapter)).save_pretrained(path)
     return path
+
+
+def merge_in_memory(adapted: peft.PeftModel, adapter: str = "default") -> transformers.PreTrainedModel:
+    """Let peft merge what it computes; into a tied weight it would merge the factors of every module that shares it."""
+    ties = adapted.base_model.model.all_tied_weights_keys
+    for tied in ties:
+        module = adapted.base_model.model.get_submodule(tied.rpartition(".")[0])
+        module = getattr(module, "base_layer", getattr(module, "original_module", module))
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    merged = adapted.merge_and_unload(adapter_names=[adapter])
+    for tied, source in ties.items():
+        if torch.equal(merged.get_parameter(tied), merged.get_parameter(source)):
+            merged.get_submodule(tied.rpartition(".")[0]).weight = merged.get_parameter(source)
+        else:
+            merged.config.tie_word_embeddings = False
+    return merged
 
 
 def make(case: Case, root: Path) -> Made:

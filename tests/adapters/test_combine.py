@@ -65,7 +65,7 @@ def loaded(trained: dict[str, Any]) -> peft.PeftModel:
 
 def with_adapter(model: peft.PeftModel, name: str, out: Path) -> dict[str, Tensor]:
     model.set_adapter(name)
-    model.merge_and_unload(adapter_names=[name]).save_pretrained(out)
+    cases.merge_in_memory(model, name).save_pretrained(out)
     return tensors(out)
 
 
