@@ -14,6 +14,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
 from neuron_methods.adapters.config import AdapterConfig
+from neuron_methods.adapters.live import merge_in_memory
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.updates import Replacement, TensorUpdate
 from neuron_methods.support.errors import UserError
@@ -110,22 +111,7 @@ def _merge(
         base_path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     adapted = PeftModel.from_pretrained(model, directory)
-    _untie(model, adapted)
-    adapted.merge_and_unload().save_pretrained(out)
-
-
-def _untie(model: Any, adapted: Any) -> None:
-    """Give modules that share a weight one each, as what peft adds to one of them is no part of the others."""
-    ties = dict(model.all_tied_weights_keys)
-    for tied in ties:
-        path, _, name = tied.rpartition(".")
-        module = adapted.base_model.model.get_submodule(path)
-        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        module = getattr(module, "original_module", module)
-        setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
-    if ties:
-        model.all_tied_weights_keys = {}
-        model.config.tie_word_embeddings = False
+    merge_in_memory(adapted).save_pretrained(out)
 
 
 def _changed_tensors(config: AdapterConfig, base: BaseCheckpoint, merged: MergedTensors) -> AdapterLoader:

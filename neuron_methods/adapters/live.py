@@ -61,8 +61,35 @@ def opened_model(
             labels = {"default": f"{where}: the adapter"}
             adapted = load_adapters(model, {"default": directory}, labels, allow_pickle=True)
             if merged:
-                model = adapted.merge_and_unload()
+                model = merge_in_memory(adapted)
         yield model.eval().requires_grad_(False), process_state().device
+
+
+def merge_in_memory(adapted: Any) -> Any:
+    """Merge a model's adapter into what its modules compute with, and give the model.
+
+    peft 0.21 merges into the weight of a module, and where others share that weight, into theirs, too; unmerged they
+    do not have it. So modules that share a weight get one each, if peft changes any of them.
+
+    Args:
+        adapted: a `PeftModel`.
+    """
+    model = adapted.base_model.model
+    ties = dict(getattr(model, "all_tied_weights_keys", {}))
+    holders = {path: model.get_submodule(path.rpartition(".")[0]) for pair in ties.items() for path in pair}
+    if any(_base_of(module) is not module for module in holders.values()):
+        for path in ties:
+            module, name = _base_of(holders[path]), path.rpartition(".")[2]
+            setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
+        model.all_tied_weights_keys = {}
+        model.config.tie_word_embeddings = False
+    return adapted.merge_and_unload()
+
+
+def _base_of(module: Any) -> Any:
+    """The module that peft has wrapped, or the module itself."""
+    inner = getattr(module, "base_layer", getattr(module, "original_module", None))
+    return module if inner is None else _base_of(inner)
 
 
 def load_adapters(

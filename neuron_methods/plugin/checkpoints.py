@@ -94,8 +94,8 @@ def _index(directory: str) -> ShardedTensorIndex:
         content = torch.load(place / _PICKLE, map_location="meta", weights_only=True)
         if "state_dict" in content:
             raise UserError(
-                f"{place / _PICKLE}: a training checkpoint with the weights under 'state_dict', which transformers does "
-                "not read; save them alone: torch.save(torch.load(FILE)['state_dict'], FILE)"
+                f"{place / _PICKLE}: a training checkpoint with the weights under 'state_dict', which transformers "
+                "does not read; save them alone: torch.save(torch.load(FILE)['state_dict'], FILE)"
             )
         return ShardedTensorIndex(directory, False, dict.fromkeys(content, _PICKLE), [ShardInfo(_PICKLE, [*content])])
     return ShardedTensorIndex.from_disk(directory)

@@ -132,7 +132,7 @@ def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_loaders() -> None:
-    """Let mergekit's loaders read as transformers does, and adapters lazily, which it would merge into a cache first."""
+    """Let mergekit's loaders read as transformers does, and adapters lazily, which it merges into a cache itself."""
     check_fit(("mergekit.io.tasks",))
     from neuron_methods.adapters.opening import open_adapter
     from neuron_methods.plugin.checkpoints import CheckpointLoader

@@ -21,6 +21,7 @@ from mergekit.merge_methods import registry
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 
+from neuron_methods.adapters.loader import AdapterLoader
 from neuron_methods.methods.contract import (
     PREPARED,
     MergeSettings,
@@ -341,6 +342,8 @@ def repeats_tied(weight: WeightInfo, task: ExecuteMergeMethodTask, counted: set[
         stored = loader.index.tensor_paths
         own = next((n for n in (load.tensor, *(load.aliases or ())) if n in stored), None)
         tied = next((n for n in tied_names if n in stored), None)
+        if isinstance(loader, AdapterLoader) and own in loader.untied.keys() - loader.updates.keys():
+            continue  # the base's, which its adapter has left alone
         if own is not None and (tied is None or not torch.equal(loader.get_tensor(own), loader.get_tensor(tied))):
             return False
     return True
