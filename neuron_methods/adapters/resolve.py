@@ -7,6 +7,7 @@ model's config.json.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from mergekit.config import MergeConfiguration
 from pydantic import BaseModel
 
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
+from neuron_methods.models.formats import quantised_with
 from neuron_methods.models.reference import base_of, is_adapter, local_directory, same_model
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import read_object
 
 LOG = logging.getLogger(__name__)
 
@@ -81,6 +84,11 @@ def _check_same(config: AdapterConfig, base_model: ModelPath, directory: str) ->
             found,
             base_model,
         )
+    elif not verdict and (how := _quantised(found, directory)) is not None:
+        raise UserError(
+            f"{config.where}: trained on {found}, which is quantised ({how}); if base_model {base_model} is that model "
+            f"unquantised, write {base_model}+{config.where}"
+        )
     elif not verdict:
         raise UserError(
             f"{config.where}: its {CONFIG_NAME} names the base {found}, but base_model is {base_model}; give the base "
@@ -91,6 +99,14 @@ def _check_same(config: AdapterConfig, base_model: ModelPath, directory: str) ->
             f"{config.where}: its {CONFIG_NAME} names revision {config.base_revision} of the base, but base_model is "
             f"{base_model}; use one revision, or write {base_model}+{config.where} if the two are the same model"
         )
+
+
+def _quantised(base: str, directory: str) -> str | None:
+    """With what the base that an adapter names is quantised, as its config says, or its name where it is not here."""
+    for place in (base, os.path.join(directory, base)):
+        if os.path.isfile(path := os.path.join(place, "config.json")):
+            return quantised_with(read_object(path))
+    return next((how for how in ("bnb-4bit", "bnb-8bit", "GPTQ", "AWQ", "FP8") if how.lower() in base.lower()), None)
 
 
 def _walk(value: Any, resolve: Callable[[ModelReference], ModelReference]) -> Any:

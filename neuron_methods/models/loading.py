@@ -15,12 +15,13 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from neuron_methods.models.formats import quantised_with, refuse_other_formats
 from neuron_methods.models.kinds import Processor
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.quiet import quiet_transformers
-from neuron_methods.support.text import listed, one_line
+from neuron_methods.support.text import first_line, listed, one_line
 
 
 def read_config(place: Place, where: str) -> PretrainedConfig:
@@ -33,11 +34,12 @@ def read_config(place: Place, where: str) -> PretrainedConfig:
     Raises:
         UserError: there is none to read.
     """
+    refuse_other_formats(place.path, where)
     if os.path.isdir(place.path) and not os.path.isfile(os.path.join(place.path, "config.json")):
         raise UserError(f"{where}: the directory holds no config.json; it is no model")
     try:
         return AutoConfig.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         found = "" if os.path.isdir(place.path) else " (neither a directory here nor to be had from the hub)"
         raise UserError(f"{where}: cannot read its config{found}: {one_line(error)}") from error
 
@@ -80,7 +82,12 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
                 output_loading_info=True,
                 **placement,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            if (how := quantised_with(config)) is not None:
+                raise UserError(
+                    f"{where}: its weights are quantised ({how}): {first_line(error)}; name the model that it was made "
+                    "from, in bfloat16"
+                ) from error
             raise UserError(f"{where}: cannot load it: {one_line(error)}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = listed(sorted(found["missing_keys"]))

@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
+from neuron_methods.models.formats import quantised_with
 from neuron_methods.models.headers import Header, HeaderFiles, open_safetensors, stored_headers, weight_files
 from neuron_methods.models.skeleton import Skeleton, model_class
 from neuron_methods.support.errors import UserError
@@ -252,10 +253,8 @@ def _read_config(file: Path, trust_remote_code: bool = False) -> PretrainedConfi
 def _unbuilt(config: PretrainedConfig, place: Path, architecture: str, trust_remote_code: bool) -> str | None:
     """Why the class cannot be built and what was checked instead; None where it can."""
     instead = "so it was not built; checked: that every file is whole and holds what the index says"
-    quantisation = getattr(config, "quantization_config", None) or {}
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-    if method is not None:
-        return f"quantised with {method}, {instead}"
+    if (how := quantised_with(config)) is not None:
+        return f"quantised ({how}), {instead}"
     if model_class(config, place, trust_remote_code=trust_remote_code) is not None:
         return None
     if getattr(config, "auto_map", None) and not trust_remote_code:

@@ -6,6 +6,7 @@ every key and every value of a parameter is checked while its place in the YAML 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -40,10 +41,16 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         UserError: with the line number where the YAML is unreadable, or the key that is wrong.
     """
     content = YamlSource.parse(source, name, "keys such as merge_method and models").content
+    _check_models(content, name)
     for place, keys, known in _keyed_places(content):
         for key in keys:
             if key not in known:
-                raise UserError(f"{name}: {place}{unknown('key', key, known)}")
+                misplaced = "model" in known and "parameters" in known and _is_parameter(content, key)
+                raise UserError(
+                    f"{name}: {place}{key} stands beside model; indent it under parameters:"
+                    if misplaced
+                    else f"{name}: {place}{unknown('key', key, known)}"
+                )
     try:
         configuration = MergeConfiguration.model_validate(content)
     except ValidationError as error:
@@ -57,6 +64,42 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         for key, setting in (parameters or {}).items():
             _check_parameter(spec, key, setting, f"{name}: {place}")
     return configuration
+
+
+def _check_models(content: dict[str, Any], name: str) -> None:
+    """Refuse entries of `models` that are no mapping, and take a directory of any name for what it is, in place."""
+    models = content.get("models")
+    for index, entry in enumerate(models if isinstance(models, list) else ()):
+        if isinstance(entry, str):
+            raise UserError(f"{name}: models[{index}]: {entry} alone; write - model: {entry}")
+    _take_paths(content)
+
+
+def _take_paths(content: Any) -> None:
+    """Write models whose directories have `+` or `@` in their names as mappings.
+
+    In a plain name mergekit 0.1.5 reads the two as base+adapter and repository@revision, whatever exists.
+    """
+    for key, value in _items(content):
+        if key in ("model", "base_model") and isinstance(value, str) and {"+", "@"} & {*value}:
+            content[key] = _reference(value)
+        else:
+            _take_paths(value)
+
+
+def _reference(text: str) -> str | dict[str, Any]:
+    if os.path.exists(text):
+        return {"model": {"path": text}}
+    for index in (place for place, character in enumerate(text) if character == "+"):
+        base, adapter = text[:index], text[index + 1 :]
+        if os.path.exists(base) and os.path.exists(adapter):
+            return {"model": {"path": base}, "lora": {"path": adapter}}
+    return text
+
+
+def _is_parameter(content: Mapping[str, Any], key: str) -> bool:
+    method = next((m for m in registry.registered_methods() if m.spec.name == content.get("merge_method")), None)
+    return method is not None and key in {parameter.name for parameter in method.spec.parameters}
 
 
 def _keyed_places(content: dict[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Iterable[str]]]:
@@ -136,13 +179,22 @@ def _spec(configuration: MergeConfiguration, name: str) -> MergeMethodSpec:
         raise UserError(f"{name}: {error}") from None
 
 
-def _check_inputs(spec: MergeMethodSpec, configuration: MergeConfiguration, name: str) -> None:
+def check_listed_once(configuration: MergeConfiguration, name: str) -> None:
+    """Refuse a model that is listed twice, of which mergekit would take the last; adapters may be resolved or not.
+
+    Raises:
+        UserError: naming it.
+    """
     groups = [configuration.models, *(module.models for module in (configuration.modules or {}).values())]
     for group in groups:
         listed = [str(entry.model) for entry in group or ()]
         twice = next((model for model in listed if listed.count(model) > 1), None)
         if twice is not None:
-            raise UserError(f"{name}: model {twice} is listed twice; list it once")
+            raise UserError(f"{name}: model {twice} is listed twice; list it once, with the sum of the two weights")
+
+
+def _check_inputs(spec: MergeMethodSpec, configuration: MergeConfiguration, name: str) -> None:
+    check_listed_once(configuration, name)
     outputs = [
         *(configuration.slices or ()),
         *(s for m in (configuration.modules or {}).values() for s in m.slices or ()),

@@ -20,6 +20,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
+from neuron_methods.models.formats import refuse_other_formats, refuse_quantised
 from neuron_methods.models.headers import open_safetensors
 from neuron_methods.models.reference import looks_local
 from neuron_methods.plugin.seam import models_in_order
@@ -92,6 +93,7 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
         UserError: naming the model, what is missing and what to do.
     """
     path = model.model.path
+    refuse_other_formats(path, f"model {path}")
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"model {path}: the directory has no config.json; is it a saved transformers model?")
@@ -99,8 +101,12 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
         raise UserError(f"model {path}: a file, not a directory; give the directory that holds config.json")
     try:
         config = model.config(trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"model {path}: config.json: {first_line(error)}") from None
+    instead = "name the model it was made from, in bfloat16"
+    if model.lora is not None:
+        instead = f"name that base unquantised, which works as well: UNQUANTISED+{model.lora}"
+    refuse_quantised(config, f"model {path}", instead)
     if not config.architectures:
         raise UserError(f'model {path}: its config.json names no architectures, e.g. ["LlamaForCausalLM"]; add them')
 

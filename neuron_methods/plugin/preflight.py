@@ -43,6 +43,7 @@ class MergePlan:
         mapped_bytes: files that are mapped into memory at a time: one of each model.
         streams: whether the method works through a tensor in blocks, in bounded scratch memory.
         out_shard_size: bytes a shard may take.
+        dtypes: of floating point that are written.
         notes: what the user should know and no error is.
     """
 
@@ -55,6 +56,7 @@ class MergePlan:
     tensors: list[tuple[WeightInfo, dict[ModelReference, Header], int]] = field(default_factory=list)
     parameters: dict[str, tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -121,6 +123,8 @@ def inspect_plan(planner: Any) -> MergePlan:
         stored = next(iter(inputs.values()), None)
         written = weight.force_dtype or planner.config.out_dtype or planner.config.dtype or task.out_dtype
         dtype = dtype_from_name(written) or _promoted(inputs.values())
+        if stored and dtype.is_floating_point:
+            plan.dtypes.add(dtype)
         size = stored.entries * dtype.itemsize if stored else 0
         plan.tensors.append((weight, inputs, size))
         spec = method.spec

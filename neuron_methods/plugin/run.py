@@ -16,7 +16,8 @@ from mergekit.options import MergeOptions
 
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.plugin.adapter_planning import untied_notes
-from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.configuration import check_listed_once, read_configuration
+from neuron_methods.plugin.differences import config_notes, dtype_notes, weight_notes
 from neuron_methods.plugin.heads import Heads, heads_of_merge
 from neuron_methods.plugin.inputs import opened_models
 from neuron_methods.plugin.patches import arm
@@ -103,6 +104,7 @@ class MergeRun:
             UserError: a model is not there, cannot be read, or is not like the others.
         """
         with opened_models(self.configuration, self.options):
+            check_listed_once(self.configuration, self.name)
             self.heads, self._notes = heads_of_merge(self.configuration, self.options, self._head, self.name)
             planned = self.heads.architecture if self.heads is not None else None
             self.architecture = check_structure(self.configuration, self.options, self.name, planned)
@@ -118,7 +120,12 @@ class MergeRun:
         if measured := sorted(statistics_of(self.architecture)):
             self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
         self.plan.notes += self._notes
-        self.plan.notes += untied_notes(self.configuration)
+        self.plan.notes += [
+            *dtype_notes(self.plan, self.configuration),
+            *weight_notes(self.plan, self.name),
+            *config_notes(self.configuration, self.options.trust_remote_code),
+            *untied_notes(self.configuration),
+        ]
         for model in self.configuration.referenced_models():
             if wrappers := getattr(LoaderCache().get(model), "wrappers", ""):
                 self.plan.notes.append(f"{model}: read without {wrappers} in the names of its tensors")

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from mergekit.architecture.base import ModelArchitecture
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
@@ -38,6 +40,7 @@ class MergeSession:
         prepared: the merge by a method of ours, None for mergekit's own methods.
         planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
         nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
+        narrow: float16, where the plan rounds to that as it writes.
     """
 
     on_plan: Callable[[Any], None] = lambda _planner: None
@@ -48,11 +51,14 @@ class MergeSession:
     prepared: PreparedMerge | None = None
     planned_tensors: int = 0
     nonfinite: list[str] = field(default_factory=list)
+    narrow: torch.dtype | None = None
     _bar: tqdm | None = field(default=None, repr=False)
 
     def planned(self, planner: Any) -> None:
         """Take note of the plan."""
         self.planned_tensors = len(planned_tasks(planner))
+        if dtype_from_name(planner.config.out_dtype) == torch.float16:
+            self.narrow = torch.float16
         self.on_plan(planner)
 
     @contextmanager
@@ -79,7 +85,11 @@ class MergeSession:
         def inspect(merged: Tensor | None) -> Tensor | None:
             if merged is not None and not is_finite(merged):
                 if not self.allow_nonfinite:
-                    raise _nonfinite_result(name, tensors)
+                    raise _nonfinite_result(name, tensors, merged.dtype)
+                self.nonfinite.append(name)
+            elif merged is not None and self.narrow is not None and overflows(merged, self.narrow):
+                if not self.allow_nonfinite:
+                    raise _overflow(name, self.narrow, merged)
                 self.nonfinite.append(name)
             if merged is not None and self.on_tensor is not None and len(tensors) > 1:
                 self.on_tensor(name, tensors, merged)
@@ -135,15 +145,37 @@ def nonfinite_inputs(tensors: Mapping[Hashable, Tensor]) -> list[Hashable]:
 
 
 def _nonfinite_input(name: str, culprits: list[Hashable]) -> UserError:
+    loaders = [LoaderCache().get(model) for model in culprits if isinstance(model, ModelReference)]
+    stored = [loader.get_tensor(name) for loader in loaders if name in loader.index.tensor_paths]
+    if stored and len(stored) == len(culprits) and all(map(is_finite, stored)):  # `dtype` has rounded them
+        return _overflow(name, torch.float16, max(stored, key=lambda tensor: float(tensor.abs().max())))
     return UserError(
         f"{name}: NaN or Inf in {', '.join(map(str, culprits))}; use a sound checkpoint, or --allow-nonfinite to go on"
     )
 
 
-def _nonfinite_result(name: str, tensors: Mapping[Hashable, Tensor]) -> UserError:
+def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a tensor of finite values has some that become infinite in `dtype`."""
+    return tensor.is_floating_point() and float(tensor.abs().max()) > torch.finfo(dtype).max
+
+
+def _overflow(name: str, dtype: torch.dtype, values: Tensor) -> UserError:
+    spelled, most = str(dtype).removeprefix("torch."), float(values.abs().max())
+    return UserError(
+        f"{name}: its values go up to {most:.3g}, and {spelled}, which the YAML asks for, ends at "
+        f"{torch.finfo(dtype).max:g}; write bfloat16 or float32 there instead"
+    )
+
+
+def _nonfinite_result(name: str, tensors: Mapping[Hashable, Tensor], dtype: torch.dtype) -> UserError:
     if culprits := nonfinite_inputs(tensors):
         return _nonfinite_input(name, culprits)
+    if dtype == torch.float16:
+        return UserError(
+            f"{name}: the merge is too large for float16, in which it is written, though all inputs are finite; write "
+            "out_dtype: bfloat16 or float32, or smaller weights"
+        )
     return UserError(
-        f"{name}: the merge came out as NaN or Inf though all inputs are finite; the output dtype may be too narrow "
-        "for the parameters given: try out_dtype: float32 or smaller weights"
+        f"{name}: the merge came out as NaN or Inf though all inputs are finite; are the weights too large, or 0 in "
+        "all?"
     )

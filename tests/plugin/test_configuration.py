@@ -42,7 +42,7 @@ WRONG = {
     ),
     "a key of a source": (
         text(models=None, slices=[{"sources": [{"model": "a", "layer_range": [0, 1], "weight": 1}]}]),
-        r"slices\[0\].sources\[0\]: unknown key 'weight'",
+        r"slices\[0\].sources\[0\]: weight stands beside model; indent it under parameters:",
     ),
     "a key of a module": (
         text(models=None, modules={"encoder": {"model": []}}),

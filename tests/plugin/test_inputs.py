@@ -81,7 +81,7 @@ def test_config_wrong(workspace, change, message):
 
 def test_config_unreadable(workspace):
     (workspace("llama-tied") / "expert-a" / "config.json").write_text("{")
-    refused("model expert-a: config.json: .*not a valid JSON")
+    refused("expert-a/config.json: truncated, or not valid JSON; download or save the model again")
 
 
 def test_weights_missing(workspace):
