@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from neuron_methods.adapters.placement import (
     FACTORED,
     Place,
     layout_shape,
+    place_parameter,
     reshape_experts,
     saved_modules,
     stack_padded,
@@ -144,13 +145,21 @@ class AdapterBuilder:
         places: {tensor: place} of all that may come.
         precision: how to factor.
         allow_nonfinite: store tensors that hold NaN or Inf; no matrix that does can be factored.
+        unchanged: paths in memory of what keeps the base's values, whatever becomes of what it is tied to.
 
     Attributes:
         written: {key in the adapter's file: header} of what `write` has written.
     """
 
-    def __init__(self, places: Mapping[str, Place], precision: Precision, allow_nonfinite: bool = False) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, Place],
+        precision: Precision,
+        allow_nonfinite: bool = False,
+        unchanged: Collection[str] = (),
+    ) -> None:
         self.places = dict(places)
+        self.unchanged = unchanged
         self.precision = precision
         self.allow_nonfinite = allow_nonfinite
         self.written: dict[str, Header] = {}
@@ -193,7 +202,7 @@ class AdapterBuilder:
         stored_whole = place.kind not in FACTORED
         if not bool(torch.isfinite(update).all()) and not (self.allow_nonfinite and stored_whole):
             raise UserError(f"{name}: the merged update holds NaN or Inf; use sound checkpoints or smaller weights")
-        if not place.always and not bool(update.any()):
+        if not bool(update.any()):
             return
         if not place.module:
             self._left_out.append(place.path)
@@ -226,10 +235,12 @@ class AdapterBuilder:
             changed = "no matrix" if self._whole or self._biases else "nothing"
             raise UserError(f"the merge changes {changed}, and peft loads no such adapter; write it as a model instead")
         whole = saved_modules({path.rpartition(".")[0] for path in self._whole}, skeleton)
-        tensors = self._factor_tensors(skeleton)
+        shared = self._shared(skeleton)
+        everywhere = {**self._factored, **shared}
+        tensors = _factor_tensors(skeleton, everywhere)
         for path in (path for parameters in whole.values() for path in parameters):
             tensors[path] = self._whole[path] if path in self._whole else read_base(path)
-        wrapped = {factored.place.module for factored in self._factored.values()}
+        wrapped = {factored.place.module for factored in everywhere.values()}
         for path, bias in self._biases.items():
             module = path.rpartition(".")[0]
             tensors[f"{module}.base_layer.bias" if module in wrapped else path] = bias
@@ -238,7 +249,7 @@ class AdapterBuilder:
         }
         self.written = {key: Header.of(tensor) for key, tensor in converted.items()}
         save_file(converted, directory / SAFETENSORS_NAME, metadata={"format": "pt"})
-        self._config(skeleton, list(whole), architecture, config).save_pretrained(directory)
+        self._config(skeleton, everywhere, list(whole), architecture, config).save_pretrained(directory)
         order = {name: position for position, name in enumerate(skeleton.parameters)}
         by_kind = {
             f.place.path: _leaf(f.place) for f in sorted(self._factored.values(), key=lambda f: order[f.place.path])
@@ -248,7 +259,7 @@ class AdapterBuilder:
             whole=list(whole),
             biases=len(self._biases),
             left_out=self._left_out,
-            notes=self._notes(skeleton),
+            notes=_notes(shared.values()),
             bytes=sum(tensor.nbytes for tensor in converted.values()),
         )
 
@@ -274,30 +285,38 @@ class AdapterBuilder:
         kind.energy += sum(one.energy for one in found)
         kind.error += sum(one.error for one in found)
 
-    def _factor_tensors(self, skeleton: Skeleton) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        of_module: dict[str, list[_Factored]] = defaultdict(list)
-        for path in skeleton.parameters:
-            if path in self._factored:
-                of_module[self._factored[path].place.module].append(self._factored[path])
-        for module, factored in of_module.items():
-            # peft wraps the parameters of one module one after the other, so that the last is outermost.
-            for depth, one in enumerate(reversed(factored)):
-                prefix = f"{module}{'.base_layer' * depth}"
-                if one.place.kind == "embedding":
-                    tensors[f"{prefix}.lora_embedding_A"], tensors[f"{prefix}.lora_embedding_B"] = one.a, one.b
-                else:
-                    tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = one.a, one.b
-        return tensors
+    def _shared(self, skeleton: Skeleton) -> dict[str, _Factored]:
+        """Factors of what changes with a tensor that it is tied to: peft applies factors to a module, not to a weight.
 
-    def _config(self, skeleton: Skeleton, whole: list[str], architecture: str, config: Mapping[str, Any]) -> Any:
+        Returns:
+            {path in memory: factors}, of the modules that compute with an embedding of which the merge has made one.
+        """
+        settled = {place.path for place in self.places.values()} | set(self.unchanged)
+        found = {}
+        for factored in self._factored.values():
+            for path in skeleton.tied_to(factored.place.path):
+                there = place_parameter(skeleton, path)
+                if path in settled or there.kind not in ("linear", "embedding"):
+                    continue
+                a, b = factored.a, factored.b
+                if (there.kind == "embedding") != (factored.place.kind == "embedding"):
+                    a, b = b.T, a.T
+                found[path] = _Factored(there, a.clone(), b.clone(), factored.rank)
+        return found
+
+    def _config(
+        self,
+        skeleton: Skeleton,
+        factored: Mapping[str, _Factored],
+        whole: list[str],
+        architecture: str,
+        config: Mapping[str, Any],
+    ) -> Any:
         from peft import LoraConfig
 
-        modules = [f.place.module for f in self._factored.values() if f.place.parameter == "weight"]
-        parameters = [f.place.path for f in self._factored.values() if f.place.parameter != "weight"]
-        ranks = {
-            f.place.module if f.place.parameter == "weight" else f.place.path: f.rank for f in self._factored.values()
-        }
+        modules = [f.place.module for f in factored.values() if f.place.parameter == "weight"]
+        parameters = [f.place.path for f in factored.values() if f.place.parameter != "weight"]
+        ranks = {f.place.module if f.place.parameter == "weight" else f.place.path: f.rank for f in factored.values()}
         ((default, _),) = Counter(ranks.values()).most_common(1)
         rank_pattern = {path: rank for path, rank in ranks.items() if rank != default}
         return LoraConfig(
@@ -309,23 +328,36 @@ class AdapterBuilder:
             target_parameters=sorted(parameters) or None,
             modules_to_save=whole or None,
             bias="all" if self._biases else "none",
-            fan_in_fan_out=any(f.place.kind == "transposed" for f in self._factored.values()),
+            fan_in_fan_out=any(f.place.kind == "transposed" for f in factored.values()),
             task_type=task_type(architecture),
             inference_mode=True,
             **config,
         )
 
-    def _notes(self, skeleton: Skeleton) -> list[str]:
-        stored_whole = set(self._whole)
-        notes = []
-        for factored in self._factored.values():
-            others = next((set(g) - {factored.place.path} for g in skeleton.ties if factored.place.path in g), set())
-            if others - stored_whole:
-                notes.append(
-                    f"{factored.place.path} is tied to {', '.join(sorted(others - stored_whole))}: peft applies the "
-                    "adapter there, too, only once it is merged (merge_and_unload); merge it before use"
-                )
-        return notes
+
+def _factor_tensors(skeleton: Skeleton, factors: Mapping[str, _Factored]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    of_module: dict[str, list[_Factored]] = defaultdict(list)
+    for path in skeleton.parameters:
+        if path in factors:
+            of_module[factors[path].place.module].append(factors[path])
+    for module, factored in of_module.items():
+        # peft wraps the parameters of one module one after the other, so that the last is outermost.
+        for depth, one in enumerate(reversed(factored)):
+            prefix = f"{module}{'.base_layer' * depth}"
+            if one.place.kind == "embedding":
+                tensors[f"{prefix}.lora_embedding_A"], tensors[f"{prefix}.lora_embedding_B"] = one.a, one.b
+            else:
+                tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = one.a, one.b
+    return tensors
+
+
+def _notes(shared: Iterable[_Factored]) -> list[str]:
+    return [
+        f"{factored.place.path} is tied in the base, and has the factors of what it is tied to, as peft computes with "
+        "them in one module each; merge_and_unload (peft 0.21) would add both to the one weight: merge it by a YAML"
+        for factored in shared
+    ]
 
 
 def _leaf(place: Place) -> str:

@@ -38,13 +38,11 @@ class Place:
         module: path of its module in memory; "" for a parameter of the model itself, which peft has no place for.
         parameter: its name there.
         kind: how it is written.
-        always: written even where it equals the base, because another parameter that is one with it there changes.
     """
 
     module: str
     parameter: str
     kind: Kind
-    always: bool = False
 
     @property
     def path(self) -> str:

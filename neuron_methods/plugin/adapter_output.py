@@ -17,7 +17,7 @@ from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterBuilder, Precision
-from neuron_methods.adapters.loader import BaseCheckpoint
+from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.placement import Place, holds_modules, place, settle
 from neuron_methods.adapters.verification import verify_adapter
 from neuron_methods.models.skeleton import Skeleton
@@ -88,12 +88,12 @@ class AdapterOutput(Output):
     def plan(self, run: MergeRun, planner: Any) -> None:
         """Put a `KeepUpdate` behind every tensor that the merge may change, and drop the others."""
         self.checkpoint = BaseCheckpoint(LoaderCache().get(self.base), str(self.base), self.base.config)
-        kept = _kept(planner, self.checkpoint, self.base, run.name)
+        kept, unchanged = _kept(planner, self.checkpoint, self.base, run.name)
         _check_depth(planner, self.base, run.name)
         places = settle({weight.name: found for weight, _, _, found in kept})
         session = session_of(planner.options)
         nonfinite = session is not None and session.allow_nonfinite
-        self.builder = builder = AdapterBuilder(places, self.precision, allow_nonfinite=nonfinite)
+        self.builder = builder = AdapterBuilder(places, self.precision, allow_nonfinite=nonfinite, unchanged=unchanged)
         # An optional tensor may be missing from what mergekit writes.
         optional = {"optional": True}
         replan(
@@ -161,12 +161,18 @@ def _base_of(run: MergeRun) -> ModelReference:
 
 def _kept(
     planner: Any, checkpoint: BaseCheckpoint, base: ModelReference, name: str
-) -> list[tuple[WeightInfo, Any, LoadTensor, Place]]:
-    """The tensors that the merge may change: (weight, mergekit's task, the load of the base's, place)."""
-    kept = []
+) -> tuple[list[tuple[WeightInfo, Any, LoadTensor, Place]], set[str]]:
+    """The tensors that the merge may change: (weight, mergekit's task, the load of the base's, place).
+
+    And paths in memory of those that stay as they are, though what the base ties them to may change.
+    """
+    kept, unchanged = [], set()
+    loaders = [LoaderCache().get(model) for model in planner.config.referenced_models()]
+    untied = {name for loader in loaders if isinstance(loader, AdapterLoader) for name in loader.untied}
     counted: set[str] = set()
     for weight, task in planned_tasks(planner):
         if task.copy_of is not None:
+            unchanged.add(checkpoint.names.path_of(weight.name) or weight.name)
             continue  # copied from the base
         load = LoadTensor(model=base, tensor=weight.name, aliases=weight.aliases, tied_names=weight.tied_names)
         stored = stored_name(load, checkpoint.loader)
@@ -176,21 +182,20 @@ def _kept(
                 "merge as a model"
             )
         if repeats_tied(weight, task, counted):
+            unchanged |= {weight.name} & untied
             continue  # a copy of a tied tensor, which changes with it
         counted.add(weight.name)
         found = _place(checkpoint, weight, stored)
         if found.kind == "whole" and holds_modules(checkpoint.names.skeleton, found) and _is_unchanged(task, load):
             continue  # or all modules below, with matrices that can be factored, would have to be stored whole
         kept.append((weight, task, load, found))
-    return kept
+    return kept, unchanged
 
 
 def _place(checkpoint: BaseCheckpoint, weight: WeightInfo, stored: str) -> Place:
     if stored in (weight.name, *(weight.aliases or ())):
         return place(checkpoint.names, stored, checkpoint.where)
-    # The base ties it to another tensor; a value of its own can only be stored whole.
-    found = place(checkpoint.names, weight.name, checkpoint.where)
-    return Place(found.module, found.parameter, "whole", always=True)
+    return place(checkpoint.names, weight.name, checkpoint.where)  # the base ties it to another tensor
 
 
 def _is_unchanged(task: Any, base: LoadTensor) -> bool:

@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from neuron_methods.adapters.updates import TensorUpdate
+from neuron_methods.plugin.checkpoints import CheckpointLoader
 from neuron_methods.plugin.merging import merge_to_directory
 from tests.adapters import cases
 from tests.adapters.cases import lora, save_base, tensors, train
@@ -201,13 +201,13 @@ def test_an_adapter_on_another_base_is_measured_from_the_merge_s_base(three, tmp
 
 def test_untouched_tensors_are_read_from_the_base_alone(three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original = LazyTensorLoader.get_tensor
+    original = CheckpointLoader.get_tensor
 
-    def get_tensor(self: LazyTensorLoader, key: str, *arguments: Any, **options: Any) -> Any:
+    def get_tensor(self: CheckpointLoader, key: str, *arguments: Any, **options: Any) -> Any:
         read.append(key)
         return original(self, key, *arguments, **options)
 
-    monkeypatch.setattr(LazyTensorLoader, "get_tensor", get_tensor)
+    monkeypatch.setattr(CheckpointLoader, "get_tensor", get_tensor)
     stock(configuration("ties", three["adapters"], three["base"], density=0.5), tmp_path / "ties")
     assert read.count("model.layers.0.self_attn.k_proj.weight") == 1
     read.clear()

@@ -16,6 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from neuron_methods.adapters.export import Precision
+from neuron_methods.plugin.adapter_output import AdapterOutput
 from neuron_methods.plugin.merging import MergeSummary, merge_to_directory
 from neuron_methods.support.errors import UserError
 from tests.adapters import cases
@@ -139,3 +141,33 @@ def test_embeddings_of_t5_that_would_have_to_be_three_are_refused(tmp_path: Path
     with pytest.raises(UserError, match=r"changes encoder.embed_tokens.weight and what the base ties to it"):
         merge(base, adapter, tmp_path / "out", "task_arithmetic")
     assert not (tmp_path / "out").exists()
+
+
+def as_adapter(content: dict[str, Any], out: Path) -> MergeSummary:
+    output = AdapterOutput(Precision(rank=None, energy=1.0))
+    return merge_to_directory(yaml.safe_dump(content), out, output=output, progress=False)
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_as_an_adapter_again_it_computes_the_same(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = save_base(tied(), tmp_path / "base")
+    adapter = train(base, lora(**LLAMA[name][0])(), tmp_path / "adapter", seed=1)
+    models = [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}]
+    as_adapter({"merge_method": "task_arithmetic", "base_model": str(base), "models": models}, tmp_path / "out")
+    torch.testing.assert_close(trained(base, tmp_path / "out"), trained(base, adapter), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("model", [tied, t5, cases.gpt2])
+def test_a_whole_model_as_an_adapter_computes_what_it_did(model: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = save_base(model(), tmp_path / "base")
+    expert = save_base(load(base), tmp_path / "expert")
+    models = [{"model": str(expert), "parameters": {"weight": 1.0}}]
+    content = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    summary = as_adapter(content, tmp_path / "out")
+    torch.testing.assert_close(trained(base, tmp_path / "out"), logits(load(expert)), atol=1e-3, rtol=0)
+    assert any("tied in the base" in note for note in summary.adapter.notes)
+    # Merged again it is the expert, whose embedding and head are one.
+    merge(base, tmp_path / "out", tmp_path / "again", "task_arithmetic")
+    torch.testing.assert_close(logits(load(tmp_path / "again")), logits(load(expert)), atol=1e-3, rtol=0)

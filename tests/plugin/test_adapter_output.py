@@ -124,9 +124,9 @@ CONFIGS = {
         lambda config: json.dumps({**config, "target_modules": ["q_proj"]}),
         "peft would not find a place for base_model.model.",
     ),
-    "for more modules": (
-        lambda config: json.dumps({**config, "target_modules": [*config["target_modules"], "lm_head"]}),
-        "peft would miss base_model.model.lm_head.lora_",
+    "for more tensors": (
+        lambda config: json.dumps({**config, "use_dora": True}),
+        "peft would miss base_model.model.",
     ),
     "of another rank": (
         lambda config: json.dumps({**config, "r": 3, "rank_pattern": {}, "alpha_pattern": {}}),

@@ -212,7 +212,7 @@ def test_quantised_models(workspace, quantised: dict, how: str) -> None:
     [
         ("m.Q4_K_M.gguf", True, r"weights quantised as GGUF \(m.Q4_K_M.gguf\); name the model"),
         ("open_clip_model.safetensors", False, r"a checkpoint of open_clip"),
-        ("last.ckpt", False, r"a training checkpoint, .*\(last.ckpt\); load it into its class .* save_pretrained"),
+        ("last.ckpt", False, r"a training checkpoint, .*\(last.ckpt\); load it into its class .*save_pretrained"),
         ("consolidated.00.pth", False, r"a model in its maker's own layout"),
     ],
 )
