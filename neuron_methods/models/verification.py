@@ -143,10 +143,12 @@ def verify_model(
         return Verified("model", len(headers), "its index and headers", [checked])
     model = model_class(config, place, trust_remote_code=trust_remote_code)
     report, poolerless = load_report(model, config, headers), []
-    if report.missing and all("pooler" in name.split(".") for name in report.missing) and _pools_on_request(model):
-        # As a class with a head builds its backbone; no config says so.
-        report = load_report(model, config, headers, add_pooling_layer=False)
-        poolerless = [f"its pooler is not stored; load it with add_pooling_layer=False, or {architecture} makes one up"]
+    if _is_of_pooler(report.missing) and "add_pooling_layer" in inspect.signature(model).parameters:
+        # Whole, but for what a class with a head builds its backbone without; no config says so.
+        without = load_report(model, config, headers, add_pooling_layer=False)
+        if without.unexpected == report.unexpected:
+            report = without
+            poolerless = [f"no pooler is stored: load it with add_pooling_layer=False, or {architecture} makes one up"]
     excused = LoadReport() if like is None else load_report(model, config, like)
     missing = [name for name in report.missing if name not in excused.missing]
     if missing:
@@ -198,8 +200,8 @@ def _verify_head(file: Path, body: Mapping[str, Header]) -> str:
     return file.stem
 
 
-def _pools_on_request(model: type) -> bool:
-    return "add_pooling_layer" in inspect.signature(model).parameters
+def _is_of_pooler(names: list[str]) -> bool:
+    return bool(names) and all("pooler" in name.split(".") for name in names)
 
 
 def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]:
