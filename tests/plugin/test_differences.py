@@ -232,3 +232,19 @@ def test_a_checkpoint_of_timm(workspace) -> None:
     (expert / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224", "num_classes": 10}))
     with pytest.raises(UserError, match=r"model expert-a: a checkpoint of timm \(vit_base_patch16_224\).*transformers"):
         merge(text("expert-a"))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_t5_with_a_head_of_its_own(workspace, said: bool) -> None:
+    """Its config class calls it tied whatever its config.json says; what counts is the file."""
+    folder = workspace("t5-gated")
+    for seed, name in enumerate(("base", "expert-a", "expert-b")):
+        head = torch.randn(40, 16, generator=torch.Generator().manual_seed(seed))
+        edit(folder / name, lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+        set_config(name, tie_word_embeddings=said)
+    out = merged(configuration("linear"))
+    one, other = (read(folder / name)["lm_head.weight"] for name in ("expert-a", "expert-b"))
+    torch.testing.assert_close(out["lm_head.weight"], 0.75 * one + 0.25 * other)
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
+    loaded = build("t5-gated").from_pretrained("out")
+    assert torch.equal(loaded.lm_head.weight, out["lm_head.weight"])
