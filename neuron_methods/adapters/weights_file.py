@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neuron_methods.adapters.config import CONFIG_NAME
-from neuron_methods.models.reference import hub_file
+from neuron_methods.models.hub import hub_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 

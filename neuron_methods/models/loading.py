@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.models.formats import quantised_with, refuse_other_formats
+from neuron_methods.models.hub import hub_answers
 from neuron_methods.models.kinds import Processor
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
@@ -37,6 +38,8 @@ def read_config(place: Place, where: str) -> PretrainedConfig:
     refuse_other_formats(place.path, where)
     if os.path.isdir(place.path) and not os.path.isfile(os.path.join(place.path, "config.json")):
         raise UserError(f"{where}: the directory holds no config.json; it is no model")
+    if not os.path.isdir(place.path):
+        hub_answers()
     try:
         return AutoConfig.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError) as error:

@@ -7,7 +7,6 @@ for what it is.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from neuron_methods.models.hub import hub_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_object
 
@@ -246,17 +246,3 @@ def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = N
     if os.path.exists(path) or looks_local(path) or hub_file(path, "config.json", revision, cache_dir):
         return False
     return hub_file(path, ADAPTER_CONFIG, revision, cache_dir) is not None
-
-
-@functools.cache
-def hub_file(repository: str, name: str, revision: str | None, cache_dir: str | None) -> str | None:
-    """Get one file of a repository into the hub's cache; None where it is not to be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir)
-    except (HfHubHTTPError, OSError, ValueError):
-        # No such file or repository, no network, or not a repository's name at all. Whoever loads a model meets the
-        # same obstacle next and names it.
-        return None

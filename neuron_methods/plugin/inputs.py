@@ -6,14 +6,11 @@ Paths that exist locally are never asked for at the Hub. Weights are taken from 
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -22,7 +19,8 @@ from safetensors import SafetensorError
 
 from neuron_methods.models.formats import refuse_other_formats, refuse_quantised
 from neuron_methods.models.headers import open_safetensors
-from neuron_methods.models.reference import looks_local
+from neuron_methods.models.hub import hub_answers, hub_file, hub_refusal
+from neuron_methods.models.reference import ADAPTER_CONFIG, looks_local
 from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
@@ -56,8 +54,7 @@ def opened_models(configuration: MergeConfiguration, options: MergeOptions) -> I
 def check_paths(configuration: MergeConfiguration) -> None:
     """Make sure that every model is a directory here, or a repository that the Hub has.
 
-    The Hub is asked once about a path that does not exist here, and not at all about one that can only be local: where
-    there is no network, its client tries again for twenty seconds before it gives up.
+    The Hub is not asked about a path that can only be local.
 
     Raises:
         UserError: naming the model and what to do.
@@ -68,22 +65,17 @@ def check_paths(configuration: MergeConfiguration) -> None:
         if looks_local(path.path):
             hint = "write the home directory out, ~ is not expanded" if path.path.startswith("~") else "check the path"
             raise UserError(f"model {path}: no such directory; {hint}")
-        try:
-            with _without_warnings("huggingface_hub"):  # of every new try
-                hf_hub_download(path.path, "config.json", revision=path.revision)
-        except LocalEntryNotFoundError:
-            if isinstance(try_to_load_from_cache(path.path, "adapter_config.json", revision=path.revision), str):
-                continue
+        if any(hub_file(path.path, name, path.revision, None) for name in ("config.json", ADAPTER_CONFIG)):
+            continue
+        if not hub_answers():
             raise UserError(
-                f"model {path}: no such directory here (check the path), and the Hub cannot be asked"
-            ) from None
-        except EntryNotFoundError:
-            continue  # without a config.json: perhaps an adapter
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+                f"model {path}: no such directory here (check the path), and not in the Hub's cache, where the Hub "
+                "cannot be asked"
+            )
+        if refusal := hub_refusal(path.path, path.revision):
             raise UserError(
-                f"model {path}: no such directory here (check the path), and not to be had from the Hub: "
-                f"{first_line(error)}"
-            ) from None
+                f"model {path}: no such directory here (check the path), and not to be had from the Hub: {refusal}"
+            )
 
 
 def check_config(model: ModelReference, trust_remote_code: bool = False) -> None:
@@ -147,14 +139,3 @@ def _refuse_pickles(path: str, options: MergeOptions) -> None:
             f"model {path}: its weights are a pickle (pytorch_model.bin), which is read only on request; save it as "
             "safetensors, or allow it with --lazy-unpickle"
         )
-
-
-@contextmanager
-def _without_warnings(library: str) -> Iterator[None]:
-    log = logging.getLogger(library)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

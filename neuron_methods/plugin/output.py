@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mergekit.tokenizer.build
 from mergekit.options import MergeOptions
 
+from neuron_methods.models.companions import code_files, companions_of, is_of_tokenizer, makes_tokenizer
 from neuron_methods.models.headers import stored_headers
 from neuron_methods.models.verification import correct_config, verify_model
 from neuron_methods.plugin.planning import carried
@@ -23,25 +24,6 @@ from neuron_methods.support.text import first_line, format_bytes, listed
 if TYPE_CHECKING:
     from neuron_methods.adapters.export import AdapterSummary
     from neuron_methods.plugin.run import MergeRun
-
-# Files beside the weights that a model may need, which mergekit leaves behind.
-_BESIDE_WEIGHTS = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-    "generation_config.json",
-)
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 class Output:
@@ -111,7 +93,8 @@ class ModelOutput(Output):
             UserError: a tokenizer is there, or needed, but cannot be loaded.
         """
         place = Path(run.donor.local_path(cache_dir=run.options.transformers_cache, ignore_lora=True))
-        has_tokenizer = any((place / name).exists() for name in _TOKENIZER_FILES)
+        files = companions_of(place, str(run.donor))
+        has_tokenizer = any(map(makes_tokenizer, files))
         if not has_tokenizer and (run.builds_tokenizer or run.configuration.chat_template):
             key = "tokenizer" if run.builds_tokenizer else "chat_template"
             raise UserError(f"{run.name}: {key}: {run.donor} has no tokenizer; put its files (tokenizer.json) there")
@@ -128,8 +111,15 @@ class ModelOutput(Output):
                 raise
             without = "" if run.builds_tokenizer else "; --no-copy-tokenizer merges without"
             raise UserError(f"model {run.donor}: tokenizer: {first_line(error)}{without}") from error
-        for name in _BESIDE_WEIGHTS:
-            if (place / name).is_file() and not (staging / name).exists():
+        if run.builds_tokenizer or not run.options.copy_tokenizer:
+            files = [name for name in files if not is_of_tokenizer(name)]
+        elif run.configuration.chat_template:
+            files = [name for name in files if "chat_template" not in name]
+        if run.options.trust_remote_code:
+            files += code_files(place, str(run.donor))
+        for name in files:
+            if not (staging / name).exists():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(place / name, staging / name)
 
     def finish(self, run: MergeRun, staging: Path) -> None:

@@ -21,6 +21,7 @@ from neuron_methods.plugin.seam import (
     GET_LOADER,
     IS_HF,
     LAZY_LOADER,
+    LOCAL_PATH,
     PLAN,
     REFERENCED_MODELS,
     SEAM,
@@ -132,10 +133,18 @@ def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_loaders() -> None:
-    """Let mergekit's loaders read as transformers does, and adapters lazily, which it merges into a cache itself."""
+    """Let mergekit's loaders read as transformers does, adapters lazily, and find all that belongs to models of the Hub.
+
+    mergekit 0.1.5 merges each adapter into a cache directory. Of a repository it gets JSON files, tokenizer.model and
+    weights, not the template nor other files of tokenizers; and it asks the Hub what lies there even where
+    ``HF_HUB_OFFLINE=1`` forbids it.
+    """
     check_fit(("mergekit.io.tasks",))
+    from mergekit.io.tasks import LoaderCache
+
     from neuron_methods.adapters.opening import open_adapter
     from neuron_methods.plugin.checkpoints import CheckpointLoader
+    from neuron_methods.models.hub import snapshot
 
     def around_get(original: Callable[..., Any]) -> Callable[..., Any]:
         def get(cache: Any, model: Any) -> Any:
@@ -157,6 +166,16 @@ def patch_loaders() -> None:
             return base
         return open_adapter(model, base, cache_dir=cache_dir, allow_pickle=lazy_unpickle)
 
+    def around_path(original: Callable[..., str]) -> Callable[..., str]:
+        def local_path(model: Any, cache_dir: str | None = None, ignore_lora: bool = False) -> str:
+            if os.path.exists(model.model.path):
+                return original(model, cache_dir, ignore_lora)
+            place = model.model
+            return snapshot(place.path, place.revision, cache_dir, code=LoaderCache().trust_remote_code)
+
+        return local_path
+
+    replace(LOCAL_PATH, around_path)
     replace(GET_LOADER, around_get)
     replace(LAZY_LOADER, lambda _own: lazy_loader)
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neuron_methods.models.hub import hub_answers
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_object, write_json
 from neuron_methods.support.text import first_line
@@ -145,6 +146,7 @@ def routed_directory(path_or_repo: str, revision: str | None = None, cache_dir: 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    hub_answers()
     try:
         return Path(snapshot_download(path_or_repo, revision=revision, cache_dir=cache_dir))
     except (HfHubHTTPError, OSError, ValueError) as error:

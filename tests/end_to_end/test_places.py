@@ -1,6 +1,5 @@
 """Where models may be: in directories of any name, in the Hub's cache without a network, by every command."""
 
-
 import pytest
 import yaml
 
