@@ -1,13 +1,23 @@
 """Where models may be: in directories of any name, in the Hub's cache without a network, by every command."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 
+from neuron_methods.plugin.patches import register
+from tests.sharing.hub_standin import Repository, hub, user
 from tests.support.checkpoints import read
 from tests.support.commands import run
-from tests.support.merges import same
+from tests.support.hub_cache import asked, cache, watched
+from tests.support.merges import merge, same
 from tests.support.routed import save_adapter
-from tests.support.tiny import save_experts
+from tests.support.tiny import save_experts, write_texts
 
 
 def wrote(folder, content, name="merge.yaml"):
@@ -27,18 +37,172 @@ def experts(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [("mergekit-neuron", "merge"), ("mergekit-yaml",)])
-def test_a_path_may_hold_spaces_and_quotes(experts, tmp_path, command):
-    wrote(tmp_path, of_models(experts / "base", experts / "expert-a", f"{experts / 'base'}+{experts / 'lora'}"))
-    assert run(*command, "merge.yaml", "plain", folder=tmp_path).returncode == 0
-    names = {"base": "my base", "expert-a": 'the "best" expert', "lora": "it's an adapter"}
-    for name, other in names.items():
-        (tmp_path / other).symlink_to(experts / name)
-    base, expert, lora = names.values()
-    wrote(tmp_path, of_models(base, expert, f"{base}+{lora}"))
-    done = run(*command, "merge.yaml", "out", folder=tmp_path)
+NAMES = {"base": "my base", "expert-a": 'the "best" expert', "lora": "it's an adapter"}
+
+
+def by_ours(_content):
+    done = run("mergekit-neuron", "merge", "merge.yaml", "out", folder=Path.cwd())
     assert (done.returncode, "rror" in done.stderr) == (0, False), done.stderr
+
+
+def by_mergekit(content):
+    """As other programs call it, without the YAML's text: then mergekit writes one at the very end."""
+    register()
+    run_merge(MergeConfiguration.model_validate(content), "out", MergeOptions(quiet=True))
+
+
+@pytest.mark.parametrize("by", [by_ours, by_mergekit])
+def test_a_path_may_hold_spaces_and_quotes(experts, tmp_path, monkeypatch, by):
+    plain = of_models(experts / "base", experts / "expert-a", f"{experts / 'base'}+{experts / 'lora'}")
+    merge(yaml.safe_dump(plain), tmp_path / "plain")
+    monkeypatch.chdir(tmp_path)
+    for name, other in NAMES.items():
+        Path(other).symlink_to(experts / name)
+    base, expert, lora = NAMES.values()
+    content = of_models(base, expert, f"{base}+{lora}")
+    wrote(tmp_path, content)
+    by(content)
+    assert same(read(Path("out")), read(Path("plain")))
+    assert expert in Path("out/README.md").read_text()
+    written = yaml.safe_load(Path("out/mergekit_config.yml").read_text())
+    models = MergeConfiguration.model_validate(written).referenced_models()
+    assert list(map(str, models)) == [base, expert, f"{base}+{lora}"]
+
+
+COMPANIONS = {
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "spiece.model": "a model of pieces",
+    "source.spm": "another",
+    "merges.txt": "a b",
+    "bpe.codes": "a b 1",
+    "qwen.tiktoken": "YQ== 0",
+    "generation_config.json": "{}",
+    "video_preprocessor_config.json": "{}",
+    "modules.json": "[]",
+    "1_Pooling/config.json": "{}",
+    "2_Dense/model.safetensors": "weights of a module",
+}
+OTHERS = ("README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "modeling_own.py", "logs.txt")
+
+
+def with_companions(folder, experts):
+    """A copy of the base with files of every kind beside the weights."""
+    shutil.copytree(experts / "base", folder)
+    for name, text in {**COMPANIONS, **dict.fromkeys(OTHERS, "{}")}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def went_along(out):
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert not files & {*OTHERS} - {"README.md"}
+    return {name: (out / name).read_text() for name in files & COMPANIONS.keys()}
+
+
+@pytest.mark.parametrize("by", ["path", "cache", "download"])
+def test_all_that_belongs_to_a_model_goes_with_it(experts, tmp_path, by):
+    base, place = with_companions(tmp_path / "base", experts), "base"
+    environment = watched(tmp_path, tmp_path / "home")
+    with hub() as standin:
+        if by == "cache":
+            place = "org/base"
+            cache(tmp_path / "home", place, base)
+        elif by == "download":
+            place, token = "org/base", "hf_token"
+            standin.users[token] = user("alice")
+            files = {path.relative_to(base).as_posix(): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+            standin.repositories[place] = Repository(branches={"main": {k: (v, False) for k, v in files.items()}})
+            environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": standin.url, "HF_TOKEN": token}
+            environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        wrote(tmp_path, of_models(place, experts / "expert-a"))
+        done = run("mergekit-neuron", "merge", "merge.yaml", "out", folder=tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+    assert asked(tmp_path) == []
+    assert went_along(tmp_path / "out") == COMPANIONS
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    downloaded = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
+    assert by == "cache" or not downloaded & {*OTHERS}
+
+
+@pytest.fixture
+def home(experts, tmp_path):
+    """A cache with all models of `experts`, the adapter's base named by its id."""
+    shutil.copytree(experts / "lora", tmp_path / "lora")
+    content = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        json.dumps({**content, "base_model_name_or_path": "org/base"})
+    )
+    for name in ("base", "expert-a"):
+        cache(tmp_path / "home", f"org/{name}", experts / name)
+    cache(tmp_path / "home", "org/lora", tmp_path / "lora")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    ("command", "offline"),
+    [(("mergekit-neuron", "merge"), "1"), (("mergekit-neuron", "merge"), "0"), (("mergekit-yaml",), "1")],
+)
+def test_what_is_in_the_cache_is_merged_without_a_network(experts, home, tmp_path, command, offline):
+    by_path = of_models(experts / "base", experts / "expert-a", f"{experts / 'base'}+{experts / 'lora'}")
+    merge(yaml.safe_dump(by_path), tmp_path / "plain")
+    environment = {**watched(tmp_path, home), "HF_HUB_OFFLINE": offline}
+    wrote(tmp_path, of_models("org/base", "org/expert-a", "org/lora"))
+    done = run(*command, "merge.yaml", "out", folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
     assert same(read(tmp_path / "out"), read(tmp_path / "plain"))
-    assert expert in (tmp_path / "out" / "README.md").read_text()
-    written = yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text())
-    assert [entry["model"] for entry in written["models"]] == [expert, f"{base}+{lora}"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (experts / "base" / "tokenizer.json").read_bytes()
+    assert len(asked(tmp_path)) == (0 if offline == "1" else 1)
+
+
+def test_what_is_in_the_cache_is_measured_without_a_network(home, tmp_path):
+    write_texts(tmp_path / "texts.jsonl", 8)
+    environment = {**watched(tmp_path, home), "HF_HUB_OFFLINE": "0"}
+    data = ("--data", "a=texts.jsonl:text", "-o", "profile.safetensors")
+    done = run("mergekit-neuron", "profile", "org/lora", *data, folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert len(asked(tmp_path)) == 1
+
+
+def test_an_adapter_is_verified_against_a_base_in_the_cache(home, tmp_path):
+    done = run("mergekit-neuron", "verify", "lora", folder=tmp_path, **watched(tmp_path, home))
+    assert (done.returncode, "complete by peft" in done.stdout) == (0, True), done.stderr
+    assert asked(tmp_path) == []
+
+
+@pytest.mark.parametrize(("command", "offline"), [("merge", "1"), ("merge", "0"), ("profile", "0"), ("evaluate", "0")])
+def test_what_is_not_in_the_cache_is_refused_in_one_line(home, tmp_path, command, offline):
+    write_texts(tmp_path / "texts.jsonl", 8)
+    wrote(tmp_path, {"tasks": [{"name": "p", "kind": "perplexity", "data": "texts.jsonl"}]}, "tasks.yml")
+    wrote(tmp_path, of_models("org/base", "org/none"))
+    arguments = {
+        "merge": ("merge.yaml", "out"),
+        "profile": ("org/none", "--data", "a=texts.jsonl:text", "-o", "out.safetensors"),
+        "evaluate": ("org/none", "--task", "tasks.yml"),
+    }
+    environment = {**watched(tmp_path, home), "HF_HUB_OFFLINE": offline}
+    done = run("mergekit-neuron", command, *arguments[command], folder=tmp_path, **environment)
+    assert done.returncode == 1
+    *before, line = done.stderr.splitlines()
+    assert line.startswith("error: model org/none: ")
+    assert "unexpected" not in line
+    if offline == "1":
+        assert (before, asked(tmp_path)) == ([], [])
+    else:
+        assert len(asked(tmp_path)) == 1
+        (warning,) = before
+        assert "https://huggingface.co does not answer" in warning
+
+
+def test_a_link_that_leads_out_of_a_model_is_not_followed(experts, tmp_path):
+    base = with_companions(tmp_path / "base", experts)
+    (tmp_path / "secret").write_text("{}")
+    (base / "generation_config.json").unlink()
+    (base / "generation_config.json").symlink_to("../secret")
+    wrote(tmp_path, of_models("base", experts / "expert-a"))
+    done = run("mergekit-neuron", "merge", "merge.yaml", "out", folder=tmp_path)
+    assert done.returncode == 1
+    assert f"model base: generation_config.json is a link to {tmp_path / 'secret'}, outside of" in done.stderr
+    assert not (tmp_path / "out").exists()
