@@ -16,6 +16,7 @@ from neuron_methods.plugin.planning import carried
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_mergekit, replan
 from neuron_methods.plugin.session import session_of
+from neuron_methods.plugin.token_maps import tokenizer_place
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import is_disk_full, read_object
@@ -78,6 +79,10 @@ class ModelOutput(Output):
             dtype = planner.config.out_dtype or planner.config.dtype
             heads = run.heads.tasks(run.plan, dtype, session_of(planner.options))
         replan(planner, [*planned_tasks(planner), *copied, *heads])
+        if tokenizer_place(run.donor) is None:
+            others = run.configuration.referenced_models()
+            if found := next((str(model) for model in others if tokenizer_place(model) is not None), None):
+                run.plan.notes.append(f"{run.donor} has no tokenizer, so none is written; {found} has one to copy")
         if copied:
             names = listed(run.plan.carried)
             run.plan.notes.insert(

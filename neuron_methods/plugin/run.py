@@ -26,6 +26,7 @@ from neuron_methods.plugin.seam import any_dtype_name, models_in_order, quiet_me
 from neuron_methods.plugin.session import MergeSession, SessionOptions
 from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import Unknown, check_structure, unknown_tensors
+from neuron_methods.plugin.token_maps import compare_token_maps
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line, listed
@@ -117,6 +118,13 @@ class MergeRun:
             UserError: a tensor is missing or does not fit, or no method would merge what a model stores.
         """
         self.plan = inspect_plan(planner)
+        if not self.builds_tokenizer:
+            # In the YAML's order, the base first.
+            merged = {
+                m for weight, inputs, _ in self.plan.tensors if weight.vocabulary_axis is not None for m in inputs
+            }
+            models = [model for model in self.configuration.referenced_models() if model in merged]
+            self.plan.notes += compare_token_maps(models, self.name) if len(models) > 1 else []
         if measured := sorted(statistics_of(self.architecture)):
             self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
         self.plan.notes += self._notes

@@ -1,0 +1,116 @@
+"""Do models number their tokens alike? Rows of embeddings are merged by their numbers, whatever words these stand for.
+
+The maps are read from tokenizer.json itself, once per model, or from the tokenizer that transformers makes of other
+files; models whose files are the same bytes have the same map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from transformers import AutoTokenizer
+
+from neuron_methods.adapters.weights_file import adapter_directory
+from neuron_methods.models.companions import companions_of, makes_tokenizer
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
+from neuron_methods.support.text import first_line, listed
+
+
+def tokenizer_place(model: ModelReference) -> Path | None:
+    """Find the directory of a model's tokenizer: an adapter's own comes before its base's; None if there is none."""
+    cache = LoaderCache().hf_cache_dir
+    places = []
+    if model.lora is not None:
+        places.append(adapter_directory(model.lora.path, model.lora.revision, cache))
+    places.append(model.local_path(cache_dir=cache, ignore_lora=True))
+    found = (Path(place) for place in places if any(map(makes_tokenizer, companions_of(Path(place), str(model)))))
+    return next(found, None)
+
+
+def compare_token_maps(models: Sequence[ModelReference], name: str) -> list[str]:
+    """Make sure that models whose rows are merged number their tokens alike; those without a tokenizer pass.
+
+    A number that only one model has a token for is a padding row of the others. Where few numbers stand for another
+    token that the other model does not know at all, such as a reserved one that was given a name, they are one row.
+
+    Args:
+        models: the base first, if there is one.
+        name: of the YAML, for messages.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        UserError: naming two tokens.
+    """
+    notes: list[str] = []
+    first: ModelReference | None = None
+    maps: dict[str, Mapping[str, int] | None] = {}
+    for model in models:
+        place = tokenizer_place(model)
+        if place is None:
+            continue
+        digest = _digest(place, str(model))
+        if digest not in maps:
+            try:
+                maps[digest] = _token_map(place)
+            except Exception as error:  # whatever transformers makes of foreign files
+                maps[digest] = None
+                notes.append(
+                    f"the tokenizer of {model} cannot be read, so its rows may be of other tokens: {first_line(error)}"
+                )
+        found = maps[digest]
+        if found is None:
+            continue
+        if first is None:
+            first, reference = model, found
+        elif found is not reference:
+            notes += _compare(str(first), reference, str(model), found, name)
+    return notes
+
+
+def _compare(one: str, tokens: Mapping[str, int], other: str, others: Mapping[str, int], name: str) -> list[str]:
+    at, there = ({number: token for token, number in found.items()} for found in (tokens, others))
+    shared = sorted(at.keys() & there.keys())
+    differ = [number for number in shared if at[number] != there[number]]
+    moved = next((token for token, number in tokens.items() if others.get(token, number) != number), None)
+    if moved is not None or 2 * len(differ) > len(shared):
+        if differ:
+            number = differ[0]
+            shown = f"{number} is {there[number]!r} in {other} and {at[number]!r} in {one}"
+        else:
+            shown = f"{moved!r} is {others[moved]} in {other} and {tokens[moved]} in {one}"
+        raise UserError(
+            f"{name}: {other} numbers its tokens otherwise than {one}: {shown}, and rows are merged by their numbers; "
+            "add tokenizer: {source: base}, which aligns them"
+        )
+    if not differ:
+        return []
+    renamed = listed([f"{number} is {at[number]!r} and {there[number]!r}" for number in differ])
+    return [f"{one} and {other} name {len(differ)} tokens differently, whose rows are merged as one's: {renamed}"]
+
+
+def _digest(place: Path, where: str) -> str:
+    files = [place / "tokenizer.json"]
+    if not files[0].is_file():
+        files = [place / name for name in companions_of(place, where) if makes_tokenizer(name)]
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def _token_map(place: Path) -> Mapping[str, int]:
+    file = place / "tokenizer.json"
+    content: Any = json.loads(file.read_bytes()) if file.is_file() else {}
+    vocabulary = content.get("model", {}).get("vocab")
+    if isinstance(vocabulary, list):  # of a Unigram model, with scores
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    if not isinstance(vocabulary, dict):
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=LoaderCache().trust_remote_code).get_vocab()
+    return {**vocabulary, **{entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}}
