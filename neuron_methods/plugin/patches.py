@@ -15,6 +15,7 @@ from typing import Any
 from neuron_methods.plugin.seam import (
     ARCHITECTURE_INFO,
     ARCHITECTURE_OF_MERGE,
+    BUILD_TOKENIZER,
     DONOR,
     FLAT_MERGE,
     FLAT_PARAMETERS,
@@ -133,7 +134,7 @@ def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_loaders() -> None:
-    """Let mergekit's loaders read as transformers does, adapters lazily, and find all that belongs to models of the Hub.
+    """Let mergekit's loaders read as transformers does, adapters lazily, and find all that is of a model of the Hub.
 
     mergekit 0.1.5 merges each adapter into a cache directory. Of a repository it gets JSON files, tokenizer.model and
     weights, not the template nor other files of tokenizers; and it asks the Hub what lies there even where
@@ -143,8 +144,8 @@ def patch_loaders() -> None:
     from mergekit.io.tasks import LoaderCache
 
     from neuron_methods.adapters.opening import open_adapter
-    from neuron_methods.plugin.checkpoints import CheckpointLoader
     from neuron_methods.models.hub import snapshot
+    from neuron_methods.plugin.checkpoints import CheckpointLoader
 
     def around_get(original: Callable[..., Any]) -> Callable[..., Any]:
         def get(cache: Any, model: Any) -> Any:
@@ -200,12 +201,13 @@ def patch_configuration() -> None:
 
 
 def patch_merge() -> None:
-    """Take what is not merged from an adapter's base, and ask no network about local paths.
+    """Take tokenizers of adapters and other files of their bases, and ask no network about local paths.
 
     mergekit's card asks the Hub about what exists here, too; without a network that ends in a traceback, after the
     weights are written and before the tokenizer is.
     """
     check_fit(("mergekit.merge",))
+    from neuron_methods.plugin.tokenizer_build import with_own_tokenizers
 
     def around_donor(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_donor_model(merge_config: Any, options: Any) -> tuple[Any, str]:
@@ -222,3 +224,4 @@ def patch_merge() -> None:
     replace(ARCHITECTURE_OF_MERGE, _around_architecture)  # where it was imported before it was replaced
     replace(DONOR, around_donor)
     replace(IS_HF, around_card)
+    replace(BUILD_TOKENIZER, with_own_tokenizers)

@@ -80,6 +80,11 @@ ARCHITECTURE_INFO = Private("mergekit.architecture", "get_architecture_info", ("
 ARCHITECTURE_OF_MERGE = Private(_MERGE, "get_architecture_info", ("config", "options"))
 IS_HF = Private("mergekit.card", "is_hf", ("path",))
 TQDM = Private("mergekit.tokenizer.build", "tqdm")
+BUILD_TOKENIZER = Private(
+    "mergekit.tokenizer.build",
+    "build_tokenizer",
+    ("base_model", "referenced_models", "tokenizer_source", "trust_remote_code", "add_tokens"),
+)
 FLAT_MERGE = Private(_RAW, "plan_flat_merge", ("config", "options"))
 FLAT_PARAMETERS = Private(_RAW, "construct_param_dicts", ("config", "merge_method", "tensor_name"))
 
@@ -102,7 +107,7 @@ SEAM: dict[str, tuple[Private, ...]] = {
     ),
     "mergekit.config": (REFERENCED_MODELS, SERIALIZE),
     _PLAN: (PLAN, TENSORS, METHOD, TOKENIZER_TASK),
-    _MERGE: (ARCHITECTURE_OF_MERGE, DONOR, COPY_TOKENIZER, IS_HF, TQDM),
+    _MERGE: (ARCHITECTURE_OF_MERGE, DONOR, COPY_TOKENIZER, IS_HF, TQDM, BUILD_TOKENIZER),
     _RAW: (FLAT_MERGE, FLAT_PARAMETERS),
 }
 

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from mergekit.tokenizer.build import get_vocab_size
 from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neuron_methods.plugin.seam import models_in_order
+from neuron_methods.plugin.token_maps import tokenizer_place
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line
+from neuron_methods.support.text import first_line, listed
+
+_SOURCE = "tokenizer: source"
 
 
 def check_tokenizer_models(configuration: MergeConfiguration, name: str) -> None:
@@ -35,7 +39,7 @@ def check_tokenizer_models(configuration: MergeConfiguration, name: str) -> None
 def _sources(configuration: MergeConfiguration) -> Iterator[tuple[str, ModelReference]]:
     source = configuration.tokenizer_source or (configuration.tokenizer and configuration.tokenizer.source)
     if isinstance(source, ModelReference):
-        yield "tokenizer: source", source
+        yield _SOURCE, source
     tokens = (configuration.tokenizer.tokens if configuration.tokenizer else None) or {}
     for token, entry in tokens.items():
         if isinstance(entry.source, ModelReference):
@@ -57,7 +61,18 @@ def check_tokenizer_sources(configuration: MergeConfiguration, options: MergeOpt
     Raises:
         UserError: naming the token and the model.
     """
-    vocabularies = {m: _tokenizer(m, options, f"{name}: {place}").get_vocab() for place, m in _sources(configuration)}
+    vocabularies = {}
+    for place, model in _sources(configuration):
+        vocabularies[model] = _tokenizer(model, options, f"{name}: {place}").get_vocab()
+        rows = get_vocab_size(model.model, options.trust_remote_code)
+        beyond = [token for token, number in vocabularies[model].items() if rows is not None and number >= rows]
+        if beyond and place == _SOURCE:
+            shown = listed([repr(token) for token in beyond])
+            raise UserError(
+                f"{name}: {place}: the tokenizer of {model} has {len(beyond)} tokens ({shown}) for "
+                f"which there are no rows in its embeddings, which have {rows}; take another source, or resize the "
+                "embeddings of the base as it was done to train it"
+            )
     tokens = (configuration.tokenizer.tokens if configuration.tokenizer else None) or {}
     for token, entry in tokens.items():
         if isinstance(entry.source, ModelTokenEmbedding):
@@ -69,9 +84,10 @@ def check_tokenizer_sources(configuration: MergeConfiguration, options: MergeOpt
 
 
 def _tokenizer(model: ModelReference, options: MergeOptions, place: str) -> PreTrainedTokenizerBase:
+    found = tokenizer_place(model)
+    if found is None:
+        raise UserError(f"{place}: {model} has no tokenizer; name a model that has one")
     try:
-        return AutoTokenizer.from_pretrained(
-            model.model.path, revision=model.model.revision, trust_remote_code=options.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=options.trust_remote_code)
     except Exception as error:
         raise UserError(f"{place}: the tokenizer of {model} cannot be loaded: {first_line(error)}") from None
