@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object
+from neuron_methods.support.files import read_object, write_json
 
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken", ".tokenizer")
 _OF_TOKENIZERS = re.compile(r"token|vocab|merges|chat_template|dict|bpe|\.(?!json$|txt$)[^.]+$")
@@ -92,6 +92,11 @@ def check_link(place: Path, name: str, where: str) -> None:
         )
 
 
+def names_code(config: Path) -> bool:
+    """Tell whether a config, if it is there, names custom code."""
+    return config.is_file() and bool(read_object(config).get("auto_map"))
+
+
 def code_files(place: Path, where: str) -> list[str]:
     """List the files of custom code that a model's configs name under `auto_map`, with what these import.
 
@@ -120,6 +125,33 @@ def code_files(place: Path, where: str) -> list[str]:
     for name in found:
         check_link(place, name, where)
     return list(found)
+
+
+def settle_code(out: Path, source: Path, *, code: bool) -> list[str]:
+    """Let the configs beside weights name the custom code that lies there too, and no other.
+
+    transformers names the repository in the configs of what it got from the Hub.
+
+    Args:
+        out: directory with a model that was made of another.
+        source: that one's directory.
+        code: whether its code has gone along.
+
+    Returns:
+        What was changed, in words.
+    """
+    notes = []
+    for config in sorted(out.glob("*config.json")):
+        content = read_object(config)
+        if "auto_map" not in content:
+            continue
+        if not code:
+            del content["auto_map"]
+            notes.append(f"auto_map of {config.name} is left out: the code goes along with --trust-remote-code only")
+        elif (source / config.name).is_file():
+            content["auto_map"] = read_object(source / config.name).get("auto_map", content["auto_map"])
+        write_json(config, content, indent=2)
+    return notes
 
 
 def _references(auto_map: Any) -> Iterator[str]:

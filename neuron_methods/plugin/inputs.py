@@ -10,13 +10,16 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import transformers
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
+from neuron_methods.models.companions import code_files
 from neuron_methods.models.formats import refuse_other_formats, refuse_quantised
 from neuron_methods.models.headers import open_safetensors
 from neuron_methods.models.hub import hub_answers, hub_file, hub_refusal
@@ -86,6 +89,7 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
     """
     path = model.model.path
     refuse_other_formats(path, f"model {path}")
+    custom = f"model {path}: its config.json names custom code, which is run only with --trust-remote-code"
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"model {path}: the directory has no config.json; is it a saved transformers model?")
@@ -94,6 +98,8 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
     try:
         config = model.config(trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise UserError(custom) from None
         raise UserError(f"model {path}: config.json: {first_line(error)}") from None
     instead = "name the model it was made from, in bfloat16"
     if model.lora is not None:
@@ -101,6 +107,11 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
     refuse_quantised(config, f"model {path}", instead)
     if not config.architectures:
         raise UserError(f'model {path}: its config.json names no architectures, e.g. ["LlamaForCausalLM"]; add them')
+    if trust_remote_code:
+        if os.path.isdir(path):
+            code_files(Path(path), path)
+    elif getattr(config, "auto_map", None) and not hasattr(transformers, config.architectures[0]):
+        raise UserError(custom)
 
 
 def _open(model: ModelReference, options: MergeOptions) -> None:

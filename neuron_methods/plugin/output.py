@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mergekit.tokenizer.build
+import transformers
 from mergekit.options import MergeOptions
 
-from neuron_methods.models.companions import code_files, companions_of, is_of_tokenizer, makes_tokenizer
+from neuron_methods.models.companions import (
+    code_files,
+    companions_of,
+    is_of_tokenizer,
+    makes_tokenizer,
+    names_code,
+    settle_code,
+)
 from neuron_methods.models.headers import stored_headers
 from neuron_methods.models.verification import correct_config, verify_model
 from neuron_methods.plugin.planning import carried
@@ -97,7 +105,7 @@ class ModelOutput(Output):
         Raises:
             UserError: a tokenizer is there, or needed, but cannot be loaded.
         """
-        place = Path(run.donor.local_path(cache_dir=run.options.transformers_cache, ignore_lora=True))
+        self.place = place = Path(run.donor.local_path(cache_dir=run.options.transformers_cache, ignore_lora=True))
         files = companions_of(place, str(run.donor))
         has_tokenizer = any(map(makes_tokenizer, files))
         if not has_tokenizer and (run.builds_tokenizer or run.configuration.chat_template):
@@ -110,10 +118,15 @@ class ModelOutput(Output):
                 if run.builds_tokenizer:  # mergekit will; here it only has to be there
                     mergekit.tokenizer.build.get_stripped_tokenizer(run.donor.model, run.options.trust_remote_code)
                 elif has_tokenizer and run.options.copy_tokenizer:
+                    if not run.options.trust_remote_code and names_code(place / "tokenizer_config.json"):
+                        transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
                     copy_tokenizer(run.configuration, str(staging), run.options)
         except Exception as error:
             if is_disk_full(error):
                 raise
+            if "trust_remote_code=True" in str(error):
+                what = "its tokenizer is custom code, which is run only with --trust-remote-code"
+                raise UserError(f"model {run.donor}: {what}") from None
             without = "" if run.builds_tokenizer else "; --no-copy-tokenizer merges without"
             raise UserError(f"model {run.donor}: tokenizer: {first_line(error)}{without}") from error
         if run.builds_tokenizer or not run.options.copy_tokenizer:
@@ -135,6 +148,7 @@ class ModelOutput(Output):
         """
         if run.heads is not None:
             run.heads.write(staging)
+        run.plan.notes += settle_code(staging, self.place, code=run.options.trust_remote_code)
         if run.options.safe_serialization:
             run.plan.notes += correct_config(staging, trust_remote_code=run.options.trust_remote_code)
 
