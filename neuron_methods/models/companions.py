@@ -19,7 +19,14 @@ _ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken", 
 _OF_TOKENIZERS = re.compile(r"token|vocab|merges|chat_template|dict|bpe|\.(?!json$|txt$)[^.]+$")
 # What only says how a tokenizer is used.
 _ABOUT_TOKENIZERS = re.compile(r"chat_template.*|special_tokens_map\.json")
-_NOT = re.compile(r"(config|adapter_config|trainer_state|modelcard|.*(\.index|results))\.json")
+_NOT = re.compile(r"(config|adapter_config|data_config|trainer_state|modelcard|.*(\.index|results))\.json")
+_NAMING_CODE = (
+    "config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 _TEMPLATES, _MODULES = "additional_chat_templates", "modules.json"
 
 
@@ -110,8 +117,8 @@ def code_files(place: Path, where: str) -> list[str]:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     found: dict[str, None] = {}
-    for config in sorted(place.glob("*config.json")):
-        for reference in _references(read_object(config).get("auto_map")):
+    for config in filter(names_code, (place / name for name in _NAMING_CODE)):
+        for reference in _references(read_object(config)["auto_map"]):
             if "--" in reference:
                 continue  # code of another repository, which transformers finds there
             name = reference.partition(".")[0] + ".py"
@@ -141,10 +148,8 @@ def settle_code(out: Path, source: Path, *, code: bool) -> list[str]:
         What was changed, in words.
     """
     notes = []
-    for config in sorted(out.glob("*config.json")):
+    for config in filter(names_code, (out / name for name in _NAMING_CODE)):
         content = read_object(config)
-        if "auto_map" not in content:
-            continue
         if not code:
             del content["auto_map"]
             notes.append(f"auto_map of {config.name} is left out: the code goes along with --trust-remote-code only")

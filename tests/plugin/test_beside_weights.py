@@ -190,3 +190,36 @@ def test_a_merge_of_a_generated_family_is_seen_by_transformers_at_once(tmp_path,
     tensors = merged(configuration(models=models))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert transformers.LlamaForCausalLM.from_pretrained("out").dtype == torch.bfloat16
+
+
+def test_a_directory_of_sentence_transformers_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    for seed, name in enumerate(("base", *EXPERTS)):
+        torch.manual_seed(seed)
+        save(transformers.BertModel(config), tmp_path / name)
+        save_tokenizer(tmp_path / name, WORDS)
+    modules = {
+        "modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]',
+        "config_sentence_transformers.json": "{}",
+        "sentence_bert_config.json": '{"max_seq_length": 8}',
+        "1_Pooling/config.json": '{"word_embedding_dimension": 16}',
+        "2_Dense/config.json": "{}",
+        "2_Dense/model.safetensors": "weights of its own",
+    }
+    for file, text in {**modules, "data_config.json": "[]", "runs/log.json": "{}", "3_Pooling.json.lock": ""}.items():
+        (tmp_path / "base" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / file).write_text(text)
+    weights = {"base": 0.0, "expert-a": 0.75, "expert-b": 0.25}
+    models = [{"model": model, "parameters": {"weight": weight}} for model, weight in weights.items()]
+    merge(configuration("linear", models=models), write_model_card=False)
+    tree = {path.relative_to("out").as_posix() for path in Path("out").rglob("*") if path.is_file()}
+    assert tree == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | {*modules}
+    assert {file: (tmp_path / "out" / file).read_text() for file in modules} == modules
+    found = transformers.AutoModel.from_pretrained("out").state_dict()
+    a, b = (transformers.AutoModel.from_pretrained(name).state_dict() for name in EXPERTS)
+    for name, tensor in found.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, 0.75 * a[name] + 0.25 * b[name])
