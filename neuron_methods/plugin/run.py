@@ -117,6 +117,8 @@ class MergeRun:
         Raises:
             UserError: a tensor is missing or does not fit, or no method would merge what a model stores.
         """
+        if self.heads is None:  # or what it does not merge is accounted for
+            self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)
         self.plan = inspect_plan(planner)
         if not self.builds_tokenizer:
             # In the YAML's order, the base first.
@@ -137,9 +139,6 @@ class MergeRun:
         for model in self.configuration.referenced_models():
             if wrappers := getattr(LoaderCache().get(model), "wrappers", ""):
                 self.plan.notes.append(f"{model}: read without {wrappers} in the names of its tensors")
-        if self.heads is not None:  # what it does not merge is accounted for
-            return
-        self._unknown = unknown_tensors(self.configuration, self.architecture, self.options)
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
 

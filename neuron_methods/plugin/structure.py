@@ -269,7 +269,7 @@ def _refuse_other_layers(
     config, stored = model.config(options.trust_remote_code), LoaderCache().get(model).index.tensor_paths
     weights = [w for w in architecture.all_weights(config) if not w.optional and _in_layer(w.name)]
     found = {_numberless(w.name) for w in weights if any(name in stored for name in spellings(w))}
-    lacking = sorted({_numberless(w.name) for w in weights} - found)
+    lacking = [name for name in dict.fromkeys(_numberless(w.name) for w in weights) if name not in found]
     having = [name for name in alone if _in_layer(name)]
     built = model_class(config, model.model.path, trust_remote_code=options.trust_remote_code)
     if not (lacking or having) or built is None:
@@ -278,7 +278,8 @@ def _refuse_other_layers(
     read = {name: new.path for name, new in skeleton.renamed(stored).items() if new.path in skeleton.tensors}
     of_class = {_numberless(path) for path in read.values()}
     lacking = [name for name in lacking if name not in of_class]
-    having = [_numberless(name) for name in having if name in read]
+    order = list(skeleton.tensors)
+    having = [_numberless(n) for n in sorted((n for n in having if n in read), key=lambda n: order.index(read[n]))]
     what = [f"have {name}, which those of {base} lack" for name in having[:1]]
     what += [f"lack {name}, which those of {base} have" for name in lacking[:1]]
     if what:

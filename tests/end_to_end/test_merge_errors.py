@@ -72,7 +72,7 @@ ACCIDENTS = {
     "other classes": (
         "vit",
         lambda folder: save(build("vit", num_labels=7), folder / "expert-b"),
-        "error: classifier.weight: shapes differ",
+        "error: classifier.weight: the heads differ in shape: base has [3, 16], expert-b has [7, 16]",
     ),
     "NaN in the base": (
         "llama-tied",

@@ -18,7 +18,7 @@ ACCIDENTS = {
     ),
     "another layout": (
         lambda folder: save(build("llama-tied", attention_bias=True), folder / "expert-b"),
-        "expert-b: its layers have model.layers.{i}.self_attn.k_proj.bias, which those of base lack",
+        "expert-b: its layers have model.layers.{i}.self_attn.q_proj.bias, which those of base lack",
     ),
     "a missing tensor": (
         lambda folder: edit(folder / "expert-b", lambda tensors: tensors.pop(UP)),
