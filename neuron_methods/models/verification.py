@@ -247,7 +247,9 @@ def _read_config(file: Path, trust_remote_code: bool = False) -> PretrainedConfi
     if not file.is_file():
         raise UserError(f"{file.parent}: no {file.name} in it, so this is no model; merge or download it again")
     try:
-        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)
+        # By the directory where it can be: transformers looks for custom code beside it.
+        place = file.parent if file.name == "config.json" else file
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class makes of foreign values
         raise UserError(f"{file}: {first_line(error)}") from error
 

@@ -65,7 +65,8 @@ def check_tokenizer_sources(configuration: MergeConfiguration, options: MergeOpt
     for place, model in _sources(configuration):
         vocabularies[model] = _tokenizer(model, options, f"{name}: {place}").get_vocab()
         rows = get_vocab_size(model.model, options.trust_remote_code)
-        beyond = [token for token, number in vocabularies[model].items() if rows is not None and number >= rows]
+        in_order = sorted(vocabularies[model].items(), key=lambda item: item[1])
+        beyond = [token for token, number in in_order if rows is not None and number >= rows]
         if beyond and place == _SOURCE:
             shown = listed([repr(token) for token in beyond])
             raise UserError(
