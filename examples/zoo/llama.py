@@ -27,7 +27,7 @@ from neuron_methods.demo import questions
 from neuron_methods.demo.base_model import find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
 from neuron_methods.demo.pipeline import RECORDS
-from neuron_methods.demo.questions import HELD_OUT_EXAMPLES, DemoTask, Example, build_tasks
+from neuron_methods.demo.questions import HELD_OUT_EXAMPLES, DemoTask, Example, build_tasks, digest
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.stages import Stages
@@ -92,7 +92,7 @@ def build_zoo(
     about_data = {
         "stage": "data",
         "sizes": asdict(settings),
-        "examples": {task.name: task.fingerprint() for task in tasks},
+        "examples": {task.name: digest(task.train) for task in tasks},
     }
     zoo.stage("data", about_data, lambda path: write_data(path, splits))
     # These two keys are the demo's own, so that what it trained is known to be the same.
@@ -101,7 +101,7 @@ def build_zoo(
     about_experts = {}
     for task in tasks:
         training = TrainingSettings(steps=settings.steps or task.steps, seed=seed)
-        key = {"stage": "expert", "base": about_base, "task": task.name, "examples": task.fingerprint()}
+        key = {"stage": "expert", "base": about_base, "task": task.name, "examples": digest(task.train)}
         key |= {"training": asdict(training)}
         about_experts[task.name] = key
 

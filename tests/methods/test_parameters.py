@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -18,6 +17,7 @@ from mergekit.options import MergeOptions
 import neuron_methods
 from neuron_methods.methods.contract import PlannedTensor
 from neuron_methods.methods.neuro_merging import NeuroMerging, PreparedNeuroMerging
+from neuron_methods.plugin.checkpoints import CheckpointLoader
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import read, save_family
 
@@ -40,13 +40,13 @@ def fresh_loaders() -> Iterator[None]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tensors read so far."""
     names: list[str] = []
-    original = LazyTensorLoader.get_tensor
+    original = CheckpointLoader.get_tensor
 
-    def get_tensor(self: LazyTensorLoader, key: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    def get_tensor(self: CheckpointLoader, key: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         names.append(key)
         return original(self, key, *args, **kwargs)
 
-    monkeypatch.setattr(LazyTensorLoader, "get_tensor", get_tensor)
+    monkeypatch.setattr(CheckpointLoader, "get_tensor", get_tensor)
     return names
 
 
