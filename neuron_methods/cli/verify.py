@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option
+from neuron_methods.cli.common import PLACE, debug_option, describe_error
+from neuron_methods.support.errors import UserError
 
 EPILOG = """\b
 Examples:
@@ -19,7 +20,8 @@ The class that config.json names is built without weights, and transformers says
 names converted as it converts them: nothing may be missing, left over, of another shape or dtype. An adapter is held
 against its base by peft, as far as the base's config is on this machine. Only headers are read; the network is not
 asked. Where a class is not to be had, that is said, and what was checked instead.
-Exit codes: 0 complete, 1 not (one line on stderr), 2 wrong usage.
+Every DIR is looked at; values are not, so that NaN is not found.
+Exit codes: 0 all complete, 1 not (one line on stderr for each), 2 wrong usage.
 """
 
 
@@ -31,5 +33,12 @@ def verify(places: tuple[Path, ...], trust_remote_code: bool) -> None:
     """Check that transformers or peft would load each DIR whole: a model, an adapter or a routed model."""
     from neuron_methods.sharing.verification import verify_directory
 
+    refused = False
     for place in places:
-        click.echo(f"{place}: {verify_directory(place, trust_remote_code=trust_remote_code)}")
+        try:
+            click.echo(f"{place}: {verify_directory(place, trust_remote_code=trust_remote_code)}")
+        except UserError as error:
+            refused = True
+            click.echo(f"error: {describe_error(error)}", err=True)
+    if refused:
+        click.get_current_context().exit(1)
