@@ -103,6 +103,11 @@ class AdapterOutput(Output):
                 for w, task, load, _ in kept
             ],
         )
+        heads = run.heads
+        if heads is not None and heads.kind == heads.owner.kind and heads.owner.head and heads.owner.model != self.base:
+            # The first of its notes says that the output has that head.
+            run.plan.notes.remove(heads.notes[0])
+            run.plan.notes.append(f"heads left out, as an adapter for {self.base} brings none: {heads.owner.shown}")
         run.plan.tensors = [
             (weight, inputs, builder.bytes_of(weight.name, next(iter(inputs.values())).shape))
             for weight, inputs, _ in run.plan.tensors
@@ -193,7 +198,9 @@ def _kept(
 
 
 def _place(checkpoint: BaseCheckpoint, weight: WeightInfo, stored: str) -> Place:
-    if stored in (weight.name, *(weight.aliases or ())):
+    skeleton = checkpoint.names.skeleton
+    # A name that is no path in memory is that of the output, whose class may spell the base's names with a prefix.
+    if stored in (weight.name, *(weight.aliases or ())) or (skeleton and weight.name not in skeleton.tensors):
         return place(checkpoint.names, stored, checkpoint.where)
     return place(checkpoint.names, weight.name, checkpoint.where)  # the base ties it to another tensor
 

@@ -81,7 +81,7 @@ class Member:
 
 def find_member(model: ModelReference, options: MergeOptions) -> Member | None:
     """Look up a model's class, as it was trained; None where that is not to be had."""
-    own = _own_head(model)
+    own = own_head(model)
     config = own.config if own is not None else model.config(options.trust_remote_code)
     built = (
         own.model
@@ -91,14 +91,15 @@ def find_member(model: ModelReference, options: MergeOptions) -> Member | None:
     return None if built is None else Member(model, Skeleton.build(built, config), config)
 
 
-def _own_head(model: ModelReference) -> OwnHead | None:
+def own_head(model: ModelReference) -> OwnHead | None:
+    """Find the head that an adapter brings along, its base having none or one of another size."""
     loader = LoaderCache().get(model)
     return loader.head if isinstance(loader, AdapterLoader) else None
 
 
 def class_name(model: ModelReference, options: MergeOptions) -> str:
     """Name a model's class, as it was trained."""
-    own = _own_head(model)
+    own = own_head(model)
     return own.model.__name__ if own is not None else model.config(options.trust_remote_code).architectures[0]
 
 

@@ -24,9 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from neuron_methods.adapters.loader import AdapterLoader
 from neuron_methods.models.verification import HEADS
-from neuron_methods.plugin.head_members import Member, class_name, find_member, named_member, path_of
+from neuron_methods.plugin.head_members import Member, class_name, find_member, named_member, own_head, path_of
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.session import MergeSession, is_finite
 from neuron_methods.plugin.stored_architecture import stored_architecture
@@ -119,7 +118,7 @@ class Heads:
         if self.kind not in (self.base.kind, self.owner.kind):
             own = {key: value for key, value in written.items() if key not in _LABELS}
             write_json(place / "config.json", {**own, "architectures": [self.kind]}, indent=2)
-        elif self.owner is not self.base:
+        else:
             write_json(place / "config.json", self._config_of(self.owner, written), indent=2)
         for name, member in self.kept.items():
             (place / HEADS).mkdir(exist_ok=True)
@@ -150,7 +149,7 @@ def heads_of_merge(
         configuration: as read.
         options: mergekit's.
         choice: `base`, `drop`, `keep`, a model as the YAML names it, or its last part; None: heads are merged by the
-            method where models are of one class, else the base's is kept.
+            method where models are of one class, else the base's is kept; so is that of an adapter that is the first.
         name: of the YAML, for messages.
 
     Returns:
@@ -178,7 +177,10 @@ def heads_of_merge(
     if len(backbones) > 1:
         raise UserError(different_architectures(configuration, options))
     if choice is None and len(architectures) == 1:
-        return None, _compared(list(members.values()))
+        labels = _compared(list(members.values()))
+        # The config and definition of the checkpoint below know nothing of a head that an adapter brings along.
+        if own_head(base) is None:
+            return None, labels
     experts = [member for model, member in members.items() if model != configuration.base_model]
     heads = _decided(members[base], experts, choice, name, configuration.base_model is not None)
     builds = configuration.tokenizer or configuration.tokenizer_source
@@ -219,7 +221,8 @@ def _decided(base: Member, experts: list[Member], choice: str | None, name: str,
     headless = choice in ("drop", "keep")
     kind = type(base.skeleton.body.model).__name__ if headless else owner.kind
     merged = set.intersection(*(set(member.body.values()) for member in everyone))
-    spelled = _spelling(base, kind, headless) if kind != base.kind else str
+    # An adapter that brings its head along is of another class than the one its base is stored by.
+    spelled = str if kind in base.config.architectures else _spelling(base, kind, headless)
     architecture = stored_architecture(
         base.config,
         base.skeleton.body,
@@ -227,9 +230,11 @@ def _decided(base: Member, experts: list[Member], choice: str | None, name: str,
         [[stored for stored, path in m.body.items() if path in merged] for m in everyone if m is not base],
         spelled,
     )
-    copied = {stored: stored for stored in _unmerged(owner, merged)}
-    if headless:
-        copied = {stored: spelled(stored) for stored in copied if stored in base.body}
+    copied = {
+        stored: spelled(stored) if owner is base and stored in base.body else stored
+        for stored in _unmerged(owner, merged)
+        if not headless or stored in base.body
+    }
     heads = Heads(base, owner, kind, architecture, merged, copied, files)
     heads.notes += _told(heads, everyone, headless)
     return heads
@@ -310,8 +315,7 @@ def _compared(members: list[Member]) -> list[str]:
 
 def _labels_differ(models: list[ModelReference], options: MergeOptions) -> bool:
     """Whether it is worth looking at heads at all."""
-    own = [LoaderCache().get(model) for model in models if model.lora is not None]
-    if any(isinstance(loader, AdapterLoader) and loader.head is not None for loader in own):
+    if any(own_head(model) is not None for model in models):
         return True
     labels = [model.config(options.trust_remote_code).id2label for model in models]
     return any(found != labels[0] for found in labels)

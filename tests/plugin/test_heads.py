@@ -516,3 +516,25 @@ def test_a_merge_as_adapter_changes_the_body_alone() -> None:
     model = peft.PeftModel.from_pretrained(load("base"), "adapter").merge_and_unload()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("base", ["LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("head", [None, "cars"])
+def test_the_first_of_adapters_without_base_model_gives_its_class_and_head(base: str, head: str | None) -> None:
+    save_body("base", "llama-classifier", 0, base)
+    trained = train_adapter("cars", 3, 1, "LlamaForSequenceClassification", task_type="SEQ_CLS")
+    train_adapter("digits", 3, 2, "LlamaForSequenceClassification", task_type="SEQ_CLS")
+    models = [{"model": f"base+{n}", "parameters": {"weight": w}} for n, w in {"cars": 1.0, "digits": 0.0}.items()]
+    yml = yaml.safe_dump({"merge_method": "linear", "models": models, "dtype": "float32"})
+    notes = merge(head, yml).notes
+    assert any("a LlamaForSequenceClassification with the head of base+cars (3 labels" in note for note in notes)
+    assert any("heads left out: base+digits (3 labels" in note for note in notes)
+    model = load("out")
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**inputs_of(model)).logits, trained(**inputs_of(model)).logits, rtol=1e-5, atol=1e-5
+        )
+    notes = merge(head, yml, out="adapter", output=AdapterOutput()).notes
+    assert not any("with the head of" in note for note in notes)
+    assert any("heads left out" in note and "base+cars (3 labels" in note for note in notes)
