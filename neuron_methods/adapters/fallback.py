@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import shutil
 import tempfile
 import warnings
@@ -18,9 +17,8 @@ from neuron_methods.adapters.live import merge_in_memory
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.updates import Replacement, TensorUpdate
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line
-
-LOG = logging.getLogger(__name__)
 
 
 class MergedTensors:
@@ -52,18 +50,17 @@ def merge_with_peft(
         base: the base's checkpoint.
         base_path: directory or repository to load the base from.
         base_revision: of the repository.
-        reason: why it has to be, for the log.
+        reason: why it has to be, for the notes.
         trust_remote_code: passed to transformers.
 
     Raises:
         UserError: peft cannot merge adapters of this type, or not this one.
     """
     refuse_unmergeable(config)
-    LOG.warning("%s: %s; peft merges it into a temporary directory first", config.where, reason)
     merged = tempfile.mkdtemp(prefix="mergekit-neuron-adapter-")
     atexit.register(shutil.rmtree, merged, ignore_errors=True)
     try:
-        with warnings.catch_warnings():
+        with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _merge(directory, base, base_path, base_revision, merged, trust_remote_code)
     except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -72,7 +69,7 @@ def merge_with_peft(
             f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where} "
             f"({first_line(error)}); leave it out, or merge it with the base and the versions it was trained with"
         ) from None
-    return _changed_tensors(config, base, MergedTensors(merged))
+    return _changed_tensors(config, base, MergedTensors(merged), reason)
 
 
 def refuse_unmergeable(config: AdapterConfig) -> None:
@@ -114,7 +111,7 @@ def _merge(
     merge_in_memory(adapted).save_pretrained(out)
 
 
-def _changed_tensors(config: AdapterConfig, base: BaseCheckpoint, merged: MergedTensors) -> AdapterLoader:
+def _changed_tensors(config: AdapterConfig, base: BaseCheckpoint, merged: MergedTensors, reason: str) -> AdapterLoader:
     updates: dict[str, TensorUpdate] = {}
     untied: dict[str, str] = {}
     for name in merged.names:
@@ -126,7 +123,7 @@ def _changed_tensors(config: AdapterConfig, base: BaseCheckpoint, merged: Merged
             untied[name] = origin
         if not _same(base.tensor(origin), merged.tensor(name)):
             updates[name] = TensorUpdate((Replacement(merged, name),), origin)
-    return AdapterLoader(base, updates, untied, config.where)
+    return AdapterLoader(base, updates, untied, config.where, by_peft=reason)
 
 
 def _tied(base: BaseCheckpoint, name: str) -> str:

@@ -64,6 +64,7 @@ class AdapterLoader:
         untied: {tensor the base does not store: tensor it is tied to there}.
         base: the base's checkpoint, shared.
         head: that the adapter brings along, the base having none or one of another size.
+        by_peft: why peft had to merge the adapter into a temporary directory; None where it had not to.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class AdapterLoader:
         untied: Mapping[str, str],
         where: str,
         head: OwnHead | None = None,
+        by_peft: str | None = None,
     ) -> None:
         self.base = base
         self.updates = updates
         self.untied = untied
         self.where = where
         self.head = head
+        self.by_peft = by_peft
         self.lock = threading.Lock()
         stored = base.loader.index
         paths = {**stored.tensor_paths, **{new: stored.tensor_paths[old] for new, old in untied.items()}}

@@ -125,7 +125,8 @@ def weight_files(directory: Path, stem: str = "model.safetensors") -> list[Path]
     if not index.is_file():
         if any(directory.glob("*.bin")):
             raise UserError(
-                f"{directory}: its weights are a pickle, which nobody should have to load; save it as safetensors"
+                f"{directory}: its weights are a pickle (.bin), which can run code when it is loaded, so it is not "
+                "read; save it as safetensors, or merge it again without --no-safe-serialization"
             )
         raise UserError(f"{directory}: no weights in it ({stem} or its index); is it complete?")
     return [directory / name for name in sorted(set(weight_map(index).values()))]

@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from importlib.metadata import version
@@ -118,7 +119,13 @@ def patch_raw_merge() -> None:
 def patch_architectures() -> None:
     """Plan by definitions that fit what the models store."""
     check_fit(("mergekit.architecture",))
+    logging.getLogger("mergekit.architecture").addFilter(_is_not_of_a_gap)
     replace(ARCHITECTURE_INFO, _around_architecture)
+
+
+def _is_not_of_a_gap(record: logging.LogRecord) -> bool:
+    """Keep it off the terminal that mergekit 0.1.5 has no definition of an architecture: ours fill the gap."""
+    return not record.getMessage().startswith("No JSON architecture found")
 
 
 def _around_architecture(own: Callable[..., Any]) -> Callable[..., Any]:

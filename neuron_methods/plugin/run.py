@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,7 +138,10 @@ class MergeRun:
             *untied_notes(self.configuration),
         ]
         for model in self.configuration.referenced_models():
-            if wrappers := getattr(LoaderCache().get(model), "wrappers", ""):
+            loader = LoaderCache().get(model)
+            if reason := getattr(loader, "by_peft", None):
+                self.plan.notes.append(f"{model.lora}: {reason}; peft merges it into a temporary directory first")
+            if wrappers := getattr(loader, "wrappers", ""):
                 self.plan.notes.append(f"{model}: read without {wrappers} in the names of its tensors")
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
@@ -171,9 +175,21 @@ class MergeRun:
             if session.planned_tensors:
                 raise
             # Up to here mergekit has read the YAML and the models' configs, nothing else.
-            raise UserError(f"{self.name}: {first_line(error)}") from error
+            raise UserError(f"{self.name}: {self._cured(first_line(error))}") from error
         finally:
             session.close()
+
+    def _cured(self, said: str) -> str:
+        """What mergekit says of a configuration, with what to do about a base that lacks a parameter."""
+        base = self.configuration.base_model
+        lacking = re.match(rf"Missing required parameter (\w+) for {re.escape(str(base))}\.", said)
+        if lacking is None:
+            return said
+        method, parameter = self.configuration.merge_method, lacking[1]
+        return (
+            f"{method} merges base_model {base} like the others, and it has no {parameter}; list it under models "
+            f"with a {parameter}, or leave base_model out"
+        )
 
     def plan_only(self, look: Callable[[Any], None], *, quiet: bool = True) -> None:
         """Let mergekit plan, and show `look` its checked plan while the models are open; nothing is merged or written.

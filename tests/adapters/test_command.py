@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,16 @@ def test_dry_run_of_adapters(config: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "task_arithmetic" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_what_peft_has_to_merge_first_is_told_in_a_note(made, tmp_path: Path) -> None:
+    saved = made("loha")
+    models = [{"model": f"{saved.base}+{saved.adapter}", "parameters": {"weight": 1.0}}]
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    command = [sys.executable, "-m", "neuron_methods", "merge", tmp_path / "merge.yaml"]
+    told = subprocess.run([*command, tmp_path / "told"], capture_output=True, text=True, check=True)
+    assert "peft merges it into a temporary directory first" in told.stdout
+    assert "WARNING" not in told.stderr
+    quiet = subprocess.run([*command, tmp_path / "quiet", "--quiet"], capture_output=True, text=True, check=True)
+    (note,) = quiet.stderr.splitlines()
+    assert quiet.stdout == "" and note.startswith(f"note: {saved.adapter}: adapters of type LOHA")

@@ -40,7 +40,10 @@ def test_what_is_not_there_or_not_whole_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match=f"^{file}: not a complete safetensors file"):
         stored_headers(tmp_path)
+    file.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match=r"a pickle \(.bin\).* merge it again without --no-safe-serialization"):
+        stored_headers(tmp_path)
     with pytest.raises(UserError, match=r"pytorch_model.bin: cannot be read back"):
         stored_headers(tmp_path, "pytorch_model.bin")
 

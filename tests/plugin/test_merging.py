@@ -176,3 +176,9 @@ def test_modules_of_t5_with_experts_of_their_own(workspace):
     for name in tensors:
         expected = {"encoder": a, "decoder": b, "shared": base}[name.split(".")[0]]
         torch.testing.assert_close(tensors[name], expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_base_that_is_merged_without_a_weight_is_told_the_cure(workspace):
+    workspace("llama-tied")
+    with pytest.raises(UserError, match=r"linear merges base_model base .* no weight; list it .* or leave"):
+        merge("merge_method: linear\nbase_model: base\nmodels:\n- model: expert-a\n  parameters: {weight: 1.0}\n")

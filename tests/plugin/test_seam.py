@@ -189,3 +189,13 @@ print(registry.get("min_merging").spec.name)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "min_merging"), done.stderr
+
+
+def test_no_word_of_definitions_that_mergekit_lacks_and_ours_fill(caplog):
+    from mergekit.architecture import arch_info_for_config
+    from transformers import PretrainedConfig
+
+    patches.arm()
+    with caplog.at_level("WARNING", "mergekit.architecture"):
+        assert arch_info_for_config(PretrainedConfig(architectures=["NobodyKnowsForCausalLM"])) is None
+    assert caplog.messages == []
