@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_object
+
+Found = TypeVar("Found")
 
 # As safetensors spells the dtypes that a merge can take.
 _DTYPES = {
@@ -154,9 +157,29 @@ def stored_headers(directory: Path, stem: str = "model.safetensors") -> dict[str
     Raises:
         UserError: naming the file that is missing or damaged, or the tensor that files and index disagree about.
     """
-    files, headers = HeaderFiles(), {}
+    files = HeaderFiles()
+
+    def read(file: Path) -> Mapping[str, Header]:
+        return files.all_of(str(file)) if stem.endswith(".safetensors") else _headers_of_pickle(file)
+
+    return _in_all_files(directory, stem, read)
+
+
+def stored_names(directory: Path, stem: str = "model.safetensors") -> list[str]:
+    """List the tensors of a directory, whatever dtypes they are stored in; arguments and errors as `stored_headers`."""
+
+    def read(file: Path) -> Mapping[str, Any]:
+        pickled = not stem.endswith(".safetensors")
+        return _headers_of_pickle(file) if pickled else dict.fromkeys(open_safetensors(file).keys())
+
+    return list(_in_all_files(directory, stem, read))
+
+
+def _in_all_files(directory: Path, stem: str, read: Callable[[Path], Mapping[str, Found]]) -> dict[str, Found]:
+    """What `read` finds in each file of weights, which must be what their index says."""
+    headers: dict[str, Found] = {}
     for file in weight_files(directory, stem):
-        found = files.all_of(str(file)) if stem.endswith(".safetensors") else _headers_of_pickle(file)
+        found = read(file)
         if twice := sorted(headers.keys() & found.keys()):
             raise UserError(f"{file}: tensor {twice[0]} is in another shard, too; save the model again")
         headers |= found

@@ -19,7 +19,14 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from neuron_methods.models.formats import quantised_with
-from neuron_methods.models.headers import Header, HeaderFiles, open_safetensors, stored_headers, weight_files
+from neuron_methods.models.headers import (
+    Header,
+    HeaderFiles,
+    open_safetensors,
+    stored_headers,
+    stored_names,
+    weight_files,
+)
 from neuron_methods.models.skeleton import Skeleton, model_class
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import read_object, write_json
@@ -136,11 +143,11 @@ def verify_model(
         UserError: naming the file and what is missing, left over, damaged, of another shape or dtype.
     """
     config = _read_config(place / "config.json", trust_remote_code)
-    headers = stored_headers(place, stem)
     architecture = (config.architectures or ["the class"])[0]
     checked = _unbuilt(config, place, architecture, trust_remote_code)
     if checked is not None:
-        return Verified("model", len(headers), "its index and headers", [checked])
+        return Verified("model", len(stored_names(place, stem)), "its index and headers", [checked])
+    headers = stored_headers(place, stem)
     model = model_class(config, place, trust_remote_code=trust_remote_code)
     report, poolerless = load_report(model, config, headers), []
     if _is_of_pooler(report.missing) and "add_pooling_layer" in inspect.signature(model).parameters:

@@ -72,6 +72,18 @@ def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused(base: Path) ->
     assert '"tie_word_embeddings": false' in refused(base)
 
 
+def test_weights_in_fp8_are_whole_by_their_index_and_headers(base: Path) -> None:
+    edit(base, lambda tensors: tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    done = verify(base)
+    assert done.exit_code == 0, done.output
+    assert "complete by its index and headers" in done.stdout
+    assert "quantised (fp8), so it was not built" in done.stdout
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-10])
+    assert "not a complete safetensors file" in refused(base)
+
+
 def test_custom_code_is_not_run_unasked_and_that_is_said(base: Path) -> None:
     (base / "modeling_own.py").write_text("raise SystemExit('run')")
     config = json.loads((base / "config.json").read_text())
