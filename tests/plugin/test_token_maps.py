@@ -61,12 +61,24 @@ def test_alike_are_the_same_file_more_or_fewer_tokens_and_none(folder):
     assert notes(out="again") == []
 
 
-def test_a_reserved_token_that_was_given_a_name_is_told(folder):
+@pytest.mark.parametrize("placeholder", ["<|reserved_special_token_5|>", "[unused1]", "<extra_id_0>", "<unused7>"])
+def test_a_reserved_token_that_was_given_a_name_is_told(folder, placeholder):
+    for name in ("base", "expert-a"):
+        save_tokenizer(folder / name, [*WORDS[:39], placeholder])
     save_tokenizer(folder / "expert-b", [*WORDS[:39], "<|im_start|>"])
     (note,) = notes()
     assert note == (
-        "base and expert-b name 1 tokens differently, whose rows are merged as one's: 39 is 'w38' and '<|im_start|>'"
+        "base and expert-b name 1 tokens differently, whose rows are merged as one's: "
+        f"39 is '{placeholder}' and '<|im_start|>'"
     )
+
+
+def test_one_number_for_two_words_is_refused(folder):
+    for name in ("base", "expert-a"):
+        save_tokenizer(folder / name, [*WORDS[:38], "<|unused|>", "<|a|>"])
+    save_tokenizer(folder / "expert-b", [*WORDS[:38], "<|c|>", "<|b|>"])
+    with pytest.raises(UserError, match=r"39 is '<\|b\|>' in expert-b and '<\|a\|>' in base, .*\{source: base\}"):
+        merge()
 
 
 def test_another_vocabulary_altogether(folder):
