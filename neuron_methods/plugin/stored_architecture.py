@@ -100,13 +100,16 @@ def stored_architecture(
                 foreign.setdefault(path, {}).update(own)
     infos = []
     for path in (path for path in skeleton.tensors if path in spelled):
-        own = spelled[path]
-        also = [name for name in foreign.get(path, {}) if name not in own]
-        (first, converted), *rest = own.items()
-        if not rest and not converted:
+        own, others_own = spelled[path], foreign.get(path, {})
+        also = [name for name in others_own if name not in own]
+        whole = [name for name, converted in {**own, **others_own}.items() if not converted]
+        if len(own) == 1 and len(whole) == 1 + len(also):
+            (first,) = own
             infos.append(_weight(skeleton, written(first), path, [first, *also]))
-        elif also:  # packed here and in parts there, or the other way round: merged as the class has it in memory
-            infos.append(_weight(skeleton, path, path))
+        elif also:
+            # Packed here and in parts there, or the other way round: merged as the class has it in memory. Parts are no
+            # other names of it; mergekit's loader converts them where it finds no such name.
+            infos.append(_weight(skeleton, path, path, whole))
         else:
             infos += [_weight(skeleton, written(name), path, [name]) for name in own]
     if (head := skeleton.output) in foreign and head not in spelled and skeleton.tied_to(head):
