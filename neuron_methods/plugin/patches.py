@@ -83,9 +83,9 @@ def patch_planner() -> None:
 
     def around(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def plan(planner: Any) -> None:
-            configure_planner(planner)
+            listed = configure_planner(planner)
             original(planner)
-            attach_to_planner(planner)
+            attach_to_planner(planner, listed)
 
         return plan
 

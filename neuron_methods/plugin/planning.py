@@ -7,7 +7,7 @@ its executors schedule them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -33,6 +33,7 @@ from neuron_methods.methods.contract import (
 from neuron_methods.models.headers import HeaderFiles
 from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
+from neuron_methods.plugin.layer_lists import move_layer_lists
 from neuron_methods.plugin.seam import method_of, planned_tasks, replan, tokenizer_task, use_method
 from neuron_methods.plugin.session import MergeSession, session_of
 from neuron_methods.plugin.stored_architecture import statistics_of
@@ -90,7 +91,7 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
     session: MergeSession | None = None
     copy_of: LoadTensor | None = None
     entries: int | None = None
-    average: bool = False
+    averaged: tuple[ModelReference, ...] | None = None
 
     def arguments(self) -> dict[str, Task]:
         """Ask for the tensors, and for the merge where the method is ours; only for a base that is to be copied."""
@@ -117,8 +118,8 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
             with self.session.merging(self.output_weight.name, {self.copy_of.model: base}) as inspect:
                 return inspect(base)
         assert tensors is not None
-        if self.average:
-            return _mean_of_statistics({m: t for m, t in tensors.items() if m != self.base_model} or tensors)
+        if self.averaged is not None:
+            return _mean_of_statistics({m: tensors[m] for m in self.averaged if m in tensors}, self.input_parameters)
         task = self
         if prepared is not None:
             parameters = ImmutableMap({**dict(self.parameters.items()), PREPARED: prepared})
@@ -129,25 +130,41 @@ class PlannedMergeTask(ExecuteMergeMethodTask, Task[Tensor], arbitrary_types_all
             return inspect(ExecuteMergeMethodTask.execute(task, tensors=tensors))
 
 
-def _mean_of_statistics(tensors: Mapping[Hashable, Tensor]) -> Tensor:
-    """The mean of what was measured; of counts the first."""
+def _mean_of_statistics(tensors: Mapping[Hashable, Tensor], parameters: Mapping[Hashable, Mapping[str, Any]]) -> Tensor:
+    """The mean of what was measured, by the weights of the method where it has such; of counts the first."""
     first = next(iter(tensors.values()))
     if not first.is_floating_point():
         return first
-    return torch.stack([tensor.float() for tensor in tensors.values()]).mean(0).to(first.dtype)
+    weights = {model: parameters[model]["weight"] for model in tensors if "weight" in parameters.get(model, {})}
+    # A variance that is a difference of others may be negative.
+    if not weights or min(weights.values()) < 0 or sum(weights.values()) == 0:
+        weights = dict.fromkeys(tensors, 1.0)
+    total = sum(tensors[model].double() * weight for model, weight in weights.items())
+    return (total / sum(weights.values())).to(first.dtype)
 
 
-def configure_planner(planner: Any) -> None:
+def configure_planner(planner: Any) -> frozenset[ModelReference]:
     """Precede `MergePlanner._plan`: a method that divides its tensors among others also takes their parameters.
+
+    Returns:
+        The models that the YAML lists; the planner adds the base to them.
 
     Raises:
         UserError: the YAML names a method that there is not.
     """
-    use_method(planner, configured(method_of(planner), planner.config))
+    config = planner.config
+    use_method(planner, configured(method_of(planner), config))
+    parts = [config, *(config.modules or {}).values()]
+    listed = {source.model for part in parts for output in part.slices or () for source in output.sources}
+    return frozenset(listed.union(source.model for part in parts for source in part.models or ()))
 
 
-def attach_to_planner(planner: Any) -> None:
+def attach_to_planner(planner: Any, listed: Collection[ModelReference]) -> None:
     """Follow `MergePlanner._plan`: give a method of ours the plan, and the session of our command a look at it.
+
+    Args:
+        planner: mergekit's.
+        listed: from `configure_planner`.
 
     Raises:
         UserError: what the method or the session refuses, before any tensor is read.
@@ -158,9 +175,14 @@ def attach_to_planner(planner: Any) -> None:
     tasks = [(w, _with_adapters(adapters, method, w, task)) for w, task in planned_tasks(planner)]
     if adapters.unties([weight for weight, _ in tasks]):
         planner.out_model_config.tie_word_embeddings = False
+    move_layer_lists(planner)
     # A batch norm's running mean is no weight: no method has anything to say of it.
     measured = statistics_of(planner.arch_info)
-    statistics = [(w, PlannedMergeTask(**{**dict(t), "average": True})) for w, t in tasks if w.name in measured]
+    statistics = [
+        (w, PlannedMergeTask(**{**dict(t), "averaged": tuple(m for m in t.model_order if m in listed)}))
+        for w, t in tasks
+        if w.name in measured
+    ]
     tasks = [(w, t) for w, t in tasks if w.name not in measured]
     if isinstance(method, PlannedMethod):
         # `dtype` would round inputs before their difference is taken. Our methods compute in float32 from the stored

@@ -129,7 +129,10 @@ class MergeRun:
             models = [model for model in self.configuration.referenced_models() if model in merged]
             self.plan.notes += compare_token_maps(models, self.name) if len(models) > 1 else []
         if measured := sorted(statistics_of(self.architecture)):
-            self.plan.notes.append(f"measured, not learned, so averaged over the experts: {listed(measured)}")
+            self.plan.notes.append(
+                "measured, not learned, so averaged over the models, by their weights where they have such: "
+                + listed(measured)
+            )
         self.plan.notes += self._notes
         self.plan.notes += [
             *dtype_notes(self.plan, self.configuration),

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from neuron_methods.plugin.merging import merge_to_directory
 from tests.support.checkpoints import configuration
 from tests.support.commands import run
-from tests.support.kinds import KINDS, model_class, save_kind
+from tests.support.kinds import KINDS, build_kind, model_class, save_kind
+
+MIXTURES = ("deepseek-v2", "deepseek-v3", "qwen2-moe", "qwen3-moe", "glm4-moe", "mixtral", "olmoe")
 
 
 def load(kind: str, path: Path) -> PreTrainedModel:
@@ -29,8 +31,7 @@ def test_every_parameter_is_the_weighted_mean_of_the_experts(kind: str, tmp_path
     merged = load(kind, tmp_path / "out").state_dict()
     assert merged.keys() == one.keys()
     for name, tensor in merged.items():
-        share = 0.5 if "running_" in name else 0.75  # what was measured is averaged
-        expected = share * one[name] + (1 - share) * other[name] if tensor.is_floating_point() else one[name]
+        expected = 0.75 * one[name] + 0.25 * other[name] if tensor.is_floating_point() else one[name]
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6, msg=name)
 
 
@@ -43,16 +44,54 @@ def test_methods_of_ours_merge_them_too(kind: str, tmp_path: Path) -> None:
     assert all(not torch.equal(base[name], merged[name]) for name in matrices)
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "neuro_merging"])
-def test_statistics_are_averaged_over_the_experts_and_that_is_said(method: str, tmp_path: Path) -> None:
-    save_kind(tmp_path, "resnet")
-    weights = {} if method == "linear" else {"parameters": {"weight": 0.5}}
-    summary = merge_to_directory(configuration(method, tmp_path, **weights), tmp_path / "out", progress=False)
-    one, other, merged = (load("resnet", tmp_path / n).state_dict() for n in ("expert-a", "expert-b", "out"))
+def weighted(method: str, folder: Path, *weights: float) -> str:
+    """YAML of a merge of the experts with these weights."""
+    models = [
+        {"model": str(folder / name), "parameters": {"weight": weight}}
+        for name, weight in zip(("expert-a", "expert-b"), weights, strict=True)
+    ]
+    return configuration(method, folder, models=models)
+
+
+@pytest.mark.parametrize("packed", ["base", "experts"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_packed_in_one_model_and_in_parts_in_another(kind: str, packed: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "expert-a", "expert-b")):
+        build_kind(kind, seed).save_pretrained(
+            tmp_path / name, save_original_format=(name == "base") != (packed == "base")
+        )
+    merge_to_directory(weighted("task_arithmetic", tmp_path, 0.75, 0.25), tmp_path / "out", progress=False)
+    base, one, other, merged = (load(kind, tmp_path / n).state_dict() for n in ("base", "expert-a", "expert-b", "out"))
+    for name, start in base.items():
+        expected = start + 0.75 * (one[name] - start) + 0.25 * (other[name] - start)
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "keys", "shares"),
+    [
+        ("linear", {"expert-a": 3.0, "expert-b": 1.0}, {}, {"expert-a": 0.75, "expert-b": 0.25}),
+        ("task_arithmetic", {"expert-a": 0.6, "expert-b": 0.2}, {}, {"expert-a": 0.75, "expert-b": 0.25}),
+        ("task_arithmetic", {"expert-a": 0.6, "expert-b": -0.2}, {}, {"expert-a": 0.5, "expert-b": 0.5}),
+        ("slerp", {"base": None, "expert-b": None}, {"parameters": {"t": 0.0}}, {"base": 0.5, "expert-b": 0.5}),
+        ("sce", {"expert-a": None, "expert-b": None}, {}, {"expert-a": 0.5, "expert-b": 0.5}),
+        ("neuro_merging", {"expert-a": 0.6, "expert-b": 0.2}, {}, {"expert-a": 0.75, "expert-b": 0.25}),
+    ],
+)
+def test_statistics_are_averaged_as_the_models_weigh_and_that_is_said(
+    method: str, models: dict, keys: dict, shares: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(save_kind(tmp_path, "resnet"))
+    entries = [{"model": m} | ({} if w is None else {"parameters": {"weight": w}}) for m, w in models.items()]
+    source = configuration(method, **{**keys, "models": entries})
+    summary = merge_to_directory(source, tmp_path / "out", progress=False)
+    states = {name: load("resnet", tmp_path / name).state_dict() for name in shares}
+    merged = load("resnet", tmp_path / "out").state_dict()
     measured = [name for name in merged if name.endswith(("running_mean", "running_var"))]
     assert measured
     for name in measured:
-        torch.testing.assert_close(merged[name], (one[name] + other[name]) / 2, rtol=0, atol=1e-6, msg=name)
+        expected = sum(share * states[model][name] for model, share in shares.items())
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6, msg=name)
     assert any("running_mean" in note and "averaged" in note for note in summary.notes)
 
 
