@@ -97,12 +97,12 @@ def heads_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def expected_body(base: str = "base") -> dict[str, Tensor]:
-    """base + 0.5 (cars − base) + 0.25 (digits − base), of what all have; the experts' mean of what norms measured."""
+    """base + 0.5 (cars − base) + 0.25 (digits − base), of what all have; norms' statistics by the weights' shares."""
     bodies = {name: body_of(load(name)) for name in (base, *WEIGHTS)}
     shared = set.intersection(*(set(body) for body in bodies.values()))
     origin = bodies[base]
     return {
-        name: (bodies["cars"][name] + bodies["digits"][name]) / 2
+        name: (2 * bodies["cars"][name] + bodies["digits"][name]) / 3
         if ".running_" in name
         else origin[name] + sum(w * (bodies[expert][name] - origin[name]) for expert, w in WEIGHTS.items())
         for name in shared
