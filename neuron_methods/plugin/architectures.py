@@ -50,7 +50,9 @@ def architecture_of_merge(
     if len({tuple(found.architectures or ()) for found in configs.values()}) > 1 and not options.allow_crimes:
         raise RuntimeError("Must specify --allow-crimes to attempt to mix different architectures")
     others = [LoaderCache().get(model).index.tensor_paths for model in models if model != base]
-    fits = own is not None and _demands_no_more(own, config, stored) and _adds_nothing(own, config, stored, others)
+    # Experts may spell their tensors otherwise than the base.
+    fits = own is not None and all(_demands_no_more(own, config, names) for names in (stored, *others))
+    fits = fits and _adds_nothing(own, config, stored, others)
     left = stored.keys() - known_names(own, config) if fits else ()
     if fits and not left:
         return own

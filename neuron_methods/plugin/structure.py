@@ -165,6 +165,12 @@ def _check_layers(
                 [f"have {extra}, which those of {base} lack"] * (extra is not None)
                 + [f"lack {lacking}, which those of {base} have"] * (lacking is not None)
             )
+            if written != part.start and [*map(sorted, _layer(of_base, part.start + offset))] == [*map(sorted, found)]:
+                raise UserError(
+                    f"{part.model}: slices put its layer {part.start + offset} where the output has layer "
+                    f"{written + offset}, and by the config of {base} that is another kind of layer; choose slices "
+                    "that leave each kind of layer in its place"
+                )
             raise UserError(
                 f"{part.model}: its layers {what or 'hold their tensors in another order'}; experts must have the "
                 "layout of the base they were fine-tuned from"
@@ -277,7 +283,10 @@ def _refuse_other_layers(
     skeleton = Skeleton.build(built, config)
     read = {name: new.path for name, new in skeleton.renamed(stored).items() if new.path in skeleton.tensors}
     of_class = {_numberless(path) for path in read.values()}
-    lacking = [name for name in lacking if name not in of_class]
+    # The base may spell them otherwise than the expert.
+    renamed = skeleton.renamed(weight.name for weight in weights)
+    in_memory = {_numberless(name): _numberless(new.path) for name, new in renamed.items()}
+    lacking = [name for name in lacking if of_class.isdisjoint({name, in_memory[name]})]
     order = list(skeleton.tensors)
     having = [_numberless(n) for n in sorted((n for n in having if n in read), key=lambda n: order.index(read[n]))]
     what = [f"have {name}, which those of {base} lack" for name in having[:1]]

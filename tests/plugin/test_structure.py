@@ -11,6 +11,7 @@ from neuron_methods.plugin.patches import register
 from neuron_methods.plugin.structure import check_structure, unknown_tensors
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import build, configuration, edit, fine_tune, save
+from tests.support.kinds import save_kind
 
 register()
 
@@ -97,6 +98,14 @@ def test_different_numbers_of_layers(workspace):
 def test_layers_and_modules_that_there_are_not(workspace, source, message):
     workspace("llama-tied")
     refused(f"merge.yaml: .*{message}", source)
+
+
+def test_slices_that_put_a_layer_in_the_place_of_another_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(save_kind(tmp_path, "qwen3-moe"))
+    refused(
+        "expert-a: slices put its layer 1 where the output has layer 0, and by the config of base that is another kind",
+        sliced([("expert-a", 1, 3)], [("expert-a", 0, 1)], merge_method="passthrough"),
+    )
 
 
 def test_slices_of_a_model_of_several_modules(workspace):
