@@ -266,6 +266,8 @@ def _unbuilt(config: PretrainedConfig, place: Path, architecture: str, trust_rem
     instead = "so it was not built; checked: that every file is whole and holds what the index says"
     if (how := quantised_with(config)) is not None:
         return f"quantised ({how}), {instead}"
+    if not config.architectures:
+        return f"config.json names no class (architectures), {instead}"
     if model_class(config, place, trust_remote_code=trust_remote_code) is not None:
         return None
     if getattr(config, "auto_map", None) and not trust_remote_code:

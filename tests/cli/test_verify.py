@@ -84,6 +84,15 @@ def test_weights_in_fp8_are_whole_by_their_index_and_headers(base: Path) -> None
     assert "not a complete safetensors file" in refused(base)
 
 
+def test_a_config_that_names_no_class_is_told(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]
+    (base / "config.json").write_text(json.dumps(config))
+    done = verify(base)
+    assert done.exit_code == 0, done.output
+    assert "config.json names no class (architectures), so it was not built" in done.stdout
+
+
 def test_custom_code_is_not_run_unasked_and_that_is_said(base: Path) -> None:
     (base / "modeling_own.py").write_text("raise SystemExit('run')")
     config = json.loads((base / "config.json").read_text())
