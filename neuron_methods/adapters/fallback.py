@@ -81,10 +81,7 @@ def refuse_unmergeable(config: AdapterConfig) -> None:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    if config.peft_type not in PeftType.__members__:
-        raise UserError(
-            f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft; update peft"
-        )
+    refuse_unknown(config)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[config.peft_type])
     if not hasattr(tuner, "merge_and_unload"):
         raise UserError(
@@ -93,6 +90,20 @@ def refuse_unmergeable(config: AdapterConfig) -> None:
         )
     if config.raw.get("layer_replication"):
         raise UserError(f"{config.where}: layer_replication gives the base more layers; it cannot be merged")
+
+
+def refuse_unknown(config: AdapterConfig) -> None:
+    """Refuse the types of adapters that peft does not know, by name.
+
+    Raises:
+        UserError: peft has no such type.
+    """
+    from peft import PeftType
+
+    if config.peft_type not in PeftType.__members__:
+        raise UserError(
+            f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft; update peft"
+        )
 
 
 def _merge(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuron_methods.adapters.completeness import refuse_incomplete
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.adapters.keys import AdaptedModule, sort_keys
 from neuron_methods.adapters.loader import BaseCheckpoint
@@ -92,9 +93,11 @@ class _Builder:
         modules, replaced = sort_keys(self.file.shapes)
         if not modules and not replaced:
             raise UserError(f"{self.file.where}: holds no tensors; save the adapter again")
+        whole = list(replaced)
         head = self._own_head(replaced)
         replaced = {path: key for path, key in replaced.items() if head is None or path not in head.keys}
         self._refuse_missing(modules, replaced)
+        refuse_incomplete(self.config, self.names.config, [module.path for module in modules], whole)
         for parameter, key in replaced.items():
             self._replace(self._find(parameter), key)
         for module in modules:
@@ -120,6 +123,8 @@ class _Builder:
         if any(self.names.is_converted(name) for name in missing):
             raise NeedsPeft(f"the base stores {missing[0]} in several tensors")
         paths = [name.removesuffix(".weight") for name in missing]
+        if self.names.skeleton is not None and (packed := self.names.skeleton.modules.keys() & set(paths)):
+            raise NeedsPeft(f"{min(packed)} carries factors, but has no weight of its own in the base")
         if len(missing) == len(wanted):
             example = next(iter(self.names.stored), "none")
             raise UserError(

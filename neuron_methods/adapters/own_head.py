@@ -68,7 +68,7 @@ def find_own_head(
     Returns:
         None where none of them is a head's, or the class that was trained is not to be had.
     """
-    model = _trained_class(config, base)
+    model = trained_class(config, base)
     try:
         skeleton = None if model is None else Skeleton.build(model, base)
     except UserError:
@@ -86,10 +86,19 @@ def find_own_head(
     return None
 
 
-def _trained_class(config: AdapterConfig, base: PretrainedConfig) -> type | None:
-    """The class that an adapter was trained on: by name, by its task, or the base's own."""
+def trained_class(
+    config: AdapterConfig, base: PretrainedConfig, place: str = "", *, trust_remote_code: bool = False
+) -> type | None:
+    """Find the class that an adapter was trained on: by name, by its task, or the base's own; None if none is there.
+
+    Args:
+        config: its adapter_config.json.
+        base: the base's config.
+        place: the base's directory or repository, where custom code lies.
+        trust_remote_code: whether custom code may be run.
+    """
     name = (config.raw.get("auto_mapping") or {}).get("base_model_class")
-    if name is not None:
-        return getattr(transformers, str(name), None)
+    if name is not None and (named := getattr(transformers, str(name), None)) is not None:
+        return named
     table: Any = getattr(transformers, _TASKS.get(str(config.raw.get("task_type")), ""), {})
-    return table.get(type(base), None) or model_class(base)
+    return table.get(type(base), None) or model_class(base, place, trust_remote_code=trust_remote_code)

@@ -153,12 +153,13 @@ def saved_modules(paths: Iterable[str], skeleton: Skeleton) -> dict[str, list[st
     """List what peft will store whole if `modules_to_save` names these modules; it looks at the ends of paths only.
 
     Returns:
-        {path of a module: paths of its parameters}.
+        {path of a module: paths of its parameters}, of none that lies within another: peft loads no module twice.
     """
-    wanted = tuple(paths)
+    named = set(paths)
+    wanted = tuple(path for path in named if not any(path.startswith(f"{other}.") for other in named))
     if not wanted:
         return {}
-    found = {}
+    found: dict[str, list[str]] = {}
     for path, module in skeleton.modules.items():
         if path.endswith(wanted):
             found[path] = [f"{path}.{name}" for name in module.state_dict()]

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import peft
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoConfig
 
 from neuron_methods.adapters.config import AdapterConfig
+from neuron_methods.adapters.fallback import refuse_unknown
+from neuron_methods.adapters.keys import sort_keys
+from neuron_methods.adapters.own_head import find_own_head, trained_class
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeights
 from neuron_methods.models.headers import Header, stored_headers
 from neuron_methods.models.reference import base_of
-from neuron_methods.models.skeleton import Skeleton, model_class
+from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.models.verification import Verified
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
@@ -56,11 +60,14 @@ def verify_adapter_directory(place: Path, *, trust_remote_code: bool = False) ->
         trust_remote_code: whether the base's custom code may be run.
 
     Raises:
-        UserError: naming the file that is damaged, or the tensor that is missing, without a place or of another shape.
+        UserError: naming the file that is damaged, the type that peft does not know, or the tensor that is missing,
+            without a place or of another shape.
     """
     config = AdapterConfig.read(str(place), str(place))
-    shapes = AdapterWeights(str(place), str(place)).shapes
-    skeleton, reason = _skeleton_of_base(config, place, trust_remote_code)
+    refuse_unknown(config)
+    file = AdapterWeights(str(place), str(place))
+    shapes = file.shapes
+    skeleton, reason = _skeleton_of_base(config, file, place, trust_remote_code)
     if skeleton is None:
         return Verified("adapter", len(shapes), "its headers", [f"{reason}, so it was not held against its base"])
     headers = stored_headers(place, SAFETENSORS_NAME)
@@ -74,15 +81,19 @@ def verify_adapter_directory(place: Path, *, trust_remote_code: bool = False) ->
     return Verified("adapter", len(headers), by)
 
 
-def _skeleton_of_base(config: AdapterConfig, place: Path, trust_remote_code: bool) -> tuple[Skeleton | None, str]:
-    """The base's skeleton, as far as its config is here, and else why not. The network is not asked."""
+def _skeleton_of_base(
+    config: AdapterConfig, file: AdapterWeights, place: Path, trust_remote_code: bool
+) -> tuple[Skeleton | None, str]:
+    """The skeleton of what was trained, as far as the base's config is here, and else why not; no network is asked."""
     try:
         base = base_of(config.raw, str(place), str(place))
         options = {"revision": base.revision, "local_files_only": True, "trust_remote_code": trust_remote_code}
         found = AutoConfig.from_pretrained(base.path, **options)
     except (UserError, OSError, ValueError) as error:
         return None, f"the config of its base is not to be had here ({first_line(error)})"
-    model = model_class(found, base.path, trust_remote_code=trust_remote_code)
+    if (own := find_own_head(config, file, found, sort_keys(file.shapes)[1])) is not None:
+        return Skeleton.build(own.model, own.config), ""
+    model = trained_class(config, found, base.path, trust_remote_code=trust_remote_code)
     if model is None:
         return None, f"its base is a {(found.architectures or ['model'])[0]}, a class that is not to be had"
     return Skeleton.build(model, found), ""
@@ -104,14 +115,27 @@ def _verify_places(directory: Path, written: Mapping[str, Header], skeleton: Ske
             warnings.simplefilter("ignore")
             model = PeftModel(skeleton.model, config, low_cpu_mem_usage=True)
             expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+            # With a targeted or resized embedding peft stores the base's own weights, too, by their names in memory.
+            places = model.state_dict() | expected
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"verification failed: peft cannot load the adapter: {first_line(error)}") from None
     for key, header in written.items():
-        if key not in expected:
+        if key not in places:
             raise UserError(f"verification failed: peft would not find a place for {key}")
-        shape = list(expected[key].shape)
+        shape = list(places[key].shape)
         if shape != list(header.shape):
             raise UserError(f"verification failed: peft would take {key} of shape {shape}, not {list(header.shape)}")
     # Of biases only those that changed are stored; the others stay the base's.
     if missing := sorted(key for key in expected.keys() - written.keys() if ".lora_" in key):
         raise UserError(f"verification failed: peft would miss {missing[0]}")
+    stored = {key: torch.empty(tuple(header.shape), device="meta") for key, header in written.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unexpected = set_peft_model_state_dict(model, stored).unexpected_keys
+    except KeyError as error:
+        raise UserError(f"verification failed: peft would miss {error.args[0]}") from None
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"verification failed: peft cannot load the adapter: {first_line(error)}") from None
+    if unexpected:
+        raise UserError(f"verification failed: peft would not find a place for {unexpected[0]}")

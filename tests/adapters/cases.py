@@ -129,6 +129,7 @@ CASES: dict[str, Case] = {
         lora(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
         lazy=False,
     ),
+    "experts-all-linear": Case(mixtral, lora(target_modules="all-linear"), lazy=False),
     "pissa": Case(llama, lora(target_modules=["q_proj"], init_lora_weights="pissa"), lazy=False),
     "ia3": Case(
         llama,

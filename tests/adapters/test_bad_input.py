@@ -70,6 +70,26 @@ def test_a_head_that_the_base_does_not_have(tmp_path: Path, made, refused) -> No
     assert "target modules missing in the base: score (1 of 3" in refused(adapter)
 
 
+def test_a_module_to_save_that_is_not_in_the_file(tmp_path: Path, made, refused) -> None:
+    base = made("llama").base
+    adapter = train(base, lora(target_modules=["q_proj"], modules_to_save=["lm_head"])(), tmp_path / "adapter")
+    rewrite(adapter, lambda stored: {key: value for key, value in stored.items() if "lm_head" not in key})
+    assert "adapter_config.json names lm_head, and the file holds no tensors for it" in refused(adapter)
+
+
+def test_a_targeted_module_that_is_not_in_the_file(adapter: Path, refused) -> None:
+    rewrite(adapter, lambda stored: {key: value for key, value in stored.items() if "layers.1.mlp.up_proj" not in key})
+    assert "adapter_config.json names model.layers.1.mlp.up_proj, and the file" in refused(adapter)
+
+
+@pytest.mark.parametrize("options", [{"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.self_attn.q_proj"]}])
+def test_what_the_config_leaves_out_is_not_missed(options: dict, tmp_path: Path, made) -> None:
+    base = made("llama").base
+    saved = lora(target_modules=["q_proj"], modules_to_save=["layernorm"], **options)()
+    adapter = train(base, saved, tmp_path / "adapter")
+    LoaderCache().get(ModelReference.parse(f"{base}+{adapter}"))
+
+
 def test_rank_mismatch_between_factors(adapter: Path, refused) -> None:
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     rewrite(adapter, lambda stored: {**stored, key: stored[key][:, :3]})

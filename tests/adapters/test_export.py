@@ -269,3 +269,20 @@ def test_an_existing_output_is_left_alone_unless_forced(experts, tmp_path: Path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
     as_adapter(two(experts), tmp_path / "adapter", precision=Precision(rank=2), force=True)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("model", [cases.clip_vision, cases.gpt_oss])
+def test_a_module_stored_whole_for_a_parameter_of_its_own_is_named_without_its_children(model, tmp_path: Path) -> None:
+    base = save_base(model(), tmp_path / "base")
+    moved = cases.load(base)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    moved.save_pretrained(tmp_path / "moved")
+    source = content("task_arithmetic", tmp_path / "moved", base)
+    expected = in_full(source, tmp_path / "full")
+    as_adapter(source, tmp_path / "adapter", precision=EXACT)
+    found = merged_by_peft(base, tmp_path / "adapter", tmp_path / "merged")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=2e-6, msg=lambda m, p=name: f"{p}: {m}")

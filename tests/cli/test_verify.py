@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
 from neuron_methods.cli import main
 from tests.support.checkpoints import build, edit
@@ -130,6 +131,48 @@ def test_a_factor_of_another_shape_is_named(adapter: Path) -> None:
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     edit_adapter(adapter, lambda tensors: tensors.update({key: torch.ones(8, 5)}))
     assert key in refused(adapter)
+
+
+def train(base: Path, model, **options) -> Path:
+    model = get_peft_model(model, LoraConfig(**options))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(base.parent / "trained")
+    return base.parent / "trained"
+
+
+def test_a_module_to_save_that_is_not_in_the_file_is_missed(base: Path) -> None:
+    place = train(base, build("llama-tied"), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    edit_adapter(place, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
+    assert "peft would miss base_model.model.lm_head.weight" in refused(place)
+
+
+def test_a_module_to_save_within_another_is_refused_as_peft_cannot_load_it(base: Path) -> None:
+    place = train(base, build("llama-tied"), target_modules=["q_proj"], modules_to_save=["mlp"])
+    assert verify(place).exit_code == 0
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["mlp", "up_proj"]}))
+    assert "peft" in refused(place)
+
+
+def test_embeddings_that_peft_has_saved_with_their_factors_have_a_place(tmp_path: Path) -> None:
+    build("llama-untied").save_pretrained(tmp_path / "base")
+    place = train(tmp_path / "base", build("llama-untied"), target_modules=["embed_tokens", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(place / "adapter_model.safetensors")
+    done = verify(place)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_classifier_on_a_base_of_another_class_has_a_place(base: Path) -> None:
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=5)
+    done = verify(train(base, model, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    assert done.exit_code == 0, done.output
+    assert "on LlamaForSequenceClassification" in done.stdout
+
+
+def test_a_type_that_peft_does_not_know_is_named(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "NEWEST"}))
+    assert "adapters of type NEWEST are unknown to this version of peft; update peft" in refused(adapter)
 
 
 def test_an_adapter_whose_base_is_elsewhere_is_checked_by_itself_and_that_is_said(adapter: Path) -> None:
