@@ -89,8 +89,10 @@ def _skeleton_of_base(
         base = base_of(config.raw, str(place), str(place))
         options = {"revision": base.revision, "local_files_only": True, "trust_remote_code": trust_remote_code}
         found = AutoConfig.from_pretrained(base.path, **options)
-    except (UserError, OSError, ValueError) as error:
-        return None, f"the config of its base is not to be had here ({first_line(error)})"
+    except UserError as error:
+        return None, f"its base is not on this machine ({first_line(error)})"
+    except (OSError, ValueError):
+        return None, f"the config of its base {config.base_model} is not on this machine"
     if (own := find_own_head(config, file, found, sort_keys(file.shapes)[1])) is not None:
         return Skeleton.build(own.model, own.config), ""
     model = trained_class(config, found, base.path, trust_remote_code=trust_remote_code)
