@@ -58,9 +58,11 @@ def test_no_network_is_asked_about_what_is_here(checkpoints, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.splitlines()
+    warning, line = done.stderr.splitlines()
+    assert "does not answer" in warning
     assert line == (
-        "error: model models/expert-z: no such directory here (check the path), and the Hub cannot be asked"
+        "error: model models/expert-z: no such directory here (check the path), and not in the Hub's cache, where the "
+        "Hub cannot be asked"
     )
     assert sorted(os.listdir(tmp_path)) == ["hub.yaml", "local.yaml", "models", "out"]
 
