@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods.models.reference import ADAPTER_CONFIG as CONFIG_NAME
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object
 
 # Written by peft 0.4 to 0.21, and either handled here or without influence on the merged weights.
 _KNOWN = frozenset(

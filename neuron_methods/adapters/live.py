@@ -20,8 +20,9 @@ from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeight
 from neuron_methods.models.loading import placed_weights
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object, write_text
+from neuron_methods.support.files import write_text
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line
 

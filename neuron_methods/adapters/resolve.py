@@ -18,8 +18,8 @@ from pydantic import BaseModel
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.models.formats import quantised_with
 from neuron_methods.models.reference import base_of, is_adapter, local_directory, same_model
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object
 
 LOG = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ def linearity(config: Path, data: tuple[str, ...], output: Path | None, **settin
     """
     from neuron_methods.plugin.updates import plan_updates
     from neuron_methods.profiling.linearity import measure_linearity
-    from neuron_methods.support.yaml_source import read_text
+    from neuron_methods.support.documents import read_text
 
     updates = plan_updates(read_text(config), str(config))
     report = measure_linearity(updates, data, **settings)

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import debug_option
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
-from neuron_methods.support.yaml_source import read_text
+from neuron_methods.support.documents import read_text
 
 EPILOG = """\b
 Examples:

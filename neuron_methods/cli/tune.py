@@ -77,7 +77,7 @@ def tune(
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.evaluation.tuning.study import TuneSettings, report_lines
     from neuron_methods.evaluation.tuning.study import tune as search_best
-    from neuron_methods.support.yaml_source import read_text
+    from neuron_methods.support.documents import read_text
 
     chosen = choose_tasks(load_tasks(tasks), only, batch_size)
     result = search_best(

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_methods.support.documents import read_json
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_json, write_json
+from neuron_methods.support.files import write_json
 
 FORMAT = "mergekit-neuron groups"
 VERSION = 1

@@ -19,8 +19,8 @@ from torch import Tensor
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
 from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
+from neuron_methods.support.documents import read_json
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_json
 
 FORMAT = "mergekit-neuron/trim-profile"
 VERSION = 1

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object, write_json
+from neuron_methods.support.files import write_json
 
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken", ".tokenizer")
 _OF_TOKENIZERS = re.compile(r"token|vocab|merges|chat_template|dict|bpe|\.(?!json$|txt$)[^.]+$")

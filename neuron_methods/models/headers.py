@@ -11,8 +11,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object
 
 Found = TypeVar("Found")
 

@@ -16,8 +16,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from neuron_methods.models.hub import hub_file
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

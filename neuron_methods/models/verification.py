@@ -28,8 +28,9 @@ from neuron_methods.models.headers import (
     weight_files,
 )
 from neuron_methods.models.skeleton import Skeleton, model_class
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object, write_json
+from neuron_methods.support.files import write_json
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line, listed
 

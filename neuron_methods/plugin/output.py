@@ -26,8 +26,9 @@ from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_merg
 from neuron_methods.plugin.session import session_of
 from neuron_methods.plugin.token_maps import tokenizer_place
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import is_disk_full, read_object
+from neuron_methods.support.files import is_disk_full
 from neuron_methods.support.text import first_line, format_bytes, listed
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import torch
 from neuron_methods.kernels.groups import domain_shares, label_neurons
 from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
 from neuron_methods.neurons.profile_file import NeuronProfile
+from neuron_methods.support.documents import read_text
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import columns
-from neuron_methods.support.yaml_source import read_text
 
 # One label: (layer, neuron, group), and where it was read, for messages.
 Label = tuple[str, Any, str, str]

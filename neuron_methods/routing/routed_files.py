@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods.models.hub import hub_answers
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object, write_json
+from neuron_methods.support.files import write_json
 from neuron_methods.support.text import first_line
 
 CONFIG_NAME = "routed_config.json"

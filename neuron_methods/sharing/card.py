@@ -27,8 +27,8 @@ from neuron_methods.sharing.licences import Licences, find_licences
 from neuron_methods.sharing.model_names import ModelNames, parts_of, reduced_yaml
 from neuron_methods.sharing.settings import profiled_datasets, variants_of
 from neuron_methods.sharing.snippets import heads_section, loading_snippet, pipeline_tag
+from neuron_methods.support.documents import read_json
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_json
 
 MERGEKIT_URL = "https://github.com/arcee-ai/mergekit"
 _PACKAGES = ("mergekit", "transformers", "torch", "peft", "safetensors")

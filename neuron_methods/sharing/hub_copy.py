@@ -19,8 +19,8 @@ from neuron_methods.sharing.card import with_model_id
 from neuron_methods.sharing.licences import front_matter
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
 from neuron_methods.sharing.routed_card import make_routed_card
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_object
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")

@@ -19,9 +19,10 @@ from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
 from neuron_methods.sharing.report.pages import FOLDER, require_matplotlib, write_report
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
 from neuron_methods.sharing.verification import verify_directory
+from neuron_methods.support.documents import read_text
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
-from neuron_methods.support.yaml_source import YamlSource, read_text
+from neuron_methods.support.yaml_source import YamlSource
 
 
 def merge_witness(report: bool = False, evaluation: Path | None = None) -> MergeWitness:

@@ -1,4 +1,4 @@
-"""Files of this package: written whole or not at all, read with their format and version checked.
+"""Files of this package: written whole or not at all.
 
 A directory is complete or absent: written beside its place, verified, moved into place. What stood there before is
 touched only at the very end, and put back if the move fails. Whatever ends the run before that, an error or a signal,
@@ -62,45 +62,6 @@ def file_in_place_after(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         beside.unlink(missing_ok=True)
-
-
-def read_object(path: str | os.PathLike[str], what: str = "", again: str = "make it again") -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Args:
-        path: the file.
-        what: what it is to the user, for messages: "groups", "profile".
-        again: what to do where it is damaged: how to make such a file.
-
-    Raises:
-        UserError: it is missing, truncated, or holds something else.
-    """
-    shown = f"{what} {path}".strip()
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{shown}: cannot be read ({error.strerror or error}); check the path") from None
-    except ValueError:
-        raise UserError(f"{shown}: truncated, or not valid JSON; {again}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{shown}: expected a JSON object, found a {type(content).__name__}; {again}")
-    return content
-
-
-def read_json(path: str | os.PathLike[str], what: str, *, format: str, version: int, again: str) -> dict[str, Any]:
-    """Read a file that says its format and version; `what` and `again` are as for `read_object`.
-
-    Raises:
-        UserError: it is missing, truncated, of another format or version.
-    """
-    content = read_object(path, what, again)
-    if content.get("format") != format:
-        raise UserError(f"{what} {path}: not a file of the format {format!r}; {again}")
-    if content.get("version") != version:
-        raise UserError(
-            f"{what} {path}: version {content.get('version')!r}, but this release reads version {version}; {again}"
-        )
-    return content
 
 
 def check_target(out_path: str | os.PathLike[str], force: bool, inputs: Iterable[str] = ()) -> Path:

@@ -16,6 +16,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def shortened(value: object, most: int = 80, *, quote: bool = True) -> str:
+    """Show a value out of a file in one line: escaped, so that no terminal obeys it, and cut where it is long."""
+    shown = repr(value) if quote else str(value).encode("unicode_escape").decode()
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Suggest the most similar known word, as `; did you mean 'x'?`; "" where none is similar."""
     close = difflib.get_close_matches(str(word), list(known), n=1)

@@ -13,25 +13,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from neuron_methods.support.documents import MOST_YAML, compose_yaml, parse_yaml, read_text
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import did_you_mean, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that appears twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"key {key.value!r} appears twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class YamlSource:
         Raises:
             UserError: it cannot be read, too.
         """
-        return cls.parse(read_text(path), str(path), expected)
+        return cls.parse(read_text(path, most=MOST_YAML), str(path), expected)
 
     @classmethod
     def parse(cls, text: str, name: str, expected: str) -> YamlSource:
@@ -69,14 +55,7 @@ class YamlSource:
         Raises:
             UserError: naming the line where it is unreadable or repeats a key, or what was found instead of a mapping.
         """
-        try:
-            content = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or str(error)
-            reading = "" if "appears twice" in problem else "not readable as YAML: "
-            raise UserError(f"{name}{where}: {reading}{problem}") from None
+        content = parse_yaml(text, name)
         if not isinstance(content, dict):
             found = "it is empty" if content is None else f"found a {type(content).__name__}"
             raise UserError(f"{name}: expected {expected}; {found}")
@@ -88,7 +67,8 @@ class YamlSource:
         Args:
             location: keys and positions in lists, from the top.
         """
-        node = yaml.compose(self.text, yaml.SafeLoader)
+        node = compose_yaml(self.text, self.name)
+        assert node is not None  # an empty document has no content to be wrong
         line = node.start_mark.line + 1
         for part in location:
             if isinstance(node, yaml.MappingNode):
@@ -158,18 +138,6 @@ class YamlPart:
         for key in content:
             if key not in known:
                 raise self.error(unknown("key", key, known), str(key))
-
-
-def read_text(path: str | Path) -> str:
-    """Read a text file that the user named.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:

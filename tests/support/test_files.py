@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from neuron_methods.support.documents import read_json, read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import (
     check_target,
@@ -17,8 +18,6 @@ from neuron_methods.support.files import (
     give_ordinary_permissions,
     is_disk_full,
     move_into_place,
-    read_json,
-    read_object,
     signals_held,
     staging_directory,
     write_json,
@@ -223,23 +222,3 @@ def test_json_is_written_as_it_is_read_back(tmp_path):
     assert text == json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     assert read_object(tmp_path / "file.json") == content
     assert read_json(tmp_path / "file.json", "profile", format="f", version=2, again="profile again") == content
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "groups {}: cannot be read (No such file or directory); check the path"),
-        ('{"format": ', "groups {}: truncated, or not valid JSON; write it anew"),
-        ("[1]", "groups {}: expected a JSON object, found a list; write it anew"),
-        ("{}", "groups {}: not a file of the format 'f'; write it anew"),
-        ('{"format": "f"}', "groups {}: version None, but this release reads version 2; write it anew"),
-        ('{"format": "f", "version": 3}', "groups {}: version 3, but this release reads version 2; write it anew"),
-    ],
-)
-def test_json_that_is_another(tmp_path, text, message):
-    path = tmp_path / "file.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_json(path, "groups", format="f", version=2, again="write it anew")
-    assert str(caught.value) == message.format(path)

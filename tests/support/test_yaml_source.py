@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.yaml_source import YamlPart, YamlSource, read_text
+from neuron_methods.support.yaml_source import YamlPart, YamlSource
 
 TEXT = """\
 # experts
@@ -124,8 +124,3 @@ def test_reading_a_file(tmp_path):
     (tmp_path / "good.yml").write_text(TEXT, encoding="utf-8")
     source = YamlSource.read(tmp_path / "good.yml", "experts")
     assert (source.name, source.text) == (str(tmp_path / "good.yml"), TEXT)
-    (tmp_path / "bad.yml").write_bytes(b"\xff\xfe\x00")
-    for name, why in (("none.yml", "No such file or directory"), ("bad.yml", "not UTF-8"), (".", "Is a directory")):
-        with pytest.raises(UserError) as caught:
-            read_text(tmp_path / name)
-        assert str(caught.value) == f"{tmp_path / name}: cannot be read ({why})"

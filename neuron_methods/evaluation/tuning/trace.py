@@ -11,8 +11,9 @@ from typing import Any
 
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.tuning.search import Point, key_of
+from neuron_methods.support.documents import read_json, read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import read_json, read_object, write_json, write_text
+from neuron_methods.support.files import write_json, write_text
 
 FORMAT = "mergekit-neuron-tune"
 VERSION = 1
