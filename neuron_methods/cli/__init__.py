@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import click
 
 from neuron_methods import __version__
-from neuron_methods.cli.common import debug_option, exiting_on_signals, reporting_errors
+from neuron_methods.cli.common import asking_nobody, debug_option, exiting_on_signals, reporting_errors
 
 
 class Subcommand(NamedTuple):
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; see `neuron_methods.cli.common` for what its errors become."""
-        with exiting_on_signals(), reporting_errors(ctx):
+        with asking_nobody(), exiting_on_signals(), reporting_errors(ctx):
             return super().invoke(ctx)
 
 

@@ -6,6 +6,7 @@ signal n.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import signal
@@ -105,6 +106,20 @@ def reporting_errors(context: click.Context) -> Iterator[None]:
             traceback.print_exc(file=sys.stderr)
         click.echo(f"error: {describe_error(error)}", err=True)
         context.exit(1)
+
+
+@contextmanager
+def asking_nobody() -> Iterator[None]:
+    """Let nothing ask on stdin inside the block, where `yes |` would answer: not whether to run a model's code."""
+
+    def refuse(_prompt: object = "") -> str:
+        raise EOFError("nobody is asked")
+
+    original, builtins.input = builtins.input, refuse
+    try:
+        yield
+    finally:
+        builtins.input = original
 
 
 def _leave(signal_number: int, _frame: FrameType | None) -> None:

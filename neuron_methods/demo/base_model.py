@@ -49,9 +49,11 @@ def save_base(gguf: Path, directory: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The reader's progress bar goes to stderr whatever the verbosity; the demo has its own account of its stages.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+        )
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32, **options
         ).to(torch.bfloat16)
         # What came out of the file is dense now, but transformers 5 refuses to save what it takes for quantized.
         model.hf_quantizer = None
@@ -69,7 +71,9 @@ def load_model(directory: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -77,4 +81,4 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved beside a model; SmolLM2's adds no special tokens."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

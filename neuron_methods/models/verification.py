@@ -74,6 +74,7 @@ def load_report(model: type, config: PretrainedConfig, headers: Mapping[str, Hea
                 None,
                 config=config,
                 state_dict=stored,
+                trust_remote_code=False,
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

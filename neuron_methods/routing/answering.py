@@ -17,6 +17,7 @@ from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.routed_files import routed_directory
 from neuron_methods.routing.routes import Routing
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 
 def _told(given: str, answered: str, routing: Routing, sample: int, as_json: bool) -> str:
@@ -92,13 +93,12 @@ def _generate(
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
     torch.manual_seed(seed)
-    output, routing = model.generate(
-        **inputs,
-        return_routing=True,
-        max_new_tokens=max_new_tokens,
-        do_sample=sample,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": sample, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        output, routing = model.generate(**inputs, **settings, return_routing=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of settings that the base brings along
+        problem = f"the base's generation_config.json cannot be followed: {first_line(error)}"
+        raise UserError(f"{model.base_reference}: {problem}") from error
     if model.kind == "causal":
         output = output[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
