@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -14,9 +16,16 @@ from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
 from neuron_methods.data.sources import Sample, SourceReader
 from neuron_methods.data.texts import TextFeeder
 from neuron_methods.data.tokens import TokenBatch
+from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line, shortened
 
 NAME_WIDTH = 64  # characters kept of an image's name, from its end
+#: Formats that are decoded here; others would start programs (EPS) or were never asked for.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MOST_PIXELS = 100_000_000
+MOST_BYTES = 1 << 30  # of a file, more of which is not looked at
+LONGEST = 200  # sides, one to the other; resizing the shorter one to what a model reads makes the longer one so large
 
 
 class ImageFeeder(Feeder):
@@ -47,7 +56,7 @@ class ImageFeeder(Feeder):
 
     def pixels(self, samples: list[Sample]) -> Tensor:
         """Make float32 pixels (B, channels, height, width)."""
-        images = [self._open(sample).convert("RGB") for sample in samples]
+        images = [self._open(sample) for sample in samples]
         return self.processor(images, return_tensors="pt")["pixel_values"]
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
@@ -64,23 +73,17 @@ class ImageFeeder(Feeder):
         return [{"image": "".join(map(chr, filter(None, name)))} for name in payloads.tolist()]
 
     def _open(self, sample: Sample) -> Any:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         value = sample.values[0]
         if isinstance(value, Image.Image):
-            return value
+            return value.convert("RGB")
         path = value.get("path") if isinstance(value, dict) else value
         content = value.get("bytes") if isinstance(value, dict) else None
-        if not content and not isinstance(path, str):
+        if not isinstance(content, bytes) and not isinstance(path, str):
             raise self.wrong_value(sample, 0, "an image")
-        try:
-            image = Image.open(io.BytesIO(content) if content else path)
-            image.load()
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(
-                f"{self.reader.label}: cannot read image {image_name(sample)} of row {sample.row}: {error}"
-            ) from error
-        return image
+        where = f"{self.reader.label}: image {shortened(image_name(sample), quote=False)} of row {sample.row}"
+        return read_image(content or path, where)
 
     def class_of(self, sample: Sample) -> int:
         """Find the model's number of a sample's label; raises UserError if it has no such class."""
@@ -141,11 +144,45 @@ class ImageTextFeeder(Feeder):
 
     def _caption(self, sample: Sample) -> str:
         text, names = sample.values[1], self.reader.labels
-        if isinstance(text, int) and names:
+        if isinstance(text, int) and names and 0 <= text < len(names):
             return f"a photo of a {names[text]}"
         if not isinstance(text, str):
             raise self.wrong_value(sample, 1, "text, or a class with a name")
         return text
+
+
+def read_image(source: str | os.PathLike[str] | bytes, where: str) -> Any:
+    """Decode an image, RGB, of PIL.
+
+    Args:
+        source: path, letter by letter, or bytes.
+        where: what messages begin with.
+
+    Raises:
+        UserError: it is no regular file, of no format that is read, damaged, or has too many pixels.
+    """
+    from PIL import Image
+
+    if isinstance(source, bytes):
+        content = source
+    else:
+        with open_file(source, where) as file:
+            content = file.read(MOST_BYTES)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PIL, about what is refused below
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = image.size
+        if width * height > MOST_PIXELS or max(width, height) > LONGEST * min(width, height):
+            raise UserError(
+                f"{where}: {width} x {height} pixels; images of up to {MOST_PIXELS // 10**6} million pixels and sides "
+                f"of up to {LONGEST} to 1 are read"
+            )
+        return image.convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever the bytes make them stumble over
+        raise UserError(f"{where}: cannot be read as an image ({first_line(error)})") from None
 
 
 def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Where the data comes from: ``NAME=SOURCE`` on the command line, samples read as a stream by `datasets`.
+"""Where the data comes from: ``NAME=SOURCE`` on the command line, samples read as a stream.
 
 SOURCE is one of
 
@@ -7,39 +7,39 @@ SOURCE is one of
 - ``HUB-ID[@CONFIG]:SPLIT[:COLUMNS]``: a data set of the hub, such as ``openai/gsm8k@main:train:question,answer``.
 
 COLUMNS is one column or two with a comma: ``text``, ``input,target`` for text-to-text and instruction data,
-``image,label`` or ``image,text`` for images.
+``image,label`` or ``image,text`` for images. A local path is taken letter by letter and read here; data sets of the
+hub are read by `datasets`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neuron_methods.data.files import format_of
+from neuron_methods.data.folders import Table, open_table
+from neuron_methods.models.reference import looks_local
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line, listed
 
-_FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-    ".text": "text",
-}
-_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?")
+_SPLIT = re.compile(r"[\w.-]+")
 _SYNTAX = "NAME=LOCAL[:[SPLIT:]COLUMNS] or NAME=HUB-ID[@CONFIG]:SPLIT[:COLUMNS]"
 
 # Rows drawn ahead of, so that their order is random. Images are not decoded before they are needed.
 SHUFFLE_BUFFER = 1000
 _PATHS_BUFFER = 100_000
+#: Characters that a text may have, which a tokenizer turns into some hundred times as many bytes.
+MOST_TEXT = 8 << 20
+_LOOKED_AT = 100  # rows that tell which columns there are
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def parse_source(text: str) -> DataSource:
     name, equals, source = text.partition("=")
     if not equals or not source or not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"--data {text}: expected {_SYNTAX}, where NAME is of letters, digits, '.', '_' and '-'")
-    location, *fields = [source] if Path(source).exists() else source.split(":")
+    location, fields = _split_off_fields(source)
     if len(fields) > 2 or not all((location, *fields)):
         raise UserError(f"--data {text}: expected {_SYNTAX}")
     local = is_local(location, f"--data {text}")
@@ -114,10 +114,22 @@ def parse_source(text: str) -> DataSource:
     else:
         location, _, config = location.partition("@")
         split, *given = fields
+    if split is not None and not _SPLIT.fullmatch(split):
+        raise UserError(f"--data {text}: {split!r} is no name of a split; expected {_SYNTAX}")
     columns = tuple(column.strip() for column in given[0].split(",")) if given else ()
     if len(columns) > 2 or not all(columns):
         raise UserError(f"--data {text}: expected one column or two with a comma between, found {given[0]!r}")
     return DataSource(name, location, local, config or None, split, columns)
+
+
+def _split_off_fields(source: str) -> tuple[str, list[str]]:
+    """Tell a location, which may hold colons itself where it is there, from the fields behind it."""
+    parts = source.split(":")
+    for count in range(3):
+        location = ":".join(parts[: len(parts) - count])
+        if location and os.path.exists(location):
+            return location, parts[len(parts) - count :]
+    return parts[0], parts[1:]
 
 
 def is_local(location: str, where: str) -> bool:
@@ -126,15 +138,11 @@ def is_local(location: str, where: str) -> bool:
     Raises:
         UserError: it can only be a file or folder, and is not there; `where` is for the message.
     """
-    if Path(location).exists():
+    if os.path.exists(location):
         return True
-    if not _HUB_ID.fullmatch(location) or _format_of(location) or Path(location).is_absolute():
+    if not _HUB_ID.fullmatch(location) or format_of(location) or looks_local(location):
         raise UserError(f"{where}: there is no file or folder {location!r}")
     return False
-
-
-def _format_of(location: str) -> str | None:
-    return _FORMATS.get(Path(location.removesuffix(".gz")).suffix.lower())
 
 
 def is_empty(value: Any) -> bool:
@@ -168,17 +176,15 @@ class SourceReader:
             UserError: it cannot be opened, is empty, or has no such split or column.
         """
         self.source, self.left_out = source, 0
-        self._rows = _undecoded(self._open())
-        first = next(self.rows(), None)
-        if first is None:
+        self._table = self._open()
+        found = tuple(dict.fromkeys(column for _, row in itertools.islice(self.rows(), _LOOKED_AT) for column in row))
+        if not found:
             raise UserError(f"{self.label}: it is empty")
-        found = tuple(first[1])
         self.columns = source.columns or tuple(column for column in default_columns if column in found)
         missing = [column for column in (self.columns or default_columns[:1]) if column not in found]
         if missing:
-            raise UserError(f"{self.label}: there is no column {missing[0]!r} (there are: {', '.join(found)})")
-        features = self._rows.features or {}
-        self.labels: list[str] | None = getattr(features.get(self.columns[-1]), "names", None)
+            raise UserError(f"{self.label}: there is no column {missing[0]!r} (there are: {listed(found, 20)})")
+        self.labels: list[str] | None = self._table.labels.get(self.columns[-1])
 
     @property
     def label(self) -> str:
@@ -203,80 +209,69 @@ class SourceReader:
 
         def kept() -> Iterator[tuple[int, tuple[Any, ...]]]:
             for row, columns in itertools.islice(self.rows(), start, stop):
-                values = tuple(columns[column] for column in self.columns)
+                values = tuple(columns.get(column) for column in self.columns)
+                for column, value in zip(self.columns, values, strict=True):
+                    if isinstance(value, str) and len(value) > MOST_TEXT:
+                        found = f"a text of {len(value)} characters, more than {MOST_TEXT}"
+                        raise UserError(
+                            f"{self.label}: column {column!r} of row {row} holds {found}; cut it into several samples"
+                        )
                 if leave_out(values):
                     self.left_out += 1
                 else:
                     yield row, values
 
-        drawn = shuffled(kept(), _PATHS_BUFFER if self._is_image_folder else SHUFFLE_BUFFER, seed)
+        drawn = shuffled(kept(), _PATHS_BUFFER if self._table.images else SHUFFLE_BUFFER, seed)
         for order, (row, values) in enumerate(itertools.islice(drawn, limit or None)):
             yield Sample(order, row, values)
 
-    @property
-    def _is_image_folder(self) -> bool:
-        return self.source.local and Path(self.source.location).is_dir() and _holds_images(Path(self.source.location))
-
-    def _open(self) -> Any:
-        """The streaming data set."""
-        import datasets
-
+    def _open(self) -> Table:
         source = self.source
-        arguments: dict[str, Any] = {"split": source.split or "train", "streaming": True}
-        if not source.local:
-            arguments |= {"path": source.location, "name": source.config}
-        elif Path(source.location).is_dir():
-            folder = {"path": "imagefolder", "data_dir": source.location}
-            arguments |= folder if self._is_image_folder else {"path": source.location}
-        else:
-            kind = _format_of(source.location)
-            if kind is None:
-                raise UserError(
-                    f"{self.label}: the kind of this file is unknown (known: {', '.join(_FORMATS)}, and folders)"
-                )
-            arguments |= {"path": kind, "data_files": source.location}
-            if ".tsv" in Path(source.location).suffixes:
-                arguments["sep"] = "\t"
         try:
-            return datasets.load_dataset(**arguments)
-        except StopIteration:
-            raise UserError(f"{self.label}: it is empty") from None
-        except Exception as error:  # whatever datasets, fsspec, pyarrow and pandas raise
-            raise UserError(f"{self.label}: cannot open it: {type(error).__name__}: {error}") from error
+            return open_table(Path(source.location), source.split) if source.local else _of_the_hub(source)
+        except UserError as error:
+            raise UserError(f"{self.label}: cannot open it: {error}") from None
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Read all rows, in their order, with their numbers."""
-        rows = iter(self._rows)
+        rows = self._table.rows()
         for number in itertools.count():
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # as in _open
-                raise UserError(
-                    f"{self.label}: cannot read on at row {number}: {type(error).__name__}: {error}"
-                ) from error
+            except UserError as error:
+                raise UserError(f"{self.label}: cannot read on at row {number}: {error}") from None
             yield number, row
 
 
-def _undecoded(rows: Any) -> Any:
-    """The data set with its images as paths and bytes, for whoever needs them to decode."""
+def _of_the_hub(source: DataSource) -> Table:
+    """Open a data set of the hub, with its images as paths and bytes, for whoever needs them to decode."""
     import datasets
 
-    for column, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
+    if "/" not in source.location and hasattr(datasets.packaged_modules, source.location):
+        raise UserError(f"{source.location!r} is no data set but a format; name a file")
+    arguments: dict[str, Any] = {"path": source.location, "name": source.config, "split": source.split or "train"}
+    with _raising_user_errors():
+        rows = datasets.load_dataset(**arguments, streaming=True)
+        for column, feature in (rows.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+    named = {column: getattr(feature, "names", None) for column, feature in (rows.features or {}).items()}
+
+    def read() -> Iterator[dict[str, Any]]:
+        with _raising_user_errors():
+            yield from rows
+
+    return Table(read, {column: names for column, names in named.items() if names})
 
 
-def _holds_images(folder: Path) -> bool:
-    """Whether the first data file or image found below a folder is an image."""
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in _IMAGES:
-            return True
-        if _format_of(path.name) and not path.name.startswith("metadata."):
-            return False
-    return False
+@contextmanager
+def _raising_user_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever datasets, fsspec, pyarrow and the network raise
+        raise UserError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def shuffled(rows: Iterator[Any], size: int, seed: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neuron_methods.data.images import read_image
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.models.loading import device_map, load_processor
 from neuron_methods.models.reference import Place
@@ -106,14 +107,7 @@ def _generate(
 
 
 def _classify(model: NeuronRoutedModel, processor: Any, images: Sequence[Path]) -> tuple[list[str], Routing]:
-    from PIL import Image, UnidentifiedImageError
-
-    opened = []
-    for path in images:
-        try:
-            opened.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"--image {path}: cannot be read as an image ({error})") from None
+    opened = [read_image(path, f"--image {path}") for path in images]
     pixels = processor(opened, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     with torch.no_grad():
         output, routing = model(pixel_values=pixels, return_routing=True)

@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -54,22 +54,37 @@ def read_bytes(path: str | os.PathLike[str], what: str = "", *, most: int = MOST
         UserError: it is not there, is a directory, pipe, socket or device, or is longer.
     """
     shown = f"{what} {path}".strip()
+    with open_file(path, shown) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(
+                f"{shown}: {format_bytes(size)} long, but no such file has more than {format_bytes(most)}; check what "
+                "it is"
+            )
+        return file.read(most + 1)
+
+
+def open_file(path: str | os.PathLike[str], shown: str) -> BinaryIO:
+    """Open a regular file to read it piece by piece; the path is taken letter by letter, `shown` is for messages.
+
+    Raises:
+        UserError: it is not there, is a directory, pipe, socket or device.
+    """
+    descriptor = None
     try:
         # O_NONBLOCK: the opening of a pipe that nobody writes to returns at once.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{shown}: no regular file but a pipe, socket or device; give a file")
-            if status.st_size > most:
-                raise UserError(
-                    f"{shown}: {format_bytes(status.st_size)} long, but no such file has more than "
-                    f"{format_bytes(most)}; check what it is"
-                )
-            return file.read(most + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{shown}: no regular file but a pipe, socket or device; give a file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if not isinstance(error, (OSError, ValueError)):  # ValueError: a null byte in the path
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{shown}: cannot be read ({reason}); check the path") from None
 

@@ -435,7 +435,8 @@ def test_the_command(experts, folder):
     assert written["best"]["point"] == best["parameters"]
     assert [task["count"] for task in written["test"]["tasks"]] == [8, 8]
     missing = CliRunner().invoke(main, ["tune", "none.yml", *command[2:]])
-    assert (missing.exit_code, missing.stderr) == (1, "error: none.yml: cannot be read (No such file or directory)\n")
+    message = "error: none.yml: cannot be read (No such file or directory); check the path\n"
+    assert (missing.exit_code, missing.stderr) == (1, message)
 
 
 def test_several_processes_are_refused(experts, folder, monkeypatch):

@@ -306,7 +306,7 @@ class TestMistakes:
         model = tiny.save_model("vit", tmp_path / "vit")
         images = tiny.write_images(tmp_path / "images", 1)
         (images / "dog" / "0.png").write_bytes(b"nonsense")
-        message = "cannot read image dog/0.png"
+        message = "image dog/0.png of row .: cannot be read as an image"
         self.refused(message, str(model), [f"a={images}"], tmp_path / "p.safetensors")
 
     def test_a_label_that_the_model_does_not_have(self, tmp_path):
