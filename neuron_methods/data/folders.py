@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from neuron_methods.data.files import FORMATS, Row, format_of, label_names, rows_of
 from neuron_methods.support.documents import MOST_YAML, Foreign, parse_yaml, read_text, validated
 from neuron_methods.support.errors import UserError
@@ -134,7 +136,7 @@ class _Config(Foreign):
 
 
 class _Readme(Foreign):
-    configs: tuple[_Config, ...] = ()
+    configs: list[_Config] = Field(default_factory=list)
 
 
 def _configured(folder: Path, names: list[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
@@ -27,6 +28,7 @@ MOST_JSON = 256 << 20
 MOST_YAML = 1 << 20  # PyYAML reads about 100 kB a second
 MOST_LINE = 64 << 20
 _DEEPEST = 100
+_SURROGATE = r"(?i)\\ud[89a-f]"  # an escape of one, which may be alone
 _MOST_NODES = 100_000  # of a YAML, with its aliases followed
 
 
@@ -115,10 +117,14 @@ def parse_json(text: str | bytes, shown: str, again: str = "make it again") -> A
     try:
         content = json.loads(text, object_pairs_hook=_without_repetition)
         _check_depth(content)
+        if re.search(_SURROGATE if isinstance(text, str) else _SURROGATE.encode(), text):
+            json.dumps(content, ensure_ascii=False).encode()
     except _Repeated as error:
         raise UserError(f"{shown}: key {shortened(error.key)} appears twice in one object; {again}") from None
     except RecursionError:
         raise UserError(f"{shown}: nested more than {_DEEPEST} deep; {again}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{shown}: holds half of a surrogate pair, which is no character; {again}") from None
     except ValueError:
         raise UserError(f"{shown}: truncated, or not valid JSON; {again}") from None
     return content
