@@ -162,7 +162,10 @@ def _configured(folder: Path, names: list[str]) -> dict[str, list[str]]:
             split, paths = (files.split, files.path) if isinstance(files, _Files) else ("train", files)
             for pattern in [paths] if isinstance(paths, str) else paths:
                 found.setdefault(split, []).extend(n for n in names if _fits(n, pattern))
-    return {split: list(dict.fromkeys(files)) for split, files in found.items() if files}
+    found = {split: list(dict.fromkeys(files)) for split, files in found.items() if files}
+    if configs and not found:
+        raise UserError("the data_files of its README.md name nothing in the folder; mend it, or name a file")
+    return found
 
 
 def _fits(name: str, pattern: str) -> bool:
