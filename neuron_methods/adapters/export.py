@@ -26,6 +26,8 @@ from neuron_methods.adapters.placement import (
     task_type,
 )
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
+from neuron_methods.kernels.response import truncated
+from neuron_methods.methods.contract import LowRankUpdate
 from neuron_methods.models.headers import Header
 from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.support.errors import UserError
@@ -44,12 +46,14 @@ class KindSummary:
         ranks: one per matrix.
         energy: Σ ‖ΔW‖².
         error: Σ ‖ΔW − B·A‖².
+        answered: per matrix that a method has in factors itself: share of its responses, squared, that they keep.
     """
 
     kind: str
     ranks: list[int] = field(default_factory=list)
     energy: float = 0.0
     error: float = 0.0
+    answered: list[float] = field(default_factory=list)
 
     @property
     def energy_kept(self) -> float:
@@ -64,9 +68,11 @@ class KindSummary:
     def __str__(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
         ranks = f"rank {low}" if low == high else f"rank {low} to {high}"
+        mean = sum(self.answered) / max(len(self.answered), 1)
+        responses = f"{100 * mean:.2f} % of the responses' energy, " if self.answered else ""
         return (
-            f"{self.kind}: {len(self.ranks)} matrices, {ranks}, {100 * self.energy_kept:.2f} % of the energy, "
-            f"error norm {self.error_norm:.4g}"
+            f"{self.kind}: {len(self.ranks)} matrices, {ranks}, {responses}{100 * self.energy_kept:.2f} % of the "
+            f"energy, error norm {self.error_norm:.4g}"
         )
 
 
@@ -186,13 +192,14 @@ class AdapterBuilder:
             entries = entries // (outputs * inputs) * rank * (outputs + inputs)
         return entries * self.precision.dtype.itemsize
 
-    def add(self, name: str, base: Tensor, merged: Tensor) -> None:
+    def add(self, name: str, base: Tensor, merged: Tensor, low_rank: LowRankUpdate | None = None) -> None:
         """Take one tensor.
 
         Args:
             name: as in `places`.
             base: the base's weight, any float dtype and device.
             merged: what the merge makes of it, likewise.
+            low_rank: the merged update in factors, where its method has them.
 
         Raises:
             UserError: the update is not finite, and that is not allowed or it is to be factored.
@@ -206,6 +213,8 @@ class AdapterBuilder:
             return
         if not place.module:
             self._left_out.append(place.path)
+        elif low_rank is not None and place.kind in ("linear", "transposed", "convolution"):
+            self._reduce(place, update, low_rank)
         elif stored_whole:
             (self._biases if place.kind == "bias" else self._whole)[place.path] = merged
         else:
@@ -284,6 +293,22 @@ class AdapterBuilder:
         kind.ranks.append(rank)
         kind.energy += sum(one.energy for one in found)
         kind.error += sum(one.error for one in found)
+
+    def _reduce(self, place: Place, update: Tensor, given: LowRankUpdate) -> None:
+        """Take a method's own factors: all of them, or those of lower rank that answer most alike."""
+        reduced, answered = truncated(*given, self.precision.rank, self.precision.energy)
+        a, b = (t.to("cpu", self.precision.dtype).contiguous() for t in (reduced.a, reduced.b))
+        energy = float(update.double().square().sum())
+        matrix = layout_shape(update, place.kind)
+        error = float((matrix - b.float() @ a.float()).double().square().sum())
+        kind = self._kinds.setdefault(_leaf(place), KindSummary(_leaf(place)))
+        kind.ranks.append(len(a))
+        kind.energy += energy
+        kind.error += error
+        kind.answered.append(answered)
+        if place.kind == "convolution":
+            a, b = a.reshape(len(a), *update.shape[1:]), b.reshape(*b.shape, *[1] * (update.ndim - 2))
+        self._factored[place.path] = _Factored(place, a, b, len(a))
 
     def _shared(self, skeleton: Skeleton) -> dict[str, _Factored]:
         """Factors of what changes with a tensor that it is tied to: peft applies factors to a module, not to a weight.

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from neuron_methods.adapters.checkpoint_names import StoredNames
 from neuron_methods.adapters.own_head import OwnHead
 from neuron_methods.adapters.updates import TensorUpdate
+from neuron_methods.kernels.task_vectors import LowRankTaskVector
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.support.errors import UserError
 
@@ -123,6 +124,20 @@ class AdapterLoader:
         if update is None:
             return None
         return update.task_vector(lambda: self.base.tensor(update.origin, device), device)
+
+    def low_rank(self, name: str, device: str = "cpu") -> LowRankTaskVector | None:
+        """Give what the adapter adds to the base's tensor as B·A; None where it is not of that kind.
+
+        What the adapter leaves alone is of rank 0.
+        """
+        header = self.header(name)
+        if name not in self.updates:
+            if len(header.shape) < 2:
+                return None
+            outer, inner = header.shape[0], header.entries // max(header.shape[0], 1)
+            none = torch.zeros(outer, 0, device=device), torch.zeros(0, inner, device=device)
+            return LowRankTaskVector.of(*none, header.shape)
+        return self.updates[name].low_rank(device)
 
     def get_tensor(
         self,

@@ -22,6 +22,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.task_vectors import LowRankTaskVector
+
 # How a layer keeps its weight, given B·A of shape (out, in).
 Layout = Literal["linear", "transposed", "embedding", "convolution", "experts", "experts_transposed"]
 
@@ -123,6 +125,11 @@ class LowRank(Step):
         """See `Step.apply`; the base is not read."""
         a, b = self._read(self.a, device), self._read(self.b, device)
         return _add(task_vector, low_rank_delta(a, b, self.scaling, self.layout, self.shape))
+
+    def factors(self, device: str) -> tuple[Tensor, Tensor]:
+        """Read (s · B, A), float32, as matrices of which the inputs of a convolution are flattened."""
+        a, b = self._read(self.a, device), self._read(self.b, device)
+        return b.flatten(1) * self.scaling, a.flatten(1)
 
     def equals(self, other: Step) -> bool:
         """See `Step.equals`; an embedding keeps its factors the other way round than a head."""
@@ -240,6 +247,19 @@ class TensorUpdate:
             task_vector = step.apply(task_vector, weights, device)
         assert task_vector is not None
         return task_vector.contiguous()
+
+    def low_rank(self, device: str = "cpu") -> LowRankTaskVector | None:
+        """Give τ as B·A; None where other steps than `LowRank` are taken, or on what is no matrix."""
+        pairs, layouts = [], set()
+        for step in self.steps:
+            if not isinstance(step, LowRank) or step.layout not in ("linear", "transposed", "convolution"):
+                return None
+            pairs.append(step.factors(device))
+            layouts.add((step.layout, step.shape))
+        ((layout, shape),) = layouts
+        b = torch.cat([b for b, _ in pairs], dim=1)
+        a = torch.cat([a for _, a in pairs], dim=0)
+        return LowRankTaskVector.of(b, a, shape, layout == "transposed")
 
     def weights(self, base: Callable[[], Tensor], device: str = "cpu") -> Tensor:
         """Form the expert's weights, float32: base + τ, or the stored values where they replace the base's."""

@@ -12,16 +12,18 @@ under the name `PREPARED`. A merge in memory brings all its tensors in one call,
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 from torch import Tensor
 
+from neuron_methods.kernels.response import LowRank
 from neuron_methods.support.errors import UserError
 
 Thing = TypeVar("Thing")
@@ -40,6 +42,34 @@ class ModelFacts:
     config: Any
 
 
+#: What a weight is to its module: a matrix whose rows are neurons (a convolution's, too), one whose columns are; the
+#: table of the token embeddings; a stack of either kind of matrix, as mixtures of experts keep them.
+Role = Literal["matrix", "transposed", "tokens", "packed", "packed_transposed"]
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a weight stands in its model.
+
+    Attributes:
+        module: path in memory of the module whose weight it is; None where only the tensor's name is known.
+        role: what it is to it.
+        linear: whether the module multiplies its inputs with it.
+    """
+
+    module: str | None
+    role: Role
+    linear: bool = False
+
+    @classmethod
+    def guessed(cls, name: str) -> TensorPlace:
+        """Tell by a tensor's name alone, where no model's class can be asked."""
+        if ".experts." in name and not re.search(r"\.experts\.\d+\.", name):
+            return cls(None, "packed")
+        tokens = re.search(r"(embed_tokens|word_embeddings|token_embedding|tok_embeddings|wte|shared)\.weight$", name)
+        return cls(None, "tokens" if tokens else "matrix")
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedTensor:
     """One tensor the merge will write, before it is read.
@@ -54,6 +84,7 @@ class PlannedTensor:
         entries: number of floating-point entries, where that is known without reading.
         untouched: every expert is known to equal the base here, and the tensor will be copied; `entries` is known.
         model: the model that the merge writes; None where only tensors are merged.
+        place: tells where the tensor stands in that model; None where no class can be asked.
     """
 
     name: str
@@ -64,6 +95,7 @@ class PlannedTensor:
     entries: int | None = None
     untouched: bool = False
     model: ModelFacts | None = None
+    place: Callable[[], TensorPlace | None] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +123,23 @@ class Inputs(NamedTuple):
     experts: dict[Hashable, Tensor]
 
 
+class LowRankUpdate(NamedTuple):
+    """A merged update as its method has it: B·A, and what weighs its directions (see `kernels.response.truncated`)."""
+
+    update: LowRank
+    moments: Tensor
+
+
 class PreparedMerge(ABC):
     """One merge by a method of ours, from its plan to its last tensor.
 
     Attributes:
         settings: those given to `measure`.
+        low_rank: {tensor: its merged update in factors}, of those that the method merges so; None where nobody asks.
     """
 
     settings = MergeSettings()
+    low_rank: dict[str, LowRankUpdate] | None = None
 
     def reads(self) -> set[str]:
         """Name the tensors that `measure` will read; empty where it reads none."""
@@ -142,7 +183,12 @@ class PlannedMethod(MergeMethod):
 
     Experts may come as `neuron_methods.kernels.task_vectors.TaskVector`, in planned tensors and in groups:
     `fill_task_vector` is used wherever the base would be subtracted.
+
+    Attributes:
+        takes_low_rank: whether a `LowRankTaskVector` is used as it is, so that adapters' updates need not be formed.
     """
+
+    takes_low_rank: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMerge:

@@ -319,7 +319,7 @@ class DelegatingMerge(PreparedMerge):
 def _weights(expert: Tensor, base: Tensor) -> Tensor:
     """θ_t in float32, from the weights or the task vector."""
     if isinstance(expert, TaskVector):
-        return expert.as_subclass(Tensor).float() + base.float()
+        return expert.dense().float() + base.float()
     return expert.float()
 
 

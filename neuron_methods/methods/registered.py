@@ -10,8 +10,9 @@ def register_methods() -> None:
     from neuron_methods.methods.min_merging import MinMerging
     from neuron_methods.methods.neuro_merging import NeuroMerging
     from neuron_methods.methods.neuron_merge import NeuronMerge
+    from neuron_methods.methods.neuron_response import NeuronResponse
 
     known = {method.spec.name for method in registry.registered_methods()}
-    for method_class in (NeuroMerging, MinMerging, NeuronMerge):
+    for method_class in (NeuronResponse, NeuroMerging, MinMerging, NeuronMerge):
         if method_class.spec.name not in known:
             registry.register(method_class())

@@ -137,7 +137,16 @@ class Skeleton:
     @cached_property
     def vocabulary(self) -> set[str]:
         """Paths of the parameters whose first axis counts tokens: of the token embeddings and of the head."""
-        modules = [_embeddings(self.model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
+        return self._alike("get_input_embeddings", "get_output_embeddings")
+
+    @cached_property
+    def token_embeddings(self) -> set[str]:
+        """Paths of the tables of token embeddings, and of what is tied to them."""
+        return self._alike("get_input_embeddings")
+
+    def _alike(self, *getters: str) -> set[str]:
+        """Paths of all parameters of some embeddings, under each of their names."""
+        modules = [_embeddings(self.model, name) for name in getters]
         counted = {
             id(parameter)
             for module in modules

@@ -60,7 +60,9 @@ class KeepUpdate(Task[None], arbitrary_types_allowed=True):
                 f"{self.name}: the merge makes {list(merged.shape)} of the base's {list(base.shape)}, which no adapter "
                 "can; leave tokenizer out of the YAML, or write the merge as a model"
             )
-        self.builder.add(self.name, base, merged)
+        prepared = self.merge.measure.plan.prepared if getattr(self.merge, "measure", None) is not None else None
+        low_rank = prepared.low_rank.pop(self.name, None) if prepared is not None and prepared.low_rank else None
+        self.builder.add(self.name, base, merged, low_rank)
 
 
 class AdapterOutput(Output):
@@ -92,6 +94,8 @@ class AdapterOutput(Output):
         _check_depth(planner, self.base, run.name)
         places = settle({weight.name: found for weight, _, _, found in kept})
         session = session_of(planner.options)
+        if session is not None and session.prepared is not None:
+            session.prepared.low_rank = {}
         nonfinite = session is not None and session.allow_nonfinite
         self.builder = builder = AdapterBuilder(places, self.precision, allow_nonfinite=nonfinite, unchanged=unchanged)
         # An optional tensor may be missing from what mergekit writes.

@@ -31,11 +31,15 @@ from neuron_methods.support.errors import UserError
 class LoadTaskVector(LoadTensor):
     """Load the task vector of an adapter on the merge's base instead of the expert's weights."""
 
+    low_rank: bool = False
+
     def execute(self) -> Tensor | None:
-        """Form B·A, or zeros that take no memory where the adapter leaves the tensor alone."""
+        """Form B·A, or zeros that take no memory where the adapter leaves the tensor alone; B and A if `low_rank`."""
         loader = LoaderCache().get(self.model)
         name = stored_name(self, loader)
         assert name is not None
+        if self.low_rank and (low := loader.low_rank(name, self.device or "cpu")) is not None:
+            return low
         task_vector = loader.task_vector(name, self.device or "cpu")
         if task_vector is None:
             task_vector = torch.zeros((), device=self.device or "cpu").expand(loader.header(name).shape)
@@ -46,11 +50,12 @@ class GatherTaskVectors(GatherTensors):
     """Gather the weights of some models and the task vectors of others."""
 
     direct: tuple[ModelReference, ...] = ()
+    low_rank: bool = False
 
     def arguments(self) -> dict[str, Task]:
         """Ask for one load per model, by its name."""
         return {
-            key: LoadTaskVector(**dict(load)) if load.model in self.direct else load
+            key: LoadTaskVector(**dict(load), low_rank=self.low_rank) if load.model in self.direct else load
             for key, load in super().arguments().items()
         }
 
@@ -109,7 +114,8 @@ class AdapterPlan:
             return task, base_load, entries
         update: dict[str, Any] = {"out_dtype": task.out_dtype or self._stored_dtype(loads, names)}
         if direct and on_base and base in loads:
-            update["gather_tensors"] = GatherTaskVectors(**dict(gather), direct=tuple(on_base))
+            low_rank = getattr(method_of(self.planner), "takes_low_rank", False)
+            update["gather_tensors"] = GatherTaskVectors(**dict(gather), direct=tuple(on_base), low_rank=low_rank)
         return task.model_copy(update=update), None, entries
 
     def unties(self, weights: Sequence[WeightInfo]) -> bool:

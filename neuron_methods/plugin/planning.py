@@ -38,6 +38,7 @@ from neuron_methods.plugin.seam import method_of, planned_tasks, replan, tokeniz
 from neuron_methods.plugin.session import MergeSession, session_of
 from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import left_over
+from neuron_methods.plugin.tensor_places import TensorPlaces
 from neuron_methods.support.progress import progress_bar
 
 
@@ -288,12 +289,14 @@ def attach(
                 counted.add(weight.name)
         return frozenset(weight.name for weight, _ in tasks) - counted
 
+    places = TensorPlaces(model.config, [weight.name for weight, _ in tasks]) if model is not None else None
     prepared = method.prepare(
         [
             replace(
                 _planned_tensor(known_values, device, weight, task),
                 repeats=lambda name=weight.name: name in repeating(),
                 model=model,
+                place=lambda name=weight.name: places.of(name) if places is not None else None,
             )
             for weight, task in tasks
         ]

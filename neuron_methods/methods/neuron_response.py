@@ -1,0 +1,221 @@
+"""Merging by response: every neuron answers each expert's inputs as that expert's neuron does, and nothing else.
+
+Our own method; its kin are named in kernels/response.py, where the formula stands. For each weight matrix:
+
+1. Split    drop from every neuron's update what is parallel to its base weights (NeuroMerging, arXiv:2503.05320,
+            step 2): `subspace: orthogonal`; `all` leaves it
+2. Inputs   of an expert: the rows of its update (no data), measured ones, or both: `inputs`
+3. Merge    the update that answers every expert's inputs as that expert does, by least squares with a `ridge`; what no
+            expert's inputs say anything about goes `toward` zero, the mean or the sum of the updates
+4. Scale    what the ridge shrinks is undone; λ is `lambda` times that
+5. Points   0-D and 1-D tensors have no inputs to tell apart: mean, or sum, of the updates
+6. Tokens   tables of token embeddings are no linear layers: mean of the updates, or rows as in 3
+
+An adapter's update stays in its factors: neither it nor a d × d matrix is formed, and what comes out is of the rank of
+all of them together, unless step 1 is asked for: taking c w out of every neuron leaves no low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_methods.kernels.response import Expert, LowRank, ResponseOptions, merge_responses
+from neuron_methods.kernels.rows import neuron_rows, row_blocks
+from neuron_methods.kernels.spectrum import remove_parallel_
+from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector, fill_task_vector
+from neuron_methods.methods.contract import (
+    Inputs,
+    LowRankUpdate,
+    PlannedMethod,
+    PlannedTensor,
+    PreparedMerge,
+    TensorPlace,
+    nonfinite,
+)
+from neuron_methods.methods.inputs_file import InputsFile
+from neuron_methods.methods.parameters import choice, method_spec, number, text
+from neuron_methods.support.errors import UserError
+
+NAME = "neuron_response"
+
+
+class NeuronResponse(PlannedMethod):
+    """The method `neuron_response` as mergekit sees it."""
+
+    takes_low_rank = True
+
+    spec = method_spec(
+        NAME,
+        "merging by response",
+        "https://github.com/",
+        number("weight", 0, default=1.0, of="expert", about="how much the expert's inputs count; ratios matter"),
+        number("ridge", 0, default=0.1, about="how firmly directions that no input takes are held; 0: pseudo-inverse"),
+        choice("toward", "zero", "mean", "sum", about="what holds where no expert's inputs say anything"),
+        choice("subspace", "orthogonal", "all", about="merge what is orthogonal to each neuron's base weights, or all"),
+        choice("inputs", "update", "profile", "both", of="expert", about="where the expert's inputs are taken from"),
+        text("profile", of="expert", about="file of mergekit-neuron profile --inputs, of this expert on its task"),
+        choice("loudness", "equal", "own", about="experts count alike, or by the energy of their updates"),
+        number("lambda", default=1.0, about="scale of the merged update, times what undoes the ridge's shrinking"),
+        choice("points", "mean", "sum", about="how norms and biases are merged"),
+        choice("embeddings", "mean", "rows", about="token embeddings: mean of the updates, or by response"),
+    )
+
+    def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuronResponse:
+        """Open the experts' profiles, and refuse those that do not fit the merge.
+
+        Raises:
+            UserError: naming the profile, and what it lacks.
+        """
+        return PreparedNeuronResponse(tensors)
+
+
+class PreparedNeuronResponse(PreparedMerge):
+    """One merge by `neuron_response`.
+
+    Attributes:
+        energy: Σ of what the experts answer to their inputs, over all matrices so far.
+        missed: Σ of what the merge misses of it.
+    """
+
+    def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
+        """See `NeuronResponse.prepare`."""
+        self._planned = {tensor.name: tensor for tensor in tensors}
+        self.energy = self.missed = 0.0
+        self.matrices = 0
+        self._open = cache(InputsFile.open)
+        for tensor in tensors:
+            self._check(tensor)
+
+    def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
+        """Take steps 1 to 6 for one tensor."""
+        name, base, experts = inputs
+        place = self._place(name)
+        merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+        weights = [float(parameters["weight"][expert]) for expert in experts]
+        points = base.ndim < 2
+        if points or (place.role == "tokens" and parameters["embeddings"] == "mean"):
+            total = sum(weights) if not points or parameters["points"] == "mean" else 1.0
+            factors = [parameters["lambda"] * weight / total if total else 0.0 for weight in weights]
+            self._combine(name, base, experts, factors, merged)
+            return merged
+        options = ResponseOptions(parameters["ridge"], parameters["toward"], parameters["loudness"])
+        measured = [self._measured(name, place, parameters, expert) for expert in experts]
+        for origin, updates, target in _matrices(base, experts, place, merged):
+            taking = [
+                Expert(self._update(name, origin, update, expert, parameters), weight, factors)
+                for (expert, update), weight, factors in zip(updates.items(), weights, measured, strict=True)
+            ]
+            found = merge_responses(taking, (origin.shape[0], origin.shape[1]), options)
+            self.energy, self.missed = self.energy + found.energy, self.missed + found.missed
+            self.matrices += 1
+            self._write(name, origin, found.update, parameters["lambda"], target)
+            if self.low_rank is not None and isinstance(found.update, LowRank) and found.moments is not None:
+                scaled = LowRank(found.update.b * parameters["lambda"], found.update.a)
+                self.low_rank[name] = LowRankUpdate(scaled, found.moments)
+        return merged
+
+    def findings(self) -> list[str]:
+        """Tell how much of the experts' answers the merge keeps."""
+        if not self.energy:
+            return []
+        kept = 1 - (self.missed / self.energy) ** 0.5
+        return [f"response kept: {kept:.1%} of what the experts' {self.matrices} matrices answer to their inputs"]
+
+    def _place(self, name: str) -> TensorPlace:
+        planned = self._planned.get(name)
+        return (planned.place() if planned is not None else None) or TensorPlace.guessed(name)
+
+    def _check(self, tensor: PlannedTensor) -> None:
+        """Refuse what no expert's profile can say for a tensor."""
+        if tensor.parameters["points"] not in ("mean", "sum"):
+            raise AssertionError(tensor.name)
+        for expert, source in tensor.expert_parameters["inputs"].items():
+            path = tensor.expert_parameters["profile"].get(expert)
+            if source != "update" and not path:
+                raise UserError(
+                    f"{NAME}: inputs: {source} of {expert} needs a profile; give profile: FILE, made with "
+                    "mergekit-neuron profile --inputs"
+                )
+
+    def _measured(
+        self, name: str, place: TensorPlace, parameters: Mapping[str, Any], expert: Hashable
+    ) -> list[Tensor | None]:
+        source = parameters["inputs"][expert]
+        if source == "update" or place.module is None:
+            return [None]
+        file = self._open(parameters["profile"][expert])
+        factor = file.factor_of(place.module)
+        if factor is None:
+            return [None]
+        return [file.read(factor), None] if source == "both" else [file.read(factor)]
+
+    def _update(self, name: str, base: Tensor, expert: Tensor, model: Hashable, parameters: Mapping[str, Any]) -> Any:
+        """Steps 1 and 2 of one expert's matrix: its update as it is merged."""
+        split = parameters["subspace"] == "orthogonal"
+        if isinstance(expert, LowRankTaskVector) and not split:
+            return LowRank(expert.b, expert.a)
+
+        def form() -> Tensor:
+            update = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+            fill_task_vector(update, expert, base, clean=self.settings.allow_nonfinite)
+            if not bool(torch.isfinite(update.sum(dtype=torch.float64))):
+                raise nonfinite(name, base, model)
+            if split:
+                for block in row_blocks(len(update), 16 * update.shape[1], self.settings.scratch_bytes):
+                    remove_parallel_(update[block], base[block].float())
+            return update
+
+        return form
+
+    def _write(self, name: str, base: Tensor, update: Tensor | LowRank, scale: float, merged: Tensor) -> None:
+        """Write θ₀ + λ s Δ."""
+        for block in row_blocks(len(base), 8 * base.shape[1], self.settings.scratch_bytes):
+            part = update.b[block] @ update.a if isinstance(update, LowRank) else update[block]
+            merged[block].copy_(torch.add(base[block].float(), part, alpha=scale))
+
+    def _combine(
+        self, name: str, base: Tensor, experts: Mapping[Hashable, Tensor], factors: Sequence[float], merged: Tensor
+    ) -> None:
+        """Write θ₀ + Σ_t f_t Δ_t."""
+        rows = base.reshape(len(base) if base.ndim > 1 else 1, -1)
+        tensors = [e.dense().as_subclass(TaskVector) if isinstance(e, TaskVector) else e for e in experts.values()]
+        parts = [tensor.reshape(rows.shape) for tensor in tensors]
+        target = merged.view(rows.shape)
+        for block in row_blocks(len(rows), 12 * rows.shape[1], self.settings.scratch_bytes):
+            total = rows[block].float()
+            update = torch.empty_like(total)
+            for part, factor in zip(parts, factors, strict=True):
+                fill_task_vector(update, part[block], rows[block], clean=self.settings.allow_nonfinite)
+                total = total.add(update, alpha=factor)
+            target[block].copy_(total)
+
+
+def _matrices(
+    base: Tensor, experts: Mapping[Hashable, Tensor], place: TensorPlace, merged: Tensor
+) -> Iterator[tuple[Tensor, dict[Hashable, Tensor], Tensor]]:
+    """List the matrices of a tensor, neurons as rows: (base, {expert: what it has}, where the merge goes)."""
+    transposed = place.role in ("transposed", "packed_transposed")
+    if place.role in ("packed", "packed_transposed") and base.ndim == 3:
+        dense = {e: t.dense().as_subclass(TaskVector) if isinstance(t, TaskVector) else t for e, t in experts.items()}
+        for index in range(len(base)):
+            views = base[index], {e: t[index] for e, t in dense.items()}, merged[index]
+            yield _turned(*views) if transposed else views
+        return
+    rows = neuron_rows(base), {e: _rows(t, transposed) for e, t in experts.items()}, neuron_rows(merged)
+    yield _turned(*rows) if transposed else rows
+
+
+def _rows(tensor: Tensor, transposed: bool) -> Tensor:
+    if not isinstance(tensor, LowRankTaskVector):
+        return neuron_rows(tensor)
+    return tensor
+
+
+def _turned(base: Tensor, experts: dict[Hashable, Tensor], merged: Tensor) -> tuple[Any, ...]:
+    turned = {e: t if isinstance(t, LowRankTaskVector) else t.T for e, t in experts.items()}
+    return base.T, turned, merged.T
