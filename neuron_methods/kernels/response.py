@@ -20,6 +20,10 @@ equations, and no d × d matrix is made.
 
 **Low rank.** An update Δ_t = B_t A_t stays B_t in front of the formula above for A_t: the merge is Σ_t B_t A'_t, of
 rank Σ r_t, whatever the factors are, and is never formed. As F_t of the update itself serves R_t A_t with RᵀR = BᵀB.
+
+**Many neurons.** The rows of an update stand for inputs; more of them than `rows` are added up at random, with random
+signs, to so many. Whatever the signs, that keeps FᵀF on average (count sketch: Clarkson and Woodruff, STOC 2013,
+arXiv:1207.6365), and makes the cost of a matrix n d × rows instead of n d².
 """
 
 from __future__ import annotations
@@ -81,11 +85,13 @@ class ResponseOptions:
         ridge: ρ in units of the mean of S's diagonal; 0 for a pseudo-inverse.
         toward: T: ``zero``, or the ``mean`` or the ``sum`` of the updates, by weight; of one expert both are its own.
         loudness: ``equal``, or ``own``: an expert counts by ‖Δ_t‖², too.
+        rows: of an update that stand for its inputs, at most; 0 for all.
     """
 
     ridge: float = 0.1
     toward: str = "zero"
     loudness: str = "equal"
+    rows: int = 0
 
 
 class Response(NamedTuple):
@@ -125,7 +131,8 @@ def merge_responses(experts: Sequence[Expert], shape: tuple[int, int], options: 
     else:
         rows = [slice(0, shape[0])] * len(taking)
         system = _System(shape[0], shape[1], options, None)
-    own = [part.stop - part.start for part in rows]
+    most = 0 if factored else options.rows
+    own = [min(most or shape[0], part.stop - part.start) for part in rows]
     count = sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
     total = sum(expert.weight for expert in taking)
     parts = (_part(expert, part, total, len(taking), options) for expert, part in zip(taking, rows, strict=True))
@@ -265,7 +272,7 @@ class _System:
 
 def _part(expert: Expert, rows: slice, total: float, count: int, options: ResponseOptions) -> _Part:
     """Form an expert's update, and weigh its factors; one that is all zeros says nothing."""
-    x, own = _update(expert.update)
+    x, own = _update(expert.update, options.rows)
     factors = [own if factor is None else factor.to(x) for factor in expert.inputs]
     energies = [_energy(factor) for factor in factors]
     speaking = [(factor, energy) for factor, energy in zip(factors, energies, strict=True) if energy > 0]
@@ -275,14 +282,35 @@ def _part(expert: Expert, rows: slice, total: float, count: int, options: Respon
     return _Part(x, rows, weighed, share * (count if options.toward == "sum" else 1))
 
 
-def _update(update: LowRank | Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def _update(update: LowRank | Callable[[], Tensor], rows: int) -> tuple[Tensor, Tensor]:
     """What stands for X_t in the formula, and the update as a factor of its own inputs."""
     if not isinstance(update, LowRank):
         dense = update()
-        return dense, dense
+        return dense, added_up(dense, rows)
     values, vectors = torch.linalg.eigh((update.b.T @ update.b).double().to("cpu"))
     root = (vectors * values.clamp(min=0).sqrt()).T
     return update.a, root.to(update.a) @ update.a
+
+
+def added_up(inputs: Tensor, rows: int) -> Tensor:
+    """Add rows up at random, with random signs, to `rows` of them; as they are, where there are no more, or for 0.
+
+    Which ones come together depends on nothing but their number, so equal experts stay equal.
+
+    Args:
+        inputs: F, shape (n, d).
+        rows: how many to make of them.
+
+    Returns:
+        F', of which F'ᵀF' is FᵀF on average over the signs.
+    """
+    count = len(inputs)
+    if not rows or count <= rows:
+        return inputs
+    generator = torch.Generator().manual_seed(count)
+    places = torch.randperm(count, generator=generator).remainder(rows).to(inputs.device)
+    signs = torch.randint(0, 2, (count, 1), generator=generator).mul(2).sub(1).to(inputs)
+    return inputs.new_zeros(rows, inputs.shape[1]).index_add_(0, places, inputs * signs)
 
 
 def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class NeuronResponse(PlannedMethod):
         choice("subspace", "orthogonal", "all", about="merge what is orthogonal to each neuron's base weights, or all"),
         choice("inputs", "update", "profile", "both", of="expert", about="where the expert's inputs are taken from"),
         text("profile", of="expert", about="file of mergekit-neuron profile --inputs, of this expert on its task"),
+        number("rows", 0, default=512, about="rows of an update that stand for its inputs, at most; 0: all"),
         choice("loudness", "equal", "own", about="experts count alike, or by the energy of their updates"),
         number("lambda", default=1.0, about="scale of the merged update, times what undoes the ridge's shrinking"),
         choice("points", "mean", "sum", about="how norms and biases are merged"),
@@ -103,7 +104,9 @@ class PreparedNeuronResponse(PreparedMerge):
             factors = [parameters["lambda"] * weight / total if total else 0.0 for weight in weights]
             self._combine(name, base, experts, factors, merged)
             return merged
-        options = ResponseOptions(parameters["ridge"], parameters["toward"], parameters["loudness"])
+        options = ResponseOptions(
+            parameters["ridge"], parameters["toward"], parameters["loudness"], int(parameters["rows"])
+        )
         measured = [self._measured(name, place, parameters, expert) for expert in experts]
         for origin, updates, target in _matrices(base, experts, place, merged):
             taking = [
