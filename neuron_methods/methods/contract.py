@@ -23,6 +23,7 @@ from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 from torch import Tensor
 
+from neuron_methods.kernels.means import add_updates, mean_factors
 from neuron_methods.kernels.response import LowRank
 from neuron_methods.support.errors import UserError
 
@@ -98,6 +99,11 @@ class PlannedTensor:
     place: Callable[[], TensorPlace | None] = lambda: None
 
 
+def place_of(tensor: PlannedTensor) -> TensorPlace:
+    """Find where a planned tensor stands, by its model's class or else by its name."""
+    return tensor.place() or TensorPlace.guessed(tensor.name)
+
+
 @dataclass(frozen=True, eq=False)
 class MergeSettings:
     """How a merge is run, whatever its method.
@@ -168,6 +174,28 @@ class PreparedMerge(ABC):
             return self.merge_tensor(
                 Inputs(group.metadata.name or "", group.base.tensor, experts), parameters, out_dtype
             )
+
+    def averaged(
+        self,
+        inputs: Inputs,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+        scale: float = 1.0,
+        *,
+        summed: bool = False,
+    ) -> Tensor:
+        """Merge one tensor into θ₀ + scale × the mean of the updates by `weight`, or their weighted sum."""
+        weights = [float(parameters["weight"][expert]) for expert in inputs.experts]
+        merged = torch.empty(inputs.base.shape, dtype=out_dtype, device=inputs.base.device)
+        add_updates(
+            inputs.base,
+            list(inputs.experts.values()),
+            [scale * weight for weight in weights] if summed else mean_factors(weights, scale),
+            merged,
+            clean=self.settings.allow_nonfinite,
+            scratch_bytes=self.settings.scratch_bytes,
+        )
+        return merged
 
     @abstractmethod
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.select import CONFLICTS, conflict_coefficients
-from neuron_methods.methods.contract import Inputs, MergeSettings, PlannedTensor, grouped
+from neuron_methods.methods.contract import Inputs, MergeSettings, PlannedTensor, grouped, place_of
 from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_of
 from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms, read_importance, select
 from neuron_methods.methods.neuron_layout import Slices
@@ -53,6 +53,7 @@ class MinMerging(DelegatingMethod):
         number("lambda", default=1.0, about="scale of the merged update"),
         choice("attention", "rows", "keep", "drop", about="its rows: selected by magnitude, all kept, or the base's"),
         method_of("rest", "base", default="linear", about="merge method for embeddings, norms and heads, or base"),
+        choice("embeddings", "rest", "mean", about="token embeddings: as rest has it, or the mean of the updates"),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMinMerging:
@@ -99,7 +100,10 @@ class PreparedMinMerging(DelegatingMerge):
             e: read_importance(self.layout, e, **{name: of[e] for name, of in sources.items()})
             for e in sources["importance"]
         }
-        self.leave(self.layout.of_kind(tensors))
+        of_nobody = self.layout.of_kind(tensors)
+        averaged = [t for t in of_nobody if t.parameters["embeddings"] == "mean" and place_of(t).role == "tokens"]
+        self._averaged = {tensor.name for tensor in averaged}
+        self.leave([tensor for tensor in of_nobody if tensor.name not in self._averaged])
 
     def reads(self) -> set[str]:
         """Name the tensors of all neurons that importance looks at, and what `rest` reads."""
@@ -123,7 +127,9 @@ class PreparedMinMerging(DelegatingMerge):
         return [*lines, f"MLP neurons that several experts keep: {self.contested:,}"] if lines else []
 
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
-        """Take step 4 for a tensor of neurons or of attention rows."""
+        """Take step 4 for a tensor of neurons or of attention rows, or the mean of token embeddings."""
+        if inputs.name in self._averaged:
+            return self.averaged(inputs, parameters, out_dtype, parameters["lambda"])
         slices = self.layout.slices.get(inputs.name)
         coefficients = self.coefficients.get(slices.block) if slices is not None else None
         if slices is None or coefficients is None:

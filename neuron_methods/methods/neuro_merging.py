@@ -11,13 +11,15 @@ together for a tensor:
 5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
 6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
 
-Three choices are ours, and off by default:
+Four choices are ours, and off by default:
 
 - `lambda_orthogonal: norm`: λ₂ differs by neuron. It makes ψ_⊥ as long as the experts' updates of that neuron are on
   average before trimming (of the whole tensor for points): data-free as the published one, but of a size that neither
   the number of experts nor the kind of consensus changes.
 - `spectral_exponent` p below 1: λ₂ ψ_⊥ of all neurons of a tensor together, as a matrix U S Vᵀ, becomes c U Sᵖ Vᵀ of
   the same length (kernels/spectrum.py), and what is then parallel to a neuron's base weights is taken out again.
+- `embeddings: mean`: tables of token embeddings, which are no linear layers, become the mean of the experts' tables
+  by weight, without trimming. The published code merges them row by row, as any matrix.
 - `trim: differing`: step 1 keeps the entries of a tensor in which the experts differ most, the same for all experts,
   instead of each expert's largest (kernels/trim.py).
 
@@ -43,6 +45,7 @@ from neuron_methods.methods.contract import (
     PreparedMerge,
     by_expert,
     only_value,
+    place_of,
 )
 from neuron_methods.methods.parameters import choice, method_spec, number, text
 from neuron_methods.methods.trim_profile import TrimProfile, measure_model, measure_tensor, measure_tensors
@@ -74,6 +77,7 @@ class NeuroMerging(PlannedMethod):
         number("rank_energy", 0, 1, low_open=True, default=1.0, about="cumulative energy of the singular vectors kept"),
         number("spectral_exponent", 0, 1, default=1.0, about="power of the singular values of the orthogonal part"),
         choice("consensus", "mean", "sum", about="mean of the values of the elected sign (the paper), or their sum"),
+        choice("embeddings", "rows", "mean", about="token embeddings: row by row (the paper), or their mean"),
         text("profile", about="file written by --profile-out: thresholds and sigma are read instead of measured"),
     )
 
@@ -97,6 +101,7 @@ class PreparedNeuroMerging(PreparedMerge):
     def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
         """See `NeuroMerging.prepare`."""
         self._tensors, self._experts = tensors, list(by_expert(tensors, "density"))
+        self._averaged = {t.name for t in tensors if t.parameters["embeddings"] == "mean" and _holds_tokens(t)}
         for name in ("trim", "profile"):
             _only(name, {t.parameters[name] for t in tensors}, "it holds for the whole merge; remove the filter")
         shared = tensors[0].parameters
@@ -127,6 +132,8 @@ class PreparedNeuroMerging(PreparedMerge):
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Take steps 1 to 6 for one tensor."""
         name, base, experts = inputs
+        if name in self._averaged:
+            return self.averaged(inputs, parameters, out_dtype)
         differing = parameters["trim"] == "differing"
         thresholds = [0.0] * len(experts) if differing else self.profile.thresholds_for(name, experts)
         if thresholds is None:
@@ -162,13 +169,17 @@ class PreparedNeuroMerging(PreparedMerge):
         return merged
 
     def _counted(self) -> list[PlannedTensor]:
-        return [t for t in self._tensors if not t.repeats()]
+        return [t for t in self._tensors if t.name not in self._averaged and not t.repeats()]
 
     def _adopt(self, profile: TrimProfile) -> None:
         """Take a profile for this merge's own."""
         # An expert of weight 0 everywhere takes no part, and its σ must not scale the others.
         profile.voting = [e for e, weights in by_expert(self._counted(), "weight").items() if any(weights)]
         self.profile = profile
+
+
+def _holds_tokens(tensor: PlannedTensor) -> bool:
+    return place_of(tensor).role == "tokens"
 
 
 def _is_scaled_by_sigma(tensor: PlannedTensor) -> bool:

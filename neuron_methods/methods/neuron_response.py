@@ -96,14 +96,11 @@ class PreparedNeuronResponse(PreparedMerge):
         """Take steps 1 to 6 for one tensor."""
         name, base, experts = inputs
         place = self._place(name)
+        if base.ndim < 2 or (place.role == "tokens" and parameters["embeddings"] == "mean"):
+            summed = base.ndim < 2 and parameters["points"] == "sum"
+            return self.averaged(inputs, parameters, out_dtype, parameters["lambda"], summed=summed)
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
         weights = [float(parameters["weight"][expert]) for expert in experts]
-        points = base.ndim < 2
-        if points or (place.role == "tokens" and parameters["embeddings"] == "mean"):
-            total = sum(weights) if not points or parameters["points"] == "mean" else 1.0
-            factors = [parameters["lambda"] * weight / total if total else 0.0 for weight in weights]
-            self._combine(name, base, experts, factors, merged)
-            return merged
         options = ResponseOptions(
             parameters["ridge"], parameters["toward"], parameters["loudness"], int(parameters["rows"])
         )
@@ -135,8 +132,6 @@ class PreparedNeuronResponse(PreparedMerge):
 
     def _check(self, tensor: PlannedTensor) -> None:
         """Refuse what no expert's profile can say for a tensor."""
-        if tensor.parameters["points"] not in ("mean", "sum"):
-            raise AssertionError(tensor.name)
         for expert, source in tensor.expert_parameters["inputs"].items():
             path = tensor.expert_parameters["profile"].get(expert)
             if source != "update" and not path:
@@ -180,22 +175,6 @@ class PreparedNeuronResponse(PreparedMerge):
         for block in row_blocks(len(base), 8 * base.shape[1], self.settings.scratch_bytes):
             part = update.b[block] @ update.a if isinstance(update, LowRank) else update[block]
             merged[block].copy_(torch.add(base[block].float(), part, alpha=scale))
-
-    def _combine(
-        self, name: str, base: Tensor, experts: Mapping[Hashable, Tensor], factors: Sequence[float], merged: Tensor
-    ) -> None:
-        """Write θ₀ + Σ_t f_t Δ_t."""
-        rows = base.reshape(len(base) if base.ndim > 1 else 1, -1)
-        tensors = [e.dense().as_subclass(TaskVector) if isinstance(e, TaskVector) else e for e in experts.values()]
-        parts = [tensor.reshape(rows.shape) for tensor in tensors]
-        target = merged.view(rows.shape)
-        for block in row_blocks(len(rows), 12 * rows.shape[1], self.settings.scratch_bytes):
-            total = rows[block].float()
-            update = torch.empty_like(total)
-            for part, factor in zip(parts, factors, strict=True):
-                fill_task_vector(update, part[block], rows[block], clean=self.settings.allow_nonfinite)
-                total = total.add(update, alpha=factor)
-            target[block].copy_(total)
 
 
 def _matrices(
