@@ -307,10 +307,27 @@ def added_up(inputs: Tensor, rows: int) -> Tensor:
     count = len(inputs)
     if not rows or count <= rows:
         return inputs
+    sums = inputs.new_zeros(rows, inputs.shape[1])
+    return add_up(sums, slice(0, count), count, inputs)
+
+
+def add_up(sums: Tensor, block: slice, count: int, inputs: Tensor) -> Tensor:
+    """Do what `added_up` does for some of the rows: add them to `sums`, which is returned.
+
+    Args:
+        sums: shape (rows, d).
+        block: which of all `count` rows they are.
+        count: of all rows.
+        inputs: those of the block, shape (block, d), dtype of `sums`.
+    """
+    rows = len(sums)
+    if count <= rows:
+        sums[block] += inputs
+        return sums
     generator = torch.Generator().manual_seed(count)
-    places = torch.randperm(count, generator=generator).remainder(rows).to(inputs.device)
-    signs = torch.randint(0, 2, (count, 1), generator=generator).mul(2).sub(1).to(inputs)
-    return inputs.new_zeros(rows, inputs.shape[1]).index_add_(0, places, inputs * signs)
+    places = torch.randperm(count, generator=generator).remainder(rows)[block].to(inputs.device)
+    signs = torch.randint(0, 2, (count, 1), generator=generator)[block].mul(2).sub(1).to(inputs)
+    return sums.index_add_(0, places, inputs * signs)
 
 
 def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_while_merging_and_afterwards_tell_the_same(workspace, undrawn, method, 
     assert (Path("plain/model.safetensors")).read_bytes() == Path("during/model.safetensors").read_bytes()
     assert during["experts"] == ["expert-a", "expert-b"]
     (spec,) = [spec for spec in FIGURES if spec.name == own]
-    assert spec.applies(during) and sum(spec.applies(during) for spec in FIGURES) == 6
+    assert spec.applies(during) and sum(spec.applies(during) for spec in FIGURES) == 7
     assert spec.draw(during, LIGHT).startswith(b"\x89PNG") and len(spec.describe(during)) > 60
 
 
@@ -148,7 +148,8 @@ def drawn(many):
 
 
 def test_figures_differ_by_theme_and_are_pictures(drawn):
-    assert [one.spec.name for one in drawn] == ["energy", "agreement", "important", "closest", "spectrum", "trim"]
+    names = ["energy", "agreement", "important", "responses", "closest", "spectrum", "trim"]
+    assert [one.spec.name for one in drawn] == names
     for one in drawn:
         for theme, content in ((LIGHT, one.light), (DARK, one.dark)):
             picture = Image.open(io.BytesIO(content)).convert("RGB")
@@ -164,7 +165,7 @@ def test_the_page_needs_nothing_else(many):
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     images = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">', page)
     dark = re.findall(r'<source media="\(prefers-color-scheme: dark\)" srcset="data:image/png;base64,([^"]+)">', page)
-    assert len(images) == len(dark) == 6
+    assert len(images) == len(dark) == 7
     for (light, text), other in zip(images, dark, strict=True):
         assert light != other and len(text) > 60
         Image.open(io.BytesIO(base64.b64decode(light))).verify()
@@ -182,7 +183,7 @@ def test_the_card_shows_every_figure_once_however_often_it_is_made(many, drawn, 
     card = many / "out" / "README.md"
     first = card.read_text()
     links = re.findall(r"!\[([^\]]+)\]\(report/(\w+)\.png\)", first)
-    assert len(links) == 6 and all((many / "out/report" / f"{name}.png").is_file() for _, name in links)
+    assert len(links) == 7 and all((many / "out/report" / f"{name}.png").is_file() for _, name in links)
     evaluation = {
         "format": "mergekit-neuron-evaluation",
         "version": 1,

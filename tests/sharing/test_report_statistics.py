@@ -13,6 +13,7 @@ from neuron_methods.sharing.report.weight_statistics import (
     cosines,
     distances,
     overlap,
+    response_kept,
     sample_rows,
     top_share,
     weight_statistics,
@@ -62,6 +63,30 @@ def test_statistics_are_what_their_definitions_say(weights):
     assert (found.conflict_before, found.conflict_after) == (before, after)
     assert 0 < before < pairs and 0 < after < changes
     assert found.base == pytest.approx(float(base.double().square().sum()), rel=1e-6)
+
+
+def test_response_kept_is_that_of_the_update_s_own_rows(weights):
+    base, experts, merged = weights
+    found = weight_statistics(base, experts, merged)
+    delta = (merged - base).double()
+    for t, expert in enumerate(experts):
+        update = (expert - base).double()
+        kept = 1 - (delta - update).matmul(update.T).norm() / update.matmul(update.T).norm()
+        assert float(response_kept(found.answered, found.missed)[t]) == pytest.approx(float(kept), rel=1e-5)
+    for whole, expected in ((experts[1], 1.0), (base, 0.0)):
+        found = weight_statistics(base, experts, whole)
+        assert float(response_kept(found.answered, found.missed)[1]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_many_rows_are_added_up_for_the_response(weights, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(600, 24, generator=generator)
+    expert = base + 0.1 * torch.randn(600, 4, generator=generator) @ torch.randn(4, 24, generator=generator)
+    merged = base + 0.6 * (expert - base)
+    for scratch in (1 << 25, 1000):
+        monkeypatch.setattr("neuron_methods.sharing.report.weight_statistics._SCRATCH", scratch)
+        found = weight_statistics(base, [expert], merged)
+        assert float(response_kept(found.answered, found.missed)[0]) == pytest.approx(0.6, abs=1e-4)
 
 
 def test_cosines_and_distances_follow_from_the_products(weights):

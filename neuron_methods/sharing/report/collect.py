@@ -19,6 +19,7 @@ from neuron_methods.sharing.report.weight_statistics import (
     cosines,
     distances,
     overlap,
+    response_kept,
     top_share,
     weight_statistics,
 )
@@ -106,10 +107,16 @@ class Collector:
                 for (stack, layer, kind), found in sorted(self._places.items(), key=lambda item: _in_order(*item[0]))
             ],
             "important": important,
+            "response_kept": self._responses(),
             "trim": _trim(state, labels),
             "selection": _selection(state, labels),
             "groups": _groups(state),
         }
+
+    def _responses(self) -> list[float]:
+        """Response kept of every expert over the model, all matrices alike: the mean of what each place keeps."""
+        kept = [response_kept(found.answered, found.missed) for found in self._places.values()]
+        return _rounded(torch.stack(kept).mean(dim=0)) if kept else []
 
     def _important(self) -> dict[str, Any]:
         """Which neurons matter most to each expert, over the model, and what became of them."""
@@ -160,6 +167,7 @@ def _described(found: WeightStatistics) -> dict[str, Any]:
         "conflict_before": round(found.conflict_before / max(1, found.pairs), 6),
         "conflict_after": round(found.conflict_after / max(1, found.changes), 6),
         "spectrum": _rounded(directions),
+        "response_kept": _rounded(response_kept(found.answered, found.missed)),
         # Of the merge to the base, then to the experts, in units of the base's norm.
         "distances": _rounded(distances(found.products) / max(found.base, 1e-300) ** 0.5),
     }

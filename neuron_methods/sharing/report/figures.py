@@ -197,6 +197,32 @@ def describe_important(document: Document) -> str:
     return f"Line chart by layer and a matrix. Important neurons kept over the model: {kept}. Overlap: {overlaps}."
 
 
+# Responses -----------------------------------------------------------------------------------------------------------
+
+
+def draw_responses(document: Document, theme: Theme) -> bytes:
+    """Draw the share of every expert's response that the merge keeps, per layer and kind."""
+    kinds, axis = _by_kind(document), LayerAxis.of(_in_layers(document))
+    with figure(theme, 1, len(kinds), height=3.0) as (drawn, axes):
+        for here, (kind, entries) in zip(axes, kinds, strict=True):
+            for index, expert in enumerate(document["experts"]):
+                _line(here, axis, entries, lambda e, i=index: 100 * e["response_kept"][i], expert, **theme.line(index))
+            here.axhline(0, color=theme.base, linewidth=1)
+            here.set_title(f"{kind}: response kept, %")
+            axis.decorate(here, theme)
+        _legend(drawn, axes[0])
+        return png(drawn)
+
+
+def describe_responses(document: Document) -> str:
+    """Tell what is kept of every expert's response over the model, and the ranges."""
+    means = ", ".join(
+        f"{e} {100 * k:.0f} %" for e, k in zip(document["experts"], document["response_kept"], strict=True)
+    )
+    told = _told(document, "Line charts", lambda es: _range([v for e in es for v in e["response_kept"]], 0), "; ")
+    return f"{told} Means over the model: {means}."
+
+
 # Spectrum ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +323,15 @@ MODEL_FIGURES = (
         "where the merge holds at least half of the expert's update along its direction.",
         draw_important,
         describe_important,
+        _has_layers,
+    ),
+    FigureSpec(
+        "responses",
+        "How much of every expert's response is kept",
+        "How far the merged weights answer an expert's inputs as the expert does: 100 % as the expert, 0 as the base, "
+        "below that further away than the base. The rows of the expert's own update stand for its inputs.",
+        draw_responses,
+        describe_responses,
         _has_layers,
     ),
     FigureSpec(

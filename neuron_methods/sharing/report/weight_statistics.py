@@ -10,23 +10,30 @@ looks at the experts' task vectors τ_1 … τ_T, not trimmed, and at δ, what t
     importance to t        ‖τ_t‖ / ‖w‖
     distance to expert t   ‖δ − τ_t‖;  to the base ‖δ‖
     spectrum               shares of the energy of the orthogonal parts along their singular directions
+
+And, of the weight's rows together, with F_t for the inputs of expert t, which the rows of its update stand for:
+
+    response kept          1 − ‖(δ − τ_t) F_tᵀ‖ / ‖τ_t F_tᵀ‖: 1 where the merge answers as the expert, 0 as the base
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.response import add_up
 from neuron_methods.kernels.rows import neuron_rows, row_blocks
 from neuron_methods.kernels.subspace import ROUNDING, gram_matrices, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
 
 # Norm ratio under which a conflict is rounding: of a merge written in bf16, an update of bf16 weights.
 CONFLICT_TOLERANCE = 1e-3
+# Rows that an expert's update is added up to, where they stand for its inputs.
+INPUTS = 128
 _SCRATCH = 32 * 1024 * 1024
 
 
@@ -45,6 +52,8 @@ class WeightStatistics:
         conflict_after: of those, experts that the merge goes against.
         spectrum: Σ of every neuron's energy shares, the strongest direction first; shape (T,), float64.
         with_spectrum: neurons with an orthogonal part at all.
+        answered: Σ ‖τ_t F_tᵀ‖², shape (T,), float64.
+        missed: Σ ‖(δ − τ_t) F_tᵀ‖², likewise.
         importance: per neuron, shape (T, neurons), float32.
         kept: likewise.
     """
@@ -59,6 +68,8 @@ class WeightStatistics:
     conflict_after: int
     spectrum: Tensor
     with_spectrum: int
+    answered: Tensor
+    missed: Tensor
     importance: Tensor
     kept: Tensor
 
@@ -94,11 +105,34 @@ def weight_statistics(
     neurons, width = rows[0].shape
     index = sample_rows(neurons, limit).to(base.device)
     count = len(experts) + 2
+    inputs = [_inputs(rows[0], expert) for expert in rows[1:-1]]
     total: WeightStatistics | None = None
     for block in row_blocks(len(index), 4 * count * width, _SCRATCH):
-        part = of_gram(gram_matrices(_stacked(rows, index[block])))
+        stacked = _stacked(rows, index[block])
+        part = replace(of_gram(gram_matrices(stacked)), **_responses(stacked, inputs))
         total = part if total is None else total + part
     return total if total is not None else of_gram(torch.zeros(0, count, count, dtype=torch.float64))
+
+
+def _inputs(base: Tensor, expert: Tensor) -> Tensor:
+    """F_t: rows of an expert's update, added up to a few; float32."""
+    sums = torch.zeros(min(INPUTS, len(base)), base.shape[1], device=base.device)
+    for block in row_blocks(len(base), 12 * base.shape[1], _SCRATCH):
+        origin = base[block].float()
+        update = fill_task_vector(torch.empty_like(origin), expert[block], origin, clean=True)
+        add_up(sums, block, len(base), update)
+    return sums
+
+
+def _responses(stacked: Tensor, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`answered` and `missed` of some neurons, whose τ_1 … τ_T, δ, w are `stacked`."""
+    merged = stacked[:, -2]
+    found = {"answered": [], "missed": []}
+    for place, factor in enumerate(inputs):
+        own = stacked[:, place]
+        for name, rows in (("answered", own), ("missed", merged - own)):
+            found[name].append((rows @ factor.T).square().sum(dtype=torch.float64).cpu())
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
 def _stacked(rows: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -112,7 +146,10 @@ def _stacked(rows: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def of_gram(gram: Tensor) -> WeightStatistics:
-    """Derive statistics from the inner products of τ_1 … τ_T, δ, w; shape (neurons, T + 2, T + 2), float64."""
+    """Derive what inner products tell, of τ_1 … τ_T, δ, w; shape (neurons, T + 2, T + 2), float64.
+
+    Responses are of all neurons together, and 0 here.
+    """
     gram = gram.cpu()
     energies = gram.diagonal(dim1=1, dim2=2)
     base, merged, own = energies[:, -1], energies[:, -2], energies[:, :-2]
@@ -138,6 +175,8 @@ def of_gram(gram: Tensor) -> WeightStatistics:
         conflict_after=int((against & present).sum()),
         spectrum=(squared[found] / sums[found]).sum(dim=0),
         with_spectrum=int(found.sum()),
+        answered=torch.zeros(gram.shape[1] - 2, dtype=torch.float64),
+        missed=torch.zeros(gram.shape[1] - 2, dtype=torch.float64),
         importance=(norms / base.sqrt().clamp(min=1e-30).unsqueeze(1)).T.float(),
         kept=torch.where(present, gram[:, :-2, -2] / own.clamp(min=1e-300), 0.0).T.float(),
     )
@@ -154,6 +193,11 @@ def distances(products: Tensor) -> Tensor:
     own = products.diagonal()
     to_experts = own[-1] - 2 * products[-1, :-1] + own[:-1]
     return torch.cat([own[-1:], to_experts]).clamp(min=0).sqrt()
+
+
+def response_kept(answered: Tensor, missed: Tensor) -> Tensor:
+    """Compute 1 − ‖(δ − τ_t) F_tᵀ‖ / ‖τ_t F_tᵀ‖ from sums of squares, shape (T,); 1 for an expert without update."""
+    return torch.where(answered > 0, 1 - (missed / answered.clamp(min=1e-300)).sqrt(), 1.0)
 
 
 def top_share(values: Tensor, share: float) -> Tensor:
