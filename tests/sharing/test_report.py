@@ -196,7 +196,7 @@ def test_the_card_shows_every_figure_once_however_often_it_is_made(many, drawn, 
         assert done.exit_code == 0, done.output
     text = card.read_text()
     assert "# My own title" in text and "8 rows, drawn at random" in text
-    assert len(re.findall(r"!\[", text)) == 6
+    assert len(re.findall(r"!\[", text)) == 7
     assert text.count("## What the merge does to the neurons") == text.count("## Evaluation") == 1
     read_back = huggingface_hub.ModelCard.load(card)
     assert len(read_back.data.eval_results) == 1
