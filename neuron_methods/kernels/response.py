@@ -30,16 +30,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Without a ridge, eigenvalues up to this share of the largest, times the number of equations, are taken for 0, as the
-# pseudo-inverse of a float32 matrix takes them.
+# Without a ridge, singular values of the stacked factors up to this share of the largest, times their number, are taken
+# for 0, as the pseudo-inverse of a float32 matrix takes them.
 ROUNDING = torch.finfo(torch.float32).eps
-# Condition up to which a system is solved in float32.
-_CONDITION = 1e6
+# The condition of a system is at most its width / ridge. Up to this one, and from this ridge on, float32 will do.
+_CONDITION, _RIDGE = 2e5, 0.01
+# Share of an update's length that counts beside what it answers, where it is truncated: directions that no input asks
+# for go by it.
+_LENGTH = 1e-9
 # A d × d matrix is spent on a faster product up to this size, in bytes.
 _SCRATCH = 1 << 28
 
@@ -114,30 +118,37 @@ def merge_responses(experts: Sequence[Expert], shape: tuple[int, int], options: 
     """Merge the updates of one matrix.
 
     Args:
-        experts: at least one, on one device; one of weight 0 takes no part.
+        experts: on one device, at least one of a weight above 0; one of weight 0 takes no part.
         shape: (n, d), of the matrix.
         options: see there.
+
+    Raises:
+        ValueError: no expert has a weight above 0.
     """
     taking = [expert for expert in experts if expert.weight > 0]
     if not taking:
-        return Response(torch.zeros(shape), 0.0, 0.0)
+        raise ValueError("all experts weigh 0")
+    wide = options.ridge < _RIDGE or shape[1] > options.ridge * _CONDITION
     low = [expert.update for expert in taking if isinstance(expert.update, LowRank)]
-    factored = len(low) == len(taking)
-    if factored:
-        b = torch.cat([update.b for update in low], dim=1)
-        ends = torch.tensor([len(update.a) for update in low]).cumsum(0).tolist()
+    b = torch.cat([update.b for update in low], dim=1) if len(low) == len(taking) else None
+    if b is not None:
+        ends = list(accumulate(len(update.a) for update in low))
         rows = [slice(end - len(update.a), end) for update, end in zip(low, ends, strict=True)]
-        system = _System(b.shape[1], shape[1], options, b.T @ b)
+        metric = _wide(b).T @ _wide(b) if wide else b.T @ b
+        system = _System(b.shape[1], shape[1], options, metric)
     else:
         rows = [slice(0, shape[0])] * len(taking)
         system = _System(shape[0], shape[1], options, None)
-    most = 0 if factored else options.rows
-    own = [min(most or shape[0], part.stop - part.start) for part in rows]
+    dense = min(options.rows or shape[0], shape[0])
+    own = [len(e.update.a) if isinstance(e.update, LowRank) else dense for e in taking]
     count = sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
     total = sum(expert.weight for expert in taking)
-    parts = (_part(expert, part, total, len(taking), options) for expert, part in zip(taking, rows, strict=True))
+    weighing = _Weighing(total, len(taking), options, formed=b is None, wide=wide)
+    parts = (weighing.part(expert, part) for expert, part in zip(taking, rows, strict=True))
     found = system.few(parts, count) if count < shape[1] else system.many(parts)
-    return found._replace(update=LowRank(b, found.update)) if factored else found
+    if b is not None:
+        return found._replace(update=LowRank(b, found.update.to(b)))
+    return found._replace(update=found.update.float())
 
 
 def truncated(update: LowRank, moments: Tensor, rank: int | None, share: float | None) -> tuple[LowRank, float]:
@@ -148,23 +159,28 @@ def truncated(update: LowRank, moments: Tensor, rank: int | None, share: float |
     Args:
         update: Δ = B·A'.
         moments: A' S A'ᵀ, of `Response`.
-        rank: at most; None for no bound.
+        rank: at most; None for no bound but that of the matrix.
         share: of ‖Δ S^½‖² to keep at least; None to go by rank alone.
 
     Returns:
         Δ', of rank 1 at least, and the share of ‖Δ S^½‖² that it keeps.
     """
-    if share is None and (rank is None or rank >= len(update.a)):
+    most = min(len(update.b), update.a.shape[1])
+    if share is None and len(update.a) <= min(most, rank or most):
         return update, 1.0
     directions, triangle = torch.linalg.qr(_wide(update.b))
-    values, vectors = torch.linalg.eigh(triangle @ moments.to(triangle) @ triangle.T)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    a = update.a.to(triangle)
+    answers = triangle @ moments.to(triangle) @ triangle.T
+    lengths = triangle @ (a @ a.T) @ triangle.T
+    strength = sum(m / m.trace().clamp(min=1e-300) * part for m, part in ((answers, 1.0), (lengths, _LENGTH)))
+    vectors = torch.linalg.eigh(strength).eigenvectors.flip(1)
+    values = (vectors * (answers @ vectors)).sum(dim=0).clamp(min=0)
     total = float(values.sum())
-    kept = min(rank or len(values), len(values))
+    kept = min(rank or most, most, len(values))
     if share is not None and total > 0:
         kept = min(kept, int(torch.searchsorted(values.cumsum(0), share * total * (1 - 1e-9))) + 1)
     chosen = vectors[:, :kept]
-    b, a = directions @ chosen, chosen.T @ triangle @ update.a.to(triangle)
+    b, a = directions @ chosen, chosen.T @ triangle @ a
     # Each factor takes the root of a direction's length, so that neither is lost in a narrow dtype.
     roots = a.norm(dim=1, keepdim=True).sqrt().clamp(min=1e-30)
     reduced = LowRank((b * roots.T).to(update.b), (a / roots).to(update.a))
@@ -207,7 +223,7 @@ class _System:
         assert g is not None and m is not None
         g, m = g[:start], m[:, :start]
         gram = g @ g.T
-        ridge = self.options.ridge * float(gram.diagonal().sum()) / self.width
+        ridge = self.options.ridge * float(gram.diagonal().sum()) / max(self.width, 1)
         own = None if toward is None else toward @ g.T
         solved = _solve(gram.clone(), ridge, m if own is None else m - own)
         answers = solved @ gram
@@ -216,9 +232,7 @@ class _System:
             answers += own
             merged += toward
         size = self._inner(answers, answers)
-        return self._scaled(
-            merged, self._inner(m, m), self._inner(answers, m), size, lambda: _wide(answers) @ _wide(answers).T
-        )
+        return self._scaled(merged, self._inner(m, m), self._inner(answers, m), size, (answers, answers))
 
     def many(self, parts: Iterator[_Part]) -> Response:
         """Solve in the space of all inputs: d equations."""
@@ -243,26 +257,34 @@ class _System:
             if toward is not None:
                 toward[part.rows].add_(part.x, alpha=part.toward)
         assert s is not None and n is not None
-        ridge = self.options.ridge * float(s.diagonal().sum()) / self.width
-        right = n if toward is None else toward.mul_(ridge).add_(n)
-        merged = _solve(s, ridge, right)
-        # Δ S = N + ρ (T − Δ): S itself has gone into its factors.
-        size = self._inner(merged, right) - ridge * self._inner(merged, merged)
-        answered = self._inner(merged, n)
-        return self._scaled(
-            merged, energy, answered, size, lambda: _wide(right.sub_(merged, alpha=ridge)) @ _wide(merged).T
-        )
+        ridge = self.options.ridge * float(s.diagonal().sum()) / max(self.width, 1)
+        if ridge > 0 and self.options.ridge <= 1:
+            right = n if toward is None else toward.mul_(ridge).add_(n)
+            merged = _solve(s, ridge, right)
+            answered = self._inner(merged, n)
+            # Δ S = N + ρ (T − Δ): S itself has gone into its factors.
+            answers = right.sub_(merged, alpha=ridge)
+        else:  # where that is lost in rounding, or T has to be kept from what S answers
+            right = n if toward is None else torch.addmm(n, toward, s, alpha=-1)
+            merged = _solve(s.clone(), ridge, right)
+            if toward is not None:
+                merged += toward
+            answered, answers = self._inner(merged, n), merged @ s
+        return self._scaled(merged, energy, answered, self._inner(merged, answers), (answers, merged))
 
     def _toward(self, like: Tensor) -> Tensor | None:
         return None if self.options.toward == "zero" else like.new_zeros(self.height, self.width)
 
     def _scaled(
-        self, update: Tensor, energy: float, answered: float, size: float, moments: Callable[[], Tensor]
+        self, update: Tensor, energy: float, answered: float, size: float, moments: tuple[Tensor, Tensor]
     ) -> Response:
-        """Undo what the ridge has shrunk: s = ⟨Δ, N⟩ / ⟨Δ S, Δ⟩; where nothing is answered, nothing was shrunk."""
+        """Undo what the ridge has shrunk: s = ⟨Δ, N⟩ / ⟨Δ S, Δ⟩; where nothing is answered, nothing was shrunk.
+
+        `moments` are two factors of Δ S Δᵀ.
+        """
         scale = answered / size if size > 0 else 1.0
         missed = energy - answered**2 / size if size > 0 else energy
-        weighing = moments().mul_(scale**2) if self.metric is not None else None
+        weighing = _wide(moments[0]) @ _wide(moments[1]).T * scale**2 if self.metric is not None else None
         return Response(update.mul_(scale), energy, max(missed, 0.0), weighing)
 
     def _inner(self, x: Tensor, y: Tensor, rows: slice = slice(None)) -> float:
@@ -270,26 +292,37 @@ class _System:
         return float(((x if self.metric is None else self.metric[rows, rows] @ x) * y).sum(dtype=torch.float64))
 
 
-def _part(expert: Expert, rows: slice, total: float, count: int, options: ResponseOptions) -> _Part:
-    """Form an expert's update, and weigh its factors; one that is all zeros says nothing."""
-    x, own = _update(expert.update, options.rows)
-    factors = [own if factor is None else factor.to(x) for factor in expert.inputs]
-    energies = [_energy(factor) for factor in factors]
-    speaking = [(factor, energy) for factor, energy in zip(factors, energies, strict=True) if energy > 0]
-    loudness = _energy(own) if options.loudness == "own" else 1.0
-    share = expert.weight / total
-    weighed = [(factor, share * loudness / (len(speaking) * energy)) for factor, energy in speaking]
-    return _Part(x, rows, weighed, share * (count if options.toward == "sum" else 1))
+@dataclass(frozen=True)
+class _Weighing:
+    """Weighs `count` experts, whose weights add up to `total`; updates are `formed` where not all are of low rank."""
 
+    total: float
+    count: int
+    options: ResponseOptions
+    formed: bool
+    wide: bool
 
-def _update(update: LowRank | Callable[[], Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """What stands for X_t in the formula, and the update as a factor of its own inputs."""
-    if not isinstance(update, LowRank):
-        dense = update()
-        return dense, added_up(dense, rows)
-    values, vectors = torch.linalg.eigh((update.b.T @ update.b).double().to("cpu"))
-    root = (vectors * values.clamp(min=0).sqrt()).T
-    return update.a, root.to(update.a) @ update.a
+    def part(self, expert: Expert, rows: slice) -> _Part:
+        """Form an expert's update, and weigh its factors; one that is all zeros says nothing."""
+        x, own = self._update(expert.update)
+        factors = [own if factor is None else factor.to(x) for factor in expert.inputs]
+        energies = [_energy(factor) for factor in factors]
+        speaking = [(factor, energy) for factor, energy in zip(factors, energies, strict=True) if energy > 0]
+        loudness = _energy(own) if self.options.loudness == "own" else 1.0
+        share = expert.weight / self.total
+        weighed = [(factor, share * loudness / (len(speaking) * energy)) for factor, energy in speaking]
+        return _Part(x, rows, weighed, share * (self.count if self.options.toward == "sum" else 1))
+
+    def _update(self, update: LowRank | Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What stands for X_t in the formula, and the update as a factor of its own inputs."""
+        if not isinstance(update, LowRank):
+            dense = self._fitting(update())
+            return dense, added_up(dense, self.options.rows)
+        b, a = self._fitting(update.b), self._fitting(update.a)
+        return b @ a if self.formed else a, torch.linalg.qr(b, mode="r").R @ a
+
+    def _fitting(self, tensor: Tensor) -> Tensor:
+        return _wide(tensor) if self.wide else tensor
 
 
 def added_up(inputs: Tensor, rows: int) -> Tensor:
@@ -332,21 +365,16 @@ def add_up(sums: Tensor, block: slice, count: int, inputs: Tensor) -> Tensor:
 
 def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:
     """Compute right · (matrix + ridge I)⁻¹, the matrix symmetric and positive semidefinite; overwrites the matrix."""
-    trace = float(matrix.diagonal().sum(dtype=torch.float64))
-    if trace == 0:
-        return torch.zeros_like(right) if ridge == 0 else right / ridge
+    if not bool(matrix.any()):
+        return torch.zeros_like(right)
     if ridge > 0:
         matrix.diagonal().add_(ridge)
-        for wide in (False, True):
-            if not wide and trace > _CONDITION * ridge:
-                continue
-            system = _wide(matrix) if wide else matrix
-            lower, failed = torch.linalg.cholesky_ex(system)
-            if not int(failed):
-                return torch.cholesky_solve(right.T.to(lower), lower).T.to(right)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            return torch.cholesky_solve(right.T, lower).T
         matrix.diagonal().sub_(ridge)
     values, vectors = torch.linalg.eigh(_wide(matrix))
-    used = values > ROUNDING * len(values) * values[-1]
+    used = values > (ROUNDING * len(values)) ** 2 * values[-1]
     inverse = torch.where(used, 1 / (values + ridge), 0.0)
     return ((right.to(vectors) @ vectors * inverse) @ vectors.T).to(right)
 

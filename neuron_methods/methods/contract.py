@@ -25,6 +25,7 @@ from torch import Tensor
 
 from neuron_methods.kernels.means import add_updates, mean_factors
 from neuron_methods.kernels.response import LowRank
+from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.support.errors import UserError
 
 Thing = TypeVar("Thing")
@@ -55,12 +56,12 @@ class TensorPlace:
     Attributes:
         module: path in memory of the module whose weight it is; None where only the tensor's name is known.
         role: what it is to it.
-        linear: whether the module multiplies its inputs with it.
+        width: how many inputs the module multiplies with each of its neurons; None where it does no such thing.
     """
 
     module: str | None
     role: Role
-    linear: bool = False
+    width: int | None = None
 
     @classmethod
     def guessed(cls, name: str) -> TensorPlace:
@@ -184,17 +185,27 @@ class PreparedMerge(ABC):
         *,
         summed: bool = False,
     ) -> Tensor:
-        """Merge one tensor into θ₀ + scale × the mean of the updates by `weight`, or their weighted sum."""
+        """Merge one tensor into θ₀ + scale × the mean of the updates by `weight`, or as many times that as there are.
+
+        Raises:
+            UserError: an input that takes part holds NaN or Inf, and the settings do not allow it.
+        """
         weights = [float(parameters["weight"][expert]) for expert in inputs.experts]
+        scale *= sum(weight != 0 for weight in weights) if summed else 1
         merged = torch.empty(inputs.base.shape, dtype=out_dtype, device=inputs.base.device)
         add_updates(
             inputs.base,
             list(inputs.experts.values()),
-            [scale * weight for weight in weights] if summed else mean_factors(weights, scale),
+            mean_factors(weights, scale),
             merged,
             clean=self.settings.allow_nonfinite,
             scratch_bytes=self.settings.scratch_bytes,
         )
+        if not self.settings.allow_nonfinite and not bool(torch.isfinite(merged).all()):
+            for (expert, tensor), weight in zip(inputs.experts.items(), weights, strict=True):
+                values = tensor.dense() if isinstance(tensor, TaskVector) else tensor
+                if weight and not bool(torch.isfinite(values).all()):
+                    raise nonfinite(inputs.name, inputs.base, expert)
         return merged
 
     @abstractmethod

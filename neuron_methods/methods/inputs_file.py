@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from neuron_methods.support.files import file_in_place_after
 
 FORMAT = "mergekit-neuron inputs"
 VERSION = "1"
+_DTYPES = ("BF16", "F16", "F32", "F64")
 _AGAIN = "measure it again with mergekit-neuron profile --inputs"
 
 
@@ -84,6 +86,10 @@ class InputsFile:
         missing = sorted(set(info.modules.values()) - set(file.keys()))
         if missing:
             raise UserError(f"{shown}: factor {missing[0]} is missing; {_AGAIN}")
+        for factor in dict.fromkeys(info.modules.values()):
+            found = file.get_slice(factor)
+            if len(found.get_shape()) != 2 or found.get_dtype() not in _DTYPES:
+                raise UserError(f"{shown}: factor {factor} is no matrix of floating-point numbers; {_AGAIN}")
         return cls(path, info, file)
 
     def factor_of(self, module: str) -> str | None:
@@ -105,8 +111,16 @@ class InputsFile:
         return int(self._file.get_slice(factor).get_shape()[-1])
 
     def read(self, factor: str) -> Tensor:
-        """Read a factor, (rows, inputs), in its stored dtype."""
-        return self._file.get_tensor(factor)
+        """Read a factor, (rows, inputs), in its stored dtype.
+
+        Raises:
+            UserError: it holds NaN or Inf.
+        """
+        found = self._file.get_tensor(factor)
+        if not bool(torch.isfinite(found).all()):
+            module = next(path for path, of in self.info.modules.items() if of == factor)
+            raise UserError(f"profile {self.path}: the inputs of {module} hold NaN or Inf; {_AGAIN}, in float32")
+        return found
 
 
 def save_inputs(path: str | Path, info: InputsInfo, factors: Mapping[str, Tensor]) -> None:

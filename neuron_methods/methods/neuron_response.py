@@ -18,7 +18,6 @@ all of them together, unless step 1 is asked for: taking c w out of every neuron
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -35,10 +34,11 @@ from neuron_methods.methods.contract import (
     PlannedTensor,
     PreparedMerge,
     TensorPlace,
+    by_expert,
     nonfinite,
 )
-from neuron_methods.methods.inputs_file import InputsFile
 from neuron_methods.methods.parameters import choice, method_spec, number, text
+from neuron_methods.methods.response_inputs import MeasuredInputs
 from neuron_methods.support.errors import UserError
 
 NAME = "neuron_response"
@@ -52,7 +52,7 @@ class NeuronResponse(PlannedMethod):
     spec = method_spec(
         NAME,
         "merging by response",
-        "https://github.com/",
+        "https://arxiv.org/abs/2503.08099",
         number("weight", 0, default=1.0, of="expert", about="how much the expert's inputs count; ratios matter"),
         number("ridge", 0, default=0.1, about="how firmly directions that no input takes are held; 0: pseudo-inverse"),
         choice("toward", "zero", "mean", "sum", about="what holds where no expert's inputs say anything"),
@@ -79,6 +79,7 @@ class PreparedNeuronResponse(PreparedMerge):
     """One merge by `neuron_response`.
 
     Attributes:
+        inputs: what the experts' profiles say.
         energy: Σ of what the experts answer to their inputs, over all matrices so far.
         missed: Σ of what the merge misses of it.
     """
@@ -88,27 +89,30 @@ class PreparedNeuronResponse(PreparedMerge):
         self._planned = {tensor.name: tensor for tensor in tensors}
         self.energy = self.missed = 0.0
         self.matrices = 0
-        self._open = cache(InputsFile.open)
-        for tensor in tensors:
-            self._check(tensor)
+        if not any(map(any, by_expert(tensors, "weight").values())):
+            raise UserError(f"{NAME}: weight is 0 for every expert and tensor, so nothing would be merged")
+        self.inputs = MeasuredInputs(tensors, NAME)
 
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Take steps 1 to 6 for one tensor."""
-        name, base, experts = inputs
+        name, base = inputs.name, inputs.base
+        weights = {e: float(parameters["weight"][e]) for e in inputs.experts if parameters["weight"][e] > 0}
+        experts = {e: inputs.experts[e] for e in weights}
         place = self._place(name)
         if base.ndim < 2 or (place.role == "tokens" and parameters["embeddings"] == "mean"):
             summed = base.ndim < 2 and parameters["points"] == "sum"
             return self.averaged(inputs, parameters, out_dtype, parameters["lambda"], summed=summed)
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
-        weights = [float(parameters["weight"][expert]) for expert in experts]
+        if not experts or not base.numel():
+            return merged.copy_(base)
         options = ResponseOptions(
             parameters["ridge"], parameters["toward"], parameters["loudness"], int(parameters["rows"])
         )
-        measured = [self._measured(name, place, parameters, expert) for expert in experts]
+        measured = [self.inputs.factors(name, place, parameters, base, e, has) for e, has in experts.items()]
         for origin, updates, target in _matrices(base, experts, place, merged):
             taking = [
-                Expert(self._update(name, origin, update, expert, parameters), weight, factors)
-                for (expert, update), weight, factors in zip(updates.items(), weights, measured, strict=True)
+                Expert(self._update(name, origin, update, expert, parameters), weights[expert], factors)
+                for (expert, update), factors in zip(updates.items(), measured, strict=True)
             ]
             found = merge_responses(taking, (origin.shape[0], origin.shape[1]), options)
             self.energy, self.missed = self.energy + found.energy, self.missed + found.missed
@@ -120,47 +124,32 @@ class PreparedNeuronResponse(PreparedMerge):
         return merged
 
     def findings(self) -> list[str]:
-        """Tell how much of the experts' answers the merge keeps."""
+        """Tell how much of the experts' answers the merge keeps, and what had no inputs."""
         if not self.energy:
-            return []
+            return self.inputs.findings()
         kept = 1 - (self.missed / self.energy) ** 0.5
-        return [f"response kept: {kept:.1%} of what the experts' {self.matrices} matrices answer to their inputs"]
+        told = f"response kept: {kept:.1%} of what the experts' {self.matrices} matrices answer to their inputs"
+        return [told, *self.inputs.findings()]
 
     def _place(self, name: str) -> TensorPlace:
         planned = self._planned.get(name)
         return (planned.place() if planned is not None else None) or TensorPlace.guessed(name)
 
-    def _check(self, tensor: PlannedTensor) -> None:
-        """Refuse what no expert's profile can say for a tensor."""
-        for expert, source in tensor.expert_parameters["inputs"].items():
-            path = tensor.expert_parameters["profile"].get(expert)
-            if source != "update" and not path:
-                raise UserError(
-                    f"{NAME}: inputs: {source} of {expert} needs a profile; give profile: FILE, made with "
-                    "mergekit-neuron profile --inputs"
-                )
-
-    def _measured(
-        self, name: str, place: TensorPlace, parameters: Mapping[str, Any], expert: Hashable
-    ) -> list[Tensor | None]:
-        source = parameters["inputs"][expert]
-        if source == "update" or place.module is None:
-            return [None]
-        file = self._open(parameters["profile"][expert])
-        factor = file.factor_of(place.module)
-        if factor is None:
-            return [None]
-        return [file.read(factor), None] if source == "both" else [file.read(factor)]
-
     def _update(self, name: str, base: Tensor, expert: Tensor, model: Hashable, parameters: Mapping[str, Any]) -> Any:
         """Steps 1 and 2 of one expert's matrix: its update as it is merged."""
-        split = parameters["subspace"] == "orthogonal"
-        if isinstance(expert, LowRankTaskVector) and not split:
-            return LowRank(expert.b, expert.a)
+        split, clean = parameters["subspace"] == "orthogonal", self.settings.allow_nonfinite
+        if isinstance(expert, LowRankTaskVector):
+            b, a = (expert.b, expert.a) if len(expert.a) else _no_rank(base)
+            finite = all(bool(torch.isfinite(factor).all()) for factor in (b, a))
+            if not finite and not clean:
+                raise nonfinite(name, base, model)
+            if finite and not split:
+                return LowRank(b, a)
+            expert = (b @ a).as_subclass(TaskVector)
 
         def form() -> Tensor:
             update = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-            fill_task_vector(update, expert, base, clean=self.settings.allow_nonfinite)
+            fill_task_vector(update, expert, base, clean=clean)
             if not bool(torch.isfinite(update.sum(dtype=torch.float64))):
                 raise nonfinite(name, base, model)
             if split:
@@ -174,7 +163,7 @@ class PreparedNeuronResponse(PreparedMerge):
         """Write θ₀ + λ s Δ."""
         for block in row_blocks(len(base), 8 * base.shape[1], self.settings.scratch_bytes):
             part = update.b[block] @ update.a if isinstance(update, LowRank) else update[block]
-            merged[block].copy_(torch.add(base[block].float(), part, alpha=scale))
+            merged[block].copy_(torch.add(base[block].float(), part.to(base.device), alpha=scale))
 
 
 def _matrices(
@@ -183,21 +172,25 @@ def _matrices(
     """List the matrices of a tensor, neurons as rows: (base, {expert: what it has}, where the merge goes)."""
     transposed = place.role in ("transposed", "packed_transposed")
     if place.role in ("packed", "packed_transposed") and base.ndim == 3:
-        dense = {e: t.dense().as_subclass(TaskVector) if isinstance(t, TaskVector) else t for e, t in experts.items()}
-        for index in range(len(base)):
-            views = base[index], {e: t[index] for e, t in dense.items()}, merged[index]
-            yield _turned(*views) if transposed else views
-        return
-    rows = neuron_rows(base), {e: _rows(t, transposed) for e, t in experts.items()}, neuron_rows(merged)
-    yield _turned(*rows) if transposed else rows
+        stacks = {e: _formed(t) for e, t in experts.items()}
+        stacked = [(base[i], {e: t[i] for e, t in stacks.items()}, merged[i]) for i in range(len(base))]
+    else:
+        rows = {e: t if isinstance(t, LowRankTaskVector) else neuron_rows(t) for e, t in experts.items()}
+        stacked = [(neuron_rows(base), rows, neuron_rows(merged))]
+    for origin, updates, target in stacked:
+        if transposed:
+            turned = {e: t if isinstance(t, LowRankTaskVector) else t.T for e, t in updates.items()}
+            yield origin.T, turned, target.T
+        else:
+            yield origin, updates, target
 
 
-def _rows(tensor: Tensor, transposed: bool) -> Tensor:
-    if not isinstance(tensor, LowRankTaskVector):
-        return neuron_rows(tensor)
-    return tensor
+def _formed(tensor: Tensor) -> Tensor:
+    """The tensor, or the task vector with entries of its own."""
+    return tensor.dense().as_subclass(TaskVector) if isinstance(tensor, LowRankTaskVector) else tensor
 
 
-def _turned(base: Tensor, experts: dict[Hashable, Tensor], merged: Tensor) -> tuple[Any, ...]:
-    turned = {e: t if isinstance(t, LowRankTaskVector) else t.T for e, t in experts.items()}
-    return base.T, turned, merged.T
+def _no_rank(base: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of rank 0 for what an adapter leaves alone, neurons as rows, however the weight is stored."""
+    like = torch.empty(0, dtype=torch.float32, device=base.device)
+    return like.new_zeros(base.shape[0], 0), like.new_zeros(0, base.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -39,7 +40,10 @@ class TensorPlaces:
             return TensorPlace(found.module, "tokens")
         # What is stacked as it is loaded is stored as single matrices, in the order that layers have.
         role: Role = "matrix" if new.converted else _ROLES.get(found.kind, "matrix")
-        return TensorPlace(found.module, role, found.kind in ("linear", "transposed", "convolution"))
+        shape = skeleton.tensors[new.path].shape
+        if found.kind not in ("linear", "transposed", "convolution"):
+            return TensorPlace(found.module, role)
+        return TensorPlace(found.module, role, shape[0] if found.kind == "transposed" else math.prod(shape[1:]))
 
     @cached_property
     def _skeleton(self) -> Skeleton | None:
