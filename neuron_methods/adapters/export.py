@@ -61,6 +61,11 @@ class KindSummary:
         return 1.0 - self.error / self.energy if self.energy > 0 else 1.0
 
     @property
+    def answers_kept(self) -> float | None:
+        """Mean share of the responses, squared, that the factors keep; None where no method says."""
+        return sum(self.answered) / len(self.answered) if self.answered else None
+
+    @property
     def error_norm(self) -> float:
         """Frobenius norm of what the factors of all modules miss together."""
         return math.sqrt(self.error)
@@ -68,8 +73,8 @@ class KindSummary:
     def __str__(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
         ranks = f"rank {low}" if low == high else f"rank {low} to {high}"
-        mean = sum(self.answered) / max(len(self.answered), 1)
-        responses = f"{100 * mean:.2f} % of the responses' energy, " if self.answered else ""
+        kept = self.answers_kept
+        responses = f"{100 * kept:.2f} % of the responses' energy, " if kept is not None else ""
         return (
             f"{self.kind}: {len(self.ranks)} matrices, {ranks}, {responses}{100 * self.energy_kept:.2f} % of the "
             f"energy, error norm {self.error_norm:.4g}"
@@ -100,7 +105,10 @@ class AdapterSummary:
     def warnings(self) -> list[str]:
         """Where the adapter is not the merge."""
         lines = []
-        poor = [f"{k.kind} {100 * k.energy_kept:.1f} %" for k in self.kinds if k.energy_kept < ENERGY_WARNING]
+        # Where a method weighs directions by what they answer, those that it lets go may well be long.
+        kept = [(k.kind, k.energy_kept, "") for k in self.kinds if k.answers_kept is None]
+        kept += [(k.kind, k.answers_kept, " of what is answered") for k in self.kinds if k.answers_kept is not None]
+        poor = [f"{kind} {100 * share:.1f} %{of}" for kind, share, of in kept if share < ENERGY_WARNING]
         if poor:
             lines.append(
                 f"less than {100 * ENERGY_WARNING:.0f} % of the update's energy is kept in {', '.join(poor)}; ask for "
@@ -123,17 +131,19 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Precision:
-    """How updates are factored.
+    """How updates are factored, and factors are reduced.
 
     Attributes:
         rank: at most this; None for no bound.
         energy: share of each update's energy to keep, in (0, 1]; None to go by rank alone.
         dtype: of what is written.
+        asked: whether somebody has asked for this rank; if not, what a method has in factors itself keeps them all.
     """
 
     rank: int | None = 64
     energy: float | None = None
     dtype: torch.dtype = torch.float32
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,8 @@ class AdapterBuilder:
     def bytes_of(self, name: str, shape: Sequence[int]) -> int:
         """Tell how many bytes a tensor takes in the adapter, at most; at least, where ranks go by energy alone.
 
+        What a method has in factors itself may take more, where no rank was asked for.
+
         Args:
             name: as in `places`.
             shape: of the tensor.
@@ -214,7 +226,7 @@ class AdapterBuilder:
         if not place.module:
             self._left_out.append(place.path)
         elif low_rank is not None and place.kind in ("linear", "transposed", "convolution"):
-            self._reduce(place, update, low_rank)
+            self._reduce(place, tuple(update.shape), low_rank)
         elif stored_whole:
             (self._biases if place.kind == "bias" else self._whole)[place.path] = merged
         else:
@@ -294,20 +306,22 @@ class AdapterBuilder:
         kind.energy += sum(one.energy for one in found)
         kind.error += sum(one.error for one in found)
 
-    def _reduce(self, place: Place, update: Tensor, given: LowRankUpdate) -> None:
+    def _reduce(self, place: Place, shape: tuple[int, ...], given: LowRankUpdate) -> None:
         """Take a method's own factors: all of them, or those of lower rank that answer most alike."""
-        reduced, answered = truncated(*given, self.precision.rank, self.precision.energy)
+        reduced, answered = truncated(
+            *given, self.precision.rank if self.precision.asked else None, self.precision.energy
+        )
         a, b = (t.to("cpu", self.precision.dtype).contiguous() for t in (reduced.a, reduced.b))
-        energy = float(update.double().square().sum())
-        matrix = layout_shape(update, place.kind)
-        error = float((matrix - b.float() @ a.float()).double().square().sum())
+        whole = given.update.dense().to("cpu")
+        energy = float(whole.double().square().sum())
+        error = float((whole - b.float() @ a.float()).double().square().sum())
         kind = self._kinds.setdefault(_leaf(place), KindSummary(_leaf(place)))
         kind.ranks.append(len(a))
         kind.energy += energy
         kind.error += error
         kind.answered.append(answered)
         if place.kind == "convolution":
-            a, b = a.reshape(len(a), *update.shape[1:]), b.reshape(*b.shape, *[1] * (update.ndim - 2))
+            a, b = a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *[1] * (len(shape) - 2))
         self._factored[place.path] = _Factored(place, a, b, len(a))
 
     def _shared(self, skeleton: Skeleton) -> dict[str, _Factored]:

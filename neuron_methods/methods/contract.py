@@ -204,7 +204,7 @@ class PreparedMerge(ABC):
         if not self.settings.allow_nonfinite and not bool(torch.isfinite(merged).all()):
             for (expert, tensor), weight in zip(inputs.experts.items(), weights, strict=True):
                 values = tensor.dense() if isinstance(tensor, TaskVector) else tensor
-                if weight and not bool(torch.isfinite(values).all()):
+                if weight and not bool(torch.isfinite(values).all() & torch.isfinite(inputs.base).all()):
                     raise nonfinite(inputs.name, inputs.base, expert)
         return merged
 

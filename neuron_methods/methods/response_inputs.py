@@ -80,7 +80,7 @@ class MeasuredInputs:
         if not self.without:
             return []
         count, one = len(self.without), min(self.without)
-        return [f"merged by their updates, as tables and stacks have no inputs of their own: {count}, such as {one}"]
+        return [f"merged by their updates, as they are no linear layers: {count}, such as {one}"]
 
     def _hold(self, tensors: Sequence[PlannedTensor], expert: Hashable, method: str) -> None:
         """Hold an expert's profiles to the tensors that ask for them."""

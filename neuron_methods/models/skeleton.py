@@ -137,16 +137,18 @@ class Skeleton:
     @cached_property
     def vocabulary(self) -> set[str]:
         """Paths of the parameters whose first axis counts tokens: of the token embeddings and of the head."""
-        return self._alike("get_input_embeddings", "get_output_embeddings")
+        return self._alike(_embeddings(self.model, f"get_{side}_embeddings") for side in ("input", "output"))
 
     @cached_property
     def token_embeddings(self) -> set[str]:
-        """Paths of the tables of token embeddings, and of what is tied to them."""
-        return self._alike("get_input_embeddings")
+        """Paths of the tables of token embeddings, those of models within it too, and of what is tied to them."""
+        # CLIP has none itself, but its text model has.
+        models = [module for module in self.modules.values() if isinstance(module, transformers.PreTrainedModel)]
+        tables = [_embeddings(model, "get_input_embeddings") for model in models]
+        return self._alike(table for table in tables if isinstance(table, torch.nn.Embedding))
 
-    def _alike(self, *getters: str) -> set[str]:
+    def _alike(self, modules: Iterable[Any]) -> set[str]:
         """Paths of all parameters of some embeddings, under each of their names."""
-        modules = [_embeddings(self.model, name) for name in getters]
         counted = {
             id(parameter)
             for module in modules

@@ -75,7 +75,7 @@ class AdapterOutput(Output):
     library = "peft"
 
     def __init__(self, precision: Precision | None = None) -> None:
-        self.precision = precision or Precision()
+        self.precision = precision or adapter_precision(None, None, None)
 
     def configure(self, run: MergeRun) -> None:
         """Find the base.
@@ -147,10 +147,12 @@ class AdapterOutput(Output):
 
 
 def adapter_precision(rank: int | None, energy: float | None, dtype: str | None) -> Precision:
-    """Make the precision that the command's options ask for; rank 64 in float32 if they ask for nothing."""
-    if rank is None and energy is None:
-        rank = Precision.rank
-    return Precision(rank, energy, dtype_from_name(dtype) or torch.float32)
+    """Make the precision that the command's options ask for.
+
+    If they ask for nothing: float32, rank 64, and all factors of what a method has in factors itself.
+    """
+    asked = rank is not None or energy is not None
+    return Precision(rank if asked else Precision.rank, energy, dtype_from_name(dtype) or torch.float32, asked)
 
 
 def _base_of(run: MergeRun) -> ModelReference:

@@ -186,7 +186,7 @@ def test_dtype_of_the_factors(experts, tmp_path: Path) -> None:
 
 
 def test_precision_of_the_options() -> None:
-    assert adapter_precision(None, None, None) == Precision(64, None, torch.float32)
+    assert adapter_precision(None, None, None) == Precision(64, None, torch.float32, asked=False)
     assert adapter_precision(8, None, "float16") == Precision(8, None, torch.float16)
     assert adapter_precision(None, 0.9, None) == Precision(None, 0.9, torch.float32)
     assert adapter_precision(8, 0.9, None) == Precision(8, 0.9, torch.float32)

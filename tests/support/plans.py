@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedTensor
+from neuron_methods.methods.contract import MergeSettings, ModelFacts, PlannedMethod, PlannedTensor
 from neuron_methods.methods.delegation import DelegatingMethod
 from neuron_methods.methods.groups_file import groups_from_labels
 from neuron_methods.neurons import MlpLayer, neuron_map
 from neuron_methods.neurons.profile_file import NeuronProfile, ProfileInfo, SourceInfo
+from neuron_methods.plugin.tensor_places import TensorPlaces
 from tests.support.checkpoints import StateDict, build, fine_tune
 
 Experts = Mapping[str, StateDict]
@@ -39,16 +40,18 @@ def models(kind: str, experts: int = 2) -> tuple[PretrainedConfig, StateDict, di
 
 
 def plan(
-    method: DelegatingMethod,
+    method: PlannedMethod,
     config: PretrainedConfig,
     base: StateDict,
     experts: Experts,
     shared: Parameters | None = None,
     own: Mapping[str, Parameters] | None = None,
-) -> tuple[DelegatingMethod, list[PlannedTensor]]:
+) -> tuple[PlannedMethod, list[PlannedTensor]]:
     """The method as configured, and its plan; `own` are the experts' parameters."""
     shared, own = shared or {}, own or {}
-    configured = method.configured({slot: [shared[slot]] for slot in method.slots if slot in shared})
+    configured: PlannedMethod = method
+    if isinstance(method, DelegatingMethod):
+        configured = method.configured({slot: [shared[slot]] for slot in method.slots if slot in shared})
     known = {p.name for p in configured.spec.parameters}
     assert {*shared, *(key for values in own.values() for key in values)} <= known
     parameters: dict[str, Any] = {}
@@ -59,7 +62,7 @@ def plan(
         else:
             values = {e: own.get(e, {}).get(p.name, shared.get(p.name, p.default)) for e in experts}
             expert_parameters[p.name] = {e: p.validate(value) for e, value in values.items()}
-    model = ModelFacts(config)
+    model, places = ModelFacts(config), TensorPlaces(config, list(base))
     tensors = [
         PlannedTensor(
             name,
@@ -67,6 +70,7 @@ def plan(
             parameters,
             expert_parameters,
             model=model,
+            place=lambda name=name: places.of(name),
         )
         for name in base
     ]
@@ -74,7 +78,7 @@ def plan(
 
 
 def merge(
-    method: DelegatingMethod,
+    method: PlannedMethod,
     config: PretrainedConfig,
     base: StateDict,
     experts: Experts,
