@@ -56,7 +56,7 @@ class NeuronResponse(PlannedMethod):
         number("weight", 0, default=1.0, of="expert", about="how much the expert's inputs count; ratios matter"),
         number("ridge", 0, default=0.1, about="how firmly directions that no input takes are held; 0: pseudo-inverse"),
         choice("toward", "zero", "mean", "sum", about="what holds where no expert's inputs say anything"),
-        choice("subspace", "orthogonal", "all", about="merge what is orthogonal to each neuron's base weights, or all"),
+        choice("subspace", "all", "orthogonal", about="merge all, or what is orthogonal to each neuron's base weights"),
         choice("inputs", "update", "profile", "both", of="expert", about="where the expert's inputs are taken from"),
         text("profile", of="expert", about="file of mergekit-neuron profile --inputs, of this expert on its task"),
         number("rows", 0, default=512, about="rows of an update that stand for its inputs, at most; 0: all"),

@@ -163,6 +163,22 @@ CITATIONS: dict[str, Citation] = {
   url       = {https://aclanthology.org/2025.findings-acl.471/},
 }""",
     ),
+    "neuron_response": Citation(
+        name="Merging by response",
+        text="A fine-tuning update is a sum of errors times inputs, so its rows stand for the inputs an expert was "
+        "trained on, unless they are measured. Every neuron gets the update that answers each expert's inputs as that "
+        "expert's neuron does, by least squares with a ridge whose shrinking is undone. Norms, biases and token "
+        "embeddings are averaged.",
+        paper="A method of this package; its objective is that of Cheng et al., Whoever Started the Interference Should "
+        "End It: Guiding Data-Free Model Merging via Task Vectors, ICML 2025",
+        url="https://arxiv.org/abs/2503.08099",
+        bibtex="""@inproceedings{cheng2025whoever,
+  title     = {Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors},
+  author    = {Cheng, Runxi and Xiong, Feng and Wei, Yongxian and Zhu, Wanyun and Yuan, Chun},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2025},
+}""",
+    ),
     "linear": _SOUPS,
     "task_arithmetic": _TASK_ARITHMETIC,
     "ties": _TIES,

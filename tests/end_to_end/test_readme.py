@@ -63,7 +63,7 @@ ROUTING = ("mergekit-neuron route ", "mergekit-neuron generate ")
 SCRIPTS = "python examples/"
 # What is added to the routed model's YAML to make it quick: few samples, experts as they are.
 QUICK = "enhancement: {enabled: false}\nrouter: {samples: 16, epochs: 20}\n"
-OURS = ("neuro_merging", "min_merging", "neuron_merge")
+OURS = ("neuro_merging", "min_merging", "neuron_merge", "neuron_response")
 DEMO, TESTS = (next(c for c in COMMANDS if part in c and "pip" in c) for part in ("mergekit-neuron demo", "-m pytest"))
 # Runs scripts as far as their argument parsers, one [script, argument, ...] after the other.
 PARSE = """

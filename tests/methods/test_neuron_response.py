@@ -749,7 +749,7 @@ def test_the_first_part_of_a_modules_path_may_differ(tmp_path: Path) -> None:
         ("weight", -1.0, r"weight must be a number in \[0, inf\]; got -1\.0"),
         ("ridge", -0.1, r"ridge must be a number in \[0, inf\]; got -0\.1"),
         ("toward", "base", "toward must be one of zero, mean, sum; got 'base'"),
-        ("subspace", "parallel", "subspace must be one of orthogonal, all; got 'parallel'"),
+        ("subspace", "parallel", "subspace must be one of all, orthogonal; got 'parallel'"),
         ("inputs", "data", "inputs must be one of update, profile, both; got 'data'"),
         ("loudness", 3, "loudness must be one of equal, own; got 3"),
         ("points", "rows", "points must be one of mean, sum; got 'rows'"),
