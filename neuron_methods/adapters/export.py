@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ class KindSummary:
         return 1.0 - self.error / self.energy if self.energy > 0 else 1.0
 
     @property
-    def answers_kept(self) -> float | None:
-        """Mean share of the responses, squared, that the factors keep; None where no method says."""
-        return sum(self.answered) / len(self.answered) if self.answered else None
+    def answers_kept(self) -> float:
+        """Mean share of the responses, squared, that the factors keep, of the matrices that have one."""
+        return sum(self.answered) / max(len(self.answered), 1)
 
     @property
     def error_norm(self) -> float:
@@ -73,8 +73,7 @@ class KindSummary:
     def __str__(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
         ranks = f"rank {low}" if low == high else f"rank {low} to {high}"
-        kept = self.answers_kept
-        responses = f"{100 * kept:.2f} % of the responses' energy, " if kept is not None else ""
+        responses = f"{100 * self.answers_kept:.2f} % of the responses' energy, " if self.answered else ""
         return (
             f"{self.kind}: {len(self.ranks)} matrices, {ranks}, {responses}{100 * self.energy_kept:.2f} % of the "
             f"energy, error norm {self.error_norm:.4g}"
@@ -106,9 +105,9 @@ class AdapterSummary:
         """Where the adapter is not the merge."""
         lines = []
         # Where a method weighs directions by what they answer, those that it lets go may well be long.
-        kept = [(k.kind, k.energy_kept, "") for k in self.kinds if k.answers_kept is None]
-        kept += [(k.kind, k.answers_kept, " of what is answered") for k in self.kinds if k.answers_kept is not None]
-        poor = [f"{kind} {100 * share:.1f} %{of}" for kind, share, of in kept if share < ENERGY_WARNING]
+        kept = [(k.answers_kept, f"{k.kind} {{:.1f}} % of what is answered") for k in self.kinds if k.answered]
+        kept += [(k.energy_kept, f"{k.kind} {{:.1f}} %") for k in self.kinds if not k.answered]
+        poor = [told.format(100 * share) for share, told in kept if share < ENERGY_WARNING]
         if poor:
             lines.append(
                 f"less than {100 * ENERGY_WARNING:.0f} % of the update's energy is kept in {', '.join(poor)}; ask for "
@@ -186,9 +185,7 @@ class AdapterBuilder:
         self._left_out: list[str] = []
 
     def bytes_of(self, name: str, shape: Sequence[int]) -> int:
-        """Tell how many bytes a tensor takes in the adapter, at most; at least, where ranks go by energy alone.
-
-        What a method has in factors itself may take more, where no rank was asked for.
+        """Tell how many bytes a tensor takes in the adapter, at most; at least, where ranks go by energy or factors.
 
         Args:
             name: as in `places`.
@@ -273,7 +270,8 @@ class AdapterBuilder:
         self._config(skeleton, everywhere, list(whole), architecture, config).save_pretrained(directory)
         order = {name: position for position, name in enumerate(skeleton.parameters)}
         by_kind = {
-            f.place.path: _leaf(f.place) for f in sorted(self._factored.values(), key=lambda f: order[f.place.path])
+            f.place.path: module_kind(f.place.path)
+            for f in sorted(self._factored.values(), key=lambda f: order[f.place.path])
         }
         return AdapterSummary(
             kinds=[self._kinds[kind] for kind in dict.fromkeys(by_kind.values())],
@@ -286,43 +284,41 @@ class AdapterBuilder:
 
     def _factor(self, place: Place, update: Tensor) -> None:
         precision = self.precision
-        matrices = layout_shape(update, place.kind)
         stacked = place.kind in ("experts", "experts_transposed")
-        found = [
-            factor(matrix, rank=precision.rank, energy=precision.energy, dtype=precision.dtype)
-            for matrix in (matrices if stacked else (matrices,))
-        ]
+        laid = layout_shape(update, place.kind)
+        each = laid if stacked else (laid,)
+        found = [factor(m, rank=precision.rank, energy=precision.energy, dtype=precision.dtype) for m in each]
         rank = max(one.rank for one in found)
         a, b = found[0].a, found[0].b
         if stacked:
             a, b = reshape_experts(
                 stack_padded([one.a for one in found], rank, 0), stack_padded([one.b for one in found], rank, 1)
             )
-        if place.kind == "convolution":
-            a, b = a.reshape(rank, *update.shape[1:]), b.reshape(*b.shape, *[1] * (update.ndim - 2))
-        self._factored[place.path] = _Factored(place, a, b, rank)
-        kind = self._kinds.setdefault(_leaf(place), KindSummary(_leaf(place)))
-        kind.ranks.append(rank)
+        kind = self._keep(_Factored(place, a, b, rank), tuple(update.shape))
         kind.energy += sum(one.energy for one in found)
         kind.error += sum(one.error for one in found)
 
     def _reduce(self, place: Place, shape: tuple[int, ...], given: LowRankUpdate) -> None:
         """Take a method's own factors: all of them, or those of lower rank that answer most alike."""
-        reduced, answered = truncated(
-            *given, self.precision.rank if self.precision.asked else None, self.precision.energy
-        )
+        rank = self.precision.rank if self.precision.asked else None
+        reduced, answered = truncated(*given, rank, self.precision.energy)
         a, b = (t.to("cpu", self.precision.dtype).contiguous() for t in (reduced.a, reduced.b))
         whole = given.update.dense().to("cpu")
-        energy = float(whole.double().square().sum())
-        error = float((whole - b.float() @ a.float()).double().square().sum())
-        kind = self._kinds.setdefault(_leaf(place), KindSummary(_leaf(place)))
-        kind.ranks.append(len(a))
-        kind.energy += energy
-        kind.error += error
+        kind = self._keep(_Factored(place, a, b, len(a)), shape)
+        kind.energy += float(whole.double().square().sum())
+        kind.error += float((whole - b.float() @ a.float()).double().square().sum())
         kind.answered.append(answered)
-        if place.kind == "convolution":
-            a, b = a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *[1] * (len(shape) - 2))
-        self._factored[place.path] = _Factored(place, a, b, len(a))
+
+    def _keep(self, found: _Factored, shape: tuple[int, ...]) -> KindSummary:
+        """Keep the factors of a weight of this shape, laid out as peft does; returns the summary of their kind."""
+        if found.place.kind == "convolution":
+            a, b = found.a.reshape(found.rank, *shape[1:]), found.b.reshape(*found.b.shape, *[1] * (len(shape) - 2))
+            found = replace(found, a=a, b=b)
+        self._factored[found.place.path] = found
+        name = module_kind(found.place.path)
+        kind = self._kinds.setdefault(name, KindSummary(name))
+        kind.ranks.append(found.rank)
+        return kind
 
     def _shared(self, skeleton: Skeleton) -> dict[str, _Factored]:
         """Factors of what changes with a tensor that it is tied to: peft applies factors to a module, not to a weight.
@@ -397,10 +393,6 @@ def _notes(shared: Iterable[_Factored]) -> list[str]:
         "them in one module each; merge_and_unload (peft 0.21) would add both to the one weight: merge it by a YAML"
         for factored in shared
     ]
-
-
-def _leaf(place: Place) -> str:
-    return module_kind(place.path)
 
 
 def module_kind(path: str) -> str:

@@ -169,8 +169,8 @@ CITATIONS: dict[str, Citation] = {
         "trained on, unless they are measured. Every neuron gets the update that answers each expert's inputs as that "
         "expert's neuron does, by least squares with a ridge whose shrinking is undone. Norms, biases and token "
         "embeddings are averaged.",
-        paper="A method of this package; its objective is that of Cheng et al., Whoever Started the Interference Should "
-        "End It: Guiding Data-Free Model Merging via Task Vectors, ICML 2025",
+        paper="A method of this package; its objective is that of Cheng et al., Whoever Started the Interference "
+        "Should End It: Guiding Data-Free Model Merging via Task Vectors, ICML 2025",
         url="https://arxiv.org/abs/2503.08099",
         bibtex="""@inproceedings{cheng2025whoever,
   title     = {Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors},
