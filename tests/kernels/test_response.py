@@ -16,6 +16,7 @@ from neuron_methods.kernels.response import (
     LowRank,
     Response,
     ResponseOptions,
+    added_up,
     merge_responses,
     truncated,
 )
@@ -349,6 +350,34 @@ def test_it_is_repeatable_bit_for_bit(shape: tuple[int, int], rank: int) -> None
     one, two = (merge(cases, ResponseOptions()) for _ in range(2))
     assert torch.equal(dense(one), dense(two))
     assert (one.energy, one.missed) == (two.energy, two.missed)
+
+
+@pytest.mark.parametrize("towards", ["zero", "mean"])
+@pytest.mark.parametrize("kinds", [(0, 0), (0, 2)])
+@pytest.mark.parametrize("rows", [2, 8, 29])
+def test_rows_that_are_added_up_stand_for_the_inputs(rows: int, kinds: tuple[int, int], towards: str) -> None:
+    cases = [case(MANY, i, rank=rank) for i, rank in enumerate(kinds)]
+    stood_for = [
+        c if rank else replace(c, factors=[added_up(c.update, rows)]) for c, rank in zip(cases, kinds, strict=True)
+    ]
+    expected, *_ = oracle(stood_for, ResponseOptions(0.1, towards))
+    assert_near(dense(merge(cases, ResponseOptions(0.1, towards, rows=rows))), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 30, 100])
+def test_rows_that_are_few_enough_stay_as_they_are(rows: int) -> None:
+    inputs = randoms(30, 12, seed=1)
+    assert added_up(inputs, rows) is inputs
+
+
+def test_rows_that_are_added_up_keep_the_moment_on_average() -> None:
+    """Every row goes to one place with one sign, and places are shared out evenly."""
+    found = added_up(torch.eye(30), 8)
+    assert found.shape == (8, 30)
+    assert torch.equal(found.abs().sum(0), torch.ones(30))
+    assert sorted(found.abs().sum(1).tolist()) == [3.0, 3.0, *[4.0] * 6]
+    assert torch.equal((found.T @ found).diagonal(), torch.ones(30))
+    assert 5 < int((found.sum(0) > 0).sum()) < 25
 
 
 # ------------------------------------------------------------------------------------------------ published kin
