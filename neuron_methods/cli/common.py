@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import one_line
+from neuron_methods.support.text import one_line, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +65,44 @@ def options(*given: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """Print for a terminal, which must not obey what stands in names and files."""
+    click.echo(printable(str(text)), err=err)
+
+
+class Count(click.IntRange):
+    """A whole number from `least` on, and no larger than anything is counted."""
+
+    def __init__(self, least: int = 1, most: int = 2**31 - 1) -> None:
+        super().__init__(least)
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Refuse what is no number, too small or too large."""
+        number = super().convert(value, param, ctx)
+        if number > self.most:
+            self.fail(f"{number} is more than {self.most}.", param, ctx)
+        return number
+
+
+class Share(click.FloatRange):
+    """A number from 0 to 1; click 8.5 takes NaN for one that is in any range."""
+
+    def __init__(self, *, above_0: bool = False) -> None:
+        super().__init__(0, 1, min_open=above_0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Refuse what is no number, or out of range."""
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
+
+#: What every generator of random numbers takes for a seed.
+SEED = Count(0, 2**32 - 1)
+
+
 def is_debug(context: click.Context) -> bool:
     """Whether tracebacks are wanted: by `--debug`, or by MERGEKIT_NEURON_DEBUG=1 in the environment."""
     return bool(context.meta.get(_DEBUG)) or os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0")
@@ -104,7 +142,7 @@ def reporting_errors(context: click.Context) -> Iterator[None]:
             import traceback
 
             traceback.print_exc(file=sys.stderr)
-        click.echo(f"error: {describe_error(error)}", err=True)
+        say(f"error: {describe_error(error)}", err=True)
         context.exit(1)
 
 

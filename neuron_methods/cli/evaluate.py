@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import DTYPES, PLACE, debug_option, options
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, options, say
 
 EPILOG = """\b
 MODEL is a directory, a repository of the hub, an adapter, base+adapter, or a routed model's directory.
@@ -55,10 +55,10 @@ Beside OUT.json there is OUT.examples.jsonl with every example's score, predicti
 task_options = options(
     click.option("--task", "tasks", required=True, type=PLACE, metavar="TASKS.yml", help="File of tasks."),
     click.option("--only", multiple=True, metavar="NAME", help="This task of the file alone; may be repeated."),
-    click.option("--limit", type=click.IntRange(1), help="Examples per task at most."),
-    click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own."),
+    click.option("--limit", type=Count(), help="Examples per task at most."),
+    click.option("--batch-size", type=Count(), help="Instead of the tasks' own."),
     click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: as stored; float32 on a CPU."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of draws, intervals and searches."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Of draws, intervals and searches."),
     click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
 )
 
@@ -95,4 +95,4 @@ def evaluate(
     evaluation = score(model, chosen, progress=not quiet, **settings)
     if state.is_main_process:
         write_evaluation(evaluation, place)
-        click.echo("\n".join([*table(evaluation), f"written: {place}"]))
+        say("\n".join([*table(evaluation), f"written: {place}"]))

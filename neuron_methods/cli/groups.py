@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import FILE, debug_option
+from neuron_methods.cli.common import FILE, Share, debug_option, say
 
 EPILOG = """\b
 Examples:
@@ -34,14 +34,14 @@ the columns layer, neuron and group. Neurons without a label are general.
 @click.option("-o", "--output", required=True, type=FILE, metavar="FILE")
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=Share(),
     default=0.6,
     show_default=True,
     help="Share of its top activations that makes a neuron a domain's.",
 )
 @click.option(
     "--min-firing",
-    type=click.FloatRange(0, 1),
+    type=Share(),
     default=0.001,
     show_default=True,
     help="Neurons that fire on a smaller share of their domain's tokens are general.",
@@ -60,4 +60,4 @@ def groups(profile: Path, output: Path, threshold: float, min_firing: float, lab
     measured = NeuronProfile.load(profile)
     found = import_labels(measured, labels) if labels else classify(measured, threshold, min_firing)
     found.write(output)
-    click.echo("\n".join(describe_groups(found)))
+    say("\n".join(describe_groups(found)))

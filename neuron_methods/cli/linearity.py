@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import FILE, debug_option
+from neuron_methods.cli.common import FILE, SEED, Count, debug_option, say
 
 EPILOG = """\b
 Examples:
@@ -22,9 +22,9 @@ SOURCE is as in `mergekit-neuron profile --help`.
 @click.command("linearity", epilog=EPILOG)
 @click.argument("config", type=FILE)
 @click.option("--data", multiple=True, metavar="NAME=SOURCE", help="What the base reads; noise without. Repeatable.")
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Of each source.")
-@click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Inputs per layer.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of noise and of the order of samples.")
+@click.option("--samples", type=Count(), default=16, show_default=True, help="Of each source.")
+@click.option("--tokens", type=Count(), default=512, show_default=True, help="Inputs per layer.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of noise and of the order of samples.")
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Write JSON, too.")
 @debug_option
 def linearity(config: Path, data: tuple[str, ...], output: Path | None, **settings: Any) -> None:
@@ -40,6 +40,6 @@ def linearity(config: Path, data: tuple[str, ...], output: Path | None, **settin
 
     updates = plan_updates(read_text(config), str(config))
     report = measure_linearity(updates, data, **settings)
-    click.echo("\n".join(report.lines()))
+    say("\n".join(report.lines()))
     if output is not None:
         report.write(output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option, options
+from neuron_methods.cli.common import PLACE, debug_option, options, say
 
 if TYPE_CHECKING:
     from neuron_methods.sharing.hub import PushOptions
@@ -60,8 +60,8 @@ def push_and_tell(out: Path, repository: str, options: PushOptions, *, quiet: bo
 
     pushed = push_directory(out, repository, options, progress=not quiet)
     for note in pushed.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(pushed.url)
+        say(f"note: {note}", err=True)
+    say(pushed.url)
 
 
 @click.command("push", epilog=EPILOG)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import FILE, debug_option
+from neuron_methods.cli.common import FILE, debug_option, say
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
 from neuron_methods.support.text import columns
@@ -36,7 +36,7 @@ def list_recipes() -> None:
     from neuron_methods.sharing.recipes import all_recipes
 
     rows = [(recipe.name, " " if recipe.is_filled else "*", recipe.title) for recipe in all_recipes()]
-    click.echo("\n".join(columns(rows, left=(0, 1, 2))))
+    say("\n".join(columns(rows, left=(0, 1, 2))))
 
 
 @recipes.command("show")

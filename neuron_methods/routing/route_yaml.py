@@ -18,7 +18,10 @@ Importance = Literal["magnitude", "activation", "taylor"]
 Pooling = Literal["moments", "mean", "first", "last"]
 OodScore = Literal["combined", "distance", "probability", "energy"]
 Redundant = Literal["router", "random", "none"]
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+#: Of an expert's name, which becomes that of a directory.
+EXPERT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}"
+#: What torch's generators take for a seed.
+Seed = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 
 
 def _located(text: str, info: ValidationInfo) -> str:
@@ -72,8 +75,8 @@ class Expert(_Section):
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is no name: use letters, digits, '_' and '-'")
+        if not re.fullmatch(EXPERT_NAME, value):
+            raise ValueError(f"{value!r} is no name: use up to 100 letters, digits, '_' and '-'")
         return value
 
 

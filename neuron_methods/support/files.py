@@ -64,6 +64,22 @@ def file_in_place_after(path: str | os.PathLike[str]) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def within(directory: Path, *names: str) -> Path:
+    """Find a file of a directory, which may be a link only to what is in the directory or in the Hub's cache around it.
+
+    Raises:
+        UserError: it leads out of there.
+    """
+    path = directory.joinpath(*names)
+    root, found = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    roots = [root]
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+        roots.append(root.parents[1] / "blobs")
+    if not any(found == allowed or allowed in found.parents for allowed in roots):
+        raise UserError(f"{path}: a link that leads out of {directory}; put the file itself there")
+    return path
+
+
 def check_target(out_path: str | os.PathLike[str], force: bool, inputs: Iterable[str] = ()) -> Path:
     """Make sure that the output may be written, and where.
 
