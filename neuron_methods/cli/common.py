@@ -33,7 +33,8 @@ DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 _DEBUG = "neuron_methods.debug"  # key in click's Context.meta, which nested contexts share
 
-# Faults of the machine, not of the program: reported like a user's mistake, with the file they happened to.
+# Faults of the machine, not of the program: reported like a user's mistake, even where no file is named. What is known
+# to be the fault of a file (a directory in its place, a name too long) is reported so in any case.
 _MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -112,9 +113,11 @@ def describe_error(error: Exception) -> str:
     """The line that tells the user what went wrong, without the leading `error: `."""
     if isinstance(error, UserError):
         return one_line(error)
-    if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
-        place = f"{os.fspath(error.filename)}: " if isinstance(error.filename, (str, os.PathLike)) else ""
-        return f"{place}{error.strerror or os.strerror(error.errno)}"
+    if isinstance(error, OSError) and error.errno is not None:
+        named = isinstance(error.filename, (str, os.PathLike))
+        if named or error.errno in _MACHINE_FAULTS:
+            place = f"{os.fspath(error.filename)}: " if named else ""
+            return f"{place}{error.strerror or os.strerror(error.errno)}"
     if "No space left on device" in str(error):  # safetensors and torch wrap it in types of their own
         return f"no space left on device ({one_line(error)})"
     what = type(error).__name__

@@ -28,7 +28,7 @@ from torch import Tensor
 from neuron_methods.neurons import NeuronMap
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after
-from neuron_methods.support.text import one_line
+from neuron_methods.support.text import one_line, shortened
 
 FORMAT = "mergekit-neuron profile"
 VERSION = "1"
@@ -170,7 +170,7 @@ class NeuronProfile:
         found = [key for key in self.layers if str(name) in (key, key.rsplit(".", 1)[-1])]
         if len(found) != 1:
             problem = f"could be {', '.join(found)}" if found else f"is none of {', '.join(self.layers)}"
-            raise UserError(f"{where}: layer {name!r} {problem}")
+            raise UserError(f"{where}: layer {shortened(name)} {problem}")
         return found[0]
 
     def tokens(self, source: str, layer: str) -> int:

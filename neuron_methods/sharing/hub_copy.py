@@ -9,17 +9,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import huggingface_hub
-
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.run import CONFIG_NAME
 from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
-from neuron_methods.sharing.card import with_model_id
-from neuron_methods.sharing.licences import front_matter
+from neuron_methods.sharing.card import parsed_card, with_model_id
+from neuron_methods.sharing.licences import metadata_of
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
 from neuron_methods.sharing.routed_card import make_routed_card
-from neuron_methods.support.documents import read_object
+from neuron_methods.support.documents import parse_json, read_object, read_text
 from neuron_methods.support.errors import UserError
 
 # Large files of tokenizers, which hold no paths.
@@ -36,8 +34,8 @@ def known_hub_ids(place: Path) -> Collection[str] | None:
     """
     if not (place / "README.md").is_file():
         return None
-    named = front_matter(place / "README.md").get("base_model") or []
-    return {named} if isinstance(named, str) else {str(name) for name in named}
+    named = metadata_of(place / "README.md").get("base_model")
+    return {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
 
 
 @contextmanager
@@ -107,22 +105,22 @@ def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
 def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str], base_model: str | None) -> str | None:
     """New text of a file; None where it stays as it is."""
     if relative == Path("README.md"):
-        card = with_model_id(file.read_text(encoding="utf-8"), repository)
+        card = with_model_id(read_text(file), repository)
         if base_model is None:
             return card
-        with_base = huggingface_hub.ModelCard(card, ignore_metadata_errors=True)
+        with_base = parsed_card(card, str(file))
         with_base.data.base_model, with_base.data.base_model_relation = base_model, "adapter"
         return str(with_base)
     if relative.name == CONFIG_NAME:
         names = _names_in(file.parent)
         if names is None:
             raise UserError(f"{file}: no merge configuration, and may name paths of this machine; remove it")
-        return reduced_yaml(file.read_text(encoding="utf-8"), names)
+        return reduced_yaml(read_text(file), names)
     if relative.suffix != ".json" or relative.name in _PLAIN or relative.name.endswith(".index.json"):
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        content = parse_json(read_text(file), str(file))
+    except UserError:
         return None
     reduced = reduced_json(content, labels)
     key = {_ADAPTER_CONFIG: "base_model_name_or_path", ROUTED_CONFIG: "base_model"}.get(relative.name)
@@ -134,7 +132,7 @@ def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str]
 def _names_in(place: Path) -> ModelNames | None:
     """What the models of the merge in a directory are called; None where no YAML tells."""
     try:
-        configuration = read_configuration((place / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, UserError):
+        configuration = read_configuration(read_text(place / CONFIG_NAME))
+    except UserError:
         return None
     return ModelNames(configuration, known_hub_ids(place))

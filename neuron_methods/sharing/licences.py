@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath
+
+from neuron_methods.support.documents import front_matter, read_text
+from neuron_methods.support.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Licences:
         return f"the models are under different licences ({said}), so the card names none: find out what holds"
 
 
-def front_matter(card: Path) -> dict[str, Any]:
-    """Read the YAML that a card begins with, as the Hub does; {} where there is none or it is broken."""
+def metadata_of(card: Path) -> dict[str, Any]:
+    """Read the YAML that a card begins with; {} where there is none or it cannot be read."""
     try:
-        return metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # not there; not UTF-8, no mapping, a date that is none; no YAML
+        return front_matter(read_text(card), str(card))
+    except UserError:
         return {}
 
 
@@ -63,11 +65,11 @@ def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | No
             place = try_to_load_from_cache(model.path, "README.md", cache_dir=cache_dir, revision=model.revision)
         except HFValidationError:
             return None
-    card = front_matter(Path(place)) if isinstance(place, str) else {}
+    card = metadata_of(Path(place)) if isinstance(place, str) else {}
     identity = card.get("license")
     if isinstance(identity, list):
         identity = identity[0] if len(identity) == 1 else ", ".join(map(str, identity)) or None
-    if not isinstance(identity, str) or not identity.strip() or identity == "unknown":
+    if not isinstance(identity, str) or not _text(identity.strip()) or identity == "unknown":
         return None
     return Licence(identity.strip().lower(), _text(card.get("license_name")), _text(card.get("license_link")))
 
@@ -91,4 +93,4 @@ def find_licences(models: Sequence[ModelPath], labels: Mapping[str, str], cache_
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return value if isinstance(value, str) and value and value.isprintable() else None

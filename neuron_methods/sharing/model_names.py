@@ -17,6 +17,7 @@ from mergekit.config import MergeConfiguration
 
 from neuron_methods.models.reference import looks_local
 from neuron_methods.plugin.seam import models_in_order
+from neuron_methods.sharing.card_sections import code
 from neuron_methods.support.local_names import components, local_names
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -69,7 +70,7 @@ class ModelNames:
         return " + ".join(
             f"[{part.path}](https://huggingface.co/{part.path})"
             if self.is_hub(part.path)
-            else f"`{self.labels[part.path]}` (a local directory)"
+            else f"{code(self.labels[part.path])} (a local directory)"
             for part in parts_of([model])
         )
 

@@ -106,7 +106,7 @@ def report_directory(
     if new_card or not card.exists():
         text = make_card(run.configuration, source, name, place, CardOptions(section, scores, known)).text
     else:
-        text = with_section(card.read_text(encoding="utf-8"), section)
+        text = with_section(read_text(card), section)
         text = with_evaluation(text, scores, name) if scores else text
     write_text(card, text)
     return place / FOLDER / "report.html"

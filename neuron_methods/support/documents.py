@@ -260,6 +260,19 @@ def parse_yaml(text: str, shown: str) -> Any:
     return construct_yaml(compose_yaml(text, shown), shown)
 
 
+def front_matter(text: str, shown: str) -> dict[str, Any]:
+    """Parse the YAML that a README begins with; {} where there is none.
+
+    Raises:
+        UserError: it is none that can be read, or no mapping.
+    """
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, flags=re.DOTALL | re.MULTILINE)
+    content = parse_yaml(found[1], shown) if found else None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{shown}: its front matter is a {type(content).__name__}, expected keys and values")
+    return content or {}
+
+
 class _Constructor(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key that appears twice instead of taking the last."""
 

@@ -43,7 +43,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 def unknown(what: str, word: object, known: Iterable[str]) -> str:
     """Say that there is no such word, and which one is similar or which ones there are."""
     known = list(known)
-    return f"unknown {what} {word!r}" + (did_you_mean(word, known) or f" (there are: {', '.join(known)})")
+    return f"unknown {what} {shortened(word)}" + (did_you_mean(word, known) or f" (there are: {', '.join(known)})")
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:

@@ -111,7 +111,7 @@ def test_labels_made_elsewhere_are_taken(profile: NeuronProfile, name: str, tmp_
         ("l.csv", "layer,neuron,group\n0,1,math\n0,1,code\n", "has a label already"),
         ("l.csv", "layer,neuron,group\n0,1,\n", "a group is a name"),
         ("l.csv", "layer,neuron,group\n", "no labels in it"),
-        ("l.json", '{"layers.0": ["ma', "is it truncated"),
+        ("l.json", '{"layers.0": ["ma', "truncated, or not valid JSON"),
         ("l.json", '"math"', "expected"),
         ("l.json", '{"layers.0": 3}', "expected one group per neuron"),
         ("l.json", '{"layers.0": [3]}', "a group is a name"),

@@ -265,7 +265,7 @@ def _summary(
         if result.test is None
         else {"tasks": [task_record(task) for task in result.test.tasks], "mean": result.test.mean},
     }
-    if earlier.get("best", {}).get("point") == result.best:  # what was found out about this point still holds
+    if (earlier.get("best") or {}).get("point") == result.best:  # what was found out about this point still holds
         for key in ("confirmed", "largest_difference", "test"):
             summary[key] = earlier.get(key) if summary[key] is None else summary[key]
     return summary

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.tuning.search import Point, key_of
-from neuron_methods.support.documents import read_json, read_object
+from neuron_methods.support.documents import (
+    Foreign,
+    Given,
+    parse_json,
+    read_json,
+    read_object,
+    read_text,
+    validated,
+)
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json, write_text
 
@@ -27,6 +38,30 @@ class Trial:
     scores: dict[str, float]
     weights: str
     seconds: float
+
+
+#: A perplexity may be infinite; a score that is no number belongs to no run.
+Score = Annotated[float, Field(strict=True, ge=float("-inf"))]
+
+
+class _Trial(Given):
+    """A line of trace.jsonl."""
+
+    point: dict[str, StrictBool | StrictInt | StrictFloat | StrictStr]
+    scores: dict[str, Score]
+    weights: Literal["recombined", "merged"]
+    seconds: float
+
+
+class _Best(Foreign):
+    point: dict[str, Any]
+
+
+class _Summary(Foreign):
+    """What is read of tune.json."""
+
+    search: dict[str, Any] = Field(default_factory=dict)
+    best: _Best | None = None
 
 
 class Trace:
@@ -90,7 +125,8 @@ class Trace:
             self.summary = read_json(self.folder / "tune.json", "", format=FORMAT, version=VERSION, again="")
         except UserError:
             raise UserError(f"-o {self.folder}: holds files that tune did not write; name another directory") from None
-        search = self.summary.get("search", {})
+        again = "give --overwrite"
+        search = validated(self.summary, _Summary, str(self.folder / "tune.json"), again).search
         changed = [key for key in self._identity if search.get(key) != self._identity[key]]
         if changed:
             raise UserError(
@@ -98,22 +134,26 @@ class Trace:
                 "directory, or give --overwrite"
             )
         trace = self.folder / "trace.jsonl"
-        lines = trace.read_text(encoding="utf-8").splitlines() if trace.exists() else []
-        sound = []
-        for number, line in enumerate(lines, 1):
-            try:
-                trial = Trial(**json.loads(line))
-            except (ValueError, TypeError):
-                if number < len(lines):
-                    raise UserError(f"{trace}, line {number}: not a trial of tune; give --overwrite") from None
-                break  # the last line of a run that was killed while it wrote
+        text = read_text(trace) if os.path.lexists(trace) else ""
+        whole, _, _ = text.rpartition("\n")  # a run that was killed while it wrote left part of a line behind
+        names = [task["name"] for task in self._identity["set of tasks"]]
+        for number, line in enumerate(whole.split("\n") if whole else [], 1):
+            where = f"{trace}, line {number}"
+            found = validated(parse_json(line, where, again), _Trial, where, again)
+            for what, given, expected in (
+                ("point", found.point, self._identity["set of parameters"]),
+                ("scores", found.scores, names),
+            ):
+                if sorted(given) != sorted(expected):
+                    raise UserError(f"{where}: {what}: expected {', '.join(expected)}; {again}")
+            trial = Trial(**found.model_dump())
             self.trials[key_of(trial.point)] = trial
-            sound.append(line)
-        if len(sound) < len(lines):
-            write_text(trace, "".join(f"{line}\n" for line in sound))
+        if text and not text.endswith("\n"):
+            write_text(trace, f"{whole}\n" if whole else "")
         experts = self.folder / "experts.json"
-        if experts.exists():
-            self.experts = read_object(experts, again="give --overwrite")
+        if os.path.lexists(experts):
+            content = read_object(experts, again=again)
+            self.experts = validated(content, dict[str, dict[str, Score]], str(experts), again)
 
 
 def fingerprint_of_examples(examples: Examples) -> str:
