@@ -144,9 +144,15 @@ def reporting_errors(context: click.Context) -> Iterator[None]:
         if is_debug(context):
             import traceback
 
-            traceback.print_exc(file=sys.stderr)
-        say(f"error: {describe_error(error)}", err=True)
+            say(_without_token(traceback.format_exc().rstrip()), err=True)
+        say(f"error: {_without_token(describe_error(error))}", err=True)
         context.exit(1)
+
+
+def _without_token(text: str) -> str:
+    from neuron_methods.models.hub_session import without_token
+
+    return without_token(text)
 
 
 @contextmanager

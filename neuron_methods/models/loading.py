@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.models.formats import quantised_with, refuse_other_formats
-from neuron_methods.models.hub import hub_answers
+from neuron_methods.models.hub import local_copy
 from neuron_methods.models.kinds import Processor
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
@@ -38,13 +38,15 @@ def read_config(place: Place, where: str) -> PretrainedConfig:
     refuse_other_formats(place.path, where)
     if os.path.isdir(place.path) and not os.path.isfile(os.path.join(place.path, "config.json")):
         raise UserError(f"{where}: the directory holds no config.json; it is no model")
-    if not os.path.isdir(place.path):
-        hub_answers()
     try:
-        return AutoConfig.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
+        directory = local_copy(place.path, place.revision, weights=False)
+    except UserError as error:
+        found = "neither a directory here nor to be had from the hub"
+        raise UserError(f"{where}: cannot read its config ({found}): {error}") from error
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        found = "" if os.path.isdir(place.path) else " (neither a directory here nor to be had from the hub)"
-        raise UserError(f"{where}: cannot read its config{found}: {one_line(error)}") from error
+        raise UserError(f"{where}: cannot read its config: {one_line(error)}") from error
 
 
 def read_architecture(config: PretrainedConfig, where: str) -> str:
@@ -76,8 +78,7 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
     with quiet_transformers():
         try:
             model, found = getattr(transformers, architecture).from_pretrained(
-                place.path,
-                revision=place.revision,
+                local_copy(place.path, place.revision),
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
@@ -151,9 +152,8 @@ def load_processor(processor: Processor, place: Place, where: str) -> Any:
     what = "tokenizer" if processor == "AutoTokenizer" else "image processor"
     try:
         with quiet_transformers():
-            return getattr(transformers, processor).from_pretrained(
-                place.path, revision=place.revision, trust_remote_code=False
-            )
+            directory = local_copy(place.path, place.revision, weights=False)
+            return getattr(transformers, processor).from_pretrained(directory, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"{where}: its {what} needs another package: {one_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:

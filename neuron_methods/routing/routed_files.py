@@ -18,12 +18,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
 from pydantic.dataclasses import dataclass
 
-from neuron_methods.models.hub import hub_answers
+from neuron_methods.models.hub import download, hub_answers
 from neuron_methods.routing.route_yaml import EXPERT_NAME, OodScore, Pooling, Redundant, Seed
 from neuron_methods.support.documents import read_object, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import within, write_json
-from neuron_methods.support.text import first_line, shortened
+from neuron_methods.support.text import shortened
 
 CONFIG_NAME = "routed_config.json"
 ROUTER_NAME = "router.safetensors"
@@ -165,13 +165,10 @@ def routed_directory(path_or_repo: str, revision: str | None = None, cache_dir: 
     """
     if os.path.isdir(path_or_repo):
         return Path(path_or_repo)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     hub_answers()
     try:
-        return Path(snapshot_download(path_or_repo, revision=revision, cache_dir=cache_dir))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Path(download(path_or_repo, revision, cache_dir))
+    except UserError as error:
         raise UserError(
-            f"{path_or_repo}: neither a directory nor a repository that can be had from the hub ({first_line(error)})"
+            f"{path_or_repo}: neither a directory nor a repository that can be had from the hub ({error})"
         ) from None
