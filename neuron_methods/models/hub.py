@@ -13,7 +13,7 @@ import time
 from neuron_methods.models.companions import companions
 from neuron_methods.models.hub_session import asked, bound_session, without_token
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line
+from neuron_methods.support.text import first_line, listed
 
 LOG = logging.getLogger(__name__)
 
@@ -169,6 +169,7 @@ def _check_new(repository: str, files: list[str], started: float) -> None:
 
     huggingface_hub 2.4 compares lengths alone, and what is in its cache it never looks at again.
     """
+    damaged = []
     for file in files:
         blob = os.path.realpath(file)
         kind = {40: "sha1", 64: "sha256"}.get(len(name := os.path.basename(blob)))
@@ -183,7 +184,9 @@ def _check_new(repository: str, files: list[str], started: float) -> None:
         if made.hexdigest() != name.lower():
             os.unlink(file)
             os.unlink(blob)
-            raise UserError(
-                f"model {repository}: {os.path.basename(file)} came damaged from the Hub (its {kind} is another); it "
-                "was removed from the cache, so start again; if it stays so, tell the repository's owner"
-            )
+            damaged.append(os.path.basename(file))
+    if damaged:
+        raise UserError(
+            f"model {repository}: came damaged from the Hub, by their hash, and were removed from the cache: "
+            f"{listed(damaged)}; start again, and if it stays so, tell the repository's owner"
+        )

@@ -92,6 +92,7 @@ class _Bounds:
         self.of_one: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.given_up: str | None = None
+        self.current = threading.local()
         client.send = self.send
         hooks = client.event_hooks
         client.event_hooks = {"request": [*hooks["request"], self.begin], "response": [self.answered]}
@@ -102,20 +103,23 @@ class _Bounds:
         answer = ANSWER.get(request.method, ANSWER_TO_CHANGE)
         for key, bound in (("connect", CONNECTING), ("read", answer), ("write", answer), ("pool", answer)):
             timeouts[key] = min(timeouts.get(key) or bound, bound)
+        self.current.begun = []  # a redirection makes a request of its own
         try:
             return self._send(request, **how)
         except self.library.TransportError as error:
             self.failed(request, first_line(error) if str(error) else type(error).__name__)
             raise
-        except (OSError, RuntimeError) as error:  # of a connection that was closed under it
+        except (OSError, RuntimeError):  # of a connection that was closed under it
             if self.given_up is not None:
-                raise HubGaveUp(self.given_up) from error
+                self.give_up(self.given_up)
             raise
         finally:
-            self.settle(request)
+            for begun in self.current.begun:
+                self.settle(begun)
 
     def begin(self, request: Any) -> None:
-        """Watch over one request until its answer begins; a redirection makes several of one."""
+        """Watch over one request until its answer begins."""
+        self.current.begun.append(request)
         address = _address(request)
         self.asked[address] += 1
         if self.asked[address] > _REQUESTS_OF_ONE:
@@ -136,7 +140,7 @@ class _Bounds:
             request.extensions["neuron_watch"] = watch
             watch.start()
             return
-        self.given_up = f"{_address(request)}: the Hub has not answered within {STALL:.0f} s; {LATER}"
+        self.given_up = f"{_address(request)}: the Hub has not answered within {STALL:.0f} s"
         self.client.close()  # whoever reads from its connections gets an error
 
     def settle(self, request: Any) -> None:
@@ -160,7 +164,7 @@ class _Bounds:
     def failed(self, request: Any, why: str) -> None:
         """Count a failure; give the Hub up after too many."""
         if self.given_up is not None:
-            raise HubGaveUp(self.given_up)
+            self.give_up(self.given_up)
         address = _address(request)
         self.failures += 1
         self.of_one[address] += 1
