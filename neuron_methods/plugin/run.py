@@ -214,7 +214,8 @@ class MergeRun:
         """Write mergekit's README.md and the YAML, unless the options say not to."""
         if not self.options.write_model_card:
             return
-        card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.recorded.strip(), name=name)
-        card = card.replace("library_name: transformers", f"library_name: {library}")
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        with suppress(Exception):  # whatever its template and huggingface_hub make of names: no merge fails by its card
+            card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.recorded.strip(), name=name)
+            card = card.replace("library_name: transformers", f"library_name: {library}")
+            (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / CONFIG_NAME).write_text(self.recorded, encoding="utf-8")

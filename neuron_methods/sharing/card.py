@@ -45,6 +45,23 @@ _TASK_TYPES = {
 
 
 @dataclass(frozen=True)
+class CardSources:
+    """What a card takes from files of the models, which others have written: licences, and data of profiles."""
+
+    licences: Licences = field(default_factory=Licences)
+    datasets: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls, configuration: MergeConfiguration, cache_dir: str | None = None, known: Collection[str] | None = None
+    ) -> CardSources:
+        """Read what there is; what cannot be read is told in `licences.unread`. `known` is as in `is_hub_id`."""
+        models = list(dict.fromkeys(models_in_order(configuration)))
+        licences = find_licences(parts_of(models), ModelNames(configuration, known).labels, cache_dir)
+        return cls(licences, profiled_datasets(configuration))
+
+
+@dataclass(frozen=True)
 class CardOptions:
     """What a card holds beside the merge itself.
 
@@ -52,13 +69,13 @@ class CardOptions:
         report_section: Markdown with the report's figures.
         evaluation: an evaluation, as `read_evaluation` gives it.
         known_hub: ids of the Hub among the models, where an earlier card tells; see `names.is_hub_id`.
-        cache_dir: the Hub's cache.
+        sources: what the models' files say, where it was read before; else it is read now.
     """
 
     report_section: str | None = None
     evaluation: dict[str, Any] | None = None
     known_hub: Collection[str] | None = None
-    cache_dir: str | None = None
+    sources: CardSources | None = None
 
 
 @dataclass
@@ -85,7 +102,8 @@ def make_card(
     names = ModelNames(configuration, options.known_hub)
     models = list(dict.fromkeys(models_in_order(configuration)))
     adapter = (place / "adapter_config.json").exists()
-    licences = find_licences(parts_of(models), names.labels, options.cache_dir)
+    sources = options.sources or CardSources.read(configuration, None, options.known_hub)
+    licences = sources.licences
     citation = citation_of(configuration.merge_method)
     bases = names.hub
     if adapter and configuration.base_model is not None:
@@ -96,7 +114,7 @@ def make_card(
         library_name="peft" if adapter else "transformers",
         pipeline_tag=pipeline_tag(place),
         tags=["mergekit", "merge", "mergekit-neuron", configuration.merge_method, *(["lora"] if adapter else [])],
-        datasets=profiled_datasets(configuration) or None,
+        datasets=sources.datasets or None,
         license=licences.inherited.id if licences.inherited else None,
         license_name=licences.inherited.name if licences.inherited else None,
         license_link=licences.inherited.link if licences.inherited else None,
@@ -117,7 +135,13 @@ def make_card(
         f"Made with {_versions()}.",
         f"## Citation\n\n```bibtex\n{chr(10).join(c.bibtex for c in (citation, MERGEKIT) if c.bibtex)}\n```",
     ]
-    return Card(card_text(data, sections), [licences.conflict] if licences.conflict else [])
+    return Card(card_text(data, sections), [*([licences.conflict] if licences.conflict else []), *licences.unread])
+
+
+def minimal_card(name: str, adapter: bool) -> str:
+    """Write a card that says no more than what this is, for where nothing else can be said."""
+    front = f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\ntags: [mergekit, merge, mergekit-neuron]\n---"
+    return f"{front}\n\n# {markdown(name)}\n\nA merge, made with mergekit and mergekit-neuron {__version__}.\n"
 
 
 _Score = Annotated[float, Field(ge=float("-inf"))]  # a perplexity may be infinite, no score is NaN
