@@ -14,7 +14,7 @@ from typing import Any
 
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import write_json
+from neuron_methods.support.files import within, write_json
 
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken", ".tokenizer")
 _OF_TOKENIZERS = re.compile(r"token|vocab|merges|chat_template|dict|bpe|\.(?!json$|txt$)[^.]+$")
@@ -91,13 +91,10 @@ def check_link(place: Path, name: str, where: str) -> None:
     Raises:
         UserError: it is a link that leads elsewhere.
     """
-    home, file = place.resolve(), (place / name).resolve()
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        home = home.parent.parent
-    if home not in file.parents:
-        raise UserError(
-            f"model {where}: {name} is a link to {file}, outside of the model's directory; put the file itself there"
-        )
+    try:
+        within(place, name)
+    except UserError as error:
+        raise UserError(f"model {where}: {error}") from None
 
 
 def names_code(config: Path) -> bool:

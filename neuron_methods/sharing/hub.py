@@ -27,10 +27,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 
 from neuron_methods.models.hub_session import HubGaveUp, bound_session, sent, without_token
-from neuron_methods.sharing.hub_copy import check_base, unloadable_base, upload_copy
+from neuron_methods.sharing.hub_copy import check_base, files_to_upload, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import format_bytes, one_line, shortened
+from neuron_methods.support.text import format_bytes, listed, one_line, shortened
 
 # The class that errors of the connection share, whichever HTTP library this huggingface_hub is built on.
 _CONNECTION_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -47,6 +47,7 @@ class PushOptions:
         commit_message: of the commit.
         create_pr: open a pull request instead of committing.
         base_model: id of an adapter's base on the Hub.
+        include: globs of files that are uploaded beside those that make the model.
     """
 
     private: bool | None = None
@@ -54,6 +55,7 @@ class PushOptions:
     commit_message: str | None = None
     create_pr: bool = False
     base_model: str | None = None
+    include: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,13 @@ def push_directory(
     """
     kind = verify_directory(place).kind
     check_base(place, options.base_model)
+    files, left = files_to_upload(place, options.include)
     check_access(repository, options)
     api = HfApi()
     message = options.commit_message or f"Upload {'merge' if kind == 'model' else kind} with mergekit-neuron"
     notes = [note] if (note := unloadable_base(place, options.base_model)) else []
+    if left:
+        notes.append(f"left here, as no part of the {kind}: {listed(left)}; --include PATTERN uploads more")
     with _explained(repository, "the upload did not finish"), _progress(progress, f"Uploading {place} to {repository}"):
         if not options.create_pr or not api.repo_exists(repository):
             api.create_repo(repository, private=options.private, exist_ok=True)
@@ -106,7 +111,7 @@ def push_directory(
             raise UserError(f"{repository}: exists and is public, --private does not change that; change it on the Hub")
         if options.revision not in (None, "main") and not options.revision.startswith("refs/"):
             api.create_branch(repository, branch=options.revision, exist_ok=True)
-        with upload_copy(place, repository, options.base_model) as copy:
+        with upload_copy(place, files, repository, options.base_model) as copy:
             done = api.upload_folder(
                 repo_id=repository,
                 folder_path=copy,

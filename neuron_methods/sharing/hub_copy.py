@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from neuron_methods.models.companions import code_files, companions
+from neuron_methods.models.headers import weight_files
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.run import CONFIG_NAME
 from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
@@ -19,10 +23,21 @@ from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_js
 from neuron_methods.sharing.routed_card import make_routed_card
 from neuron_methods.support.documents import parse_json, read_object, read_text
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import within
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")
-_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIG, _CONFIG = "adapter_config.json", "config.json"
+# What we write, and what else is of a model and no companion.
+_PARTS = re.compile(
+    r"README\.md|mergekit_config\.yml|((generation|adapter|routed)_)?config\.json|\.gitattributes"
+    r"|(adapter_model|router)\.safetensors|model\.safetensors\.index\.json"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
+    r"|report/[\w.-]+\.(html|json|png)|heads/[^/]+\.(json|safetensors)"
+    r"|adapters/[^/]+/(adapter_config\.json|adapter_model\.safetensors)"
+)
+# Companions in JSON and text are told by more than their endings here: what is called otherwise may be anybody's notes.
+_OF_COMPANIONS = re.compile(r"config|vocab|merges|tokens|tokenizer|modules|dict|bpe|template|processor|labels|/")
 #: What to say of a routed model whose base nobody else can find; of a directory or a YAML.
 LOCAL_BASE = "{}: its base is a local directory, which nobody else has; give the id it has on the Hub with --base-model"
 
@@ -38,12 +53,45 @@ def known_hub_ids(place: Path) -> Collection[str] | None:
     return {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
 
 
+def files_to_upload(place: Path, include: Collection[str] = ()) -> tuple[list[Path], list[Path]]:
+    """Choose the files of a directory that make the model, the adapter or the routed model in it.
+
+    Args:
+        place: the directory, verified.
+        include: globs of what is to be uploaded, too; by paths within the directory.
+
+    Returns:
+        Their paths within the directory, and those of all others.
+
+    Raises:
+        UserError: one that is chosen is a link to what is not the model's, or `include` fits nothing.
+    """
+    files = sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file())
+    names = [file.as_posix() for file in files]
+    wanted = {name for name in companions(names) if not name.endswith((".json", ".txt")) or _OF_COMPANIONS.search(name)}
+    wanted |= {name for name in names if _PARTS.fullmatch(name)}
+    if (place / _CONFIG).is_file() and not is_routed(place):
+        with suppress(UserError):  # an adapter may have a config beside it
+            wanted |= {file.relative_to(place).as_posix() for file in weight_files(place)}
+    for pattern in include:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(f"--include {pattern}: fits no file in {place}")
+        wanted.update(found)
+    for name in sorted(wanted):
+        within(place, name)
+    wanted.update(code_files(place, str(place)))
+    chosen = [file for file in files if file.as_posix() in wanted]
+    return chosen, [file for file in files if file.as_posix() not in wanted]
+
+
 @contextmanager
-def upload_copy(place: Path, repository: str, base_model: str | None = None) -> Iterator[Path]:
-    """Make a directory with links to the files of `place`, and copies of those that name paths of this machine.
+def upload_copy(place: Path, files: Sequence[Path], repository: str, base_model: str | None = None) -> Iterator[Path]:
+    """Make a directory with links to files of `place`, and copies of those that name paths of this machine.
 
     Args:
         place: what to upload; it is not changed.
+        files: of it, by their paths within; see `files_to_upload`.
         repository: the id it will have, for the lines of the card that load it.
         base_model: id of the Hub of an adapter's base, where the adapter names it by a local path.
 
@@ -57,10 +105,8 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
     labels = {} if names is None else names.labels
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-upload-") as temporary:
         copy = Path(temporary)
-        for file in sorted(place.rglob("*")):
-            relative = file.relative_to(place)
-            if not file.is_file() or any(part.startswith(".") for part in relative.parts):
-                continue
+        for relative in files:
+            file = place / relative
             target = copy / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             text = _changed(file, relative, repository, labels, base_model)

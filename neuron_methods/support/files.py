@@ -74,7 +74,7 @@ def within(directory: Path, *names: str) -> Path:
     root, found = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
     roots = [root]
     if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
-        roots.append(root.parents[1] / "blobs")
+        roots += [root.parents[1] / "blobs", root.parents[2] / "blobs"]  # the repository's, and what Xet shares
     if not any(found == allowed or allowed in found.parents for allowed in roots):
         raise UserError(f"{path}: a link that leads out of {directory}; put the file itself there")
     return path
