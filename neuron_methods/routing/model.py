@@ -31,6 +31,7 @@ from neuron_methods.routing.routed_files import (
 from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.routes import Routing, chosen_weights, layer_coefficients
+from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after, staging_directory, within
 from neuron_methods.support.text import shortened
@@ -306,7 +307,8 @@ class NeuronRoutedModel(nn.Module):
         base = load_base(reference, f"{where}: base {reference}", dtype=dtype, device_map=device_map)
         directories = {expert.name: str(within(directory, ADAPTERS, expert.name)) for expert in config.experts}
         for name, file in itertools.product(directories, (CONFIG_NAME, SAFETENSORS_NAME)):
-            within(directory, ADAPTERS, name, file)
+            place = within(directory, ADAPTERS, name, file)
+            open_file(place, str(place)).close()  # safetensors waits for a pipe
         resolve_layers(base, config.router.layers, f"{directory / ROUTED_CONFIG}: router.layers")
         router = Router.load(within(directory, ROUTER_NAME), config.router, len(config.experts))
         model = cls(load_experts(base, directories, where), router.requires_grad_(False), config, reference)
