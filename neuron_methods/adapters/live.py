@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.adapters.config import CONFIG_NAME
+from neuron_methods.adapters.completeness import refuse_incomplete, refuse_other_ranks
+from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig, refuse_unknown
+from neuron_methods.adapters.keys import sort_keys
+from neuron_methods.adapters.patterns import check_patterns
 from neuron_methods.adapters.placement import target_names
 from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeights, adapter_directory
@@ -112,7 +115,7 @@ def load_adapters(
 
     model: Any = None
     for name, directory in directories.items():
-        AdapterWeights(directory, labels[name], allow_pickle)  # says more clearly than peft what is wrong with a file
+        _check_before_peft(base, directory, labels[name], allow_pickle)
         try:
             with quiet_transformers(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -123,7 +126,7 @@ def load_adapters(
                 # Once more, as peft 0.21 does not tell what was lost of a model's first adapter.
                 weights = load_peft_weights(directory, device="cpu")
                 result = set_peft_model_state_dict(model, weights, adapter_name=name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # whatever peft makes of a foreign config
             misfit = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
             reason = f"does not fit the base model: {misfit}" if misfit else f"cannot be loaded: {first_line(error)}"
             raise UserError(f"{labels[name]} {reason}") from None
@@ -137,6 +140,18 @@ def load_adapters(
                 f"missing, such as {lost[0]}; was it trained on another one?"
             )
     return model.eval().requires_grad_(False)
+
+
+def _check_before_peft(base: Any, directory: str, where: str, allow_pickle: bool) -> None:
+    """Refuse what peft would load in part, take memory without end for, or call by names that nobody knows."""
+    config = AdapterConfig.read(directory, where)
+    refuse_unknown(config)
+    file = AdapterWeights(directory, where, allow_pickle)
+    check_patterns(config, [path for path, _ in base.named_modules()])
+    refuse_other_ranks(config, file.shapes)
+    if config.peft_type == "LORA":
+        modules, replaced = sort_keys(file.shapes)
+        refuse_incomplete(config, base.config, [module.path for module in modules], replaced)
 
 
 def base_weight(layer: Any) -> Tensor:

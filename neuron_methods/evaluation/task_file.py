@@ -78,7 +78,7 @@ def choose_tasks(tasks: Sequence[Task], only: Sequence[str] = (), batch_size: in
         if name not in names:
             raise UserError(f"--only: {unknown('task', name, names)}")
     chosen = [task for task in tasks if not only or task.name in only]
-    return [replace(task, batch_size=batch_size) for task in chosen] if batch_size else chosen
+    return [replace(task, batch_size=batch_size) for task in chosen] if batch_size is not None else chosen
 
 
 def _parse(entry: Mapping[str, Any], folder: Path, place: YamlPart) -> Task:

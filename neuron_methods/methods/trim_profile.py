@@ -11,15 +11,16 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
 from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
-from neuron_methods.support.documents import read_json
+from neuron_methods.support.documents import Given, read_json, validated
 from neuron_methods.support.errors import UserError
 
 FORMAT = "mergekit-neuron/trim-profile"
@@ -29,6 +30,27 @@ _RUN = 64
 _RUNS = 8192
 # Share of a tensor that is sampled at most: sorting a larger one costs more than the second pass it may save.
 _SHARE = 1 / 16
+
+
+class _ExpertEntry(Given):
+    model: str
+    density: float | str
+    entries: Annotated[int, Field(ge=0)]
+    threshold: Annotated[float, Field(ge=0)] | None
+    sigma: Annotated[float, Field(ge=0, lt=1)]
+    voting: bool = True
+
+
+class _TrimFile(Given):
+    format: str
+    version: int
+    method: str
+    trim: Literal["model", "tensor"]
+    fingerprint: str
+    sigma: float | None
+    lambda_orthogonal: float
+    experts: list[_ExpertEntry]
+    tensor_thresholds: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,35 +142,36 @@ class TrimProfile:
         """
         again = "write it again with --profile-out"
         content = read_json(path, "profile", format=FORMAT, version=VERSION, again=again)
+        found = validated(content, _TrimFile, f"profile {path}", again)
         try:
-            return cls._from_json(content, tensors, experts)
+            return cls._from_file(found, tensors, experts)
         except UserError as error:
             raise UserError(f"profile {path}: {error}; leave profile out, or {again}") from None
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"profile {path}: damaged or incomplete; {again}") from None
 
     @classmethod
-    def _from_json(cls, content: dict, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
+    def _from_file(
+        cls, content: _TrimFile, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]
+    ) -> TrimProfile:
         profile = cls(tensors[0].parameters["trim"], fingerprint=fingerprint(tensors))
-        if content["trim"] != profile.trim:
-            raise UserError(f"measured with trim: {content['trim']}, the merge asks for {profile.trim}")
-        if content["fingerprint"] != profile.fingerprint:
+        if content.trim != profile.trim:
+            raise UserError(f"measured with trim: {content.trim}, the merge asks for {profile.trim}")
+        if content.fingerprint != profile.fingerprint:
             raise UserError("measured on other tensors than this merge writes")
-        found = {entry["model"]: entry for entry in content["experts"]}
+        found = {entry.model: entry for entry in content.experts}
         for expert in experts:
             entry = found.get(str(expert))
             if entry is None:
                 raise UserError(f"no expert {expert} in it (found: {', '.join(found) or 'none'})")
             density = density_of(tensors, expert)
-            if entry["density"] != density:
-                raise UserError(f"{expert} was measured with density {entry['density']}, the merge asks for {density}")
-            threshold = None if profile.trim == "tensor" else _magnitude(entry["threshold"])
-            sigma = _magnitude(entry["sigma"], below=1.0)
-            profile.experts[expert] = ExpertTrim(str(expert), density, int(entry["entries"]), threshold, sigma)
+            if entry.density != density:
+                raise UserError(f"{expert} was measured with density {entry.density}, the merge asks for {density}")
+            if (entry.threshold is None) != (profile.trim == "tensor"):
+                raise UserError(f"{expert}: threshold: found {entry.threshold} under trim: {profile.trim}")
+            profile.experts[expert] = ExpertTrim(str(expert), density, entry.entries, entry.threshold, entry.sigma)
         by_name = {str(expert): expert for expert in experts}
         profile.tensor_thresholds = {
-            tensor: {by_name[name]: _magnitude(value) for name, value in row.items() if name in by_name}
-            for tensor, row in content.get("tensor_thresholds", {}).items()
+            tensor: {by_name[name]: float(value) for name, value in row.items() if name in by_name}
+            for tensor, row in content.tensor_thresholds.items()
         }
         return profile
 
@@ -165,13 +188,6 @@ def density_of(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | st
     if len(set(densities.values())) == 1:
         return next(iter(densities.values()))
     return "varies-" + hashlib.sha256(json.dumps(densities, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _magnitude(value: object, below: float = math.inf) -> float:
-    """A number in [0, below); anything else is a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
-        raise ValueError(f"{value!r} is no number in [0, {below})")
-    return float(value)
 
 
 def measure_model(

@@ -9,6 +9,8 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,18 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.models.formats import quantised_with, refuse_other_formats
+from neuron_methods.models.headers import header_entries, stored_count, weight_files
 from neuron_methods.models.hub import local_copy
 from neuron_methods.models.kinds import Processor
+from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
+from neuron_methods.models.skeleton import Skeleton
+from neuron_methods.models.tokenizer_files import read_vocabulary
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line, listed, one_line
+
+_MADE = 1 << 26  # numbers that a model makes as it is built, at most
 
 
 def read_config(place: Place, where: str) -> PretrainedConfig:
@@ -36,17 +43,17 @@ def read_config(place: Place, where: str) -> PretrainedConfig:
         UserError: there is none to read.
     """
     refuse_other_formats(place.path, where)
-    if os.path.isdir(place.path) and not os.path.isfile(os.path.join(place.path, "config.json")):
+    if os.path.isdir(place.path) and not os.path.lexists(os.path.join(place.path, CONFIG_NAME)):
         raise UserError(f"{where}: the directory holds no config.json; it is no model")
     try:
-        directory = local_copy(place.path, place.revision, weights=False)
+        directory = Path(local_copy(place.path, place.revision, weights=False))
     except UserError as error:
         found = "neither a directory here nor to be had from the hub"
         raise UserError(f"{where}: cannot read its config ({found}): {error}") from error
-    try:
+    check_files(directory, place.path)
+    read_model_config(directory / CONFIG_NAME, stored_count(directory))
+    with foreign_reading(f"{where}: cannot read its config"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: cannot read its config: {one_line(error)}") from error
 
 
 def read_architecture(config: PretrainedConfig, where: str) -> str:
@@ -58,6 +65,25 @@ def read_architecture(config: PretrainedConfig, where: str) -> str:
             f"{transformers.__version__}"
         )
     return architecture
+
+
+def refuse_oversized(model: Any, config: PretrainedConfig, directory: Path, where: str) -> None:
+    """Make sure that a config asks for no more numbers than the files hold, before memory is taken for them.
+
+    Raises:
+        UserError: it does, or the class cannot be built from it.
+    """
+    entries = (entry for file in weight_files(directory) for entry in header_entries(file)[1].values())
+    stored = sum(prod(entry.shape) for entry in entries)
+    built = Skeleton.build(model, config).model
+    asked = {id(t): t.numel() for t in (*built.parameters(), *built.buffers())}
+    # Rotary tables and masks are made and not stored; what is tied counts once.
+    if sum(asked.values()) > 2 * stored + _MADE:
+        name, tensor = max((*built.named_parameters(), *built.named_buffers()), key=lambda pair: pair[1].numel())
+        raise UserError(
+            f"{where}: by its config.json it has {sum(asked.values())} numbers, of these {name} {list(tensor.shape)}, "
+            f"and its files hold {stored}; the two are not of one model: download or save it again"
+        )
 
 
 def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: Any) -> PreTrainedModel:
@@ -75,10 +101,13 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
     """
     config = read_config(place, where)
     architecture = read_architecture(config, where)
-    with quiet_transformers():
+    with foreign_reading(f"{where}: cannot load it"):
+        directory = local_copy(place.path, place.revision)
+        if quantised_with(config) is None:
+            refuse_oversized(getattr(transformers, architecture), config, Path(directory), where)
         try:
             model, found = getattr(transformers, architecture).from_pretrained(
-                local_copy(place.path, place.revision),
+                directory,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
@@ -92,7 +121,7 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
                     f"{where}: its weights are quantised ({how}): {first_line(error)}; name the model that it was made "
                     "from, in bfloat16"
                 ) from error
-            raise UserError(f"{where}: cannot load it: {one_line(error)}") from error
+            raise
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = listed(sorted(found["missing_keys"]))
         raise UserError(f"{where}: its files lack weights of {architecture}, which its config names: {missing}")
@@ -151,10 +180,10 @@ def load_processor(processor: Processor, place: Place, where: str) -> Any:
     """Load the tokenizer or image processor saved beside a model; raises UserError if there is none."""
     what = "tokenizer" if processor == "AutoTokenizer" else "image processor"
     try:
-        with quiet_transformers():
-            directory = local_copy(place.path, place.revision, weights=False)
+        directory = Path(local_copy(place.path, place.revision, weights=False))
+        check_files(directory, place.path)
+        read_vocabulary(directory)
+        with foreign_reading(f"{where}: cannot load its {what}", ImportError):
             return getattr(transformers, processor).from_pretrained(directory, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"{where}: its {what} needs another package: {one_line(error)}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: cannot load its {what}: {one_line(error)}") from error

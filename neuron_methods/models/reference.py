@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from neuron_methods.models.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from neuron_methods.models.headers import header_entries
 from neuron_methods.models.hub import hub_file
-from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SAMPLE = 4096  # bytes of each tensor that two copies are compared by
 
@@ -93,8 +93,7 @@ class ModelName:
             return name
         directory = local_directory(name.base.path, name.base.revision)
         assert directory is not None
-        config = read_object(os.path.join(directory, ADAPTER_CONFIG), again="download or save the adapter again")
-        return cls(base_of(config, directory, str(name.base)), name.base)
+        return cls(base_of(read_adapter_config(directory), directory, str(name.base)), name.base)
 
     @property
     def shown(self) -> str:
@@ -200,15 +199,13 @@ def _sampled_weights(directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in Path(directory).glob("*.safetensors"):
         try:
+            begin, entries = header_entries(path)
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                for name, entry in header.items():
-                    start, end = entry["data_offsets"]
-                    file.seek(8 + length + max(start, (start + end - _SAMPLE) // 2))
-                    found[name] = (entry["dtype"], entry["shape"], file.read(min(_SAMPLE, end - start)))
-        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+                for name, entry in entries.items():
+                    start, end = entry.data_offsets
+                    file.seek(begin + max(start, (start + end - _SAMPLE) // 2))
+                    found[name] = (entry.dtype, entry.shape, file.read(min(_SAMPLE, end - start)))
+        except (UserError, OSError):
             return {}
     return found
 

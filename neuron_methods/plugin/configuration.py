@@ -26,8 +26,10 @@ from pydantic import BaseModel, ValidationError
 
 from neuron_methods.plugin.composite import configured
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean, unknown
+from neuron_methods.support.text import did_you_mean, first_line, unknown
 from neuron_methods.support.yaml_source import YamlSource
+
+_MOST_PADDING = 1 << 16
 
 
 def read_configuration(source: str, name: str = "the configuration") -> MergeConfiguration:
@@ -55,8 +57,9 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         configuration = MergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{name}: {_first_problem(error)}") from None
-    except RuntimeError as error:  # mergekit's own validators raise it
-        raise UserError(f"{name}: {error}") from None
+    except Exception as error:  # whatever mergekit's own validators make of foreign values
+        raise UserError(f"{name}: {first_line(error)}") from None
+    _check_padding(configuration, name)
     _check_dtypes(configuration, name)
     spec = _spec(configuration, name)
     _check_inputs(spec, configuration, name)
@@ -64,6 +67,13 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         for key, setting in (parameters or {}).items():
             _check_parameter(spec, key, setting, f"{name}: {place}")
     return configuration
+
+
+def _check_padding(configuration: MergeConfiguration, name: str) -> None:
+    """Refuse a `pad_to_multiple_of` that would fill memory with rows of no token."""
+    multiple = configuration.tokenizer.pad_to_multiple_of if configuration.tokenizer else None
+    if multiple is not None and not 1 <= multiple <= _MOST_PADDING:
+        raise UserError(f"{name}: tokenizer: pad_to_multiple_of: expected 1 to {_MOST_PADDING}, found {multiple}")
 
 
 def _check_models(content: dict[str, Any], name: str) -> None:

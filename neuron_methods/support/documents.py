@@ -91,6 +91,22 @@ def open_file(path: str | os.PathLike[str], shown: str) -> BinaryIO:
         raise UserError(f"{shown}: cannot be read ({reason}); check the path") from None
 
 
+def check_regular(file: str | os.PathLike[str]) -> None:
+    """Make sure that a path is a regular file, or a link to one, before it is opened: a pipe would be waited for.
+
+    Raises:
+        UserError: it is something else, or is not there.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); check it") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{file}: a directory, but a file of that name is expected there")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file}: no regular file but a pipe, socket or device; put the file itself there")
+
+
 def read_text(path: str | os.PathLike[str], what: str = "", *, most: int = MOST_JSON) -> str:
     """Read a regular file as text; arguments and errors as in `read_bytes`.
 

@@ -262,8 +262,8 @@ def make_strategy(name: str, parameters: Sequence[Parameter], budget: int | None
         UserError: it cannot search these parameters within the budget.
     """
     if name == "grid":
-        return Strategy(_grid(parameters, budget or _MOST_POINTS))
+        return Strategy(_grid(parameters, _MOST_POINTS if budget is None else budget))
     if name not in ("random", "cma"):
         raise UserError(f"--strategy {name!r}: expected grid, random or cma")
-    budget = budget or DEFAULT_BUDGET
+    budget = DEFAULT_BUDGET if budget is None else budget
     return CmaEs(parameters, budget, seed) if name == "cma" else Drawn(parameters, budget, seed)

@@ -190,7 +190,8 @@ def _search(
         for batch in strategy.batches():
             new = {key_of(point): point for point in batch if trace.get(point) is None}
             # Whoever proposes generations goes on after this one.
-            expected = settings.budget or DEFAULT_BUDGET if settings.strategy == "cma" else 0
+            budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
+            expected = budget if settings.strategy == "cma" else 0
             bar.total = (bar.total or 0) + len(new)
             started = time.perf_counter()
             for point, results, how in bench.try_points(list(new.values()), expected):
