@@ -269,7 +269,7 @@ class NeuronProfile:
                 for name in (*self.info.statistics, TOP_ACTIVATION, TOP_EXEMPLAR):
                     tensor = self.tensors.get(f"{source}/{layer}/{name}")
                     if tensor is None or not _fits(tensor, name, neurons, self.info.exemplars):
-                        found = "missing" if tensor is None else _told(tensor)
+                        found = "missing" if tensor is None else _told(tensor, neurons)
                         raise UserError(
                             f"{self._name}: {name} of layer {layer}, data source {source!r}, is {found}, expected for "
                             f"{neurons} neurons; measure it again"
@@ -286,9 +286,10 @@ def _fits(tensor: Tensor, name: str, neurons: int, exemplars: int) -> bool:
     return fits and bool(torch.isfinite(tensor).all())
 
 
-def _told(tensor: Tensor) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"of shape {tuple(tensor.shape)} and dtype {dtype}, or holds values that it cannot have"
+def _told(tensor: Tensor, neurons: int) -> str:
+    if tensor.ndim in (1, 2) and len(tensor) == neurons:
+        return f"{str(tensor.dtype).removeprefix('torch.')} with values that it cannot have"
+    return f"of shape {tuple(tensor.shape)}"
 
 
 def exemplars_path(profile: Path) -> Path:
