@@ -6,12 +6,13 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from neuron_methods.models.companions import code_files, companions
+from neuron_methods.models.companions import code_files, companions, is_of_tokenizer
 from neuron_methods.models.headers import weight_files
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.run import CONFIG_NAME
@@ -19,7 +20,7 @@ from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
 from neuron_methods.sharing.card import parsed_card, with_model_id
 from neuron_methods.sharing.licences import metadata_of
-from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
+from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_text, reduced_yaml
 from neuron_methods.sharing.routed_card import make_routed_card
 from neuron_methods.support.documents import parse_json, read_object, read_text
 from neuron_methods.support.errors import UserError
@@ -110,6 +111,8 @@ def upload_copy(place: Path, files: Sequence[Path], repository: str, base_model:
             target = copy / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             text = _changed(file, relative, repository, labels, base_model)
+            if text is None and file.suffix == ".safetensors" and _with_metadata_reduced(file, target, labels):
+                continue
             if text is None:
                 os.symlink(file.resolve(), target)
             else:
@@ -151,7 +154,7 @@ def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
 def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str], base_model: str | None) -> str | None:
     """New text of a file; None where it stays as it is."""
     if relative == Path("README.md"):
-        card = with_model_id(read_text(file), repository)
+        card = with_model_id(reduced_text(read_text(file), labels), repository)
         if base_model is None:
             return card
         with_base = parsed_card(card, str(file))
@@ -162,17 +165,38 @@ def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str]
         if names is None:
             raise UserError(f"{file}: no merge configuration, and may name paths of this machine; remove it")
         return reduced_yaml(read_text(file), names)
-    if relative.suffix != ".json" or relative.name in _PLAIN or relative.name.endswith(".index.json"):
+    if relative.suffix == ".html":
+        page = read_text(file)
+        for path in (path for path, label in labels.items() if label != path and re.search(r"[/\\]", path)):
+            page = page.replace(path, labels[path])
+        return page
+    if relative.suffix != ".json" or relative.name in _PLAIN:
         return None
     try:
         content = parse_json(read_text(file), str(file))
     except UserError:
         return None
-    reduced = reduced_json(content, labels)
+    reduced = reduced_json(content, labels, running=not is_of_tokenizer(relative.name))
     key = {_ADAPTER_CONFIG: "base_model_name_or_path", ROUTED_CONFIG: "base_model"}.get(relative.name)
     if base_model is not None and key is not None and isinstance(reduced, dict):
         reduced[key] = base_model
     return None if reduced == content else json.dumps(reduced, indent=2, ensure_ascii=False) + "\n"
+
+
+def _with_metadata_reduced(file: Path, target: Path, labels: dict[str, str]) -> bool:
+    """Copy tensors where the strings beside them name local paths, without these; False where they name none."""
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(length))
+        reduced = reduced_json(header.get("__metadata__"), labels)
+        if reduced == header.get("__metadata__"):
+            return False
+        changed = json.dumps({**header, "__metadata__": reduced}, separators=(",", ":")).encode()
+        changed += b" " * (-len(changed) % 8)
+        with target.open("wb") as copy:
+            copy.write(len(changed).to_bytes(8, "little") + changed)
+            shutil.copyfileobj(source, copy, 1 << 20)
+    return True
 
 
 def _names_in(place: Path) -> ModelNames | None:
