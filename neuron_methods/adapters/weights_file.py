@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neuron_methods.adapters.config import CONFIG_NAME
-from neuron_methods.models.headers import HeaderFiles
+from neuron_methods.models.headers import HeaderFiles, check_length
 from neuron_methods.models.hub import hub_file
 from neuron_methods.models.model_files import check_files
 from neuron_methods.support.errors import UserError
@@ -90,6 +90,7 @@ class AdapterWeights:
         if self._tensors is not None:
             return self._tensors[key]
         with self._lock:
+            check_length(self.path, self._length)
             return self._file.get_tensor(key)
 
     def _refuse_integers(self, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -103,6 +104,7 @@ class AdapterWeights:
     def _open(self) -> None:
         try:
             self._file = safe_open(self.path, framework="pt")
+            self._length = self.path.stat().st_size
         except (SafetensorError, OSError) as error:
             size = self.path.stat().st_size if self.path.is_file() else 0
             raise UserError(

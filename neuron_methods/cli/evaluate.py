@@ -68,7 +68,7 @@ task_options = options(
 @task_options
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
 @click.option("-o", "--output", type=PLACE, metavar="OUT.json", help="[default: NAME-OF-MODEL.scores.json]")
-@click.option("--force", is_flag=True, help="Replace OUT.json if it exists.")
+@click.option("--force", is_flag=True, help="Replace the scores in OUT.json.")
 @debug_option
 def evaluate(
     model: str,
@@ -86,13 +86,17 @@ def evaluate(
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.models.processes import process_state
     from neuron_methods.models.reference import ModelName
+    from neuron_methods.support.runs import claimed
 
     chosen = choose_tasks(load_tasks(tasks), only, batch_size)
-    place = output or Path(f"{ModelName.parse(model).shown.replace('/', '--')}.scores.json")
-    state = process_state()
-    if state.is_main_process:
-        check_place(place, force)
-    evaluation = score(model, chosen, progress=not quiet, **settings)
-    if state.is_main_process:
+    name = ModelName.parse(model)
+    shown = output or Path(f"{name.shown.replace('/', '--')}.scores.json")
+    if not process_state().is_main_process:
+        score(model, chosen, progress=not quiet, **settings)
+        return
+    inputs = [tasks, *name.here(), *(file for task in chosen for file in task.files())]
+    place = check_place(shown, force, inputs)
+    with claimed(place, f"-o {shown}"):
+        evaluation = score(model, chosen, progress=not quiet, **settings)
         write_evaluation(evaluation, place)
-        say("\n".join([*table(evaluation), f"written: {place}"]))
+    say("\n".join([*table(evaluation), f"written: {shown}"]))

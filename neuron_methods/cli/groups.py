@@ -46,18 +46,22 @@ the columns layer, neuron and group. Neurons without a label are general.
     show_default=True,
     help="Neurons that fire on a smaller share of their domain's tokens are general.",
 )
+@click.option("--force", is_flag=True, help="Replace the groups in FILE.")
 @click.option("--import", "labels", type=FILE, help="Labels made elsewhere.")
 @debug_option
-def groups(profile: Path, output: Path, threshold: float, min_firing: float, labels: Path | None) -> None:
+def groups(profile: Path, output: Path, threshold: float, min_firing: float, labels: Path | None, force: bool) -> None:
     """Classify every MLP neuron of the base by the data source of PROFILE that drives it furthest.
 
     PROFILE is a profile of the base, with one data source per domain. The share of a domain is corrected for how many
     tokens it contributed; a neuron that no domain clearly owns is general.
     """
     from neuron_methods.profiling import NeuronProfile
-    from neuron_methods.profiling.grouping import classify, describe_groups, import_labels
+    from neuron_methods.profiling.grouping import check_place, classify, describe_groups, import_labels
+    from neuron_methods.support.runs import claimed
 
+    place = check_place(output, force, profile, labels)
     measured = NeuronProfile.load(profile)
     found = import_labels(measured, labels) if labels else classify(measured, threshold, min_firing)
-    found.write(output)
+    with claimed(place, f"-o {output}"):
+        found.write(place)
     say("\n".join(describe_groups(found)))

@@ -64,9 +64,9 @@ class ProfileCommand(click.Command):
 @click.option("--context", type=Count(0, 1000), default=8, show_default=True, help="Tokens around an exemplar.")
 @click.option("--separator", default="\n", help="Joins two columns for a decoder.  [default: a line break]")
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Start anew if FILE exists.")
+@click.option("--force", is_flag=True, help="Forget the profile in FILE and start anew.")
 @debug_option
-def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **settings: Any) -> None:
+def profile(model: str, data: tuple[str, ...], output: Path, force: bool, **settings: Any) -> None:
     """Measure the MLP neurons of MODEL on data: a path, a hub id, an adapter, or base+adapter.
 
     Per source and neuron: mean |activation|, second moment, firing rate and the tokens that drive it furthest; with
@@ -75,7 +75,7 @@ def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **
     """
     from neuron_methods.profiling import Settings, measure_profile
 
-    measure_profile(model, data, output, Settings(**settings), overwrite=overwrite, report=say)
+    measure_profile(model, data, output, Settings(**settings), force=force, report=say)
 
 
 @click.command("show")

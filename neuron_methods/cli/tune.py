@@ -60,7 +60,7 @@ extra report). Run again to go on: points in the trace are not tried again.
 @click.option("--test", is_flag=True, help="Score the best point on test data, once, at the end.")
 @click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
 @click.option("--merge-every-point", is_flag=True, help="Do not recombine parts.")
-@click.option("--overwrite", is_flag=True, help="Forget what OUT holds.")
+@click.option("--force", is_flag=True, help="Forget the search in OUT and start anew.")
 @debug_option
 def tune(
     config: Path,

@@ -28,6 +28,7 @@ from neuron_methods.data.files import format_of
 from neuron_methods.data.folders import Table, open_table
 from neuron_methods.models.reference import looks_local
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.fingerprints import tree_state
 from neuron_methods.support.text import first_line, listed, shortened
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?")
@@ -79,6 +80,11 @@ class DataSource:
         place = str(Path(self.location).resolve()) if self.local else self.location
         text = repr((place, self.config, self.split, self.columns))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def state(self) -> str:
+        """Tells a local file or folder from what it was before it was written anew; "" of the Hub's."""
+        return hashlib.sha256(repr(tree_state(self.location)).encode()).hexdigest()[:16] if self.local else ""
 
 
 @dataclass(frozen=True)

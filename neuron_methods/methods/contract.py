@@ -35,9 +35,29 @@ class ModelFacts:
 
     Attributes:
         config: its `PretrainedConfig`.
+        state: (name without directories, digest of the weights) of an expert by its id, or of the base by None; None
+            where models are not in files.
     """
 
     config: Any
+    state: Callable[[Hashable | None], tuple[str, str]] | None = None
+
+    def check_unchanged(self, where: str, model: Hashable | None, name: str, digest: str) -> None:
+        """Refuse what was measured on a model's weights as they were before.
+
+        Args:
+            where: what was measured, and how it is called.
+            model: the expert, or None for the base.
+            name: of the model it was measured on, without directories.
+            digest: of the weights then; "" where that is not known.
+
+        Raises:
+            UserError: the model of that name has other weights now.
+        """
+        if self.state is not None and digest:
+            shown, now = self.state(model)
+            if shown == name and now != digest:
+                raise UserError(f"{where}: {name} has other weights now than when it was measured; measure it again")
 
 
 @dataclass(frozen=True, eq=False)

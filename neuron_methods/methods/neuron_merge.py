@@ -84,6 +84,9 @@ class PreparedNeuronMerge(DelegatingMerge):
         if not path:
             raise UserError(f"{NAME} needs groups: FILE, made by `mergekit-neuron groups` from a profile of the base")
         self.groups = NeuronGroups.read(path)
+        if (facts := tensors[0].model) is not None:
+            digest = str(self.groups.made_from.get("weights", ""))
+            facts.check_unchanged(f"groups {path}", None, self.groups.model, digest)
         counts = {layer: len(labels) for layer, labels in self.groups.labels.items()}
         self.layout.neurons.check_same(f"groups {path}: this file", self.groups.model, self.groups.model_type, counts)
         self.groups.check_experts(path, own)

@@ -38,6 +38,7 @@ class _ExpertEntry(Given):
     entries: Annotated[int, Field(ge=0)]
     threshold: Annotated[float, Field(ge=0)] | None
     sigma: Annotated[float, Field(ge=0, lt=1)]
+    weights: str = ""
     voting: bool = True
 
 
@@ -47,6 +48,7 @@ class _TrimFile(Given):
     method: str
     trim: Literal["model", "tensor"]
     fingerprint: str
+    base_weights: str = ""
     sigma: float | None
     lambda_orthogonal: float
     experts: list[_ExpertEntry]
@@ -63,6 +65,7 @@ class ExpertTrim:
         entries: number of entries of its task vector.
         threshold: smallest magnitude kept, None under `trim: tensor`.
         sigma: L1 norm of what trimming removes / L1 norm of the task vector.
+        weights: digest of the expert's weights; "" where they are not in files.
     """
 
     model: str
@@ -70,6 +73,7 @@ class ExpertTrim:
     entries: int
     threshold: float | None
     sigma: float
+    weights: str = ""
 
 
 @dataclass
@@ -82,6 +86,7 @@ class TrimProfile:
         voting: experts with a weight other than 0: σ is the largest of theirs.
         tensor_thresholds: under `trim: tensor`, {tensor name: {expert id: threshold}} as far as measured.
         fingerprint: of the names of the tensors measured.
+        base_weights: digest of the base's weights; "" where they are not in files.
         parallel_energy: Σ ‖τ_∥‖² over all merged neurons so far.
         orthogonal_energy: Σ ‖τ_⊥‖² likewise.
     """
@@ -91,6 +96,7 @@ class TrimProfile:
     voting: list[Hashable] = field(default_factory=list)
     tensor_thresholds: dict[str, dict[Hashable, float]] = field(default_factory=dict)
     fingerprint: str = ""
+    base_weights: str = ""
     parallel_energy: float = 0.0
     orthogonal_energy: float = 0.0
 
@@ -119,6 +125,7 @@ class TrimProfile:
             "method": "neuro_merging",
             "trim": self.trim,
             "fingerprint": self.fingerprint,
+            "base_weights": self.base_weights,
             "sigma": self.sigma,
             "lambda_orthogonal": self.automatic_lambda("mean"),
             "experts": [{**asdict(e), "voting": key in self.voting} for key, e in self.experts.items()],
@@ -158,6 +165,8 @@ class TrimProfile:
         if content.fingerprint != profile.fingerprint:
             raise UserError("measured on other tensors than this merge writes")
         found = {entry.model: entry for entry in content.experts}
+        profile.base_weights = content.base_weights
+        _check_weights("the base", profile.base_weights, _weights_of(tensors, None))
         for expert in experts:
             entry = found.get(str(expert))
             if entry is None:
@@ -167,7 +176,10 @@ class TrimProfile:
                 raise UserError(f"{expert} was measured with density {entry.density}, the merge asks for {density}")
             if (entry.threshold is None) != (profile.trim == "tensor"):
                 raise UserError(f"{expert}: threshold: found {entry.threshold} under trim: {profile.trim}")
-            profile.experts[expert] = ExpertTrim(str(expert), density, entry.entries, entry.threshold, entry.sigma)
+            _check_weights(expert, entry.weights, _weights_of(tensors, expert))
+            profile.experts[expert] = ExpertTrim(
+                str(expert), density, entry.entries, entry.threshold, entry.sigma, entry.weights
+            )
         by_name = {str(expert): expert for expert in experts}
         profile.tensor_thresholds = {
             tensor: {by_name[name]: float(value) for name, value in row.items() if name in by_name}
@@ -188,6 +200,17 @@ def density_of(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | st
     if len(set(densities.values())) == 1:
         return next(iter(densities.values()))
     return "varies-" + hashlib.sha256(json.dumps(densities, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _weights_of(tensors: Sequence[PlannedTensor], model: Hashable | None) -> str:
+    """Digest of the weights of an expert, or by None of the base; "" where they are not in files."""
+    facts = tensors[0].model
+    return "" if facts is None or facts.state is None else facts.state(model)[1]
+
+
+def _check_weights(model: Hashable, measured: str, now: str) -> None:
+    if measured and now and measured != now:
+        raise UserError(f"{model} has other weights now than when it was measured")
 
 
 def measure_model(
@@ -216,15 +239,19 @@ def measure_model(
                 _count(tensor.name, base, found, still_open, settings)
         still_open = {e: s for e, s in still_open.items() if not s.finish()}
         label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
-    found_trims = {e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()}
-    return TrimProfile("model", found_trims, fingerprint=fingerprint(tensors))
+    found_trims = {
+        e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma, _weights_of(tensors, e))
+        for e, s in searches.items()
+    }
+    base = _weights_of(tensors, None)
+    return TrimProfile("model", found_trims, fingerprint=fingerprint(tensors), base_weights=base)
 
 
 def measure_tensors(
     tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], settings: MergeSettings
 ) -> TrimProfile:
     """Find thresholds per tensor and expert, and each expert's σ over the whole model under them."""
-    profile = TrimProfile("tensor", fingerprint=fingerprint(tensors))
+    profile = TrimProfile("tensor", fingerprint=fingerprint(tensors), base_weights=_weights_of(tensors, None))
     sums = {expert: ThresholdSearch(density=1.0) for expert in experts}
     for tensor in settings.progress("Measuring trim thresholds", tensors):
         densities = tensor.expert_parameters["density"]
@@ -241,7 +268,10 @@ def measure_tensors(
             sums[expert].entries += search.entries
             sums[expert].total_l1 += search.total_l1
             sums[expert].removed_l1 += search.removed_l1
-    profile.experts = {e: ExpertTrim(str(e), density_of(tensors, e), s.entries, None, s.sigma) for e, s in sums.items()}
+    profile.experts = {
+        e: ExpertTrim(str(e), density_of(tensors, e), s.entries, None, s.sigma, _weights_of(tensors, e))
+        for e, s in sums.items()
+    }
     return profile
 
 

@@ -156,6 +156,24 @@ def header_entries(path: Path) -> tuple[int, dict[str, HeaderEntry]]:
     return 8 + length, entries
 
 
+def check_length(path: str | os.PathLike[str], length: int) -> None:
+    """Make sure that a file is still as long as it was, before a tensor of it is read.
+
+    It is mapped into memory: where it has been cut short, the system ends the process that looks.
+
+    Raises:
+        UserError: it is shorter now, or gone.
+    """
+    try:
+        now = os.stat(path).st_size
+    except OSError:
+        now = 0
+    if now < length:
+        raise UserError(
+            f"{path}: was cut short or removed while it was read ({length} bytes, now {now}); put it back and run again"
+        )
+
+
 def weight_files(directory: Path, stem: str = "model.safetensors") -> list[Path]:
     """List the files that transformers 5 reads a directory's weights from: the single file, else those of the index.
 

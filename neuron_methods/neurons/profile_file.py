@@ -29,11 +29,14 @@ from torch import Tensor
 from neuron_methods.neurons import NeuronMap
 from neuron_methods.support.documents import MOST_LINE, Foreign, check_regular, parse_json, validated
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import file_in_place_after
+from neuron_methods.support.files import pair_in_place_after
+from neuron_methods.support.targets import beginning_with
 from neuron_methods.support.text import shortened
 
 FORMAT = "mergekit-neuron profile"
 VERSION = "1"
+#: Tells a file of exemplars by its first line.
+IS_EXEMPLARS = beginning_with(r'\{"source": ')
 STATISTICS = ("mean_abs", "second_moment", "firing_rate")
 TAYLOR = "taylor"
 TOP_ACTIVATION, TOP_EXEMPLAR = "top_activation", "top_exemplar"
@@ -68,6 +71,7 @@ class SourceInfo:
         fingerprint: tells apart sources that are named alike.
         samples: how many were read.
         tokens: layer -> how many tokens it read; T5's encoder and decoder, CLIP's towers differ.
+        state: digest of the data's files as they were; "" of the Hub's, and in profiles that noted none.
     """
 
     __pydantic_config__ = _CONFIG
@@ -76,6 +80,7 @@ class SourceInfo:
     fingerprint: str
     samples: Count
     tokens: dict[str, Count]
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class ProfileInfo:
         sources: name -> what was measured.
         exemplars: how many lines of the JSONL file belong to this profile.
         made_with: package -> version.
+        weights: digest of the model's weights; "" in profiles of releases that noted none.
     """
 
     __pydantic_config__ = _CONFIG
@@ -105,6 +111,7 @@ class ProfileInfo:
     sources: dict[str, SourceInfo] = field(default_factory=dict)
     exemplars: Count = 0
     made_with: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -171,11 +178,17 @@ class NeuronProfile:
         profile._check_complete()
         return profile
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics beside `path` and move them into place; the exemplars have to be there already."""
+    def save(self, path: Path, keep: int, exemplars: Iterable[Mapping[str, Any]]) -> None:
+        """Write the profile, and its exemplars behind the first `keep` lines of those that are there; see `files`."""
         metadata = {"format": FORMAT, "version": VERSION, "profile": json.dumps(asdict(self.info))}
-        with file_in_place_after(path) as beside:
-            save_file(self.tensors, beside, metadata=metadata)
+        old = exemplars_path(path)
+        with pair_in_place_after(path, old, extends=keep > 0) as (statistics, lines):
+            with lines.open("w", encoding="utf-8") as file:
+                if keep:
+                    with old.open(encoding="utf-8") as kept:
+                        file.writelines(line for line, _ in zip(kept, range(keep), strict=False))
+                file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)
+            save_file(self.tensors, statistics, metadata=metadata)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -321,13 +334,3 @@ def read_exemplars(profile: Path, count: int) -> list[dict[str, Any]]:
     if len(lines) < count:
         raise UserError(f"{path}: {len(lines)} exemplars, expected {count}; measure the profile again")
     return lines
-
-
-def write_exemplars(profile: Path, keep: int, exemplars: Iterable[Mapping[str, Any]]) -> None:
-    """Put exemplars behind the first `keep` lines of the file beside a profile, by way of a new file."""
-    path = exemplars_path(profile)
-    with file_in_place_after(path) as beside, beside.open("w", encoding="utf-8") as file:
-        if keep:
-            with path.open(encoding="utf-8") as old:
-                file.writelines(line for line, _ in zip(old, range(keep), strict=False))
-        file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)

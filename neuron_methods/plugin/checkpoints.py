@@ -17,7 +17,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex,
 from mergekit.io.loader import TensorLoader
 from torch import Tensor
 
-from neuron_methods.models.headers import open_safetensors, pickled_headers, weight_files, weight_map
+from neuron_methods.models.headers import check_length, open_safetensors, pickled_headers, weight_files, weight_map
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 
@@ -37,6 +37,7 @@ class CheckpointLoader(LazyTensorLoader):
         super().__init__(index, lazy_unpickle)
         self._spelled = spelled
         self._open_file: str | None = None
+        self._length = 0
         found = [part for part in _WRAPPERS if any(part in name for name in spelled.values())]
         self.wrappers = " and ".join(f"{part} (of {_WRAPPERS[part]})" for part in found)
 
@@ -74,7 +75,8 @@ class CheckpointLoader(LazyTensorLoader):
                 self.current_shard, self._open_file = None, None
                 with _reading(file):
                     self.current_shard = TensorLoader.get(file, use_lazy_unpickle=self.lazy_unpickle, device=device)
-                self._open_file = paths[key]
+                self._open_file, self._length = paths[key], os.path.getsize(file)
+            check_length(file, self._length)
             with _reading(file):
                 return self.current_shard.get_tensor(self.stored_as(key)).to(device)
 

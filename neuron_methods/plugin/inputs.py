@@ -7,7 +7,7 @@ Paths that exist locally are never asked for at the Hub. Weights are taken from 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from neuron_methods.adapters.weights_file import adapter_directory
 from neuron_methods.models.companions import code_files
 from neuron_methods.models.formats import refuse_other_formats, refuse_quantised
 from neuron_methods.models.headers import open_safetensors, stored_count
 from neuron_methods.models.hub import hub_answers, hub_file, hub_refusal
 from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
-from neuron_methods.models.reference import ADAPTER_CONFIG, looks_local
+from neuron_methods.models.reference import ADAPTER_CONFIG, Place, looks_local
+from neuron_methods.models.states import weights_digest
 from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.support.errors import UserError
 
@@ -143,3 +145,15 @@ def _refuse_pickles(path: str, options: MergeOptions) -> None:
             f"model {path}: its weights are a pickle (pytorch_model.bin), which is read only on request; save it as "
             "safetensors, or allow it with --lazy-unpickle"
         )
+
+
+def state_of(base: ModelReference | None, model: Hashable | None) -> tuple[str, str]:
+    """Name and digest of a model's weights, as `ModelFacts.state` gives them; models must be open."""
+    found = base if model is None else model
+    if not isinstance(found, ModelReference):
+        return "", ""
+    parts = [part for part in (found.model, found.lora) if part is not None]
+    places = [LoaderCache().get(found.model_copy(update={"lora": None})).index.base_path]
+    if found.lora is not None:
+        places.append(adapter_directory(found.lora.path, found.lora.revision, LoaderCache().hf_cache_dir))
+    return "+".join(Place(part.path, part.revision).shown for part in parts), weights_digest(*places)

@@ -5,7 +5,6 @@ Only headers are read. Everything that can be refused is refused here, so that a
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from neuron_methods.methods.contract import PlannedMethod
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.plugin.seam import method_of, planned_tasks, stored_name, tokenizer_task
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import format_bytes
 
 # Process with mergekit, torch and transformers loaded, before any tensor.
 _PROCESS_BYTES = 450 * 1024 * 1024
@@ -135,20 +133,6 @@ def inspect_plan(planner: Any) -> MergePlan:
         plan.parameters[weight.name] = ({p.name: task.parameters[p.name] for p in spec.shared_parameters}, per_model)
     plan.mapped_bytes = sum(max(sizes.values()) for sizes in files.values())
     return plan
-
-
-def check_space(plan: MergePlan, directory: str) -> None:
-    """Refuse where the output will not fit on the disk.
-
-    Raises:
-        UserError: naming the directory, what is free and what is needed.
-    """
-    free = shutil.disk_usage(directory).free
-    if plan.bytes_to_write > free:
-        raise UserError(
-            f"{directory}: {format_bytes(plan.bytes_to_write)} to write, {format_bytes(free)} free; "
-            "make room or choose another disk"
-        )
 
 
 class _Headers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ class Checkpoint:
             open_file(self.path, str(self.path)).close()  # safetensors waits for a pipe
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("belongs_to") != self._belongs_to:
+                    print(f"note: {self.path}: of other data or settings, so it is not gone on with", file=sys.stderr)
+                    return 0
                 batches = metadata.get("batches", "")
-                if metadata.get("belongs_to") != self._belongs_to or not re.fullmatch("[0-9]{1,15}", batches):
+                if not re.fullmatch("[0-9]{1,15}", batches):
                     return 0
                 for key, record in recorder.records.items():
                     found = {name: file.get_tensor(f"{key}/{name}") for name in record.state()}

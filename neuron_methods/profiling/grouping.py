@@ -17,14 +17,21 @@ from typing import Any
 import torch
 
 from neuron_methods.kernels.groups import domain_shares, label_neurons
-from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
-from neuron_methods.neurons.profile_file import NeuronProfile
+from neuron_methods.methods.groups_file import FORMAT, GENERAL, NeuronGroups, groups_from_labels
+from neuron_methods.neurons.profile_file import NeuronProfile, exemplars_path
 from neuron_methods.support.documents import parse_json, read_lines, read_text
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.targets import check_file, json_of
 from neuron_methods.support.text import columns, shortened
 
 # One label: (layer, neuron, group), and where it was read, for messages.
 Label = tuple[str, Any, str, str]
+
+
+def check_place(output: Path, force: bool, profile: Path, labels: Path | None) -> Path:
+    """Give the absolute path of the groups to write; raises UserError where they may not be written, see `targets`."""
+    inputs = [profile, exemplars_path(profile), *([labels] if labels else [])]
+    return check_file(output, f"-o {output}", json_of(FORMAT), force, inputs)
 
 
 def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> NeuronGroups:
@@ -55,7 +62,8 @@ def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> Neu
         firing = torch.stack([profile.statistic("firing_rate", source, layer) for source in sources], dim=1)
         found = label_neurons(shares, firing, threshold, min_firing)
         labels[layer] = [sources[i] if i >= 0 else GENERAL for i in found.tolist()]
-    made_from = {"profile": profile.info.model, "threshold": threshold, "min_firing": min_firing, "domains": domains}
+    measured = {"profile": profile.info.model, "weights": profile.info.weights}
+    made_from = {**measured, "threshold": threshold, "min_firing": min_firing, "domains": domains}
     return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from, domains)
 
 
@@ -84,7 +92,7 @@ def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> Neuro
         labels[layer][index] = group
     if not seen:
         raise UserError(f"{path}: no labels in it; expected records with layer, neuron and group")
-    made_from = {"labels": Path(path).name, "labelled": len(seen)}
+    made_from = {"labels": Path(path).name, "labelled": len(seen), "weights": profile.info.weights}
     return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from)
 
 

@@ -26,12 +26,14 @@ from neuron_methods.sharing.hub import PushOptions
 from neuron_methods.sharing.hub_copy import LOCAL_BASE, known_hub_ids
 from neuron_methods.sharing.model_names import ModelNames, is_hub_id
 from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
-from neuron_methods.sharing.report.pages import FOLDER, require_matplotlib, write_report
+from neuron_methods.sharing.report.pages import FOLDER, check_folder, require_matplotlib, write_report
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.documents import read_text
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import is_disk_full, write_text
+from neuron_methods.support.runs import claimed
+from neuron_methods.support.targets import marking
 from neuron_methods.support.text import first_line
 from neuron_methods.support.yaml_source import YamlSource
 
@@ -141,21 +143,36 @@ def report_directory(
         source = read_text(config)
     except UserError as error:
         raise UserError(f"{error}; name the YAML that the merge was made with: --config FILE") from None
+    check_folder(place)
     verify_directory(place)
-    run = MergeRun(source, str(config), None)
+    target = place.resolve()
+    with claimed(target, place):
+        _write_report(target, source, str(config), rows, scores, new_card, progress)
+    return place / FOLDER / "report.html"
+
+
+def _write_report(
+    place: Path, source: str, config: str, rows: int | None, scores: Any, new_card: bool, progress: bool
+) -> None:
+    """Look at the models again, and write report and card."""
+    run = MergeRun(source, config, None)
     known = known_hub_ids(place)
     names = ModelNames(run.configuration, known)
     document = report_from_files(place, run, names, limit=rows, progress=progress)
-    name = place.resolve().name
-    section = write_report(document, place, name)
+    name = place.name
+    with marking(place):
+        section = write_report(document, place, name)
+        _write_card(run, source, place, CardOptions(section, scores, known), new_card)
+
+
+def _write_card(run: MergeRun, source: str, place: Path, options: CardOptions, new_card: bool) -> None:
     card = place / "README.md"
     if new_card or not card.exists():
-        text = make_card(run.configuration, source, name, place, CardOptions(section, scores, known)).text
+        text = make_card(run.configuration, source, place.name, place, options).text
     else:
-        text = with_section(read_text(card), section)
-        text = with_evaluation(text, scores, name) if scores else text
+        text = with_section(read_text(card), options.report_section)
+        text = with_evaluation(text, options.evaluation, place.name) if options.evaluation else text
     write_text(card, text)
-    return place / FOLDER / "report.html"
 
 
 def check_base_of_route(config: Path, options: PushOptions) -> None:

@@ -78,7 +78,7 @@ def test_the_file_is_named_after_the_model_and_not_replaced_unasked(model, folde
     again = run(model("llama"), "--task", tasks, "-q")
     assert again.exit_code == 1
     assert again.stderr == (
-        "error: -o llama.scores.json: llama.scores.json exists; name another file, or give --force to replace it\n"
+        "error: -o llama.scores.json: exists already; name another file, or give --force to replace it\n"
     )
     assert run(model("llama"), "--task", tasks, "-q", "--force", "--split", "validation").exit_code == 0
     assert json.loads((folder / "llama.scores.json").read_text())["tasks"][0]["split"] == "[12:]"

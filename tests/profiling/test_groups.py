@@ -32,7 +32,7 @@ def profile(tmp_path: Path) -> NeuronProfile:
             made.tensors[f"{source}/{layer}/top_activation"] = values
             made.tensors[f"{source}/{layer}/firing_rate"] = torch.full((24,), 0.5)
     made.tensors["math/layers.1/firing_rate"][:3] = 0.0001
-    made.save(tmp_path / "base.safetensors")
+    made.save(tmp_path / "base.safetensors", 0, [])
     return made
 
 
@@ -136,7 +136,7 @@ def test_the_command_writes_what_neuron_merge_reads(profile: NeuronProfile, tmp_
     assert NeuronGroups.read(out).groups == ("general", "code", "math")
     (tmp_path / "l.csv").write_text(LABELS["d.csv"])
     result = CliRunner().invoke(
-        main, ["groups", str(profile.path), "-o", str(out), "--import", str(tmp_path / "l.csv")]
+        main, ["groups", str(profile.path), "-o", str(out), "--force", "--import", str(tmp_path / "l.csv")]
     )
     assert result.exit_code == 0, result.output
     assert len(NeuronGroups.read(out).neurons_of("math", "layers.1")) == 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +22,9 @@ from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 from neuron_methods.models.loading import computing_dtype
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.runs import remove, workplace
 
-_WORK = ".mergekit-neuron-tune-"
+_WORK = "mergekit-neuron-tune"
 
 
 @dataclass
@@ -89,10 +88,7 @@ class Bench:
         self._not_affine: set[str] = set()
 
     def __enter__(self) -> Bench:
-        for left_by_a_killed_run in self._within.glob(f"{_WORK}*") if self._within else ():
-            shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-        folder = tempfile.TemporaryDirectory(prefix=_WORK, dir=self._within, ignore_cleanup_errors=True)
-        self._folder = Path(self._open.enter_context(folder))
+        self._folder = self._open.enter_context(workplace(_WORK, self._within))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -185,7 +181,7 @@ class Bench:
                 self.effort.merge_seconds += time.perf_counter() - started
                 yield tensors
         finally:
-            shutil.rmtree(out, ignore_errors=True)
+            remove(out)
 
     def _linear(self, point: Point) -> list[str]:
         """List the parameters to find parts for at a point."""

@@ -77,4 +77,4 @@ def plot_search(
     figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a `$` in a name begins no formula
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, dpi=120, format="png")

@@ -25,6 +25,9 @@ from neuron_methods.support.documents import (
 )
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json, write_text
+from neuron_methods.support.runs import LOCK
+from neuron_methods.support.targets import json_of
+from neuron_methods.support.text import listed
 
 FORMAT = "mergekit-neuron-tune"
 VERSION = 1
@@ -74,13 +77,13 @@ class Trace:
         summary: what an earlier run told at its end.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], force: bool) -> None:
         """Open a directory, with what an earlier run of the same search left there.
 
         Args:
             folder: made if it is not there.
             identity: what the scores depend on, besides the point.
-            overwrite: forget what is there.
+            force: forget the search that is there.
 
         Raises:
             UserError: it holds something else, or the trials of another search.
@@ -90,9 +93,7 @@ class Trace:
         self.trials: dict[str, Trial] = {}
         self.experts: dict[str, dict[str, float]] = {}
         self.summary: dict[str, Any] = {}
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"-o {folder}: a file; name a directory")
-        if overwrite or not folder.exists() or not any(folder.iterdir()):
+        if is_new(folder) or force:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("trace.jsonl", "experts.json", "best.yml", "scores.png"):
                 (folder / name).unlink(missing_ok=True)
@@ -121,17 +122,16 @@ class Trace:
         write_json(self.folder / "tune.json", content, indent=2)
 
     def _resume(self) -> None:
-        try:
-            self.summary = read_json(self.folder / "tune.json", "", format=FORMAT, version=VERSION, again="")
-        except UserError:
-            raise UserError(f"-o {self.folder}: holds files that tune did not write; name another directory") from None
-        again = "give --overwrite"
+        again = "name another directory, or give --force"
+        self.summary = read_json(self.folder / "tune.json", "", format=FORMAT, version=VERSION, again=again)
         search = validated(self.summary, _Summary, str(self.folder / "tune.json"), again).search
-        changed = [key for key in self._identity if search.get(key) != self._identity[key]]
+        changed = [
+            key + _told_apart(search.get(key), now) for key, now in self._identity.items() if search.get(key) != now
+        ]
         if changed:
             raise UserError(
                 f"-o {self.folder}: holds a search with another {' and another '.join(changed)}; name another "
-                "directory, or give --overwrite"
+                "directory, or give --force to begin anew"
             )
         trace = self.folder / "trace.jsonl"
         text = read_text(trace) if os.path.lexists(trace) else ""
@@ -154,6 +154,30 @@ class Trace:
         if os.path.lexists(experts):
             content = read_object(experts, again=again)
             self.experts = validated(content, dict[str, dict[str, Score]], str(experts), again)
+
+
+def is_new(folder: Path) -> bool:
+    """Tell whether a search may begin in a directory: it is not there, or holds nothing.
+
+    Raises:
+        UserError: it is none, or holds something else than a search.
+    """
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        raise UserError(f"-o {folder}: a file; name a directory")
+    if not any(name != LOCK and not name.endswith(".partial") for name in os.listdir(folder)):
+        return True
+    if not json_of(FORMAT)(folder / "tune.json"):
+        raise UserError(f"-o {folder}: holds files that tune did not write; name another directory")
+    return False
+
+
+def _told_apart(before: Any, now: Any) -> str:
+    """Name the entries that differ, where both are mappings."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    return f" ({listed([key for key in now | before if now.get(key) != before.get(key)])})"
 
 
 def fingerprint_of_examples(examples: Examples) -> str:
