@@ -27,7 +27,7 @@ from neuron_methods.models.reference import Place
 from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.models.tokenizer_files import read_vocabulary
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line, listed, one_line
+from neuron_methods.support.text import first_line, listed, one_line, shortened
 
 _MADE = 1 << 26  # numbers that a model makes as it is built, at most
 
@@ -151,13 +151,26 @@ def placed_weights(
         yield load_weights(place, where, dtype=dtype, **placement)
 
 
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
+
+
 def device_map(device: str | None = None) -> Any:
     """Say where a model goes that is loaded for good, as transformers takes it: by default where accelerators are.
 
     Args:
         device: what the user asked for: ``cpu``, ``cuda``, ``auto``, …
+
+    Raises:
+        UserError: there is no such device here, or it computes nothing.
     """
     state = process_state()
+    if device is not None and device not in _PLACEMENTS:
+        try:
+            if torch.empty(1, device=device).is_meta:
+                raise UserError(f"--device {device}: holds no numbers; give cpu, cuda, cuda:1 or auto")
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            problem = f"cannot be used here ({first_line(error)})"
+            raise UserError(f"--device {shortened(device, quote=False)}: {problem}; give cpu or auto") from None
     if device is not None or state.device.type == "cpu":
         return device
     return "auto" if state.num_processes == 1 else {"": state.device}

@@ -146,3 +146,18 @@ def test_saving_removes_nothing_and_follows_no_link(copied, tmp_path):
     with pytest.raises(UserError, match="a link that leads out of"):
         model.save_pretrained(out)
     assert sorted(os.listdir(foreign)) == ["precious"] and (foreign / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--device", d) for d in ("nonsense", "", "cuda:99", "meta", "\x1b")] + [("--prompt", "\udcff")],
+)
+def test_devices_and_prompts_that_are_none(routed, option, value):
+    from click.testing import CliRunner
+
+    from neuron_methods.cli import main
+
+    arguments = ["generate", str(routed), option, value, *([] if option == "--prompt" else ["--prompt", "one"])]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {option} ")
