@@ -18,6 +18,7 @@ from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.updates import Replacement, TensorUpdate
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import is_disk_full
+from neuron_methods.support.memory import check_memory
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line
 
@@ -58,6 +59,10 @@ def merge_with_peft(
         UserError: peft cannot merge adapters of this type, or not this one.
     """
     refuse_unmergeable(config)
+    # peft merges in the model's memory, one layer's update at a time.
+    entries = sum(base.header(name).entries for name in base.loader.index.tensor_paths)
+    advice = "merge the adapter into its base elsewhere, and name the merged model"
+    check_memory(5 * entries, f"{config.where}: peft has to merge it in float32, which", advice)
     merged = tempfile.mkdtemp(prefix="mergekit-neuron-adapter-")
     atexit.register(shutil.rmtree, merged, ignore_errors=True)
     try:

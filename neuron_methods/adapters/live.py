@@ -26,6 +26,7 @@ from neuron_methods.models.reference import ModelName
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
+from neuron_methods.support.finite import check_finite
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line
 
@@ -130,6 +131,7 @@ def load_adapters(
             misfit = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
             reason = f"does not fit the base model: {misfit}" if misfit else f"cannot be loaded: {first_line(error)}"
             raise UserError(f"{labels[name]} {reason}") from None
+        check_finite(weights.items(), labels[name])
         if model.peft_config[name].is_prompt_learning:
             raise UserError(f"{labels[name]} learned prompts, it does not change the neurons")
         own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")

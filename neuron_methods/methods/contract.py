@@ -12,6 +12,7 @@ under the name `PREPARED`. A merge in memory brings all its tensors in one call,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,24 @@ class PreparedMerge(ABC):
     @abstractmethod
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Merge one tensor; see `merge`."""
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """Bound the bytes that `merge` takes for one tensor beyond its inputs, the result included in float32.
+
+        Args:
+            name: of the tensor.
+            shape: of the base's.
+            experts: how many there are of it.
+        """
+        return 4 * math.prod(shape) * (experts + 2)
+
+    def measuring(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bound the bytes that `measure` takes beyond the inputs of one tensor; `shapes` are those of the merge."""
+        return 0
+
+    def remaining(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bound the bytes of what `measure` has found, which stay until the last tensor is merged."""
+        return 0
 
     def findings(self) -> list[str]:
         """Tell the summary of a merge, line by line, what `measure` found."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.models.formats import quantised_with, refuse_other_formats
-from neuron_methods.models.headers import header_entries, stored_count, weight_files
+from neuron_methods.models.headers import header_entries, stored_count, stored_headers, weight_files
 from neuron_methods.models.hub import local_copy
 from neuron_methods.models.kinds import Processor
 from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
@@ -27,6 +27,8 @@ from neuron_methods.models.reference import Place
 from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.models.tokenizer_files import read_vocabulary
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.finite import check_finite
+from neuron_methods.support.memory import check_memory, free_memory
 from neuron_methods.support.text import first_line, listed, one_line, shortened
 
 _MADE = 1 << 26  # numbers that a model makes as it is built, at most
@@ -105,6 +107,7 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
         directory = local_copy(place.path, place.revision)
         if quantised_with(config) is None:
             refuse_oversized(getattr(transformers, architecture), config, Path(directory), where)
+        _check_fits(directory, where, dtype, placement)
         try:
             model, found = getattr(transformers, architecture).from_pretrained(
                 directory,
@@ -125,7 +128,45 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = listed(sorted(found["missing_keys"]))
         raise UserError(f"{where}: its files lack weights of {architecture}, which its config names: {missing}")
+    check_finite(model.named_parameters(), where)  # buffers may be masks of -Inf
     return model.eval().requires_grad_(False)
+
+
+def bytes_in_memory(directory: Path, dtype: str = "auto") -> int:
+    """Tell from the headers of a model's files what its weights take in memory, without reading them.
+
+    Args:
+        directory: of the model.
+        dtype: they are loaded in, as for `load_weights`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
+    return sum(
+        header.entries * (sizes[dtype] if dtype in sizes and header.dtype.is_floating_point else header.dtype.itemsize)
+        for header in stored_headers(directory).values()
+    )
+
+
+def _check_fits(directory: str, where: str, dtype: str, placement: Mapping[str, Any]) -> None:
+    """Refuse a model that is larger than what is free.
+
+    Where accelerate has been given bounds, it is wanted to offload to disk what does not fit.
+    """
+    if placement.get("max_memory"):
+        return
+    try:
+        need = bytes_in_memory(Path(directory), dtype)
+    except UserError:
+        return  # of what is wrong with the files transformers says more, or reads them all the same
+    device = placement.get("device_map")
+    device = device.get("", "cpu") if isinstance(device, dict) else device or "cpu"
+    if device == "auto":  # accelerators first, the CPU takes the rest
+        device, count = "cpu", torch.cuda.device_count()
+        need -= sum(free_memory(f"cuda:{index}") or 0 for index in range(count))
+    advice = "a smaller dtype would halve it" if dtype == "float32" else "another machine or a smaller model would do"
+    check_memory(need, f"{where}: loading it", advice, str(device))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ every key and every value of a parameter is checked while its place in the YAML 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -224,7 +225,14 @@ def _check_parameter(spec: MergeMethodSpec, key: str, setting: Any, place: str) 
         )
     for value in _values(setting, f"{place}: {key}"):
         try:
-            parameter.validate(value)
+            found = parameter.validate(value)
+            # pydantic takes .nan, .inf and true for floats; no method has a use for them.
+            if isinstance(found, float) and (isinstance(value, bool) or not math.isfinite(found)):
+                raise UserError(f"{key} must be a finite number; got {value!r}")
+            if key == "density" and isinstance(found, float) and not 0 <= found <= 1:
+                raise UserError(f"{key} must be a number in [0, 1]; got {value!r}")
+        except OverflowError:
+            raise UserError(f"{place}: {key} must be a finite number; got one that is too large") from None
         except ValidationError as error:
             raise UserError(f"{place}: {key}: {error.errors()[0]['msg']}; got {value!r}") from None
         except UserError as error:

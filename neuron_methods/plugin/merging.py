@@ -146,6 +146,7 @@ def merge_to_directory(
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.prepared)
         check_space(target.parent, run.plan.bytes_to_write)
+        run.plan.memory.check(config_name)
         if witness is not None and witness.on_plan is not None:
             witness.on_plan(run, planner)
 

@@ -87,7 +87,7 @@ class MergeRun:
         check_tokenizer_models(self.configuration, name)
         self.options = options or MergeOptions()
         self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
-        self.plan = MergePlan(self.configuration.merge_method, None, self.options.out_shard_size)
+        self.plan = MergePlan(self.configuration.merge_method, None)
         self.heads: Heads | None = None
         self._head = head or _recorded_head(source)
         self._notes: list[str] = []

@@ -233,6 +233,7 @@ def _measure_source(
         record.top.gather(collect)
     if not samples:
         raise UserError(f"{reader.label}: all its rows are empty")
+    recorder.check_finite(reader.label)
     tokens = {key: record.sums.tokens for key, record in recorder.records.items()}
     source = SourceInfo(reader.source.shown, reader.source.fingerprint, samples, tokens, reader.source.state)
     info = replace(profile.info, sources={**profile.info.sources, reader.source.name: source})

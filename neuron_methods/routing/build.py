@@ -47,6 +47,7 @@ from neuron_methods.routing.router import Router
 from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import check_space, staging_directory, write_json
+from neuron_methods.support.finite import is_finite
 from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.stages import Stage, Stages
@@ -179,6 +180,12 @@ class _Run:
                     pooled = []
                     for inputs in samples.inputs():
                         pooled.append(pooled_states(self.base, inputs, self.read, pooling).cpu())
+                        if not is_finite(pooled[-1]):
+                            first = sum(map(len, pooled[:-1])) + int((~pooled[-1].isfinite()).any(dim=1).nonzero()[0])
+                            raise UserError(
+                                f"{self.where}: base_model: on sample {first + 1} of {name} its hidden states are NaN "
+                                "or Inf, though its weights are finite; set dtype: float32"
+                            )
                         bar.update(len(pooled[-1]))
                     tensors[part] = torch.cat(pooled)
             place.mkdir()

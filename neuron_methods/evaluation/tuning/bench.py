@@ -16,7 +16,7 @@ from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, OpenedModel, open_model
 from neuron_methods.evaluation.scoring import RunningTask, TaskResult, start_opened
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, find_parts
+from neuron_methods.evaluation.tuning.parts import NoRoom, NotAffine, Parts, StateDict, check_parts, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 from neuron_methods.models.loading import computing_dtype
@@ -200,6 +200,8 @@ class Bench:
 
         def merged_at(values: dict[str, float]) -> StateDict:
             with self.merged({**others, **values}, exact=True) as tensors:
+                if not any(values.values()):  # the first
+                    check_parts(sum(tensor.numel() for tensor in tensors.values()), len(linear))
                 return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
 
         # The largest value of each is where a deviation shows most; all different, to tell sums from products.
@@ -210,6 +212,10 @@ class Bench:
         before = self.effort.merges
         try:
             self._parts = find_parts(linear, merged_at, check_at)
+        except NoRoom as error:
+            self._not_affine.add(",".join(linear))
+            self.say(f"no shortcut: {error}; every point is merged by itself")
+            return False
         except NotAffine as error:
             self._not_affine.add(",".join(linear))
             self.say(
