@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.models.reference import ADAPTER_CONFIG as CONFIG_NAME
-from neuron_methods.support.documents import read_object
+from neuron_methods.models.adapter_config import ADAPTER_CONFIG as CONFIG_NAME
+from neuron_methods.models.adapter_config import AdapterConfigFile, read_adapter_config
 from neuron_methods.support.errors import UserError
 
+_AGAIN = "download or save the adapter again"
 # Written by peft 0.4 to 0.21, and either handled here or without influence on the merged weights.
 _KNOWN = frozenset(
     (
@@ -102,27 +103,28 @@ class AdapterConfig:
         """
         path = Path(directory) / CONFIG_NAME
         where = where or directory
-        raw = read_object(path, again="download or save the adapter again")
-        if not isinstance(raw.get("peft_type"), str):
-            raise UserError(f"{path}: no peft_type in it, so this is no adapter that peft has saved")
-        try:
-            return cls(
-                where=where,
-                peft_type=raw["peft_type"].upper(),
-                base_model=raw.get("base_model_name_or_path") or None,
-                base_revision=raw.get("revision") or None,
-                rank=int(raw.get("r") or 8),
-                alpha=float(raw.get("lora_alpha") or 8),
-                rank_pattern={k: int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-                alpha_pattern={k: float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
-                rslora=bool(raw.get("use_rslora")),
-                fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
-                target_parameters=tuple(raw.get("target_parameters") or ()),
-                token_indices=_token_indices(raw.get("trainable_token_indices")),
-                raw=raw,
+        raw = read_adapter_config(directory)
+        found = AdapterConfigFile.model_validate(raw)
+        peft_type, zero = found.peft_type.upper(), [k for k, v in (found.rank_pattern or {}).items() if v == 0]
+        if peft_type == "LORA" and (found.r == 0 or zero):
+            raise UserError(
+                f"{path}: {f'rank_pattern: {zero[0]}' if zero else 'r'}: found 0, expected 1 or more; {_AGAIN}"
             )
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: {error}; download or save the adapter again") from None
+        return cls(
+            where=where,
+            peft_type=peft_type,
+            base_model=found.base_model_name_or_path or None,
+            base_revision=found.revision or None,
+            rank=found.r,
+            alpha=float(found.lora_alpha),
+            rank_pattern=found.rank_pattern or {},
+            alpha_pattern={key: float(value) for key, value in (found.alpha_pattern or {}).items()},
+            rslora=bool(found.use_rslora),
+            fan_in_fan_out=bool(found.fan_in_fan_out),
+            target_parameters=tuple(found.target_parameters or ()),
+            token_indices=_token_indices(found.trainable_token_indices),
+            raw=raw,
+        )
 
     def rank_of(self, module: str) -> int:
         """Look up rank r of the module at this path."""
@@ -147,12 +149,24 @@ class AdapterConfig:
         return None
 
 
-def _token_indices(raw: Any) -> dict[str, tuple[int, ...]]:
-    if not raw:
-        return {}
-    if isinstance(raw, list):
-        return {"": tuple(map(int, raw))}
-    return {name: tuple(map(int, indices)) for name, indices in raw.items()}
+def refuse_unknown(config: AdapterConfig) -> None:
+    """Refuse the types of adapters that peft does not know, by name.
+
+    Raises:
+        UserError: peft has no such type.
+    """
+    from peft import PeftType
+
+    if config.peft_type not in PeftType.__members__:
+        raise UserError(
+            f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft; update peft"
+        )
+
+
+def _token_indices(found: list[int] | dict[str, list[int]] | None) -> dict[str, tuple[int, ...]]:
+    if isinstance(found, list):
+        return {"": tuple(found)}
+    return {name: tuple(indices) for name, indices in (found or {}).items()}
 
 
 def _pattern_for(patterns: Mapping[str, Any], module: str) -> str:

@@ -12,11 +12,13 @@ import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
-from neuron_methods.adapters.config import AdapterConfig
+from neuron_methods.adapters.config import AdapterConfig, refuse_unknown
 from neuron_methods.adapters.live import merge_in_memory
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.updates import Replacement, TensorUpdate
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import is_disk_full
+from neuron_methods.support.memory import check_memory
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line
 
@@ -57,13 +59,19 @@ def merge_with_peft(
         UserError: peft cannot merge adapters of this type, or not this one.
     """
     refuse_unmergeable(config)
+    # peft merges in the model's memory, one layer's update at a time.
+    entries = sum(base.header(name).entries for name in base.loader.index.tensor_paths)
+    advice = "merge the adapter into its base elsewhere, and name the merged model"
+    check_memory(5 * entries, f"{config.where}: peft has to merge it in float32, which", advice)
     merged = tempfile.mkdtemp(prefix="mergekit-neuron-adapter-")
     atexit.register(shutil.rmtree, merged, ignore_errors=True)
     try:
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _merge(directory, base, base_path, base_revision, merged, trust_remote_code)
-    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever peft makes of a foreign config
+        if is_disk_full(error):
+            raise
         shutil.rmtree(merged, ignore_errors=True)
         raise UserError(
             f"{config.where}: peft cannot merge this {config.peft_type} adapter into {base.where} "
@@ -90,20 +98,6 @@ def refuse_unmergeable(config: AdapterConfig) -> None:
         )
     if config.raw.get("layer_replication"):
         raise UserError(f"{config.where}: layer_replication gives the base more layers; it cannot be merged")
-
-
-def refuse_unknown(config: AdapterConfig) -> None:
-    """Refuse the types of adapters that peft does not know, by name.
-
-    Raises:
-        UserError: peft has no such type.
-    """
-    from peft import PeftType
-
-    if config.peft_type not in PeftType.__members__:
-        raise UserError(
-            f"{config.where}: adapters of type {config.peft_type} are unknown to this version of peft; update peft"
-        )
 
 
 def _merge(

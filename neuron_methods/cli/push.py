@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option, options
+from neuron_methods.cli.common import PLACE, debug_option, options, say
 
 if TYPE_CHECKING:
     from neuron_methods.sharing.hub import PushOptions
@@ -18,11 +18,12 @@ Examples:
   mergekit-neuron push ./merged me/my-merge --private
   mergekit-neuron push ./merged me/my-merge --revision v2 --commit-message "Denser trim"
   mergekit-neuron push ./merged org/model --create-pr
+  mergekit-neuron push ./merged me/my-merge --include 'samples/*.txt'
   mergekit-neuron push ./adapter me/my-adapter --base-model Qwen/Qwen2.5-0.5B
 
 \b
-OUT is verified first and never changed. Paths of this machine stay here: in mergekit_config.yml and configs only
-their last component is uploaded. After an interruption the same command goes on where it was.
+OUT is verified first and never changed; of it goes what makes the model, and what --include names. Paths of this
+machine stay here: only their last component is uploaded. After an interruption the same command goes on where it was.
 """
 
 
@@ -33,6 +34,7 @@ push_options = options(
     click.option("--commit-message", metavar="TEXT", help="Of the commit."),
     click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
     click.option("--base-model", metavar="USER/NAME", help="Of an adapter: the id its base has on the Hub."),
+    click.option("--include", metavar="PATTERN", multiple=True, help="Upload files that are no part of it, too."),
 )
 
 
@@ -60,8 +62,8 @@ def push_and_tell(out: Path, repository: str, options: PushOptions, *, quiet: bo
 
     pushed = push_directory(out, repository, options, progress=not quiet)
     for note in pushed.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(pushed.url)
+        say(f"note: {note}", err=True)
+    say(pushed.url)
 
 
 @click.command("push", epilog=EPILOG)

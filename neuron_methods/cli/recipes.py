@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import FILE, debug_option
-from neuron_methods.support.errors import UserError
+from neuron_methods.cli.common import FILE, debug_option, say
 from neuron_methods.support.files import write_text
+from neuron_methods.support.runs import claimed
+from neuron_methods.support.targets import beginning_with, check_file
 from neuron_methods.support.text import columns
 
 EPILOG = """\b
@@ -36,7 +38,7 @@ def list_recipes() -> None:
     from neuron_methods.sharing.recipes import all_recipes
 
     rows = [(recipe.name, " " if recipe.is_filled else "*", recipe.title) for recipe in all_recipes()]
-    click.echo("\n".join(columns(rows, left=(0, 1, 2))))
+    say("\n".join(columns(rows, left=(0, 1, 2))))
 
 
 @recipes.command("show")
@@ -55,15 +57,19 @@ def show_recipe(name: str) -> None:
 @click.option("--base", required=True, help="Path or id of the model that the experts were fine-tuned from.")
 @click.option("--expert", "experts", multiple=True, required=True, help="Path or id of an expert, or base+adapter.")
 @click.option("-o", "--output", type=FILE, help="Write to this file.")
+@click.option("--force", is_flag=True, help="Replace the recipe in this file.")
 @debug_option
-def new_recipe_command(family: str, method: str, base: str, experts: tuple[str, ...], output: Path | None) -> None:
+def new_recipe_command(
+    family: str, method: str, base: str, experts: tuple[str, ...], output: Path | None, force: bool
+) -> None:
     """Print a recipe for FAMILY (llama, t5, vit) by METHOD, with your models in it."""
-    from neuron_methods.sharing.recipes import new_recipe
+    from neuron_methods.sharing.recipes import FILLED, new_recipe
 
     text = new_recipe(family, method, base, experts)
     if output is None:
         click.echo(text, nl=False)
         return
-    if output.exists():
-        raise UserError(f"{output}: exists already; choose another name")
-    write_text(output, text)
+    inputs = [path for model in (base, *experts) for path in (model, *model.split("+")) if os.path.exists(path)]
+    place = check_file(output, f"-o {output}", beginning_with(FILLED), force, inputs)
+    with claimed(place, f"-o {output}"):
+        write_text(place, text)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import FILE, PLACE, debug_option
+from neuron_methods.cli.common import FILE, PLACE, Count, debug_option, say
 
 EPILOG = """\b
 Examples:
@@ -25,7 +25,7 @@ and puts the figures into OUT/README.md, the model card. Needs matplotlib: pip i
 @click.command("report", epilog=EPILOG)
 @click.argument("out", type=PLACE)
 @click.option("--config", type=FILE, help="The YAML that OUT was made with.  [default: OUT/mergekit_config.yml]")
-@click.option("--rows", type=click.IntRange(min=1), help="Look at this many neurons of each weight.  [default: all]")
+@click.option("--rows", type=Count(), help="Look at this many neurons of each weight.  [default: all]")
 @click.option("--evaluation", type=FILE, help="JSON of `mergekit-neuron evaluate`, for the card.")
 @click.option("--new-card", is_flag=True, help="Write README.md anew instead of changing its sections.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -38,4 +38,4 @@ def report(out: Path, quiet: bool, **settings: Any) -> None:
     """
     from neuron_methods.sharing.publishing import report_directory
 
-    click.echo(report_directory(out, progress=not quiet, **settings))
+    say(report_directory(out, progress=not quiet, **settings))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option
+from neuron_methods.cli.common import PLACE, debug_option, say
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
 
 EPILOG = """\b
@@ -109,6 +109,6 @@ def route(
 
         check_base_of_route(config, push_to)
     options = {"dry_run": dry_run, "force": force, "device": device, "work_dir": work_dir}
-    build_routed_model(config, out, **options, report=click.echo)
+    build_routed_model(config, out, **options, report=say)
     if push_to is not None and push_to_hub is not None and not dry_run:
         push_and_tell(out, push_to_hub, push_to)

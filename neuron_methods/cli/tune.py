@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import FILE, PLACE, debug_option
+from neuron_methods.cli.common import FILE, PLACE, Count, debug_option, say
 from neuron_methods.cli.evaluate import task_options
 
 EPILOG = """\b
@@ -49,7 +49,7 @@ extra report). Run again to go on: points in the trace are not tried again.
 @click.option("--search", multiple=True, required=True, metavar="NAME=RANGE", help="May be repeated.")
 @click.option("-o", "--output", "out", required=True, type=PLACE, metavar="OUT", help="Directory.")
 @click.option("--strategy", type=click.Choice(["grid", "random", "cma"]), default="grid", show_default=True)
-@click.option("--budget", type=click.IntRange(1), help="Points at most.  [default: the whole grid, else 40]")
+@click.option("--budget", type=Count(), help="Points at most.  [default: the whole grid, else 40]")
 @click.option(
     "--objective",
     type=click.Choice(["mean", "relative", "minimum"]),
@@ -60,7 +60,7 @@ extra report). Run again to go on: points in the trace are not tried again.
 @click.option("--test", is_flag=True, help="Score the best point on test data, once, at the end.")
 @click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
 @click.option("--merge-every-point", is_flag=True, help="Do not recombine parts.")
-@click.option("--overwrite", is_flag=True, help="Forget what OUT holds.")
+@click.option("--force", is_flag=True, help="Forget the search in OUT and start anew.")
 @debug_option
 def tune(
     config: Path,
@@ -87,8 +87,8 @@ def tune(
         out,
         TuneSettings(shortcut=not merge_every_point, progress=not quiet, **settings),
         config_name=str(config),
-        say=click.echo,
+        say=say,
     )
     metrics = {task.name: task.metric for task in chosen}
     lines = report_lines(result, out, metrics, settings["objective"])
-    click.echo("\n".join([*lines, f"written: {out / 'best.yml'}"]))
+    say("\n".join([*lines, f"written: {out / 'best.yml'}"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option, describe_error
+from neuron_methods.cli.common import PLACE, debug_option, describe_error, say
 from neuron_methods.support.errors import UserError
 
 EPILOG = """\b
@@ -36,9 +36,9 @@ def verify(places: tuple[Path, ...], trust_remote_code: bool) -> None:
     refused = False
     for place in places:
         try:
-            click.echo(f"{place}: {verify_directory(place, trust_remote_code=trust_remote_code)}")
+            say(f"{place}: {verify_directory(place, trust_remote_code=trust_remote_code)}")
         except UserError as error:
             refused = True
-            click.echo(f"error: {describe_error(error)}", err=True)
+            say(f"error: {describe_error(error)}", err=True)
     if refused:
         click.get_current_context().exit(1)

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from neuron_methods.data.files import FORMATS, Row, format_of, label_names, rows_of
-from neuron_methods.support.documents import MOST_YAML, Foreign, parse_yaml, read_text, validated
+from neuron_methods.support.documents import Foreign, front_matter, read_text, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed, shortened
 
@@ -144,11 +144,8 @@ def _configured(folder: Path, names: list[str]) -> dict[str, list[str]]:
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
-    text = read_text(readme)
-    if not text.startswith("---\n") or (end := text.find("\n---", 4)) < 0 or end > MOST_YAML:
-        return {}
-    content = parse_yaml(text[4:end], "README.md")
-    if not isinstance(content, dict) or "configs" not in content:
+    content = front_matter(read_text(readme), "README.md")
+    if "configs" not in content:
         return {}
     configs = [c for c in validated(content, _Readme, "README.md", "mend it, or name a file").configs if c.data_files]
     if len(configs) > 1:

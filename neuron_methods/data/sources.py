@@ -28,7 +28,8 @@ from neuron_methods.data.files import format_of
 from neuron_methods.data.folders import Table, open_table
 from neuron_methods.models.reference import looks_local
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line, listed
+from neuron_methods.support.fingerprints import tree_state
+from neuron_methods.support.text import first_line, listed, shortened
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?")
 _SPLIT = re.compile(r"[\w.-]+")
@@ -69,7 +70,7 @@ class DataSource:
     @property
     def shown(self) -> str:
         """How it is named in files and messages: without the directories of a local path."""
-        place = Path(self.location).resolve().name if self.local else self.location
+        place = shortened(Path(self.location).resolve().name, 200, quote=False) if self.local else self.location
         place += f"@{self.config}" if self.config else ""
         return ":".join(part for part in (place, self.split, ",".join(self.columns)) if part)
 
@@ -79,6 +80,11 @@ class DataSource:
         place = str(Path(self.location).resolve()) if self.local else self.location
         text = repr((place, self.config, self.split, self.columns))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def state(self) -> str:
+        """Tells a local file or folder from what it was before it was written anew; "" of the Hub's."""
+        return hashlib.sha256(repr(tree_state(self.location)).encode()).hexdigest()[:16] if self.local else ""
 
 
 @dataclass(frozen=True)
@@ -97,16 +103,17 @@ def parse_source(text: str) -> DataSource:
         UserError: it has another form, or names a file that is not there.
     """
     name, equals, source = text.partition("=")
+    where = f"--data {shortened(text, 200, quote=False)}"
     if not equals or not source or not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--data {text}: expected {_SYNTAX}, where NAME is of letters, digits, '.', '_' and '-'")
+        raise UserError(f"{where}: expected {_SYNTAX}, where NAME is of letters, digits, '.', '_' and '-'")
     location, fields = _split_off_fields(source)
     if len(fields) > 2 or not all((location, *fields)):
-        raise UserError(f"--data {text}: expected {_SYNTAX}")
-    local = is_local(location, f"--data {text}")
+        raise UserError(f"{where}: expected {_SYNTAX}")
+    local = is_local(location, where)
     if not local and not fields:
         raise UserError(
-            f"--data {text}: there is no file or folder {location!r}, and a data set of the hub needs a split: "
-            f"{name}={location}:train"
+            f"{where}: there is no file or folder {shortened(location)}, and a data set of the hub needs a split: "
+            f"{name}={shortened(location, quote=False)}:train"
         )
     config = ""
     if local:
@@ -115,10 +122,10 @@ def parse_source(text: str) -> DataSource:
         location, _, config = location.partition("@")
         split, *given = fields
     if split is not None and not _SPLIT.fullmatch(split):
-        raise UserError(f"--data {text}: {split!r} is no name of a split; expected {_SYNTAX}")
+        raise UserError(f"{where}: {shortened(split)} is no name of a split; expected {_SYNTAX}")
     columns = tuple(column.strip() for column in given[0].split(",")) if given else ()
     if len(columns) > 2 or not all(columns):
-        raise UserError(f"--data {text}: expected one column or two with a comma between, found {given[0]!r}")
+        raise UserError(f"{where}: expected one column or two with a comma between, found {shortened(given[0])}")
     return DataSource(name, location, local, config or None, split, columns)
 
 
@@ -141,7 +148,7 @@ def is_local(location: str, where: str) -> bool:
     if os.path.exists(location):
         return True
     if not _HUB_ID.fullmatch(location) or format_of(location) or looks_local(location):
-        raise UserError(f"{where}: there is no file or folder {location!r}")
+        raise UserError(f"{where}: there is no file or folder {shortened(location)}")
     return False
 
 

@@ -18,6 +18,8 @@ from neuron_methods.demo.questions import DemoTask, build_tasks, digest
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
+from neuron_methods.support.fingerprints import file_state
+from neuron_methods.support.runs import claimed
 from neuron_methods.support.stages import Stage, Stages, own_directory
 
 #: What the demo merges with: the published defaults, spelled out.
@@ -61,13 +63,20 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
     tasks = build_tasks(settings.examples, settings.seed)
     gguf = find_gguf()
     chosen = {"steps": settings.steps, "examples": settings.examples, "seed": settings.seed}
-    out = own_directory(settings.out, "demo.json", chosen, f"--out {settings.out}", "the demo")
+    with claimed(settings.out.resolve(), f"--out {settings.out}", inside=True):
+        out = own_directory(settings.out, "demo.json", chosen, f"--out {settings.out}", "the demo")
+        demo = _Demo(settings, out, tasks, say)
+        with demo.stages.alone():
+            return _run_stages(demo, gguf)
+
+
+def _run_stages(demo: _Demo, gguf: Path) -> DemoReport:
+    settings, out, tasks = demo.settings, demo.out, demo.tasks
     for task in tasks:
         for part, items in (("train", task.train), ("held_out", task.held_out)):
             lines = [json.dumps(asdict(example), ensure_ascii=False) for example in items]
             write_text(out / "data" / f"{task.name}.{part}.jsonl", "\n".join(lines) + "\n")
     write_text(out / "tasks.yml", task_file(tasks))
-    demo = _Demo(settings, out, tasks, say)
     base_key = demo.save_base(gguf)
     expert_keys = {task.name: demo.train(task, base_key) for task in tasks}
     experts = [out / "experts" / task.name for task in tasks]
@@ -139,7 +148,7 @@ class _Demo:
         return stage
 
     def save_base(self, gguf: Path) -> dict[str, Any]:
-        key = {"stage": "base", "file": gguf.name, "bytes": gguf.stat().st_size, "dtype": "bfloat16"}
+        key = {"stage": "base", "file": gguf.name, "state": file_state(gguf), "dtype": "bfloat16"}
         self._stage(f"base: {BASE_NAME} as safetensors", self.out / "base", key, lambda path: save_base(gguf, path))
         return key
 

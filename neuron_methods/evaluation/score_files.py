@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 from neuron_methods import __version__
 from neuron_methods.evaluation.scoring import Evaluation, TaskResult
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import write_json, write_text
+from neuron_methods.support.files import pair_in_place_after
+from neuron_methods.support.targets import beginning_with, check_file, json_of
 from neuron_methods.support.text import columns
 
 FORMAT = "mergekit-neuron-evaluation"
 VERSION = 1
+_OUTCOMES = beginning_with(r'\{"task": ')
 
 
 def format_score(value: float, metric: str) -> str:
@@ -44,19 +47,22 @@ def task_record(result: TaskResult) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "notes" or value}
 
 
-def check_place(output: Path, force: bool) -> None:
-    """Refuse a file that cannot be written, or that holds something else.
+def check_place(output: Path, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:
+    """Refuse a file that is no ``.json``, or may not be written; see `targets.check_file`.
 
-    Raises:
-        UserError: it is a directory, is no ``.json``, or exists and is not forced.
+    Outcomes without scores were left by a run that was killed between the two, and are replaced in any case.
+
+    Returns:
+        The absolute path.
     """
-    if output.suffix != ".json" or output.is_dir():
+    if output.suffix != ".json":
         raise UserError(f"-o {output}: expected a file name that ends in .json")
-    for place in (output, outcomes_file(output)):
-        if place.exists() and not force:
-            raise UserError(f"-o {output}: {place.name} exists; name another file, or give --force to replace it")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"-o {output}: its directory is missing or cannot be written to")
+    place = check_file(output, f"-o {output}", json_of(FORMAT), force, inputs)
+    if not place.parent.is_dir():
+        raise UserError(f"-o {output}: its directory is missing")
+    beside = outcomes_file(place)
+    check_file(beside, f"-o {output}: {beside.name}", _OUTCOMES, force or not place.exists(), inputs)
+    return place
 
 
 def outcomes_file(output: Path) -> Path:
@@ -83,8 +89,9 @@ def write_evaluation(evaluation: Evaluation, output: Path) -> None:
         "made_with": {name: version(name) for name in ("transformers", "torch", "datasets")}
         | {"mergekit-neuron": __version__},
     }
-    write_text(outcomes_file(output), "".join(lines))
-    write_json(output, content, indent=2)
+    with pair_in_place_after(output, outcomes_file(output)) as (scores, outcomes):
+        outcomes.write_text("".join(lines), encoding="utf-8")
+        scores.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _brief(outcome: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ class RunningTask:
         with bar, torch.inference_mode(), quiet_transformers():
             self.scorer.begin()
             for batch in batched(own, self.task.batch_size):
-                outcomes += self.scorer.score(batch)
+                with _sound_output(self.scorer.model, f"{self.task.name!r}", self.examples.samples[batch[0]].row):
+                    outcomes += self.scorer.score(batch)
                 bar.update(len(batch))
         self.scorer.model.train(training)
         if state.num_processes > 1:
@@ -172,6 +174,29 @@ class RunningTask:
             outcomes=outcomes,
             notes=notes,
         )
+
+
+@contextmanager
+def _sound_output(model: Any, task: str, row: int) -> Iterator[None]:
+    """Within the block, logits that are NaN or Inf end in a UserError with the task and the row its batch begins with.
+
+    Inf below 0 is what some models put in the place of what they rule out.
+    """
+
+    def look(_module: Any, _arguments: Any, output: Any) -> None:
+        for name in ("logits", "logits_per_image"):
+            logits = getattr(output, name, None)
+            if isinstance(logits, torch.Tensor) and logits.numel() and not float(logits.amax()) < float("inf"):
+                raise UserError(
+                    f"task {task}: in the batch that begins with row {row + 1} the model's output is NaN or Inf, "
+                    "though its weights are finite; compute in another dtype (--dtype float32)"
+                )
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class HarnessTask:

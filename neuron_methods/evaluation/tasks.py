@@ -77,6 +77,10 @@ class Task:
     limit: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def files(self) -> list[str]:
+        """List the files and folders here that its data are in."""
+        return [rows.location for rows in (self.test, self.validation) if rows is not None and rows.local]
+
     def rows(self, split: str) -> Rows:
         """Give the rows of ``test`` or ``validation``.
 

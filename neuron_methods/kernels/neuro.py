@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.elect import elect_and_reduce
-from neuron_methods.kernels.rows import row_blocks
-from neuron_methods.kernels.spectrum import remove_parallel_, temper_spectrum_
+from neuron_methods.kernels.rows import CACHE_BYTES, row_blocks
+from neuron_methods.kernels.spectrum import WIDE_BYTES, remove_parallel_, temper_spectrum_
 from neuron_methods.kernels.subspace import gram_matrices, matching_scales, merge_coefficients, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import keep_differing_, largest_left_out, trim_, variances
@@ -164,6 +164,24 @@ def merge_neurons(
             broken = ~base[block].isfinite()
             merged[block][broken] = base[block][broken].to(merged.dtype)
     return parallel_energy, orthogonal_energy
+
+
+def merge_bytes(neurons: int, width: int, experts: int, *, parallel: bool, whole: bool, tempered: bool) -> int:
+    """Bound the scratch memory of `merge_neurons` in bytes.
+
+    Args:
+        neurons: rows of the matrix.
+        width: its columns.
+        experts: how many there are.
+        parallel: whether λ₁ is not 0.
+        whole: whether something is held of the whole tensor in float32.
+        tempered: whether the spectral exponent is not 1.
+    """
+    of_neuron = 4 * width * (experts + 2) + 64 * (experts + 1) ** 2
+    total = 3 * min(max(CACHE_BYTES, of_neuron), neurons * of_neuron)
+    total += 48 * neurons * experts if parallel else 0
+    total += 4 * neurons * width if whole else 0
+    return total + (48 * min(neurons, width) ** 2 + 4 * WIDE_BYTES if tempered else 0)
 
 
 def _fill_trimmed(

@@ -11,6 +11,7 @@ projection. Fused projections hold several slices of each neuron (`copies`), one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from neuron_methods.kernels.rows import row_blocks
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import kept_rank
 
+_BLOCK_BYTES = 1 << 24
 CONFLICTS = ("weighted", "winner", "sum")
 # Squared norm that stands in for a neuron without base weights: what is learnt there is all there is.
 _SMALLEST_SQUARE = 1e-24
@@ -148,7 +150,15 @@ def combine_slices(
     return merged
 
 
+def combine_bytes(shape: Sequence[int], experts: int) -> int:
+    """Bound the scratch memory in bytes of `slice_squares` and `combine_slices` for a tensor of this shape."""
+    entries = math.prod(shape)
+    rows = max(1, shape[0]) if shape else 1
+    # Base, sum and update of a block in float64; the coefficients once more on their device, repeated for copies.
+    return 3 * min(8 * entries, max(_BLOCK_BYTES, 8 * entries // rows)) + 16 * experts * max(shape, default=1)
+
+
 def _blocks(tensor: Tensor) -> list[slice]:
     """Blocks of the first axis that stay in cache."""
     width = tensor.numel() // max(1, tensor.shape[0])
-    return list(row_blocks(tensor.shape[0], 8 * width, 1 << 24))
+    return list(row_blocks(tensor.shape[0], 8 * width, _BLOCK_BYTES))

@@ -248,6 +248,14 @@ class ThresholdSearch:
         return False
 
 
+def search_bytes(entries: int, searches: int) -> int:
+    """Bound the memory in bytes of searches that go on at the same time in streams of so many entries each."""
+    # Per search a histogram and a sample; and one chunk's entries. In a short stream the sample tells little: much lies
+    # within the bracket, which is so wide that what lies above its bins' first patterns is kept, too.
+    short = entries < 2 * CHUNK
+    return searches * BINS * (20 if short else 12) + min(CHUNK, entries) * (64 if short else 24)
+
+
 def _sum(magnitudes: Tensor) -> float:
     """Sum in float32, or in float64 where that overflows; NaN or Inf only where an entry is."""
     total = float(magnitudes.sum())

@@ -12,6 +12,7 @@ under the name `PREPARED`. A merge in memory brings all its tensors in one call,
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -39,9 +40,29 @@ class ModelFacts:
 
     Attributes:
         config: its `PretrainedConfig`.
+        state: (name without directories, digest of the weights) of an expert by its id, or of the base by None; None
+            where models are not in files.
     """
 
     config: Any
+    state: Callable[[Hashable | None], tuple[str, str]] | None = None
+
+    def check_unchanged(self, where: str, model: Hashable | None, name: str, digest: str) -> None:
+        """Refuse what was measured on a model's weights as they were before.
+
+        Args:
+            where: what was measured, and how it is called.
+            model: the expert, or None for the base.
+            name: of the model it was measured on, without directories.
+            digest: of the weights then; "" where that is not known.
+
+        Raises:
+            UserError: the model of that name has other weights now.
+        """
+        if self.state is not None and digest:
+            shown, now = self.state(model)
+            if shown == name and now != digest:
+                raise UserError(f"{where}: {name} has other weights now than when it was measured; measure it again")
 
 
 #: What a weight is to its module: a matrix whose rows are neurons (a convolution's, too), one whose columns are; the
@@ -211,6 +232,24 @@ class PreparedMerge(ABC):
     @abstractmethod
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Merge one tensor; see `merge`."""
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """Bound the bytes that `merge` takes for one tensor beyond its inputs, the result included in float32.
+
+        Args:
+            name: of the tensor.
+            shape: of the base's.
+            experts: how many there are of it.
+        """
+        return 4 * math.prod(shape) * (experts + 2)
+
+    def measuring(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bound the bytes that `measure` takes beyond the inputs of one tensor; `shapes` are those of the merge."""
+        return 0
+
+    def remaining(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bound the bytes of what `measure` has found, which stay until the last tensor is merged."""
+        return 0
 
     def findings(self) -> list[str]:
         """Tell the summary of a merge, line by line, what `measure` found."""

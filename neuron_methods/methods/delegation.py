@@ -14,6 +14,7 @@ spec also declares theirs. The other methods compute in float32 whatever dtype t
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,8 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from neuron_methods.kernels.select import combine_slices
+from neuron_methods.kernels.rows import CACHE_BYTES, row_blocks
+from neuron_methods.kernels.select import combine_bytes, combine_slices
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.contract import (
     Inputs,
@@ -44,6 +46,7 @@ from neuron_methods.methods.contract import (
     grouped,
     only_value,
 )
+from neuron_methods.methods.footprint import ENTRYWISE, bytes_of_method
 from neuron_methods.methods.neuron_layout import NeuronLayout, Slices
 from neuron_methods.methods.parameters import declared
 from neuron_methods.support.errors import UserError
@@ -155,6 +158,33 @@ class Delegation:
 
     def merge(self, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
         """Merge one of the tensors, whose experts may be `TaskVector`s; raises UserError if the method cannot."""
+        if self.method.spec.name in ENTRYWISE and inputs.base.ndim:
+            return self._merge_in_blocks(inputs, out_dtype)
+        return self._merge_whole(inputs, out_dtype)
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """Bound the bytes that `merge` takes for a tensor; see `PreparedMerge.scratch`."""
+        if self.prepared is not None:
+            return self.prepared.scratch(name, shape, experts)
+        entries = math.prod(shape)
+        inputs = experts + self._takes_base
+        if self.method.spec.name in ENTRYWISE and shape:
+            of_row = 4 * entries // max(1, shape[0])
+            block = min(max(CACHE_BYTES // (inputs + 2), of_row), 4 * entries) // 4
+            return 4 * entries + block * 4 * inputs + bytes_of_method(self.method.spec.name, block, inputs, 4)
+        return 4 * entries * inputs + bytes_of_method(self.method.spec.name, entries, inputs, 4)
+
+    def _merge_in_blocks(self, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
+        """Merge rows of a tensor at a time, so that no copy of an expert is held whole."""
+        name, base, experts = inputs
+        merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+        width = 4 * (base.numel() // max(1, len(base))) * (len(experts) + 3)
+        for block in row_blocks(len(base), width, CACHE_BYTES):
+            rows = Inputs(name, base[block], {expert: tensor[block] for expert, tensor in experts.items()})
+            merged[block].copy_(self._merge_whole(rows, out_dtype))
+        return merged
+
+    def _merge_whole(self, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
         name, base, experts = inputs
         planned = self.tensors[name]
         direct = self.prepared is not None  # a method of ours, which takes task vectors
@@ -287,6 +317,22 @@ class DelegatingMerge(PreparedMerge):
         for delegation in self.delegations:
             if delegation.prepared is not None:
                 delegation.prepared.measure(settings)
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """See `PreparedMerge.scratch`; of a tensor of neurons it is that of `combine`."""
+        result = 4 * math.prod(shape)
+        if name in self.rest:
+            delegation = self.rest[name]
+            return result if delegation is None else delegation.scratch(name, shape, experts)
+        return result + combine_bytes(shape, experts)
+
+    def measuring(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """See `PreparedMerge.measuring`."""
+        return max((d.prepared.measuring(shapes) for d in self.delegations if d.prepared is not None), default=0)
+
+    def remaining(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """See `PreparedMerge.remaining`."""
+        return sum(d.prepared.remaining(shapes) for d in self.delegations if d.prepared is not None)
 
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Merge one tensor: by this method's own steps, by the method of `rest`, or as the base has it."""

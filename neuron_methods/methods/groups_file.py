@@ -11,18 +11,30 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from neuron_methods.support.documents import read_json
+from neuron_methods.support.documents import Given, read_json, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
+from neuron_methods.support.text import shortened
 
 FORMAT = "mergekit-neuron groups"
 VERSION = 1
 GENERAL = "general"
+
+
+class _GroupsFile(Given):
+    format: str
+    version: int
+    model: str
+    model_type: str
+    groups: list[str]
+    labels: dict[str, list[Annotated[int, Field(ge=0)]]]
+    made_from: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,19 +92,20 @@ class NeuronGroups:
             UserError: it is missing, no groups file, of another version, or truncated or damaged.
         """
         again = "make it again with `mergekit-neuron groups`"
+        shown = f"groups {path}"
         content = read_json(path, "groups", format=FORMAT, version=VERSION, again=again)
-        try:
-            groups = tuple(map(str, content["groups"]))
-            labels = {layer: torch.tensor(values, dtype=torch.int64) for layer, values in content["labels"].items()}
-            found = cls(str(content["model"]), str(content["model_type"]), groups, labels, content.get("made_from", {}))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"groups {path}: damaged ({type(error).__name__}: {error}); {again}") from None
+        found = validated(content, _GroupsFile, shown, again)
+        groups = found.groups
         if not groups or groups[0] != GENERAL or len(set(groups)) != len(groups):
-            raise UserError(f"groups {path}: damaged (groups must begin with {GENERAL!r}, each once); {again}")
-        for layer, values in labels.items():
-            if values.ndim != 1 or bool(((values < 0) | (values >= len(groups))).any()):
-                raise UserError(f"groups {path}: damaged (labels of {layer} name no group); {again}")
-        return found
+            raise UserError(f"{shown}: groups must begin with {GENERAL!r}, each once; {again}")
+        for layer, values in found.labels.items():
+            if values and max(values) >= len(groups):
+                layer = shortened(layer, quote=False)
+                raise UserError(
+                    f"{shown}: labels.{layer}: {max(values)} is no group (there are {len(groups)}); {again}"
+                )
+        labels = {layer: torch.tensor(values, dtype=torch.int64) for layer, values in found.labels.items()}
+        return cls(found.model, found.model_type, tuple(groups), labels, found.made_from)
 
     def check_experts(self, path: str, experts: Mapping[Any, str]) -> None:
         """Raise UserError unless experts and groups match.

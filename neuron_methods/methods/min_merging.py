@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.select import CONFLICTS, conflict_coefficients
+from neuron_methods.kernels.select import CONFLICTS, combine_bytes, conflict_coefficients
 from neuron_methods.methods.contract import Inputs, MergeSettings, PlannedTensor, grouped, place_of
 from neuron_methods.methods.delegation import DelegatingMerge, DelegatingMethod, method_of
 from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms, read_importance, select
@@ -117,6 +117,22 @@ class PreparedMinMerging(DelegatingMerge):
         blocks = {slices.block: slices for slices in (self.layout.slices[t.name] for t in looked_at)}
         for kind in ("mlp", "attention"):
             self._share_out(kind, [slices for slices in blocks.values() if slices.kind == kind], norms)
+
+    def measuring(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """See `PreparedMerge.measuring`: norms and importances in float64 of every neuron, for every expert."""
+        blocks = max((combine_bytes(shapes[t.name], 1) for t in self._looked_at() if t.name in shapes), default=0)
+        return max(super().measuring(shapes), blocks + self._neurons(shapes) * (16 + 40 * len(self.experts)))
+
+    def remaining(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """See `PreparedMerge.remaining`: a coefficient in float64 for every neuron and expert."""
+        return super().remaining(shapes) + self._neurons(shapes) * 8 * len(self.experts)
+
+    def _neurons(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        of_block: dict[str, int] = {}
+        for name, slices in self.layout.slices.items():
+            if name in shapes and slices.axis < len(shapes[name]):
+                of_block[slices.block] = max(of_block.get(slices.block, 0), shapes[name][slices.axis] // slices.copies)
+        return sum(of_block.values())
 
     def findings(self) -> list[str]:
         """Tell how many neurons each expert keeps, and how many of them several do."""

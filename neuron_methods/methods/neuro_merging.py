@@ -29,14 +29,16 @@ asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons, merge_points
+from neuron_methods.kernels.neuro import NeuroOptions, merge_bytes, merge_neurons, merge_points
 from neuron_methods.kernels.rows import neuron_rows
+from neuron_methods.kernels.trim import search_bytes
 from neuron_methods.methods.contract import (
     Inputs,
     MergeSettings,
@@ -102,6 +104,7 @@ class PreparedNeuroMerging(PreparedMerge):
         """See `NeuroMerging.prepare`."""
         self._tensors, self._experts = tensors, list(by_expert(tensors, "density"))
         self._averaged = {t.name for t in tensors if t.parameters["embeddings"] == "mean" and _holds_tokens(t)}
+        self._parameters = {tensor.name: tensor.parameters for tensor in tensors}
         for name in ("trim", "profile"):
             _only(name, {t.parameters[name] for t in tensors}, "it holds for the whole merge; remove the filter")
         shared = tensors[0].parameters
@@ -128,6 +131,37 @@ class PreparedNeuroMerging(PreparedMerge):
         if self._measures:
             measure = measure_model if self.profile.trim == "model" else measure_tensors
             self._adopt(measure(self._counted(), self._experts, settings))
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """See `PreparedMerge.scratch`: a few blocks of rows, and what `NeuroOptions` names as held beyond them."""
+        parameters = self._parameters[name]
+        entries, searched = math.prod(shape), 0
+        if self.profile.trim == "tensor" and not self._measures:
+            searched = search_bytes(entries, experts)
+        if len(shape) < 2 or not entries:
+            return max(searched, 4 * entries * (4 * experts + 8))
+        width = math.prod(shape[-1:] if is_packed(name) or (len(shape) == 3 and shape[0] == 1) else shape[1:])
+        differing, tempered = self.profile.trim == "differing", parameters["spectral_exponent"] != 1
+        return max(
+            searched,
+            merge_bytes(
+                entries // width,
+                width,
+                experts,
+                parallel=parameters["lambda_parallel"] != 0,
+                whole=differing or tempered,
+                tempered=tempered,
+            )
+            + 4 * entries,
+        )
+
+    def measuring(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """See `PreparedMerge.measuring`: one search per expert, with its sample."""
+        if not self._measures:
+            return 0
+        sizes = [math.prod(shapes[t.name]) for t in self._tensors if t.name in shapes]
+        largest = sum(sizes) if self.profile.trim == "model" else max(sizes, default=0)
+        return search_bytes(largest, len(self._experts))
 
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Take steps 1 to 6 for one tensor."""

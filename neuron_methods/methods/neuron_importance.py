@@ -95,6 +95,7 @@ def read_importance(
         )
     found = NeuronProfile.load(profile)
     found.check_model(layout.neurons)
+    layout.model.check_unchanged(f"profile {profile}", expert, found.info.model, found.info.weights)
     statistic = "mean_abs" if importance == "activation" else "taylor"
     sources = [data] if data else found.sources
     values = {}

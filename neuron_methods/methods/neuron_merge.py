@@ -16,6 +16,7 @@ measures the whole model first (`neuro_merging`) measures one group at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,6 +85,9 @@ class PreparedNeuronMerge(DelegatingMerge):
         if not path:
             raise UserError(f"{NAME} needs groups: FILE, made by `mergekit-neuron groups` from a profile of the base")
         self.groups = NeuronGroups.read(path)
+        if (facts := tensors[0].model) is not None:
+            digest = str(self.groups.made_from.get("weights", ""))
+            facts.check_unchanged(f"groups {path}", None, self.groups.model, digest)
         counts = {layer: len(labels) for layer, labels in self.groups.labels.items()}
         self.layout.neurons.check_same(f"groups {path}: this file", self.groups.model, self.groups.model_type, counts)
         self.groups.check_experts(path, own)
@@ -104,6 +108,18 @@ class PreparedNeuronMerge(DelegatingMerge):
     def delegations(self) -> list[Delegation]:
         """Who merges groups, and who merges the rest, each once."""
         return [*self.within.values(), *super().delegations]
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """See `PreparedMerge.scratch`; where `within` names a method, a group's part of base and experts is held."""
+        largest = 0
+        for group, delegation in self.within.items():
+            if name in delegation.tensors:
+                slices = self.layout.slices[name]
+                part = [*shape]
+                part[slices.axis] = len(self._indices(slices, group))
+                held = 4 * math.prod(part) * (experts + 3) + delegation.scratch(name, part, experts)
+                largest = max(largest, held)
+        return 4 * math.prod(shape) + largest if largest else super().scratch(name, shape, experts)
 
     def findings(self) -> list[str]:
         """Tell how many neurons there are of each group."""

@@ -7,7 +7,7 @@ Our own method; its kin are named in kernels/response.py, where the formula stan
 2. Inputs   of an expert: the rows of its update (no data), measured ones, or both: `inputs`
 3. Merge    the update that answers every expert's inputs as that expert does, by least squares with a `ridge`; what no
             expert's inputs say anything about goes `toward` zero, the mean or the sum of the updates
-4. Scale    what the ridge shrinks is undone; λ is `lambda` times that
+4. Scale    what a ridge toward zero shrinks is undone; λ is `lambda` times that
 5. Points   0-D and 1-D tensors have no inputs to tell apart: mean, or sum, of the updates
 6. Tokens   tables of token embeddings are no linear layers: mean of the updates, or rows as in 3
 
@@ -17,6 +17,7 @@ all of them together, unless step 1 is asked for: taking c w out of every neuron
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,8 +55,15 @@ class NeuronResponse(PlannedMethod):
         "merging by response",
         "https://arxiv.org/abs/2503.08099",
         number("weight", 0, default=1.0, of="expert", about="how much the expert's inputs count; ratios matter"),
-        number("ridge", 0, default=0.1, about="how firmly directions that no input takes are held; 0: pseudo-inverse"),
-        choice("toward", "zero", "mean", "sum", about="what holds where no expert's inputs say anything"),
+        number(
+            "ridge",
+            0,
+            words=("auto",),
+            default="auto",
+            about="how firmly directions that no input takes are held; auto: 0.1, and more for adapters without profiles; "
+            "0: pseudo-inverse",
+        ),
+        choice("toward", "mean", "sum", "zero", about="what holds where no expert's inputs say anything"),
         choice("subspace", "all", "orthogonal", about="merge all, or what is orthogonal to each neuron's base weights"),
         choice("inputs", "update", "profile", "both", of="expert", about="where the expert's inputs are taken from"),
         text("profile", of="expert", about="file of mergekit-neuron profile --inputs, of this expert on its task"),
@@ -105,9 +113,8 @@ class PreparedNeuronResponse(PreparedMerge):
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
         if not experts or not base.numel():
             return merged.copy_(base)
-        options = ResponseOptions(
-            parameters["ridge"], parameters["toward"], parameters["loudness"], int(parameters["rows"])
-        )
+        ridge = None if parameters["ridge"] == "auto" else parameters["ridge"]
+        options = ResponseOptions(ridge, parameters["toward"], parameters["loudness"], int(parameters["rows"]))
         measured = [self.inputs.factors(name, place, parameters, base, e, has) for e, has in experts.items()]
         for origin, updates, target in _matrices(base, experts, place, merged):
             taking = [
@@ -122,6 +129,19 @@ class PreparedNeuronResponse(PreparedMerge):
                 scaled = LowRank(found.update.b * parameters["lambda"], found.update.a)
                 self.low_rank[name] = LowRankUpdate(scaled, found.moments)
         return merged
+
+    def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
+        """See `PreparedMerge.scratch`: updates, answers and result, and the system of one matrix twice."""
+        if len(shape) < 2:
+            return super().scratch(name, shape, experts)
+        planned = self._planned.get(name)
+        transposed = self._place(name).role in ("transposed", "packed_transposed")
+        rows, width = (shape[-1], shape[-2]) if transposed else (shape[0], math.prod(shape[1:]))
+        most = (planned.parameters["rows"] if planned is not None else 0) or rows
+        count = int(experts * min(rows, most))
+        system = min(count, width)
+        solved = 4 * (3 * system * system + 2 * count * width + 4 * rows * width + 2 * rows * count)
+        return 2 * solved if planned is not None and planned.parameters["ridge"] == 0 else solved
 
     def findings(self) -> list[str]:
         """Tell how much of the experts' answers the merge keeps, and what had no inputs."""

@@ -66,7 +66,7 @@ def number(
             return value
         try:
             found = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             found = math.nan
         if not math.isfinite(found) or not low <= found <= high or (low_open and found == low):
             raise UserError(f"{name} must be {expected}; got {value!r}")

@@ -11,15 +11,16 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from neuron_methods.kernels.task_vectors import fill_task_vector
 from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
 from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
-from neuron_methods.support.documents import read_json
+from neuron_methods.support.documents import Given, read_json, validated
 from neuron_methods.support.errors import UserError
 
 FORMAT = "mergekit-neuron/trim-profile"
@@ -29,6 +30,29 @@ _RUN = 64
 _RUNS = 8192
 # Share of a tensor that is sampled at most: sorting a larger one costs more than the second pass it may save.
 _SHARE = 1 / 16
+
+
+class _ExpertEntry(Given):
+    model: str
+    density: float | str
+    entries: Annotated[int, Field(ge=0)]
+    threshold: Annotated[float, Field(ge=0)] | None
+    sigma: Annotated[float, Field(ge=0, lt=1)]
+    weights: str = ""
+    voting: bool = True
+
+
+class _TrimFile(Given):
+    format: str
+    version: int
+    method: str
+    trim: Literal["model", "tensor"]
+    fingerprint: str
+    base_weights: str = ""
+    sigma: float | None
+    lambda_orthogonal: float
+    experts: list[_ExpertEntry]
+    tensor_thresholds: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,7 @@ class ExpertTrim:
         entries: number of entries of its task vector.
         threshold: smallest magnitude kept, None under `trim: tensor`.
         sigma: L1 norm of what trimming removes / L1 norm of the task vector.
+        weights: digest of the expert's weights; "" where they are not in files.
     """
 
     model: str
@@ -48,6 +73,7 @@ class ExpertTrim:
     entries: int
     threshold: float | None
     sigma: float
+    weights: str = ""
 
 
 @dataclass
@@ -60,6 +86,7 @@ class TrimProfile:
         voting: experts with a weight other than 0: σ is the largest of theirs.
         tensor_thresholds: under `trim: tensor`, {tensor name: {expert id: threshold}} as far as measured.
         fingerprint: of the names of the tensors measured.
+        base_weights: digest of the base's weights; "" where they are not in files.
         parallel_energy: Σ ‖τ_∥‖² over all merged neurons so far.
         orthogonal_energy: Σ ‖τ_⊥‖² likewise.
     """
@@ -69,6 +96,7 @@ class TrimProfile:
     voting: list[Hashable] = field(default_factory=list)
     tensor_thresholds: dict[str, dict[Hashable, float]] = field(default_factory=dict)
     fingerprint: str = ""
+    base_weights: str = ""
     parallel_energy: float = 0.0
     orthogonal_energy: float = 0.0
 
@@ -97,6 +125,7 @@ class TrimProfile:
             "method": "neuro_merging",
             "trim": self.trim,
             "fingerprint": self.fingerprint,
+            "base_weights": self.base_weights,
             "sigma": self.sigma,
             "lambda_orthogonal": self.automatic_lambda("mean"),
             "experts": [{**asdict(e), "voting": key in self.voting} for key, e in self.experts.items()],
@@ -120,35 +149,41 @@ class TrimProfile:
         """
         again = "write it again with --profile-out"
         content = read_json(path, "profile", format=FORMAT, version=VERSION, again=again)
+        found = validated(content, _TrimFile, f"profile {path}", again)
         try:
-            return cls._from_json(content, tensors, experts)
+            return cls._from_file(found, tensors, experts)
         except UserError as error:
             raise UserError(f"profile {path}: {error}; leave profile out, or {again}") from None
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"profile {path}: damaged or incomplete; {again}") from None
 
     @classmethod
-    def _from_json(cls, content: dict, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]) -> TrimProfile:
+    def _from_file(
+        cls, content: _TrimFile, tensors: Sequence[PlannedTensor], experts: Sequence[Hashable]
+    ) -> TrimProfile:
         profile = cls(tensors[0].parameters["trim"], fingerprint=fingerprint(tensors))
-        if content["trim"] != profile.trim:
-            raise UserError(f"measured with trim: {content['trim']}, the merge asks for {profile.trim}")
-        if content["fingerprint"] != profile.fingerprint:
+        if content.trim != profile.trim:
+            raise UserError(f"measured with trim: {content.trim}, the merge asks for {profile.trim}")
+        if content.fingerprint != profile.fingerprint:
             raise UserError("measured on other tensors than this merge writes")
-        found = {entry["model"]: entry for entry in content["experts"]}
+        found = {entry.model: entry for entry in content.experts}
+        profile.base_weights = content.base_weights
+        _check_weights("the base", profile.base_weights, _weights_of(tensors, None))
         for expert in experts:
             entry = found.get(str(expert))
             if entry is None:
                 raise UserError(f"no expert {expert} in it (found: {', '.join(found) or 'none'})")
             density = density_of(tensors, expert)
-            if entry["density"] != density:
-                raise UserError(f"{expert} was measured with density {entry['density']}, the merge asks for {density}")
-            threshold = None if profile.trim == "tensor" else _magnitude(entry["threshold"])
-            sigma = _magnitude(entry["sigma"], below=1.0)
-            profile.experts[expert] = ExpertTrim(str(expert), density, int(entry["entries"]), threshold, sigma)
+            if entry.density != density:
+                raise UserError(f"{expert} was measured with density {entry.density}, the merge asks for {density}")
+            if (entry.threshold is None) != (profile.trim == "tensor"):
+                raise UserError(f"{expert}: threshold: found {entry.threshold} under trim: {profile.trim}")
+            _check_weights(expert, entry.weights, _weights_of(tensors, expert))
+            profile.experts[expert] = ExpertTrim(
+                str(expert), density, entry.entries, entry.threshold, entry.sigma, entry.weights
+            )
         by_name = {str(expert): expert for expert in experts}
         profile.tensor_thresholds = {
-            tensor: {by_name[name]: _magnitude(value) for name, value in row.items() if name in by_name}
-            for tensor, row in content.get("tensor_thresholds", {}).items()
+            tensor: {by_name[name]: float(value) for name, value in row.items() if name in by_name}
+            for tensor, row in content.tensor_thresholds.items()
         }
         return profile
 
@@ -167,11 +202,15 @@ def density_of(tensors: Sequence[PlannedTensor], expert: Hashable) -> float | st
     return "varies-" + hashlib.sha256(json.dumps(densities, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _magnitude(value: object, below: float = math.inf) -> float:
-    """A number in [0, below); anything else is a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
-        raise ValueError(f"{value!r} is no number in [0, {below})")
-    return float(value)
+def _weights_of(tensors: Sequence[PlannedTensor], model: Hashable | None) -> str:
+    """Digest of the weights of an expert, or by None of the base; "" where they are not in files."""
+    facts = tensors[0].model
+    return "" if facts is None or facts.state is None else facts.state(model)[1]
+
+
+def _check_weights(model: Hashable, measured: str, now: str) -> None:
+    if measured and now and measured != now:
+        raise UserError(f"{model} has other weights now than when it was measured")
 
 
 def measure_model(
@@ -200,15 +239,19 @@ def measure_model(
                 _count(tensor.name, base, found, still_open, settings)
         still_open = {e: s for e, s in still_open.items() if not s.finish()}
         label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
-    found_trims = {e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma) for e, s in searches.items()}
-    return TrimProfile("model", found_trims, fingerprint=fingerprint(tensors))
+    found_trims = {
+        e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma, _weights_of(tensors, e))
+        for e, s in searches.items()
+    }
+    base = _weights_of(tensors, None)
+    return TrimProfile("model", found_trims, fingerprint=fingerprint(tensors), base_weights=base)
 
 
 def measure_tensors(
     tensors: Sequence[PlannedTensor], experts: Sequence[Hashable], settings: MergeSettings
 ) -> TrimProfile:
     """Find thresholds per tensor and expert, and each expert's σ over the whole model under them."""
-    profile = TrimProfile("tensor", fingerprint=fingerprint(tensors))
+    profile = TrimProfile("tensor", fingerprint=fingerprint(tensors), base_weights=_weights_of(tensors, None))
     sums = {expert: ThresholdSearch(density=1.0) for expert in experts}
     for tensor in settings.progress("Measuring trim thresholds", tensors):
         densities = tensor.expert_parameters["density"]
@@ -225,7 +268,10 @@ def measure_tensors(
             sums[expert].entries += search.entries
             sums[expert].total_l1 += search.total_l1
             sums[expert].removed_l1 += search.removed_l1
-    profile.experts = {e: ExpertTrim(str(e), density_of(tensors, e), s.entries, None, s.sigma) for e, s in sums.items()}
+    profile.experts = {
+        e: ExpertTrim(str(e), density_of(tensors, e), s.entries, None, s.sigma, _weights_of(tensors, e))
+        for e, s in sums.items()
+    }
     return profile
 
 

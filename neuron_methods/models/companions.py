@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.support.documents import read_object
+from neuron_methods.models.model_files import NamesCode, beside, check_link
+from neuron_methods.support.documents import read_object, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 
@@ -85,24 +86,9 @@ def companions_of(place: Path, where: str) -> list[str]:
     return found
 
 
-def check_link(place: Path, name: str, where: str) -> None:
-    """Make sure that a file lies in a model's directory, or is shared by the snapshots of its repository.
-
-    Raises:
-        UserError: it is a link that leads elsewhere.
-    """
-    home, file = place.resolve(), (place / name).resolve()
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        home = home.parent.parent
-    if home not in file.parents:
-        raise UserError(
-            f"model {where}: {name} is a link to {file}, outside of the model's directory; put the file itself there"
-        )
-
-
 def names_code(config: Path) -> bool:
     """Tell whether a config, if it is there, names custom code."""
-    return config.is_file() and bool(read_object(config).get("auto_map"))
+    return config.is_file() and bool(_auto_map(config))
 
 
 def code_files(place: Path, where: str) -> list[str]:
@@ -119,12 +105,13 @@ def code_files(place: Path, where: str) -> list[str]:
 
     found: dict[str, None] = {}
     for config in filter(names_code, (place / name for name in _NAMING_CODE)):
-        for reference in _references(read_object(config)["auto_map"]):
+        for reference in _references(_auto_map(config)):
             if "--" in reference:
                 continue  # code of another repository, which transformers finds there
             name = reference.partition(".")[0] + ".py"
             if not (place / name).is_file():
                 raise UserError(f"model {where}: {config.name}: auto_map names {reference}, but there is no {name}")
+            beside(config, name, "auto_map")
             try:
                 imported = get_relative_import_files(place / name)
             except FileNotFoundError as error:
@@ -155,9 +142,15 @@ def settle_code(out: Path, source: Path, *, code: bool) -> list[str]:
             del content["auto_map"]
             notes.append(f"auto_map of {config.name} is left out: the code goes along with --trust-remote-code only")
         elif (source / config.name).is_file():
-            content["auto_map"] = read_object(source / config.name).get("auto_map", content["auto_map"])
+            content["auto_map"] = _auto_map(source / config.name) or content["auto_map"]
         write_json(config, content, indent=2)
     return notes
+
+
+def _auto_map(config: Path) -> Any:
+    """The custom code that a config names; None where it names none."""
+    content = read_object(config, again="download or save the model again")
+    return validated(content, NamesCode, str(config), "download or save the model again").auto_map
 
 
 def _references(auto_map: Any) -> Iterator[str]:

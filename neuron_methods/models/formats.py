@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neuron_methods.support.documents import read_object
+from neuron_methods.models.model_files import CONFIG_NAME, read_model_config
 from neuron_methods.support.errors import UserError
 
 _QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "fp8", "fbgemm_fp8": "fp8"}
@@ -76,7 +76,7 @@ def refuse_other_formats(path: str, where: str) -> None:
             if found := [file.name for pattern in patterns.split("|") for file in place.glob(pattern)]:
                 raise UserError(f"{where}: {what} ({found[0]}); {cure}")
         return
-    raw = read_object(place / "config.json", again="download or save the model again")
+    raw = read_model_config(place / CONFIG_NAME)
     if "model_type" not in raw and "architecture" in raw:
         raise UserError(
             f"{where}: a checkpoint of timm ({raw['architecture']}), whose config.json has no model_type; name the "

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import safetensors
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from neuron_methods.support.documents import read_object
+from neuron_methods.models.model_files import beside, check_link
+from neuron_methods.support.documents import Foreign, check_regular, parse_json, read_object, validated
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 Found = TypeVar("Found")
 
@@ -29,6 +32,20 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+class IndexFile(Foreign):
+    """What is read of a *.index.json."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+class HeaderEntry(Foreign):
+    """What the header of a safetensors file says of one tensor."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(strict=False)
 
 
 class Header(NamedTuple):
@@ -104,12 +121,57 @@ def open_safetensors(path: str | os.PathLike[str]) -> Any:
     Raises:
         UserError: the file is missing, truncated or not safetensors.
     """
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file, but the checkpoint's index names it")
+    check_regular(path)
     try:
         return safetensors.safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, but the checkpoint's index names it") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); download or save it again") from None
+
+
+def header_entries(path: Path) -> tuple[int, dict[str, HeaderEntry]]:
+    """Read the header of a safetensors file by hand.
+
+    Returns:
+        Where the data begins, in bytes, and {tensor: dtype, shape and place within the data}.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+    check_regular(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise UserError(f"{path}: not a complete safetensors file; download or save it again")
+        content = parse_json(file.read(length), f"{path}: its header", "download or save it again")
+    if isinstance(content, dict):
+        content.pop("__metadata__", None)
+    entries = validated(content, dict[str, HeaderEntry], f"{path}: its header", "download or save it again")
+    if not all(
+        first <= last <= size - 8 - length for first, last in (entry.data_offsets for entry in entries.values())
+    ):
+        raise UserError(f"{path}: not a complete safetensors file; download or save it again")
+    return 8 + length, entries
+
+
+def check_length(path: str | os.PathLike[str], length: int) -> None:
+    """Make sure that a file is still as long as it was, before a tensor of it is read.
+
+    It is mapped into memory: where it has been cut short, the system ends the process that looks.
+
+    Raises:
+        UserError: it is shorter now, or gone.
+    """
+    try:
+        now = os.stat(path).st_size
+    except OSError:
+        now = 0
+    if now < length:
+        raise UserError(
+            f"{path}: was cut short or removed while it was read ({length} bytes, now {now}); put it back and run again"
+        )
 
 
 def weight_files(directory: Path, stem: str = "model.safetensors") -> list[Path]:
@@ -123,16 +185,18 @@ def weight_files(directory: Path, stem: str = "model.safetensors") -> list[Path]
         UserError: there are none, or the index is damaged.
     """
     whole, index = directory / stem, directory / f"{stem}.index.json"
-    if whole.is_file():
+    if os.path.lexists(whole):
+        check_regular(whole)
+        check_link(directory, stem, str(directory))
         return [whole]
-    if not index.is_file():
+    if not os.path.lexists(index):
         if any(directory.glob("*.bin")):
             raise UserError(
                 f"{directory}: its weights are a pickle (.bin), which can run code when it is loaded, so it is not "
                 "read; save it as safetensors, or merge it again without --no-safe-serialization"
             )
         raise UserError(f"{directory}: no weights in it ({stem} or its index); is it complete?")
-    return [directory / name for name in sorted(set(weight_map(index).values()))]
+    return [beside(index, name, "weight_map") for name in sorted(set(weight_map(index).values()))]
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -141,10 +205,16 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         UserError: the file is damaged, or holds something else.
     """
-    found = read_object(index, again="download or save the model again").get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{index}: no weight_map of names of tensors and files in it; download or save the model again")
-    return found
+    again = "download or save the model again"
+    return validated(read_object(index, again=again), IndexFile, str(index), again).weight_map
+
+
+def stored_count(directory: Path) -> int:
+    """Count the tensors of a directory, as far as it holds safetensors that can be read; 0 where it does not."""
+    try:
+        return sum(len(header_entries(file)[1]) for file in weight_files(directory))
+    except UserError:
+        return 0
 
 
 def stored_headers(directory: Path, stem: str = "model.safetensors") -> dict[str, Header]:
@@ -160,7 +230,7 @@ def stored_headers(directory: Path, stem: str = "model.safetensors") -> dict[str
     files = HeaderFiles()
 
     def read(file: Path) -> Mapping[str, Header]:
-        return files.all_of(str(file)) if stem.endswith(".safetensors") else _headers_of_pickle(file)
+        return files.all_of(str(file)) if stem.endswith(".safetensors") else pickled_headers(file)
 
     return _in_all_files(directory, stem, read)
 
@@ -170,7 +240,7 @@ def stored_names(directory: Path, stem: str = "model.safetensors") -> list[str]:
 
     def read(file: Path) -> Mapping[str, Any]:
         pickled = not stem.endswith(".safetensors")
-        return _headers_of_pickle(file) if pickled else dict.fromkeys(open_safetensors(file).keys())
+        return pickled_headers(file) if pickled else dict.fromkeys(open_safetensors(file).keys())
 
     return list(_in_all_files(directory, stem, read))
 
@@ -184,17 +254,31 @@ def _in_all_files(directory: Path, stem: str, read: Callable[[Path], Mapping[str
             raise UserError(f"{file}: tensor {twice[0]} is in another shard, too; save the model again")
         headers |= found
     index = directory / f"{stem}.index.json"
-    if index.is_file() and not (directory / stem).is_file():
+    if not (directory / stem).is_file():
         lost = sorted(weight_map(index).keys() - headers.keys())
         if lost:
             raise UserError(f"{index}: it promises tensor {lost[0]}, but no shard holds it; save the model again")
     return headers
 
 
-def _headers_of_pickle(file: Path) -> dict[str, Header]:
-    """Headers of a pickle's tensors, which are not read."""
+def pickled_headers(file: Path) -> dict[str, Header]:
+    """Read the headers of a pickle's tensors, which are not read themselves; no code in it is run.
+
+    Raises:
+        UserError: it is damaged, or holds something else than a model's tensors by name.
+    """
+    check_regular(file)
     try:
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{file}: cannot be read back ({type(error).__name__})") from None
-    return {name: Header.of(tensor) for name, tensor in tensors.items()}
+        content = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:  # whatever torch makes of foreign bytes
+        raise UserError(
+            f"{file}: cannot be read back as a pickle of tensors and nothing else: {first_line(error)}"
+        ) from None
+    if isinstance(content, Mapping) and "state_dict" in content:
+        raise UserError(
+            f"{file}: a training checkpoint with the weights under 'state_dict', which transformers does not read; "
+            "save them alone: torch.save(torch.load(FILE)['state_dict'], FILE)"
+        )
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"{file}: holds something else than tensors by name; save the model again")
+    return {str(name): Header.of(tensor) for name, tensor in content.items()}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,20 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.models.formats import quantised_with, refuse_other_formats
-from neuron_methods.models.hub import hub_answers
+from neuron_methods.models.headers import header_entries, stored_count, stored_headers, weight_files
+from neuron_methods.models.hub import local_copy
 from neuron_methods.models.kinds import Processor
+from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
+from neuron_methods.models.skeleton import Skeleton
+from neuron_methods.models.tokenizer_files import read_vocabulary
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.quiet import quiet_transformers
-from neuron_methods.support.text import first_line, listed, one_line
+from neuron_methods.support.finite import check_finite
+from neuron_methods.support.memory import check_memory, free_memory
+from neuron_methods.support.text import first_line, listed, one_line, shortened
+
+_MADE = 1 << 26  # numbers that a model makes as it is built, at most
 
 
 def read_config(place: Place, where: str) -> PretrainedConfig:
@@ -36,15 +45,17 @@ def read_config(place: Place, where: str) -> PretrainedConfig:
         UserError: there is none to read.
     """
     refuse_other_formats(place.path, where)
-    if os.path.isdir(place.path) and not os.path.isfile(os.path.join(place.path, "config.json")):
+    if os.path.isdir(place.path) and not os.path.lexists(os.path.join(place.path, CONFIG_NAME)):
         raise UserError(f"{where}: the directory holds no config.json; it is no model")
-    if not os.path.isdir(place.path):
-        hub_answers()
     try:
-        return AutoConfig.from_pretrained(place.path, revision=place.revision, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        found = "" if os.path.isdir(place.path) else " (neither a directory here nor to be had from the hub)"
-        raise UserError(f"{where}: cannot read its config{found}: {one_line(error)}") from error
+        directory = Path(local_copy(place.path, place.revision, weights=False))
+    except UserError as error:
+        found = "neither a directory here nor to be had from the hub"
+        raise UserError(f"{where}: cannot read its config ({found}): {error}") from error
+    check_files(directory, place.path)
+    read_model_config(directory / CONFIG_NAME, stored_count(directory))
+    with foreign_reading(f"{where}: cannot read its config"):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
 def read_architecture(config: PretrainedConfig, where: str) -> str:
@@ -56,6 +67,25 @@ def read_architecture(config: PretrainedConfig, where: str) -> str:
             f"{transformers.__version__}"
         )
     return architecture
+
+
+def refuse_oversized(model: Any, config: PretrainedConfig, directory: Path, where: str) -> None:
+    """Make sure that a config asks for no more numbers than the files hold, before memory is taken for them.
+
+    Raises:
+        UserError: it does, or the class cannot be built from it.
+    """
+    entries = (entry for file in weight_files(directory) for entry in header_entries(file)[1].values())
+    stored = sum(prod(entry.shape) for entry in entries)
+    built = Skeleton.build(model, config).model
+    asked = {id(t): t.numel() for t in (*built.parameters(), *built.buffers())}
+    # Rotary tables and masks are made and not stored; what is tied counts once.
+    if sum(asked.values()) > 2 * stored + _MADE:
+        name, tensor = max((*built.named_parameters(), *built.named_buffers()), key=lambda pair: pair[1].numel())
+        raise UserError(
+            f"{where}: by its config.json it has {sum(asked.values())} numbers, of these {name} {list(tensor.shape)}, "
+            f"and its files hold {stored}; the two are not of one model: download or save it again"
+        )
 
 
 def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: Any) -> PreTrainedModel:
@@ -73,11 +103,14 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
     """
     config = read_config(place, where)
     architecture = read_architecture(config, where)
-    with quiet_transformers():
+    with foreign_reading(f"{where}: cannot load it"):
+        directory = local_copy(place.path, place.revision)
+        if quantised_with(config) is None:
+            refuse_oversized(getattr(transformers, architecture), config, Path(directory), where)
+        _check_fits(directory, where, dtype, placement)
         try:
             model, found = getattr(transformers, architecture).from_pretrained(
-                place.path,
-                revision=place.revision,
+                directory,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
@@ -91,11 +124,49 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
                     f"{where}: its weights are quantised ({how}): {first_line(error)}; name the model that it was made "
                     "from, in bfloat16"
                 ) from error
-            raise UserError(f"{where}: cannot load it: {one_line(error)}") from error
+            raise
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = listed(sorted(found["missing_keys"]))
         raise UserError(f"{where}: its files lack weights of {architecture}, which its config names: {missing}")
+    check_finite(model.named_parameters(), where)  # buffers may be masks of -Inf
     return model.eval().requires_grad_(False)
+
+
+def bytes_in_memory(directory: Path, dtype: str = "auto") -> int:
+    """Tell from the headers of a model's files what its weights take in memory, without reading them.
+
+    Args:
+        directory: of the model.
+        dtype: they are loaded in, as for `load_weights`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
+    return sum(
+        header.entries * (sizes[dtype] if dtype in sizes and header.dtype.is_floating_point else header.dtype.itemsize)
+        for header in stored_headers(directory).values()
+    )
+
+
+def _check_fits(directory: str, where: str, dtype: str, placement: Mapping[str, Any]) -> None:
+    """Refuse a model that is larger than what is free.
+
+    Where accelerate has been given bounds, it is wanted to offload to disk what does not fit.
+    """
+    if placement.get("max_memory"):
+        return
+    try:
+        need = bytes_in_memory(Path(directory), dtype)
+    except UserError:
+        return  # of what is wrong with the files transformers says more, or reads them all the same
+    device = placement.get("device_map")
+    device = device.get("", "cpu") if isinstance(device, dict) else device or "cpu"
+    if device == "auto":  # accelerators first, the CPU takes the rest
+        device, count = "cpu", torch.cuda.device_count()
+        need -= sum(free_memory(f"cuda:{index}") or 0 for index in range(count))
+    advice = "a smaller dtype would halve it" if dtype == "float32" else "another machine or a smaller model would do"
+    check_memory(need, f"{where}: loading it", advice, str(device))
 
 
 @contextlib.contextmanager
@@ -121,13 +192,26 @@ def placed_weights(
         yield load_weights(place, where, dtype=dtype, **placement)
 
 
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
+
+
 def device_map(device: str | None = None) -> Any:
     """Say where a model goes that is loaded for good, as transformers takes it: by default where accelerators are.
 
     Args:
         device: what the user asked for: ``cpu``, ``cuda``, ``auto``, …
+
+    Raises:
+        UserError: there is no such device here, or it computes nothing.
     """
     state = process_state()
+    if device is not None and device not in _PLACEMENTS:
+        try:
+            if torch.empty(1, device=device).is_meta:
+                raise UserError(f"--device {device}: holds no numbers; give cpu, cuda, cuda:1 or auto")
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            problem = f"cannot be used here ({first_line(error)})"
+            raise UserError(f"--device {shortened(device, quote=False)}: {problem}; give cpu or auto") from None
     if device is not None or state.device.type == "cpu":
         return device
     return "auto" if state.num_processes == 1 else {"": state.device}
@@ -150,11 +234,10 @@ def load_processor(processor: Processor, place: Place, where: str) -> Any:
     """Load the tokenizer or image processor saved beside a model; raises UserError if there is none."""
     what = "tokenizer" if processor == "AutoTokenizer" else "image processor"
     try:
-        with quiet_transformers():
-            return getattr(transformers, processor).from_pretrained(
-                place.path, revision=place.revision, trust_remote_code=False
-            )
+        directory = Path(local_copy(place.path, place.revision, weights=False))
+        check_files(directory, place.path)
+        read_vocabulary(directory)
+        with foreign_reading(f"{where}: cannot load its {what}", ImportError):
+            return getattr(transformers, processor).from_pretrained(directory, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"{where}: its {what} needs another package: {one_line(error)}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: cannot load its {what}: {one_line(error)}") from error

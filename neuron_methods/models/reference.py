@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from neuron_methods.models.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from neuron_methods.models.headers import header_entries
 from neuron_methods.models.hub import hub_file
-from neuron_methods.support.documents import read_object
+from neuron_methods.models.states import model_state
 from neuron_methods.support.errors import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SAMPLE = 4096  # bytes of each tensor that two copies are compared by
 
@@ -52,12 +53,11 @@ class Place:
         return Path(self.path).resolve().name if os.path.exists(self.path) else str(self)
 
     def state(self) -> list[Any]:
-        """Say where it is and, of a directory, which files it holds by name, size and time; plain values for JSON."""
-        if not os.path.isdir(self.path):
-            return [str(self)]
-        files = sorted(Path(self.path).glob("*.safetensors")) + sorted(Path(self.path).glob("*config.json"))
-        stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return [os.path.realpath(self.path), stats]
+        """Say where it is and what it holds: a directory its files, a repository a commit; plain values for JSON."""
+        if os.path.isdir(self.path):
+            return [os.path.realpath(self.path), model_state(self.path)]
+        snapshot = local_directory(self.path, self.revision)
+        return [str(self), os.path.basename(snapshot or "")]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class ModelName:
             return name
         directory = local_directory(name.base.path, name.base.revision)
         assert directory is not None
-        config = read_object(os.path.join(directory, ADAPTER_CONFIG), again="download or save the adapter again")
-        return cls(base_of(config, directory, str(name.base)), name.base)
+        return cls(base_of(read_adapter_config(directory), directory, str(name.base)), name.base)
 
     @property
     def shown(self) -> str:
@@ -106,6 +105,15 @@ class ModelName:
         """Tells apart models of one name, and a model from what it was before its files were written anew."""
         state = [place.state() for place in self._places]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+    def here(self) -> list[str]:
+        """List the directories here that it is in."""
+        return [place.path for place in self._places if os.path.exists(place.path)]
+
+    def directories(self) -> list[str]:
+        """List the local directories of its parts: as given, or of the Hub's cache."""
+        found = (local_directory(place.path, place.revision) for place in self._places)
+        return [directory for directory in found if directory is not None]
 
     @property
     def _places(self) -> tuple[Place, ...]:
@@ -200,15 +208,13 @@ def _sampled_weights(directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in Path(directory).glob("*.safetensors"):
         try:
+            begin, entries = header_entries(path)
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                for name, entry in header.items():
-                    start, end = entry["data_offsets"]
-                    file.seek(8 + length + max(start, (start + end - _SAMPLE) // 2))
-                    found[name] = (entry["dtype"], entry["shape"], file.read(min(_SAMPLE, end - start)))
-        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+                for name, entry in entries.items():
+                    start, end = entry.data_offsets
+                    file.seek(begin + max(start, (start + end - _SAMPLE) // 2))
+                    found[name] = (entry.dtype, entry.shape, file.read(min(_SAMPLE, end - start)))
+        except (UserError, OSError):
             return {}
     return found
 

@@ -100,7 +100,7 @@ class Skeleton:
                 built = model(config)
             built.tie_weights()
         except Exception as error:  # whatever the class of a foreign config raises
-            raise UserError(f"{model.__name__} cannot be built from its config: {first_line(error)}") from error
+            raise cannot_be_built(model, config, error) from error
         return cls(built)
 
     @classmethod
@@ -185,6 +185,13 @@ class Skeleton:
     def tied_to(self, path: str) -> tuple[str, ...]:
         """Paths of all parameters that are one with this one, itself included; empty if it stands alone."""
         return next((group for group in self.ties if path in group), ())
+
+
+def cannot_be_built(model: Any, config: PretrainedConfig, error: Exception) -> UserError:
+    """Make the error about a config that its class does not take; it names where the config was read from."""
+    place = getattr(config, "name_or_path", "")
+    where = f"{place}: " if isinstance(place, str) and place else ""
+    return UserError(f"{where}{model.__name__} cannot be built from its config: {first_line(error)}")
 
 
 def _embeddings(model: Any, getter: str) -> Any:

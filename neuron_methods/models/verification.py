@@ -23,16 +23,18 @@ from neuron_methods.models.headers import (
     Header,
     HeaderFiles,
     open_safetensors,
+    stored_count,
     stored_headers,
     stored_names,
     weight_files,
 )
-from neuron_methods.models.skeleton import Skeleton, model_class
+from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
+from neuron_methods.models.skeleton import Skeleton, cannot_be_built, model_class
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.quiet import quiet_transformers
-from neuron_methods.support.text import first_line, listed
+from neuron_methods.support.text import listed
 
 #: Folder of heads that go with a model, within its directory: NAME.safetensors, and the config to load it with.
 HEADS = "heads"
@@ -82,7 +84,7 @@ def load_report(model: type, config: PretrainedConfig, headers: Mapping[str, Hea
             )
         except Exception as error:  # whatever building the class of a foreign config raises
             if "conversion of the weights" not in str(error):
-                raise UserError(f"{model.__name__} cannot be built from this config: {first_line(error)}") from error
+                raise cannot_be_built(model, config, error) from error
             return LoadReport(errors=[_what_does_not_fit(Skeleton.build(model, config), headers)])
     return LoadReport(
         missing=sorted(found["missing_keys"]),
@@ -255,12 +257,12 @@ def _spelled(dtype: Any) -> str:
 def _read_config(file: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     if not file.is_file():
         raise UserError(f"{file.parent}: no {file.name} in it, so this is no model; merge or download it again")
-    try:
-        # By the directory where it can be: transformers looks for custom code beside it.
-        place = file.parent if file.name == "config.json" else file
+    check_files(file.parent, str(file.parent))
+    read_model_config(file, stored_count(file.parent))
+    # By the directory where it can be: transformers looks for custom code beside it.
+    place = file.parent if file.name == CONFIG_NAME else file
+    with foreign_reading(str(file)):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a config class makes of foreign values
-        raise UserError(f"{file}: {first_line(error)}") from error
 
 
 def _unbuilt(config: PretrainedConfig, place: Path, architecture: str, trust_remote_code: bool) -> str | None:
@@ -281,7 +283,7 @@ def _check_dtype(place: Path, config: PretrainedConfig, headers: Mapping[str, He
     """Hold the dtype that the config names against those that are stored; a mixture is told in a note."""
     named = getattr(config, "dtype", None)
     stored = {header.dtype for header in headers.values() if header.dtype.is_floating_point}
-    if named is None or not stored or stored == {named}:
+    if not isinstance(named, torch.dtype) or not stored or stored == {named}:  # a dict of them, of parts
         return []
     found, said = ", ".join(sorted(map(_spelled, stored))), _spelled(named)
     if named not in stored:

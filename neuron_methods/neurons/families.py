@@ -142,7 +142,7 @@ _DECODERS: dict[str, Family] = {
         Mlp(up="mlp.c_fc", down="mlp.c_proj", bias=True, transposed=True),
         *("h.{i}", "transformer."),
         depth="n_layer",
-        width=lambda config: config.n_inner or 4 * config.n_embd,
+        width=lambda config: 4 * config.n_embd if config.n_inner is None else config.n_inner,
     ),
 }
 

@@ -18,23 +18,48 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
+import torch
+from pydantic import ConfigDict, Field
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from neuron_methods.neurons import NeuronMap
+from neuron_methods.support.documents import MOST_LINE, Foreign, check_regular, parse_json, validated
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import file_in_place_after
-from neuron_methods.support.text import one_line
+from neuron_methods.support.files import pair_in_place_after
+from neuron_methods.support.targets import beginning_with
+from neuron_methods.support.text import shortened
 
 FORMAT = "mergekit-neuron profile"
 VERSION = "1"
+#: Tells a file of exemplars by its first line.
+IS_EXEMPLARS = beginning_with(r'\{"source": ')
 STATISTICS = ("mean_abs", "second_moment", "firing_rate")
 TAYLOR = "taylor"
 TOP_ACTIVATION, TOP_EXEMPLAR = "top_activation", "top_exemplar"
+_AGAIN = "measure it again"
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _ExemplarLine(Foreign):
+    source: str
+    row: Count
+    position: Count
+
+
+class _TextLine(_ExemplarLine):
+    before: str
+    token: str
+    after: str
+
+
+class _ImageLine(_ExemplarLine):
+    image: str
 
 
 @dataclass(frozen=True)
@@ -46,12 +71,16 @@ class SourceInfo:
         fingerprint: tells apart sources that are named alike.
         samples: how many were read.
         tokens: layer -> how many tokens it read; T5's encoder and decoder, CLIP's towers differ.
+        state: digest of the data's files as they were; "" of the Hub's, and in profiles that noted none.
     """
+
+    __pydantic_config__ = _CONFIG
 
     source: str
     fingerprint: str
-    samples: int
-    tokens: dict[str, int]
+    samples: Count
+    tokens: dict[str, Count]
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,17 +97,21 @@ class ProfileInfo:
         sources: name -> what was measured.
         exemplars: how many lines of the JSONL file belong to this profile.
         made_with: package -> version.
+        weights: digest of the model's weights; "" in profiles of releases that noted none.
     """
+
+    __pydantic_config__ = _CONFIG
 
     model: str
     model_fingerprint: str
     model_type: str
-    layers: dict[str, int]
+    layers: dict[str, Count]
     gated: list[str]
     settings: dict[str, Any]
     sources: dict[str, SourceInfo] = field(default_factory=dict)
-    exemplars: int = 0
+    exemplars: Count = 0
     made_with: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -121,35 +154,41 @@ class NeuronProfile:
             UserError: there is no such file, it is no profile, is truncated or of another version, or lacks a layer.
         """
         path = Path(path)
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise UserError(f"{path}: there is no such profile; `mergekit-neuron profile` makes one")
+        check_regular(path)
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
+                ours = metadata.get("format") == FORMAT
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if ours else {}  # noqa: SIM118
+        except Exception as error:  # of dtypes that torch does not have, too
             raise UserError(f"{path}: cannot read this profile, it is truncated or no safetensors ({error})") from error
-        if metadata.get("format") != FORMAT:
+        if not ours:
             raise UserError(f"{path}: this safetensors file is no profile of `mergekit-neuron profile`")
         if metadata.get("version") != VERSION:
             raise UserError(
                 f"{path}: this profile has version {metadata.get('version')}, this program reads version {VERSION}; "
                 "measure it again"
             )
-        try:
-            info = TypeAdapter(ProfileInfo).validate_json(metadata["profile"])
-        except (KeyError, ValueError) as error:
-            problem = f"the metadata of this profile is damaged ({one_line(error)}); measure it again"
-            raise UserError(f"{path}: {problem}") from error
+        shown = f"{path}: the metadata of this profile is damaged"
+        content = parse_json(metadata.get("profile", ""), shown, _AGAIN)
+        info = validated(content, ProfileInfo, shown, _AGAIN)
         profile = cls(info, tensors, path)
         profile._check_complete()
         return profile
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics beside `path` and move them into place; the exemplars have to be there already."""
+    def save(self, path: Path, keep: int, exemplars: Iterable[Mapping[str, Any]]) -> None:
+        """Write the profile, and its exemplars behind the first `keep` lines of those that are there; see `files`."""
         metadata = {"format": FORMAT, "version": VERSION, "profile": json.dumps(asdict(self.info))}
-        with file_in_place_after(path) as beside:
-            save_file(self.tensors, beside, metadata=metadata)
+        old = exemplars_path(path)
+        with pair_in_place_after(path, old, extends=keep > 0) as (statistics, lines):
+            with lines.open("w", encoding="utf-8") as file:
+                if keep:
+                    with old.open(encoding="utf-8") as kept:
+                        file.writelines(line for line, _ in zip(kept, range(keep), strict=False))
+                file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)
+            save_file(self.tensors, statistics, metadata=metadata)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -170,7 +209,7 @@ class NeuronProfile:
         found = [key for key in self.layers if str(name) in (key, key.rsplit(".", 1)[-1])]
         if len(found) != 1:
             problem = f"could be {', '.join(found)}" if found else f"is none of {', '.join(self.layers)}"
-            raise UserError(f"{where}: layer {name!r} {problem}")
+            raise UserError(f"{where}: layer {shortened(name)} {problem}")
         return found[0]
 
     def tokens(self, source: str, layer: str) -> int:
@@ -242,12 +281,28 @@ class NeuronProfile:
                     raise UserError(f"{self._name}: {missing}; measure it again")
                 for name in (*self.info.statistics, TOP_ACTIVATION, TOP_EXEMPLAR):
                     tensor = self.tensors.get(f"{source}/{layer}/{name}")
-                    if tensor is None or tensor.shape[0] != neurons:
-                        found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                    if tensor is None or not _fits(tensor, name, neurons, self.info.exemplars):
+                        found = "missing" if tensor is None else _told(tensor, neurons)
                         raise UserError(
                             f"{self._name}: {name} of layer {layer}, data source {source!r}, is {found}, expected for "
                             f"{neurons} neurons; measure it again"
                         )
+
+
+def _fits(tensor: Tensor, name: str, neurons: int, exemplars: int) -> bool:
+    """Whether a tensor of a profile is what its name says, for so many neurons."""
+    if name == TOP_EXEMPLAR:
+        fits = tensor.dtype == torch.int32 and tensor.ndim == 2
+        return fits and len(tensor) == neurons and bool(((tensor >= -1) & (tensor < exemplars)).all())
+    dimensions = 2 if name == TOP_ACTIVATION else 1
+    fits = tensor.dtype == torch.float32 and tensor.ndim == dimensions and len(tensor) == neurons
+    return fits and bool(torch.isfinite(tensor).all())
+
+
+def _told(tensor: Tensor, neurons: int) -> str:
+    if tensor.ndim in (1, 2) and len(tensor) == neurons:
+        return f"{str(tensor.dtype).removeprefix('torch.')} with values that it cannot have"
+    return f"of shape {tuple(tensor.shape)}"
 
 
 def exemplars_path(profile: Path) -> Path:
@@ -262,23 +317,20 @@ def read_exemplars(profile: Path, count: int) -> list[dict[str, Any]]:
         UserError: it is missing, damaged or too short.
     """
     path = exemplars_path(profile)
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-    except OSError as error:
-        raise UserError(f"{path}: the exemplars of {profile.name} belong there: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); measure the profile again") from error
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: the exemplars of {profile.name} belong there: no such file; measure it again")
+    check_regular(path)
+    lines = []
+    with path.open("rb") as file:
+        for number in range(1, count + 1):
+            line = file.readline(MOST_LINE)
+            if not line:
+                break
+            shown = f"{path}, line {number}"
+            content = parse_json(line, shown, "measure the profile again")
+            schema = _ImageLine if isinstance(content, dict) and "image" in content else _TextLine
+            validated(content, schema, shown, "measure the profile again")
+            lines.append(content)
     if len(lines) < count:
         raise UserError(f"{path}: {len(lines)} exemplars, expected {count}; measure the profile again")
     return lines
-
-
-def write_exemplars(profile: Path, keep: int, exemplars: Iterable[Mapping[str, Any]]) -> None:
-    """Put exemplars behind the first `keep` lines of the file beside a profile, by way of a new file."""
-    path = exemplars_path(profile)
-    with file_in_place_after(path) as beside, beside.open("w", encoding="utf-8") as file:
-        if keep:
-            with path.open(encoding="utf-8") as old:
-                file.writelines(line for line, _ in zip(old, range(keep), strict=False))
-        file.writelines(json.dumps(exemplar, ensure_ascii=False) + "\n" for exemplar in exemplars)

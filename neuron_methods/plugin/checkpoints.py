@@ -8,7 +8,8 @@ one of a name. It reads names as they stand; here what `torch.compile` and `Dist
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex,
 from mergekit.io.loader import TensorLoader
 from torch import Tensor
 
-from neuron_methods.models.headers import open_safetensors, weight_files, weight_map
+from neuron_methods.models.headers import check_length, open_safetensors, pickled_headers, weight_files, weight_map
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 # Part of a name -> who puts it there: before all names, or before those of the module that was compiled.
@@ -35,6 +37,7 @@ class CheckpointLoader(LazyTensorLoader):
         super().__init__(index, lazy_unpickle)
         self._spelled = spelled
         self._open_file: str | None = None
+        self._length = 0
         found = [part for part in _WRAPPERS if any(part in name for name in spelled.values())]
         self.wrappers = " and ".join(f"{part} (of {_WRAPPERS[part]})" for part in found)
 
@@ -66,13 +69,16 @@ class CheckpointLoader(LazyTensorLoader):
             if raise_on_missing:
                 raise KeyError(key)
             return None
+        file = os.path.join(self.index.base_path, paths[key])
         with self.lock:
             if self._open_file != paths[key]:
                 self.current_shard, self._open_file = None, None
-                file = os.path.join(self.index.base_path, paths[key])
-                self.current_shard = TensorLoader.get(file, use_lazy_unpickle=self.lazy_unpickle, device=device)
-                self._open_file = paths[key]
-            return self.current_shard.get_tensor(self.stored_as(key)).to(device)
+                with _reading(file):
+                    self.current_shard = TensorLoader.get(file, use_lazy_unpickle=self.lazy_unpickle, device=device)
+                self._open_file, self._length = paths[key], os.path.getsize(file)
+            check_length(file, self._length)
+            with _reading(file):
+                return self.current_shard.get_tensor(self.stored_as(key)).to(device)
 
     def flush(self) -> None:
         """Close the open file."""
@@ -80,25 +86,32 @@ class CheckpointLoader(LazyTensorLoader):
         self._open_file = None
 
 
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Say which file it is that a library fails on: of pickles only the reading of a tensor shows what is damaged."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever zip files and pickles are damaged by
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); download or save it again") from error
+
+
 def _index(directory: str) -> ShardedTensorIndex:
     place = Path(directory)
-    if (place / _SAFETENSORS).is_file() or (place / f"{_SAFETENSORS}.index.json").is_file():
-        paths: dict[str, str] = {}
-        if not (place / _SAFETENSORS).is_file():
-            paths |= weight_map(place / f"{_SAFETENSORS}.index.json")  # what no shard holds is missed by name later
-        for file in weight_files(place):
-            paths |= dict.fromkeys(open_safetensors(file).keys(), file.name)
-        shards = [ShardInfo(name, [n for n in paths if paths[n] == name]) for name in dict.fromkeys(paths.values())]
-        return ShardedTensorIndex(directory, True, paths, shards)
-    if (place / _PICKLE).is_file():
-        content = torch.load(place / _PICKLE, map_location="meta", weights_only=True)
-        if "state_dict" in content:
-            raise UserError(
-                f"{place / _PICKLE}: a training checkpoint with the weights under 'state_dict', which transformers "
-                "does not read; save them alone: torch.save(torch.load(FILE)['state_dict'], FILE)"
-            )
-        return ShardedTensorIndex(directory, False, dict.fromkeys(content, _PICKLE), [ShardInfo(_PICKLE, [*content])])
-    return ShardedTensorIndex.from_disk(directory)
+    stem = next((s for s in (_SAFETENSORS, _PICKLE) for n in (s, f"{s}.index.json") if (place / n).is_file()), None)
+    if stem is None:
+        return ShardedTensorIndex.from_disk(directory)  # which says so
+    paths: dict[str, str] = {}
+    if not (place / stem).is_file():
+        paths |= weight_map(place / f"{stem}.index.json")  # what no shard holds is missed by name later
+    for file in weight_files(place, stem):
+        held = open_safetensors(file).keys() if stem == _SAFETENSORS else pickled_headers(file)
+        paths |= dict.fromkeys(held, file.name)
+    if not paths:
+        raise UserError(f"{place / stem}: holds no tensors; download or save the model again")
+    shards = [ShardInfo(name, [n for n in paths if paths[n] == name]) for name in dict.fromkeys(paths.values())]
+    return ShardedTensorIndex(directory, stem == _SAFETENSORS, paths, shards)
 
 
 def _without_wrappers(names: Mapping[str, str]) -> dict[str, str]:

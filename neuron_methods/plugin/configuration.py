@@ -6,6 +6,7 @@ every key and every value of a parameter is checked while its place in the YAML 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -26,8 +27,10 @@ from pydantic import BaseModel, ValidationError
 
 from neuron_methods.plugin.composite import configured
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean, unknown
+from neuron_methods.support.text import did_you_mean, first_line, unknown
 from neuron_methods.support.yaml_source import YamlSource
+
+_MOST_PADDING = 1 << 16
 
 
 def read_configuration(source: str, name: str = "the configuration") -> MergeConfiguration:
@@ -55,8 +58,9 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         configuration = MergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{name}: {_first_problem(error)}") from None
-    except RuntimeError as error:  # mergekit's own validators raise it
-        raise UserError(f"{name}: {error}") from None
+    except Exception as error:  # whatever mergekit's own validators make of foreign values
+        raise UserError(f"{name}: {first_line(error)}") from None
+    _check_padding(configuration, name)
     _check_dtypes(configuration, name)
     spec = _spec(configuration, name)
     _check_inputs(spec, configuration, name)
@@ -64,6 +68,13 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         for key, setting in (parameters or {}).items():
             _check_parameter(spec, key, setting, f"{name}: {place}")
     return configuration
+
+
+def _check_padding(configuration: MergeConfiguration, name: str) -> None:
+    """Refuse a `pad_to_multiple_of` that would fill memory with rows of no token."""
+    multiple = configuration.tokenizer.pad_to_multiple_of if configuration.tokenizer else None
+    if multiple is not None and not 1 <= multiple <= _MOST_PADDING:
+        raise UserError(f"{name}: tokenizer: pad_to_multiple_of: expected 1 to {_MOST_PADDING}, found {multiple}")
 
 
 def _check_models(content: dict[str, Any], name: str) -> None:
@@ -214,7 +225,14 @@ def _check_parameter(spec: MergeMethodSpec, key: str, setting: Any, place: str) 
         )
     for value in _values(setting, f"{place}: {key}"):
         try:
-            parameter.validate(value)
+            found = parameter.validate(value)
+            # pydantic takes .nan, .inf and true for floats; no method has a use for them.
+            if isinstance(found, float) and (isinstance(value, bool) or not math.isfinite(found)):
+                raise UserError(f"{key} must be a finite number; got {value!r}")
+            if key == "density" and isinstance(found, float) and not 0 <= found <= 1:
+                raise UserError(f"{key} must be a number in [0, 1]; got {value!r}")
+        except OverflowError:
+            raise UserError(f"{place}: {key} must be a finite number; got one that is too large") from None
         except ValidationError as error:
             raise UserError(f"{place}: {key}: {error.errors()[0]['msg']}; got {value!r}") from None
         except UserError as error:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 from neuron_methods.plugin.preflight import MergePlan
+from neuron_methods.support.memory import free_memory
 from neuron_methods.support.text import format_bytes
 
 # First match decides; names are those of the checkpoints of the Llama, T5, ViT and CLIP families and their like.
@@ -61,11 +62,12 @@ def describe_plan(plan: MergePlan) -> str:
         lines.append("  parameters, for all kinds:")
         lines += [f"    {line}" for line in next(r for r in resolved.values() if r)]
     passes = "two passes: measure, merge" if plan.measures else "one pass"
-    memory = f"about {format_bytes(plan.peak_memory)}"
+    memory, free = f"at most about {format_bytes(plan.peak_memory)}", free_memory()
     lines += [
         f"  to read: {format_bytes(plan.bytes_to_read)} ({passes})",
         f"  to write: {format_bytes(plan.bytes_to_write)}",
         f"  peak memory: {memory}, of which {format_bytes(plan.mapped_bytes)} are input files that the system may drop",
+        f"  memory to take: {format_bytes(plan.memory.peak)}" + (f", {format_bytes(free)} are free" if free else ""),
     ]
     lines += [f"  {note}" for note in plan.notes]
     return "\n".join(lines)

@@ -27,12 +27,13 @@ from transformers import PretrainedConfig
 from neuron_methods.models.verification import HEADS
 from neuron_methods.plugin.head_members import Member, class_name, find_member, named_member, own_head, path_of
 from neuron_methods.plugin.preflight import MergePlan
-from neuron_methods.plugin.session import MergeSession, is_finite
+from neuron_methods.plugin.session import MergeSession
 from neuron_methods.plugin.stored_architecture import stored_architecture
 from neuron_methods.plugin.structure import different_architectures
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
+from neuron_methods.support.finite import is_finite
 from neuron_methods.support.local_names import local_names
 from neuron_methods.support.text import listed
 

@@ -7,8 +7,7 @@ Paths that exist locally are never asked for at the Hub. Weights are taken from 
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,16 +16,17 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from safetensors import SafetensorError
 
+from neuron_methods.adapters.weights_file import adapter_directory
 from neuron_methods.models.companions import code_files
 from neuron_methods.models.formats import refuse_other_formats, refuse_quantised
-from neuron_methods.models.headers import open_safetensors
+from neuron_methods.models.headers import open_safetensors, stored_count
 from neuron_methods.models.hub import hub_answers, hub_file, hub_refusal
-from neuron_methods.models.reference import ADAPTER_CONFIG, looks_local
+from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
+from neuron_methods.models.reference import ADAPTER_CONFIG, Place, looks_local
+from neuron_methods.models.states import weights_digest
 from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -91,16 +91,21 @@ def check_config(model: ModelReference, trust_remote_code: bool = False) -> None
     refuse_other_formats(path, f"model {path}")
     custom = f"model {path}: its config.json names custom code, which is run only with --trust-remote-code"
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
+        if not os.path.lexists(os.path.join(path, CONFIG_NAME)):
             raise UserError(f"model {path}: the directory has no config.json; is it a saved transformers model?")
+        check_files(path, path)
+        read_model_config(Path(path, CONFIG_NAME), stored_count(Path(path)))
     elif os.path.exists(path):
         raise UserError(f"model {path}: a file, not a directory; give the directory that holds config.json")
+    elif (found := hub_file(path, CONFIG_NAME, model.model.revision, None)) is not None:
+        read_model_config(Path(found))
     try:
-        config = model.config(trust_remote_code)
-    except (ImportError, OSError, ValueError) as error:
+        with foreign_reading(f"model {path}: config.json"):
+            config = model.config(trust_remote_code)
+    except UserError as error:
         if "trust_remote_code=True" in str(error):
             raise UserError(custom) from None
-        raise UserError(f"model {path}: config.json: {first_line(error)}") from None
+        raise
     instead = "name the model it was made from, in bfloat16"
     if model.lora is not None:
         instead = f"name that base unquantised, which works as well: UNQUANTISED+{model.lora}"
@@ -121,18 +126,8 @@ def _open(model: ModelReference, options: MergeOptions) -> None:
         raise UserError(f"model {path}: no weights in it (model.safetensors or its index); is it complete?")
     if not here & set(_SAFETENSORS):
         _refuse_pickles(path, options)
-    try:
+    with foreign_reading(f"model {path}: its weights cannot be opened"):
         loader = LoaderCache().get(model)
-    except UserError:
-        raise
-    except SafetensorError as error:
-        file = os.path.join(path, "model.safetensors")
-        raise UserError(f"{file}: not a complete safetensors file ({error}); download or save it again") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"model {path}: its pickle holds more than tensors: {first_line(error)}") from None
-    except (OSError, RuntimeError, ValueError, KeyError) as error:  # of a damaged index, too
-        reason = "its index has no weight_map" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"model {path}: its weights cannot be opened: {reason}") from None
     index = loader.index
     if not index.is_safetensors:
         _refuse_pickles(path, options)
@@ -150,3 +145,15 @@ def _refuse_pickles(path: str, options: MergeOptions) -> None:
             f"model {path}: its weights are a pickle (pytorch_model.bin), which is read only on request; save it as "
             "safetensors, or allow it with --lazy-unpickle"
         )
+
+
+def state_of(base: ModelReference | None, model: Hashable | None) -> tuple[str, str]:
+    """Name and digest of a model's weights, as `ModelFacts.state` gives them; models must be open."""
+    found = base if model is None else model
+    if not isinstance(found, ModelReference):
+        return "", ""
+    parts = [part for part in (found.model, found.lora) if part is not None]
+    places = [LoaderCache().get(found.model_copy(update={"lora": None})).index.base_path]
+    if found.lora is not None:
+        places.append(adapter_directory(found.lora.path, found.lora.revision, LoaderCache().hf_cache_dir))
+    return "+".join(Place(part.path, part.revision).shown for part in parts), weights_digest(*places)

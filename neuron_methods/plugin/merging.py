@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,17 @@ from torch import Tensor
 from neuron_methods.adapters.export import AdapterSummary
 from neuron_methods.methods.contract import PreparedMerge
 from neuron_methods.methods.neuro_merging import PreparedNeuroMerging
+from neuron_methods.methods.trim_profile import FORMAT as TRIM_PROFILE
 from neuron_methods.methods.trim_profile import TrimProfile
+from neuron_methods.models.states import watched
 from neuron_methods.plugin.output import ModelOutput, Output
-from neuron_methods.plugin.preflight import MergePlan, check_space
+from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.session import MergeSession
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import (
-    check_target,
-    file_in_place_after,
-    give_ordinary_permissions,
-    is_disk_full,
-    move_into_place,
-    staging_directory,
-)
+from neuron_methods.support.files import check_space, file_in_place_after, is_disk_full, staging_directory
+from neuron_methods.support.runs import claimed
+from neuron_methods.support.targets import check_file, check_target, deliver, json_of
 from neuron_methods.support.text import format_bytes, listed
 
 
@@ -120,7 +117,7 @@ def merge_to_directory(
         out_path: directory to create.
         output: what to write; a model by default.
         options: mergekit's options.
-        force: replace `out_path` if it exists, once the new output is verified.
+        force: replace an earlier output at `out_path`, and a file that `profile_out` wrote, once the new is verified.
         progress: show progress bars.
         allow_nonfinite: go on where an input holds NaN or Inf.
         profile_out: JSON file for thresholds and σ (`neuro_merging`).
@@ -137,22 +134,30 @@ def merge_to_directory(
     started = time.perf_counter()
     output = output or ModelOutput()
     run = MergeRun(config_source, config_name, options, head)
-    target = check_target(out_path, force, run.paths_read())
-    profile_place = _profile_place(profile_out, target)
+    inputs = run.paths_read()
+    target = check_target(out_path, force, inputs)
+    profile_place = _profile_place(profile_out, target, force, inputs)
     output.configure(run)
+    watch = watched(inputs)
 
     def check(planner: Any) -> None:
         run.inspect(planner)
         output.plan(run, planner)
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.prepared)
-        check_space(run.plan, str(target.parent))
+        check_space(target.parent, run.plan.bytes_to_write)
+        run.plan.memory.check(config_name)
         if witness is not None and witness.on_plan is not None:
             witness.on_plan(run, planner)
 
     on_tensor = witness.on_tensor if witness is not None else None
     session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress)
-    with run.opened(), staging_directory(target) as staging:
+    with (
+        claimed(target, out_path),
+        _claimed_apart(profile_place, target),
+        run.opened(),
+        staging_directory(target) as staging,
+    ):
         try:
             output.begin(run, staging)
             run.execute(staging, session)
@@ -165,8 +170,8 @@ def merge_to_directory(
                 notes += witness.finish(run, staging, target.name, session.prepared)
             profile = session.prepared.profile if isinstance(session.prepared, PreparedNeuroMerging) else None
             with _written_with(profile, profile_place, staging, target):
-                give_ordinary_permissions(staging)
-                move_into_place(staging, target, force)
+                watch.check()
+                deliver(staging, target, force)
         except Exception as error:
             if is_disk_full(error):
                 need = format_bytes(run.plan.bytes_to_write)
@@ -210,16 +215,23 @@ def _notes(run: MergeRun, session: MergeSession) -> list[str]:
     return notes
 
 
-def _profile_place(profile_out: str | None, target: Path) -> Path | None:
+def _profile_place(profile_out: str | None, target: Path, force: bool, inputs: list[str]) -> Path | None:
     """Where `--profile-out` is to be written; within the output, too."""
     if profile_out is None:
         return None
-    place = Path(os.path.realpath(profile_out))
-    if place.is_dir() or place == target:
-        raise UserError(f"--profile-out {profile_out}: a directory; name a JSON file")
-    if target not in place.parents and not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
-        raise UserError(f"--profile-out {profile_out}: its directory is missing or cannot be written to")
+    shown, place = f"--profile-out {profile_out}", Path(os.path.realpath(profile_out))
+    if place == target:
+        raise UserError(f"{shown}: a directory; name a file")
+    if target in place.parents:
+        return place
+    place = check_file(profile_out, shown, json_of(TRIM_PROFILE), force, inputs)
+    if not place.parent.is_dir():
+        raise UserError(f"{shown}: its directory is missing")
     return place
+
+
+def _claimed_apart(place: Path | None, target: Path) -> AbstractContextManager[None]:
+    return nullcontext() if place is None or target in place.parents else claimed(place)
 
 
 def _check_profile_wanted(plan: MergePlan, prepared: PreparedMerge | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from neuron_methods.models.companions import (
     settle_code,
 )
 from neuron_methods.models.headers import stored_headers
+from neuron_methods.models.tokenizer_files import check_tokenizer
 from neuron_methods.models.verification import correct_config, verify_model
 from neuron_methods.plugin.planning import carried
 from neuron_methods.plugin.preflight import MergePlan
@@ -75,6 +77,8 @@ class Output:
 class ModelOutput(Output):
     """A model like the base, in the files of transformers."""
 
+    _tokenizer_notes: Sequence[str] = ()
+
     def plan(self, run: MergeRun, planner: Any) -> None:
         """Copy what the base stores and mergekit's definition of its architecture does not know."""
         headers = run.unknown_of_base()
@@ -115,6 +119,8 @@ class ModelOutput(Output):
         if run.builds_tokenizer:
             check_tokenizer_sources(run.configuration, run.options, run.name)
         try:
+            if has_tokenizer and run.options.copy_tokenizer and not run.builds_tokenizer:
+                self._tokenizer_notes = check_tokenizer(place, trust_remote_code=run.options.trust_remote_code)
             with quiet_mergekit():
                 if run.builds_tokenizer:  # mergekit will; here it only has to be there
                     mergekit.tokenizer.build.get_stripped_tokenizer(run.donor.model, run.options.trust_remote_code)
@@ -149,6 +155,7 @@ class ModelOutput(Output):
         """
         if run.heads is not None:
             run.heads.write(staging)
+        run.plan.notes += self._tokenizer_notes
         run.plan.notes += settle_code(staging, self.place, code=run.options.trust_remote_code)
         if run.options.safe_serialization:
             run.plan.notes += correct_config(staging, trust_remote_code=run.options.trust_remote_code)

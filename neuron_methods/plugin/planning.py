@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from neuron_methods.methods.contract import (
 from neuron_methods.models.headers import HeaderFiles
 from neuron_methods.plugin.adapter_planning import AdapterPlan
 from neuron_methods.plugin.composite import configured
+from neuron_methods.plugin.inputs import state_of
 from neuron_methods.plugin.layer_lists import move_layer_lists
 from neuron_methods.plugin.seam import method_of, planned_tasks, replan, tokenizer_task, use_method
 from neuron_methods.plugin.session import MergeSession, session_of
@@ -198,7 +199,7 @@ def attach_to_planner(planner: Any, listed: Collection[ModelReference]) -> None:
             quiet=planner.options.quiet,
             session=session,
             tokenizer_task=tokenizer_task(planner),
-            model=ModelFacts(planner.out_model_config),
+            model=ModelFacts(planner.out_model_config, cache(partial(state_of, planner.config.base_model))),
         )
     tasks = [*tasks, *statistics]
     if session is not None:

@@ -5,7 +5,7 @@ Only headers are read. Everything that can be refused is refused here, so that a
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,17 +16,13 @@ from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from mergekit.options import MergeOptions
 
 from neuron_methods.adapters.loader import AdapterLoader
-from neuron_methods.kernels.rows import CACHE_BYTES
-from neuron_methods.methods.contract import PlannedMethod
 from neuron_methods.models.headers import Header, HeaderFiles
+from neuron_methods.plugin.memory import MergeMemory, scratch_of
 from neuron_methods.plugin.seam import method_of, planned_tasks, stored_name, tokenizer_task
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import format_bytes
-
-# Process with mergekit, torch and transformers loaded, before any tensor.
-_PROCESS_BYTES = 450 * 1024 * 1024
 
 
 @dataclass
@@ -41,18 +37,16 @@ class MergePlan:
         carried: tensors of the base outside mergekit's definition, copied unchanged.
         measured: names of the tensors that a pass before the merge reads, none where there is no such pass.
         mapped_bytes: files that are mapped into memory at a time: one of each model.
-        streams: whether the method works through a tensor in blocks, in bounded scratch memory.
-        out_shard_size: bytes a shard may take.
+        memory: what it takes beyond them.
         dtypes: of floating point that are written.
         notes: what the user should know and no error is.
     """
 
     method: str
     base: ModelReference | None
-    out_shard_size: int
     measured: set[str] = field(default_factory=set)
     mapped_bytes: int = 0
-    streams: bool = False
+    memory: MergeMemory = field(default_factory=MergeMemory)
     tensors: list[tuple[WeightInfo, dict[ModelReference, Header], int]] = field(default_factory=list)
     parameters: dict[str, tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
@@ -81,11 +75,7 @@ class MergePlan:
     @property
     def peak_memory(self) -> int:
         """Estimate of the process's peak in bytes, mapped files included."""
-        largest = max((h.entries for _, inputs, _ in self.tensors for h in inputs.values()), default=0)
-        models = max((len(inputs) for _, inputs, _ in self.tensors), default=1)
-        scratch = 2 * CACHE_BYTES if self.streams else largest * 4 * (models + 1)
-        shard = min(self.bytes_to_write, self.out_shard_size)
-        return _PROCESS_BYTES + shard + largest * 4 + scratch + self.mapped_bytes
+        return self.memory.of_process + self.mapped_bytes
 
 
 def inspect_plan(planner: Any) -> MergePlan:
@@ -101,24 +91,26 @@ def inspect_plan(planner: Any) -> MergePlan:
     plan = MergePlan(
         method=method.spec.name,
         base=planner.config.base_model,
-        out_shard_size=planner.options.out_shard_size,
-        streams=isinstance(method, PlannedMethod),
+        memory=_memory_of(planner.options),
     )
-    prepared = (t.measure.plan.prepared for _, t in planned_tasks(planner) if t.measure is not None)
-    plan.measured = next((merge.reads() for merge in prepared), set())
+    found = (t.measure.plan.prepared for _, t in planned_tasks(planner) if t.measure is not None)
+    prepared = next(found, None)
+    plan.measured = prepared.reads() if prepared is not None else set()
+    shapes = {}
     headers = _Headers()
-    files: dict[ModelReference, Counter[str]] = {}
+    files: dict[int, Counter[str]] = {}
     aligned = tokenizer_task(planner) is not None or planner.options.unsafe_truncate_embeddings
     for weight, task in planned_tasks(planner):
         gather = _gather(task.gather_tensors)
         inputs = {}
         # A tensor that no adapter touches is copied: only the base is read.
-        loads = gather.arguments().values() if task.copy_of is None else (task.copy_of,)
+        loads = list(gather.arguments().values()) if task.copy_of is None else [task.copy_of]
         for load in loads:
             header = headers.of(load, planner.options.trust_remote_code)
             if header is not None:
                 inputs[load.model] = header
-                files.setdefault(load.model, Counter())[headers.file_of(load)] += header.bytes
+                loader, file = headers.file_of(load)
+                files.setdefault(loader, Counter())[file] += header.bytes
         _check_shapes(weight, inputs, task.base_model, aligned)
         stored = next(iter(inputs.values()), None)
         written = weight.force_dtype or planner.config.out_dtype or planner.config.dtype or task.out_dtype
@@ -127,6 +119,11 @@ def inspect_plan(planner: Any) -> MergePlan:
             plan.dtypes.add(dtype)
         size = stored.entries * dtype.itemsize if stored else 0
         plan.tensors.append((weight, inputs, size))
+        if stored and task.copy_of is None:
+            shapes[weight.name] = (inputs.get(task.base_model) or stored).shape
+            ours = prepared if task.measure is not None else None
+            scratch = scratch_of(method, ours, weight.name, inputs, task.base_model)
+            plan.memory.add(weight.name, inputs, {load.model: load for load in loads}, size, scratch)
         spec = method.spec
         per_model = {
             model: {p.name: values[p.name] for p in spec.input_parameters if p.name in values}
@@ -134,21 +131,14 @@ def inspect_plan(planner: Any) -> MergePlan:
         }
         plan.parameters[weight.name] = ({p.name: task.parameters[p.name] for p in spec.shared_parameters}, per_model)
     plan.mapped_bytes = sum(max(sizes.values()) for sizes in files.values())
+    if prepared is not None:
+        plan.memory.measuring, plan.memory.kept = prepared.measuring(shapes), prepared.remaining(shapes)
     return plan
 
 
-def check_space(plan: MergePlan, directory: str) -> None:
-    """Refuse where the output will not fit on the disk.
-
-    Raises:
-        UserError: naming the directory, what is free and what is needed.
-    """
-    free = shutil.disk_usage(directory).free
-    if plan.bytes_to_write > free:
-        raise UserError(
-            f"{directory}: {format_bytes(plan.bytes_to_write)} to write, {format_bytes(free)} free; "
-            "make room or choose another disk"
-        )
+def _memory_of(options: MergeOptions) -> MergeMemory:
+    # A shard that others write is held while the next ones fill, however many they are.
+    return MergeMemory(sys.maxsize if options.async_write else options.out_shard_size, device=options.device or "cpu")
 
 
 class _Headers:
@@ -180,10 +170,13 @@ class _Headers:
             return loader.header(name)
         return self._files.behind(loader, name)
 
-    def file_of(self, load: LoadTensor) -> str:
-        """Name the file that holds what `load` will read, as far as one does."""
+    def file_of(self, load: LoadTensor) -> tuple[int, str]:
+        """Say which loader will open a file for `load`, and name the file, as far as there is one."""
         loader = LoaderCache().get(load.model)
-        return loader.index.tensor_paths.get(stored_name(load, loader) or "", "")
+        name = stored_name(load, loader) or ""
+        if isinstance(loader, AdapterLoader):
+            return id(loader.base.loader), loader.base.loader.index.tensor_paths.get(loader.origin(name), "")
+        return id(loader), loader.index.tensor_paths.get(name, "")
 
 
 def _gather(task: Any) -> GatherTensors:

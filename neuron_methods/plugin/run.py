@@ -29,6 +29,7 @@ from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import Unknown, check_structure, unknown_tensors
 from neuron_methods.plugin.token_maps import compare_token_maps
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models
+from neuron_methods.support.documents import parse_yaml
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line, listed
 
@@ -36,6 +37,8 @@ from neuron_methods.support.text import first_line, listed
 CONFIG_NAME = "mergekit_config.yml"
 
 
+# Parameters of our methods that name files.
+_FILES = ("profile", "groups")
 _HEAD_COMMENT = "# mergekit-neuron merge --head "
 
 
@@ -43,6 +46,16 @@ def _recorded_head(source: str) -> str | None:
     """What was chosen for the heads of a merge whose YAML is on record, see `MergeRun.recorded`."""
     first = source.partition("\n")[0]
     return first.removeprefix(_HEAD_COMMENT).strip() if first.startswith(_HEAD_COMMENT) else None
+
+
+def named_files(content: Any) -> set[str]:
+    """Find what a YAML says of files that our methods read, wherever in it their parameters stand."""
+    if isinstance(content, list):
+        return {file for part in content for file in named_files(part)}
+    if not isinstance(content, dict):
+        return set()
+    own = {value for key, value in content.items() if key in _FILES and isinstance(value, str)}
+    return own.union(*(named_files(part) for part in content.values()))
 
 
 class _PlanOnly(Exception):
@@ -74,7 +87,7 @@ class MergeRun:
         check_tokenizer_models(self.configuration, name)
         self.options = options or MergeOptions()
         self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
-        self.plan = MergePlan(self.configuration.merge_method, None, self.options.out_shard_size)
+        self.plan = MergePlan(self.configuration.merge_method, None)
         self.heads: Heads | None = None
         self._head = head or _recorded_head(source)
         self._notes: list[str] = []
@@ -94,9 +107,11 @@ class MergeRun:
 
     def paths_read(self) -> list[str]:
         """List the files and directories here that the merge reads."""
-        models = models_in_order(self.configuration)
+        models = list(models_in_order(self.configuration))
+        models += [m for m in self.configuration.referenced_models() if m not in models]  # bases of adapters
         paths = [self.name, *(part.path for m in models for part in (m.model, m.lora) if part is not None)]
-        return [path for path in paths if os.path.exists(path)]
+        paths += sorted(named_files(parse_yaml(self.source, self.name)))
+        return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -214,7 +229,8 @@ class MergeRun:
         """Write mergekit's README.md and the YAML, unless the options say not to."""
         if not self.options.write_model_card:
             return
-        card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.recorded.strip(), name=name)
-        card = card.replace("library_name: transformers", f"library_name: {library}")
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        with suppress(Exception):  # whatever its template and huggingface_hub make of names: no merge fails by its card
+            card = mergekit.card.generate_card(config=self.configuration, config_yaml=self.recorded.strip(), name=name)
+            card = card.replace("library_name: transformers", f"library_name: {library}")
+            (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / CONFIG_NAME).write_text(self.recorded, encoding="utf-8")

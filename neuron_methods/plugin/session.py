@@ -23,6 +23,7 @@ from tqdm import tqdm
 from neuron_methods.methods.contract import PreparedMerge
 from neuron_methods.plugin.seam import planned_tasks
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.finite import is_finite, largest
 from neuron_methods.support.progress import progress_bar
 
 
@@ -129,16 +130,6 @@ def session_of(options: MergeOptions) -> MergeSession | None:
     return getattr(options, "session", None)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor Inf.
-
-    A finite sum proves it in one read; only where the sum is not finite is every entry looked at.
-    """
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        return True
-    return bool(torch.isfinite(tensor).all())
-
-
 def nonfinite_inputs(tensors: Mapping[Hashable, Tensor]) -> list[Hashable]:
     """List the models whose tensor holds NaN or Inf."""
     return [model for model, tensor in tensors.items() if not is_finite(tensor)]
@@ -148,7 +139,7 @@ def _nonfinite_input(name: str, culprits: list[Hashable]) -> UserError:
     loaders = [LoaderCache().get(model) for model in culprits if isinstance(model, ModelReference)]
     stored = [loader.get_tensor(name) for loader in loaders if name in loader.index.tensor_paths]
     if stored and len(stored) == len(culprits) and all(map(is_finite, stored)):  # `dtype` has rounded them
-        return _overflow(name, torch.float16, max(stored, key=lambda tensor: float(tensor.abs().max())))
+        return _overflow(name, torch.float16, max(stored, key=largest))
     return UserError(
         f"{name}: NaN or Inf in {', '.join(map(str, culprits))}; use a sound checkpoint, or --allow-nonfinite to go on"
     )
@@ -156,11 +147,11 @@ def _nonfinite_input(name: str, culprits: list[Hashable]) -> UserError:
 
 def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a tensor of finite values has some that become infinite in `dtype`."""
-    return tensor.is_floating_point() and float(tensor.abs().max()) > torch.finfo(dtype).max
+    return largest(tensor) > torch.finfo(dtype).max
 
 
 def _overflow(name: str, dtype: torch.dtype, values: Tensor) -> UserError:
-    spelled, most = str(dtype).removeprefix("torch."), float(values.abs().max())
+    spelled, most = str(dtype).removeprefix("torch."), largest(values)
     return UserError(
         f"{name}: its values go up to {most:.3g}, and {spelled}, which the YAML asks for, ends at "
         f"{torch.finfo(dtype).max:g}; write bfloat16 or float32 there instead"

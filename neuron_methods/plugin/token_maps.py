@@ -7,20 +7,18 @@ files; models whose files are the same bytes have the same map.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
-from transformers import AutoTokenizer
 
 from neuron_methods.adapters.weights_file import adapter_directory
 from neuron_methods.models.companions import companions_of, makes_tokenizer
+from neuron_methods.models.tokenizer_files import load_tokenizer, read_vocabulary
+from neuron_methods.support.documents import read_bytes
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line, listed
 
 
@@ -62,7 +60,7 @@ def compare_token_maps(models: Sequence[ModelReference], name: str) -> list[str]
         if digest not in maps:
             try:
                 maps[digest] = _token_map(place)
-            except Exception as error:  # whatever transformers makes of foreign files
+            except (UserError, ImportError) as error:
                 maps[digest] = None
                 notes.append(
                     f"the tokenizer of {model} cannot be read, so its rows may be of other tokens: {first_line(error)}"
@@ -108,16 +106,11 @@ def _digest(place: Path, where: str) -> str:
     files = [place / "tokenizer.json"]
     if not files[0].is_file():
         files = [place / name for name in companions_of(place, where) if makes_tokenizer(name)]
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(hashlib.sha256(read_bytes(file)).digest() for file in files)).hexdigest()
 
 
 def _token_map(place: Path) -> Mapping[str, int]:
-    file = place / "tokenizer.json"
-    content: Any = json.loads(file.read_bytes()) if file.is_file() else {}
-    vocabulary = content.get("model", {}).get("vocab")
-    if isinstance(vocabulary, list):  # of a Unigram model, with scores
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    if not isinstance(vocabulary, dict):
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=LoaderCache().trust_remote_code).get_vocab()
-    return {**vocabulary, **{entry["content"]: entry["id"] for entry in content.get("added_tokens") or ()}}
+    found = read_vocabulary(place)
+    if found is None:
+        return load_tokenizer(place, str(place), trust_remote_code=LoaderCache().trust_remote_code).get_vocab()
+    return found

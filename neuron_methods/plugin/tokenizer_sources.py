@@ -9,8 +9,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.build import get_vocab_size
 from mergekit.tokenizer.config import ModelTokenEmbedding
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from neuron_methods.models.model_files import check_files
+from neuron_methods.models.tokenizer_files import load_tokenizer, read_vocabulary
 from neuron_methods.plugin.seam import models_in_order
 from neuron_methods.plugin.token_maps import tokenizer_place
 from neuron_methods.support.errors import UserError
@@ -61,6 +63,9 @@ def check_tokenizer_sources(configuration: MergeConfiguration, options: MergeOpt
     Raises:
         UserError: naming the token and the model.
     """
+    for place in filter(None, map(tokenizer_place, configuration.referenced_models())):
+        check_files(place, str(place))
+        read_vocabulary(place)
     vocabularies = {}
     for place, model in _sources(configuration):
         vocabularies[model] = _tokenizer(model, options, f"{name}: {place}").get_vocab()
@@ -88,7 +93,8 @@ def _tokenizer(model: ModelReference, options: MergeOptions, place: str) -> PreT
     found = tokenizer_place(model)
     if found is None:
         raise UserError(f"{place}: {model} has no tokenizer; name a model that has one")
+    where = f"{place}: the tokenizer of {model} cannot be loaded"
     try:
-        return AutoTokenizer.from_pretrained(found, trust_remote_code=options.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"{place}: the tokenizer of {model} cannot be loaded: {first_line(error)}") from None
+        return load_tokenizer(found, where, trust_remote_code=options.trust_remote_code)
+    except ImportError as error:
+        raise UserError(f"{where}: {first_line(error)}") from None

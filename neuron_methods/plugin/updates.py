@@ -42,11 +42,13 @@ class PlannedUpdates:
     Attributes:
         base: the base model, as the configuration names it.
         method: the merge method's name.
+        inputs: files and directories here that are read.
         names: of all tensors that it merges.
     """
 
     base: ModelReference
     method: str
+    inputs: list[str] = field(default_factory=list)
     _tasks: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,7 +91,7 @@ def plan_updates(source: str, name: str = "the configuration") -> PlannedUpdates
 
     run.plan_only(look)
     # Only now: planning writes an adapter that stands by itself as base+adapter.
-    return PlannedUpdates(run.configuration.base_model, run.configuration.merge_method, tasks)
+    return PlannedUpdates(run.configuration.base_model, run.configuration.merge_method, run.paths_read(), tasks)
 
 
 def _short_names(models: Iterable[ModelReference]) -> dict[ModelReference, str]:

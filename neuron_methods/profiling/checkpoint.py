@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from neuron_methods.models.processes import process_state
 from neuron_methods.profiling.recorder import Recorder
+from neuron_methods.support.documents import open_file
+from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after
 
 
 class Checkpoint:
     """What this process has measured of a source so far.
 
-    A state that belongs to something else, to another number of processes for instance, is passed over.
+    A state that belongs to something else, to another number of processes for instance, is passed over, and so is one
+    that is damaged.
 
     Args:
         output: the profile that is being made.
@@ -35,16 +41,27 @@ class Checkpoint:
 
     def load(self, recorder: Recorder) -> int:
         """Let `recorder` go on from the state; returns how many batches it has seen, 0 if there is none."""
+        states = {}
         try:
+            open_file(self.path, str(self.path)).close()  # safetensors waits for a pipe
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("belongs_to") != self._belongs_to:
+                    print(f"note: {self.path}: of other data or settings, so it is not gone on with", file=sys.stderr)
+                    return 0
+                batches = metadata.get("batches", "")
+                if not re.fullmatch("[0-9]{1,15}", batches):
                     return 0
                 for key, record in recorder.records.items():
-                    record.load_state({name: file.get_tensor(f"{key}/{name}") for name in record.state()})
-        except (OSError, SafetensorError):
+                    found = {name: file.get_tensor(f"{key}/{name}") for name in record.state()}
+                    if any(_form(found[name]) != _form(own) for name, own in record.state().items()):
+                        return 0
+                    states[key] = found
+        except (OSError, SafetensorError, UserError):
             return 0
-        return int(metadata["batches"])
+        for key, state in states.items():
+            recorder.records[key].load_state(state)
+        return int(batches)
 
     def save_if_due(self, recorder: Recorder, batches: int) -> None:
         """Save the state after `batches` batches if the last time is long enough ago."""
@@ -62,3 +79,7 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the state, as the source is finished."""
         self.path.unlink(missing_ok=True)
+
+
+def _form(values: Tensor) -> tuple[object, ...]:
+    return values.shape, values.dtype

@@ -8,8 +8,8 @@ contributed, if that share passes a threshold; else it is general. The profile's
 from __future__ import annotations
 
 import csv
-import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,21 @@ from typing import Any
 import torch
 
 from neuron_methods.kernels.groups import domain_shares, label_neurons
-from neuron_methods.methods.groups_file import GENERAL, NeuronGroups, groups_from_labels
-from neuron_methods.neurons.profile_file import NeuronProfile
-from neuron_methods.support.documents import read_text
+from neuron_methods.methods.groups_file import FORMAT, GENERAL, NeuronGroups, groups_from_labels
+from neuron_methods.neurons.profile_file import NeuronProfile, exemplars_path
+from neuron_methods.support.documents import parse_json, read_lines, read_text
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import columns
+from neuron_methods.support.targets import check_file, json_of
+from neuron_methods.support.text import columns, shortened
 
 # One label: (layer, neuron, group), and where it was read, for messages.
 Label = tuple[str, Any, str, str]
+
+
+def check_place(output: Path, force: bool, profile: Path, labels: Path | None) -> Path:
+    """Give the absolute path of the groups to write; raises UserError where they may not be written, see `targets`."""
+    inputs = [profile, exemplars_path(profile), *([labels] if labels else [])]
+    return check_file(output, f"-o {output}", json_of(FORMAT), force, inputs)
 
 
 def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> NeuronGroups:
@@ -55,7 +62,8 @@ def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> Neu
         firing = torch.stack([profile.statistic("firing_rate", source, layer) for source in sources], dim=1)
         found = label_neurons(shares, firing, threshold, min_firing)
         labels[layer] = [sources[i] if i >= 0 else GENERAL for i in found.tolist()]
-    made_from = {"profile": profile.info.model, "threshold": threshold, "min_firing": min_firing, "domains": domains}
+    measured = {"profile": profile.info.model, "weights": profile.info.weights}
+    made_from = {**measured, "threshold": threshold, "min_firing": min_firing, "domains": domains}
     return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from, domains)
 
 
@@ -74,19 +82,17 @@ def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> Neuro
     seen: set[tuple[str, int]] = set()
     for name, neuron, group, where in _read_labels(Path(path)):
         layer = profile.find_layer(name, where)
-        try:
-            index = int(neuron)
-        except (TypeError, ValueError):
-            index = -1
+        whole = type(neuron) is int or (isinstance(neuron, str) and re.fullmatch("[0-9]{1,15}", neuron.strip()))
+        index = int(neuron) if whole else -1
         if not 0 <= index < profile.layers[layer]:
-            raise UserError(f"{where}: {layer} has neurons 0 to {profile.layers[layer] - 1}, not {neuron!r}")
+            raise UserError(f"{where}: {layer} has neurons 0 to {profile.layers[layer] - 1}, not {shortened(neuron)}")
         if (layer, index) in seen:
             raise UserError(f"{where}: {layer}, neuron {index} has a label already; give each neuron one")
         seen.add((layer, index))
         labels[layer][index] = group
     if not seen:
         raise UserError(f"{path}: no labels in it; expected records with layer, neuron and group")
-    made_from = {"labels": Path(path).name, "labelled": len(seen)}
+    made_from = {"labels": Path(path).name, "labelled": len(seen), "weights": profile.info.weights}
     return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from)
 
 
@@ -103,25 +109,25 @@ def _read_labels(path: Path) -> Iterator[Label]:
         if missing:
             raise UserError(f"{where}: no {missing[0]!r}; a label has layer, neuron and group")
         group = record["group"]
-        if not isinstance(group, str) or not group.strip():
-            raise UserError(f"{where}: a group is a name, found {group!r}")
+        if not isinstance(group, str) or not group.strip() or not group.strip().isprintable():
+            raise UserError(f"{where}: a group is a name, found {shortened(group)}")
+        if not isinstance(record["layer"], (str, int)):
+            raise UserError(f"{where}: a layer is a key or a number, found {shortened(record['layer'])}")
         yield record["layer"], record["neuron"], group.strip(), where
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Where a record stands, and what it is: of a whole layer's labels, each as a record of its own."""
-    text = read_text(path).removeprefix("\ufeff")
-    ending = path.suffix.lower()
+    ending, again = path.suffix.lower(), "mend the file"
     try:
         if ending == ".csv":
-            for number, row in enumerate(csv.DictReader(text.splitlines()), start=2):
-                yield f"{path}, line {number}", row
+            reader = csv.DictReader(read_text(path).splitlines(), strict=True)
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", row
         elif ending == ".jsonl":
-            for number, line in enumerate(text.splitlines(), start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
+            yield from read_lines(path, again=again)
         elif ending == ".json":
-            content = json.loads(text)
+            content = parse_json(read_text(path), str(path), again)
             if isinstance(content, list):
                 yield from ((f"{path}, record {number}", record) for number, record in enumerate(content))
                 return
@@ -137,5 +143,5 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
                     yield where, {"layer": layer, "neuron": neuron, "group": group}
         else:
             raise UserError(f"{path}: labels are read from .json, .jsonl and .csv files")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: no valid JSON ({error}); is it truncated?") from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; {again}") from None

@@ -31,8 +31,13 @@ from neuron_methods.plugin.updates import PlannedUpdates
 from neuron_methods.profiling.measured_model import LoadedModel, load_model
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
+from neuron_methods.support.targets import beginning_with
 from neuron_methods.support.text import columns
 
+FORMAT = "mergekit-neuron linearity"
+VERSION = 1
+#: Tells a file of `linearity -o`; earlier releases wrote no format.
+IS_LINEARITY = beginning_with(rf'\{{\s*("format": "{FORMAT}"|"inputs": [^\n]*\n\s*"alphas": )')
 ALPHAS = (0.25, 0.5, 0.75)
 TASK_ARITHMETIC = "task_arithmetic"
 SAME_SIZE = "task_arithmetic, same size"
@@ -74,6 +79,8 @@ class LinearityReport:
     def write(self, path: Path) -> None:
         """Write everything as JSON; raises UserError if it cannot be written."""
         content = {
+            "format": FORMAT,
+            "version": VERSION,
             "inputs": self.inputs,
             "alphas": ALPHAS,
             "mean": {v: self.mean(v) for v in self.variants},
@@ -120,6 +127,11 @@ def measure_linearity(
             errors = {v: relative_error(mlp, base, update, inputs[key]) for v, update in updates.items()}
             report.errors[key] = {v: error for v, error in errors.items() if error is not None}
         return report
+
+
+def data_files(data: Sequence[str]) -> list[str]:
+    """List the files and folders here that ``NAME=SOURCE`` names; raises UserError where one has another form."""
+    return [source.location for source in map(parse_source, data) if source.local]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +25,15 @@ from neuron_methods.data.making import make_feeder
 from neuron_methods.data.sources import DataSource, SourceReader, parse_source
 from neuron_methods.models.processes import add_up, collect, process_state
 from neuron_methods.models.reference import ModelName
+from neuron_methods.models.states import weights_digest
 from neuron_methods.neurons.profile_file import (
+    FORMAT,
+    IS_EXEMPLARS,
     NeuronProfile,
     ProfileInfo,
     SourceInfo,
+    exemplars_path,
     read_exemplars,
-    write_exemplars,
 )
 from neuron_methods.profiling.checkpoint import Checkpoint
 from neuron_methods.profiling.measured_model import LoadedModel, load_model, read_neurons
@@ -37,6 +41,8 @@ from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.profiling.results import describe_source
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.progress import progress_bar
+from neuron_methods.support.runs import claimed
+from neuron_methods.support.targets import check_file, safetensors_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def measure_profile(
     output: Path,
     settings: Settings = Settings(),
     *,
-    overwrite: bool = False,
+    force: bool = False,
     max_memory: dict[Any, int | str] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -92,16 +98,32 @@ def measure_profile(
         data: ``NAME=SOURCE`` each; see `sources`.
         output: the file to write, ending in ``.safetensors``.
         settings: how to measure.
-        overwrite: start anew if `output` exists.
+        force: forget the profile at `output` and start anew.
         max_memory: accelerate's bounds per device; by default what is free.
         report: called with lines for the user, in the main process.
 
     Raises:
         UserError: anything is wrong with model, data or file.
     """
-    state = process_state()
     sources = _parse(data)
     name = ModelName.find(model)
+    inputs = [*name.here(), *(source.location for source in sources if source.local)]
+    place = _check_place(output, inputs)
+    with claimed(place, f"-o {output}") if process_state().is_main_process else nullcontext():
+        _measure_all(name, sources, place, settings, force, max_memory, report)
+
+
+def _measure_all(
+    name: ModelName,
+    sources: list[DataSource],
+    output: Path,
+    settings: Settings,
+    force: bool,
+    max_memory: dict[Any, int | str] | None,
+    report: Callable[[str], None],
+) -> None:
+    """Measure what is not in the file yet."""
+    state = process_state()
     neurons = read_neurons(name)
     fresh = NeuronProfile(
         ProfileInfo(
@@ -112,10 +134,11 @@ def measure_profile(
             gated=[layer.key for layer in neurons.layers if layer.gated],
             settings=settings.outcome,
             made_with={"mergekit-neuron": __version__, "transformers": version("transformers")},
+            weights=weights_digest(*name.directories()),
         ),
         {},
     )
-    profile = _continued(fresh, sources, output, overwrite)
+    profile = _continued(fresh, sources, output, force)
     pending = [source for source in sources if source.name not in profile.sources]
     for source in sources:
         if source not in pending and state.is_main_process:
@@ -144,11 +167,20 @@ def _parse(data: Sequence[str]) -> list[DataSource]:
     return sources
 
 
-def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, overwrite: bool) -> NeuronProfile:
-    """Read what `output` holds already, `fresh` if nothing; raises UserError if that was made in another way."""
-    if output.suffix != ".safetensors" or output.is_dir():
+def _check_place(output: Path, inputs: list[str]) -> Path:
+    """Give the absolute path of the file; raises UserError if it, or its exemplars', is taken by something else."""
+    if output.suffix != ".safetensors":
         raise UserError(f"-o {output}: expected a file name that ends in .safetensors")
-    if overwrite or not output.exists():
+    # A profile that is there is added to, so it may be there without --force.
+    place = check_file(output, f"-o {output}", safetensors_of(FORMAT), True, inputs)
+    beside = exemplars_path(place)
+    check_file(beside, f"-o {output}: {beside.name}", IS_EXEMPLARS, True, inputs)
+    return place
+
+
+def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, force: bool) -> NeuronProfile:
+    """Read what `output` holds already, `fresh` if nothing; raises UserError if that was made in another way."""
+    if force or not output.exists():
         return fresh
     there = NeuronProfile.load(output)
     read_exemplars(output, there.info.exemplars)  # new ones are going to stand behind them
@@ -160,14 +192,19 @@ def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, ov
                 changed = [k for k in new[key] if new[key][k] != old[key].get(k)]
                 what = ", ".join(f"{k} {old[key].get(k)}, now {new[key][k]}" for k in changed)
             raise UserError(
-                f"-o {output}: the profile there was made otherwise ({what}); name another file, or give --overwrite"
+                f"-o {output}: the profile there was made otherwise ({what}); name another file, or give --force"
             )
     for source in sources:
         known = there.info.sources.get(source.name)
+        if known and known.state and known.fingerprint == source.fingerprint and known.state != source.state:
+            raise UserError(
+                f"-o {output}: {source.shown} has changed since {source.name!r} was measured on it; give the source "
+                "another name, or give --force"
+            )
         if known is not None and known.fingerprint != source.fingerprint:
             raise UserError(
                 f"-o {output}: the profile there measured {source.name!r} on {known.source}, now it is {source.shown}; "
-                "give it another name, or give --overwrite"
+                "give it another name, or give --force"
             )
     return there
 
@@ -185,23 +222,27 @@ def _measure_source(
     recorder = Recorder(loaded, feeder, settings.top, settings.gradients)
     feeder.start(reader, settings.gradients)
     belongs_to = {**asdict(replace(profile.info, sources={}, exemplars=0)), "batch_size": settings.batch_size}
-    checkpoint = Checkpoint(output, {**belongs_to, "source": reader.source.fingerprint}, settings.checkpoint_seconds)
+    checkpoint = Checkpoint(
+        output,
+        {**belongs_to, "source": reader.source.fingerprint, "data": reader.source.state},
+        settings.checkpoint_seconds,
+    )
     samples = int(add_up(torch.tensor(_measure(reader, settings, recorder, checkpoint))))
     for record in recorder.records.values():
         record.sums.reduce(add_up)
         record.top.gather(collect)
     if not samples:
         raise UserError(f"{reader.label}: all its rows are empty")
+    recorder.check_finite(reader.label)
     tokens = {key: record.sums.tokens for key, record in recorder.records.items()}
-    source = SourceInfo(reader.source.shown, reader.source.fingerprint, samples, tokens)
+    source = SourceInfo(reader.source.shown, reader.source.fingerprint, samples, tokens, reader.source.state)
     info = replace(profile.info, sources={**profile.info.sources, reader.source.name: source})
     if state.is_main_process:
         tensors, exemplars = describe_source(recorder, reader.source.name, profile.info.exemplars)
         info = replace(info, exemplars=profile.info.exemplars + len(exemplars))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_exemplars(output, profile.info.exemplars, exemplars)
+        kept = profile.info.exemplars
         profile = NeuronProfile(info, {**profile.tensors, **tensors})
-        profile.save(output)
+        profile.save(output, kept, exemplars)
     else:
         profile = NeuronProfile(info, profile.tensors)
     state.wait_for_everyone()

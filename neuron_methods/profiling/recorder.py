@@ -20,6 +20,7 @@ from neuron_methods.neurons import MlpLayer, find_modules
 from neuron_methods.profiling.exemplars import TopActivations
 from neuron_methods.profiling.measured_model import LoadedModel
 from neuron_methods.profiling.statistics import NeuronSums
+from neuron_methods.support.errors import UserError
 
 
 class LayerRecord:
@@ -103,6 +104,15 @@ class Recorder:
                 if gate is not None:
                     hooks.enter_context(gate.register_forward_hook(self._behind_gate(record)))
             yield
+
+    def check_finite(self, where: str) -> None:
+        """Raise UserError, `where` first, if what was summed up over a neuron is NaN or Inf."""
+        for key, record in self.records.items():
+            if (neuron := record.sums.first_nonfinite()) is not None:
+                raise UserError(
+                    f"{where}: neuron {neuron} of {key} came out as NaN or Inf, though all weights are finite; compute "
+                    "in float32 (dtype), and see whether it still does"
+                )
 
     def run(self, batch: Batch) -> None:
         """Run a forward pass, and with gradients a backward pass."""

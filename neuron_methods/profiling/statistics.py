@@ -62,6 +62,11 @@ class NeuronSums:
         self.tokens = int(add_up(torch.tensor(self.tokens)))
         self.sums = {name: add_up(values) for name, values in self.sums.items()}
 
+    def first_nonfinite(self) -> int | None:
+        """Find the first neuron of which a sum is NaN or Inf; None where there is none."""
+        broken = torch.stack([~values.isfinite().cpu() for values in self.sums.values()]).any(dim=0)
+        return int(broken.nonzero()[0]) if bool(broken.any()) else None
+
     def means(self) -> dict[str, Tensor]:
         """Form the statistics, float32 (neurons,) on the CPU; 0 where no token was seen."""
         return {name: (values / max(self.tokens, 1)).float().cpu() for name, values in self.sums.items()}

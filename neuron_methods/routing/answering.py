@@ -81,6 +81,8 @@ def _generate(
 ) -> tuple[list[str], Routing]:
     limit = text_limit(model.config)
     for prompt in prompts:
+        if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+            raise UserError(f"--prompt {prompt!r}: holds what is no character; give it as UTF-8")
         tokens = len(tokenizer(prompt).input_ids)
         if not tokens:
             raise UserError(f"--prompt {prompt!r}: no token in it; give a text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from neuron_methods import __version__
 from neuron_methods.adapters.live import save_adapter, stored_dtype
 from neuron_methods.models.loading import device_map, load_processor
 from neuron_methods.models.reference import Place
+from neuron_methods.models.states import model_files, watched
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.base import load_base, routable_kind
 from neuron_methods.routing.data import SampleDrawer, Samples, fingerprint_of_samples
@@ -35,7 +37,6 @@ from neuron_methods.routing.pooling import pooled_states, resolve_layers
 from neuron_methods.routing.route_yaml import RouteConfig, read_config
 from neuron_methods.routing.routed_files import (
     ADAPTERS,
-    CONFIG_NAME,
     ENHANCEMENT_NAME,
     ROUTER_NAME,
     RoutedConfig,
@@ -45,15 +46,12 @@ from neuron_methods.routing.routed_files import (
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import (
-    check_target,
-    give_ordinary_permissions,
-    move_into_place,
-    staging_directory,
-    write_json,
-)
+from neuron_methods.support.files import check_space, staging_directory, write_json
+from neuron_methods.support.finite import is_finite
 from neuron_methods.support.progress import progress_bar
+from neuron_methods.support.runs import claimed
 from neuron_methods.support.stages import Stage, Stages
+from neuron_methods.support.targets import check_target, deliver
 
 
 def build_routed_model(
@@ -82,27 +80,47 @@ def build_routed_model(
     """
     config = read_config(configuration)
     directories = adapter_directories({expert.name: expert.adapter for expert in config.experts})
-    target = check_target(out, force or dry_run, (config.base_model, *directories.values()))
-    if force and target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
-        raise UserError(f"{out}: holds no routed model, so --force does not replace it; choose another name")
+    sources = [d.source for e in config.experts for d in (e.data, e.calibration) if d is not None]
+    sources += [data.source for data in config.background]
+    named = (configuration, config.base_model, *directories.values(), *sources)
+    inputs = [path for path in map(str, named) if os.path.exists(path)]
+    if dry_run:
+        _planned(config, configuration, directories, device, report)
+        return
+    target = check_target(out, force, inputs)
+    with claimed(target, out):
+        watch = watched(inputs)
+        run = _planned(config, configuration, directories, device, report)
+        # Once as stages, once in the output.
+        check_space(target.parent, 2 * sum(os.path.getsize(f) for d in directories.values() for f in model_files(d)))
+        work = Stages(work_dir or target.parent / f".{target.name}.work", "mergekit-neuron route")
+        with work.alone():
+            train, calibration = run.inputs(work)
+            router, figures = train_router(train, calibration, config.router, run.background_inputs(work), run.read)
+            report(describe_router(figures, run.samples, config.router, router.threshold))
+            enhanced = {name: run.enhance(name, work) for name in run.samples}
+            with staging_directory(target) as staging:
+                run.write(staging, target, router, figures, enhanced)
+                _verify(staging, config, calibration, router)
+                watch.check()
+                deliver(staging, target, force)
+        if work_dir is None:
+            work.remove()
+    report(f"complete and verified: {out}")
+
+
+def _planned(
+    config: RouteConfig,
+    configuration: Path,
+    directories: dict[str, str],
+    device: str | None,
+    report: Callable[[str], None],
+) -> _Run:
+    """Load and check everything, and tell the plan."""
     run = _Run(config, configuration, directories, device, report)
     counts = [(len(parts["train"]), len(parts["calibration"])) for parts in run.samples.values()]
     report(describe_plan(config, run.mixer.layers, counts, run.read))
-    if dry_run:
-        return
-    work = Stages(work_dir or target.parent / f".{target.name}.work", "mergekit-neuron route")
-    train, calibration = run.inputs(work)
-    router, figures = train_router(train, calibration, config.router, run.background_inputs(work), run.read)
-    report(describe_router(figures, run.samples, config.router, router.threshold))
-    enhanced = {name: run.enhance(name, work) for name in run.samples}
-    with staging_directory(target) as staging:
-        run.write(staging, target, router, figures, enhanced)
-        _verify(staging, config, calibration, router)
-        give_ordinary_permissions(staging)
-        move_into_place(staging, target, force)
-    if work_dir is None:
-        work.remove()
-    report(f"complete and verified: {out}")
+    return run
 
 
 class _Run:
@@ -162,6 +180,12 @@ class _Run:
                     pooled = []
                     for inputs in samples.inputs():
                         pooled.append(pooled_states(self.base, inputs, self.read, pooling).cpu())
+                        if not is_finite(pooled[-1]):
+                            first = sum(map(len, pooled[:-1])) + int((~pooled[-1].isfinite()).any(dim=1).nonzero()[0])
+                            raise UserError(
+                                f"{self.where}: base_model: on sample {first + 1} of {name} its hidden states are NaN "
+                                "or Inf, though its weights are finite; set dtype: float32"
+                            )
                         bar.update(len(pooled[-1]))
                     tensors[part] = torch.cat(pooled)
             place.mkdir()

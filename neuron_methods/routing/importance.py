@@ -73,6 +73,7 @@ def measure_importance(
         with recorder.watching(), mixer.using(mixer.only(expert)):
             for batch in loss.batches:
                 recorder.run(batch)
+        recorder.check_finite(f"expert {expert}")
         name = "taylor" if how == "taylor" else "mean_abs"
         statistics = {key: record.sums.means()[name].double() for key, record in recorder.records.items()}
     update: dict[str, Tensor] = {}

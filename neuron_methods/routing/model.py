@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuron_methods.adapters.config import CONFIG_NAME
 from neuron_methods.adapters.live import save_adapter
+from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.models.loading import input_device
 from neuron_methods.routing.base import load_base, routable_kind
 from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.mixing import AdapterMixer
-from neuron_methods.routing.pooling import pooled_states
+from neuron_methods.routing.pooling import pooled_states, resolve_layers
 from neuron_methods.routing.routed_files import (
     ADAPTERS,
     ROUTER_NAME,
@@ -26,10 +28,13 @@ from neuron_methods.routing.routed_files import (
     reference_to,
     routed_directory,
 )
+from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.routes import Routing, chosen_weights, layer_coefficients
+from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line
+from neuron_methods.support.files import file_in_place_after, staging_directory, within
+from neuron_methods.support.text import shortened
 
 # What a router can look at; the rest of a model's inputs (labels, caches, what was generated so far) is not the prompt.
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")
@@ -62,6 +67,11 @@ class NeuronRoutedModel(nn.Module):
         self.mixer = AdapterMixer(peft_model, names)
         self.kind = routable_kind(self.base).kind
         redundant = [expert.redundant_layers for expert in routed_config.experts]
+        modules = {name for name, _ in self.base.named_modules()}
+        for expert in routed_config.experts:
+            if strange := [layer for layer in expert.redundant_layers if layer not in modules]:
+                problem = f"redundant_layers: the base has no layer {shortened(strange[0])}"
+                raise UserError(f"expert {expert.name}: {problem}; name the base it was made for")
         self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
         self.router.to(input_device(self.base))
 
@@ -106,6 +116,8 @@ class NeuronRoutedModel(nn.Module):
         shape = self.routed_config.router
         with self.mixer.using(None):
             states = pooled_states(self.base, prompt, shape.layers, shape.pooling)
+        if states.shape[1] != shape.width:
+            raise UserError(f"the router reads {shape.width} numbers, and this base gives it {states.shape[1]}")
         probabilities, scores = self.router(states)
         weights = chosen_weights(probabilities.float(), shape.top_k, scores >= self.router.threshold)
         coefficients = layer_coefficients(weights, self._core, self.routed_config.redundant, self.routed_config.seed)
@@ -201,8 +213,11 @@ class NeuronRoutedModel(nn.Module):
         """Write the routed model; the base stays where it is and is named.
 
         Args:
-            directory: is made where it is not there.
+            directory: is made where it is not there; of what is in it, files of these names are replaced.
             base_model: how to name the base; by default where it was loaded from.
+
+        Raises:
+            UserError: an adapter's directory there is a link that leads elsewhere.
         """
         from dataclasses import replace
 
@@ -211,12 +226,15 @@ class NeuronRoutedModel(nn.Module):
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         for name in self.experts:
-            place = target / ADAPTERS / name
-            if place.exists():
-                shutil.rmtree(place)
-            save_adapter(self.peft_model, name, place, self.mixer.paths_of(name))
+            place = within(target, ADAPTERS, name)
+            with staging_directory(place) as staging:
+                save_adapter(self.peft_model, name, staging / name, self.mixer.paths_of(name))
+                place.mkdir(exist_ok=True)
+                for file in (staging / name).iterdir():
+                    os.replace(file, place / file.name)
         state = {key: value.detach().cpu().contiguous() for key, value in self.router.state_dict().items()}
-        save_file(state, target / ROUTER_NAME, metadata={"format": "pt"})
+        with file_in_place_after(target / ROUTER_NAME) as beside:
+            save_file(state, beside, metadata={"format": "pt"})
         replace(self.routed_config, base_model=base_model or reference_to(self.base_reference, target)).write(target)
 
     def push_to_hub(
@@ -277,9 +295,6 @@ class NeuronRoutedModel(nn.Module):
         Raises:
             UserError: there is no routed model, of a format that is known here, or its base is not to be had.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         where = os.fspath(path_or_repo)
         directory = routed_directory(where, revision, cache_dir)
         config = RoutedConfig.read(directory)
@@ -290,13 +305,12 @@ class NeuronRoutedModel(nn.Module):
                 "another place: base_model="
             )
         base = load_base(reference, f"{where}: base {reference}", dtype=dtype, device_map=device_map)
-        directories = {expert.name: str(directory / ADAPTERS / expert.name) for expert in config.experts}
-        router = Router(config.router, len(config.experts))
-        try:
-            router.load_state_dict(load_file(directory / ROUTER_NAME))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            problem = f"cannot be read ({first_line(error)}); download or make it again"
-            raise UserError(f"{directory / ROUTER_NAME}: {problem}") from None
+        directories = {expert.name: str(within(directory, ADAPTERS, expert.name)) for expert in config.experts}
+        for name, file in itertools.product(directories, (CONFIG_NAME, SAFETENSORS_NAME)):
+            place = within(directory, ADAPTERS, name, file)
+            open_file(place, str(place)).close()  # safetensors waits for a pipe
+        resolve_layers(base, config.router.layers, f"{directory / ROUTED_CONFIG}: router.layers")
+        router = Router.load(within(directory, ROUTER_NAME), config.router, len(config.experts))
         model = cls(load_experts(base, directories, where), router.requires_grad_(False), config, reference)
         return model.eval()
 

@@ -6,6 +6,7 @@ its line.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,16 +19,23 @@ Importance = Literal["magnitude", "activation", "taylor"]
 Pooling = Literal["moments", "mean", "first", "last"]
 OodScore = Literal["combined", "distance", "probability", "energy"]
 Redundant = Literal["router", "random", "none"]
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+#: Of an expert's name, which becomes that of a directory.
+EXPERT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}"
+#: What every generator of random numbers takes for a seed.
+Seed = Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
 
 
 def _located(text: str, info: ValidationInfo) -> str:
     """Make a path that exists beside the YAML absolute; what does not exist is left for the hub to know."""
     place = None if info.context is None else info.context / text
-    return str(place) if place is not None and place.exists() else text
+    return str(place) if place is not None and os.path.exists(place) else text
 
 
-_Location = Annotated[str, AfterValidator(_located)]
+_Location = Annotated[str, Field(min_length=1), AfterValidator(_located)]
+# Lists of YAML become tuples, so that strict are the types of single values, not the sections.
+_Whole = Annotated[int, Field(strict=True, lt=1 << 31)]
+_Real = Annotated[float, Field(strict=True, allow_inf_nan=False, le=1e6)]
+_Switch = Annotated[bool, Field(strict=True)]
 
 
 class _Section(BaseModel):
@@ -51,7 +59,7 @@ class Data(_Section):
     name: str | None = None
     split: str | None = None
     columns: dict[Literal["input", "target", "text", "image", "label"], str] = Field(default_factory=dict)
-    labels: tuple[int, ...] | None = None
+    labels: tuple[_Whole, ...] | None = None
 
 
 class Expert(_Section):
@@ -72,8 +80,8 @@ class Expert(_Section):
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is no name: use letters, digits, '_' and '-'")
+        if not re.fullmatch(EXPERT_NAME, value):
+            raise ValueError(f"{value!r} is no name: use up to 100 letters, digits, '_' and '-'")
         return value
 
 
@@ -86,9 +94,9 @@ class Text(_Section):
         end_of_sequence: whether a decoder's target ends with the end-of-sequence token.
     """
 
-    max_length: int = Field(512, ge=2)
+    max_length: _Whole = Field(512, ge=2)
     separator: str = " "
-    end_of_sequence: bool = True
+    end_of_sequence: _Switch = True
 
 
 class Enhancement(_Section):
@@ -104,12 +112,12 @@ class Enhancement(_Section):
         samples: of calibration data, per expert.
     """
 
-    enabled: bool = True
-    tolerance: float = Field(0.01, ge=0)
-    patience: int = Field(3, ge=1)
-    density: float = Field(0.5, gt=0, le=1)
+    enabled: _Switch = True
+    tolerance: _Real = Field(0.01, ge=0)
+    patience: _Whole = Field(3, ge=1)
+    density: _Real = Field(0.5, gt=0, le=1)
     importance: Importance = "magnitude"
-    samples: int = Field(64, ge=1)
+    samples: _Whole = Field(64, ge=1)
 
 
 class RouterSettings(_Section):
@@ -135,20 +143,20 @@ class RouterSettings(_Section):
         seed: of samples, weights and order.
     """
 
-    layer: int | tuple[int, ...] | None = None
+    layer: _Whole | tuple[_Whole, ...] | None = None
     pooling: Pooling = "moments"
-    hidden: int = Field(256, ge=1)
-    top_k: int = Field(2, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    hidden: _Whole = Field(256, ge=1, le=1 << 16)
+    top_k: _Whole = Field(2, ge=1)
+    temperature: _Real = Field(1.0, ge=1e-3, le=1e3)
     ood_score: OodScore = "combined"
-    in_domain_share: float = Field(0.95, gt=0, le=1)
-    ood_margin: float = Field(0.0, ge=0)
-    samples: int = Field(400, ge=8)
-    holdout: float = Field(0.25, gt=0, lt=1)
-    epochs: int = Field(200, ge=1)
-    patience: int = Field(20, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    seed: int = 0
+    in_domain_share: _Real = Field(0.95, gt=0, le=1)
+    ood_margin: _Real = Field(0.0, ge=0)
+    samples: _Whole = Field(400, ge=8)
+    holdout: _Real = Field(0.25, gt=0, lt=1)
+    epochs: _Whole = Field(200, ge=1)
+    patience: _Whole = Field(20, ge=1)
+    learning_rate: _Real = Field(1e-3, gt=0, le=1)
+    seed: Seed = 0
 
 
 class Merging(_Section):
@@ -161,7 +169,7 @@ class Merging(_Section):
     """
 
     redundant: Redundant = "router"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class RouteConfig(_Section):
@@ -180,8 +188,8 @@ class RouteConfig(_Section):
     base_model: _Location
     experts: tuple[Expert, ...]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    check_base: bool = True
-    batch_size: int = Field(16, ge=1)
+    check_base: _Switch = True
+    batch_size: _Whole = Field(16, ge=1)
     background: tuple[Data, ...] = ()
     text: Text = Text()
     enhancement: Enhancement = Enhancement()

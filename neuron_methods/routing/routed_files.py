@@ -9,16 +9,21 @@ tokenizer or processor   of the base
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from neuron_methods.models.hub import hub_answers
-from neuron_methods.support.documents import read_object
+from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic.dataclasses import dataclass
+
+from neuron_methods.models.hub import download, hub_answers
+from neuron_methods.routing.route_yaml import EXPERT_NAME, OodScore, Pooling, Redundant, Seed
+from neuron_methods.support.documents import read_object, validated
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import write_json
-from neuron_methods.support.text import first_line
+from neuron_methods.support.files import within, write_json
+from neuron_methods.support.text import shortened
 
 CONFIG_NAME = "routed_config.json"
 ROUTER_NAME = "router.safetensors"
@@ -29,15 +34,27 @@ FORMAT_VERSION = 1
 _AGAIN = "download it or make the routed model again"
 
 
-@dataclass(frozen=True)
+def _no_nan(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("expected a number")
+    return value
+
+
+# Lists of JSON become tuples, so the types within are the strict ones.
+_checked = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+_Text = Annotated[StrictStr, Field(min_length=1)]
+_Count = Annotated[StrictInt, Field(ge=1, le=1 << 24)]
+
+
+@_checked
 class RoutedExpert:
-    """One expert: its name, and the layers whose update was dropped."""
+    """One expert: its name, which its adapter's directory bears, and the layers whose update was dropped."""
 
-    name: str
-    redundant_layers: tuple[str, ...] = ()
+    name: Annotated[StrictStr, Field(pattern=f"^{EXPERT_NAME}$")]
+    redundant_layers: tuple[StrictStr, ...] = ()
 
 
-@dataclass(frozen=True)
+@_checked
 class RouterShape:
     """How to make the router that router.safetensors fits into, and what it decides by; see `route_yaml`.
 
@@ -47,18 +64,18 @@ class RouterShape:
         axes: leading axes of the scatter within experts that are kept.
     """
 
-    layers: tuple[int, ...]
-    pooling: str
-    width: int
-    hidden: int
-    axes: int
-    top_k: int
-    temperature: float
-    ood_score: str
-    ood_threshold: float = float("-inf")
+    layers: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=1000)]
+    pooling: Pooling
+    width: _Count
+    hidden: _Count
+    axes: Annotated[StrictInt, Field(ge=0, le=1 << 24)]
+    top_k: _Count
+    temperature: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+    ood_score: OodScore
+    ood_threshold: Annotated[float, Field(strict=True), AfterValidator(_no_nan)] = float("-inf")
 
 
-@dataclass(frozen=True)
+@_checked
 class RoutedConfig:
     """The content of routed_config.json.
 
@@ -70,12 +87,23 @@ class RoutedConfig:
         report: figures from the making: accuracy of the router, number of inputs, versions.
     """
 
-    base_model: str
-    experts: tuple[RoutedExpert, ...]
+    base_model: _Text
+    experts: Annotated[tuple[RoutedExpert, ...], Field(min_length=1)]
     router: RouterShape
-    redundant: str = "router"
-    seed: int = 0
-    report: dict[str, Any] = field(default_factory=dict)
+    redundant: Redundant = "router"
+    seed: Seed = 0
+    report: dict[StrictStr, Any] = field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _experts_make_sense(self) -> RoutedConfig:
+        names = [expert.name for expert in self.experts]
+        if len(set(names)) < len(names):
+            raise ValueError("experts: two have one name")
+        if not self.router.layers:
+            raise ValueError("router.layers: empty; a router reads the states behind one layer at least")
+        if self.router.top_k > len(names):
+            raise ValueError(f"router.top_k: {self.router.top_k} of {len(names)} experts cannot be chosen")
+        return self
 
     def write(self, directory: Path) -> None:
         """Write routed_config.json."""
@@ -89,24 +117,17 @@ class RoutedConfig:
         Raises:
             UserError: it is not there, damaged, of another format, or of a version that is not known here.
         """
-        path = directory / CONFIG_NAME
-        if not path.is_file():
+        if not os.path.lexists(directory / CONFIG_NAME):
             raise UserError(f"{directory}: no {CONFIG_NAME} in it, so this is no routed model")
+        path = within(directory, CONFIG_NAME)
         content = read_object(path, again=_AGAIN)
         if content.pop("format", None) != FORMAT:
             raise UserError(f"{path}: its format is not {FORMAT!r}, so this is no routed model")
         version = content.pop("format_version", None)
         if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format_version {version!r} is not known here (known: {FORMAT_VERSION}); upgrade this package"
-            )
-        try:
-            experts = tuple(RoutedExpert(e["name"], tuple(e["redundant_layers"])) for e in content.pop("experts"))
-            shape = content.pop("router")
-            router = RouterShape(**{**shape, "layers": tuple(shape["layers"])})
-            return cls(experts=experts, router=router, **content)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error}); {_AGAIN}") from None
+            found = f"format_version {shortened(version)} is not known here (known: {FORMAT_VERSION})"
+            raise UserError(f"{path}: {found}; upgrade this package")
+        return validated(content, cls, str(path), _AGAIN)
 
     def base_reference(self, directory: Path) -> str:
         """Say where the base is: a hub id, or the path of a directory."""
@@ -122,7 +143,7 @@ class RoutedConfig:
 
 def is_routed(path: str | os.PathLike[str]) -> bool:
     """Tell whether a local directory holds a routed model."""
-    return (Path(path) / CONFIG_NAME).is_file()
+    return os.path.isfile(os.path.join(path, CONFIG_NAME))
 
 
 def reference_to(base: str, directory: Path) -> str:
@@ -144,13 +165,10 @@ def routed_directory(path_or_repo: str, revision: str | None = None, cache_dir: 
     """
     if os.path.isdir(path_or_repo):
         return Path(path_or_repo)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     hub_answers()
     try:
-        return Path(snapshot_download(path_or_repo, revision=revision, cache_dir=cache_dir))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Path(download(path_or_repo, revision, cache_dir))
+    except UserError as error:
         raise UserError(
-            f"{path_or_repo}: neither a directory nor a repository that can be had from the hub ({first_line(error)})"
+            f"{path_or_repo}: neither a directory nor a repository that can be had from the hub ({error})"
         ) from None

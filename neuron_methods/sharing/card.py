@@ -6,29 +6,32 @@ A card is made of what the YAML says and of what lies beside the weights; no net
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import huggingface_hub
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
+from pydantic import Field
 
 from neuron_methods import __version__
 from neuron_methods.plugin.seam import models_in_order
-from neuron_methods.sharing.card_sections import card_text, with_section
+from neuron_methods.sharing.card_sections import card_text, markdown, with_section
 from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.licences import Licences, find_licences
 from neuron_methods.sharing.model_names import ModelNames, parts_of, reduced_yaml
 from neuron_methods.sharing.settings import profiled_datasets, variants_of
 from neuron_methods.sharing.snippets import heads_section, loading_snippet, pipeline_tag
-from neuron_methods.support.documents import read_json
+from neuron_methods.support.documents import Foreign, front_matter, read_json, validated
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import first_line
 
 MERGEKIT_URL = "https://github.com/arcee-ai/mergekit"
 _PACKAGES = ("mergekit", "transformers", "torch", "peft", "safetensors")
@@ -42,6 +45,23 @@ _TASK_TYPES = {
 
 
 @dataclass(frozen=True)
+class CardSources:
+    """What a card takes from files of the models, which others have written: licences, and data of profiles."""
+
+    licences: Licences = field(default_factory=Licences)
+    datasets: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls, configuration: MergeConfiguration, cache_dir: str | None = None, known: Collection[str] | None = None
+    ) -> CardSources:
+        """Read what there is; what cannot be read is told in `licences.unread`. `known` is as in `is_hub_id`."""
+        models = list(dict.fromkeys(models_in_order(configuration)))
+        licences = find_licences(parts_of(models), ModelNames(configuration, known).labels, cache_dir)
+        return cls(licences, profiled_datasets(configuration))
+
+
+@dataclass(frozen=True)
 class CardOptions:
     """What a card holds beside the merge itself.
 
@@ -49,13 +69,13 @@ class CardOptions:
         report_section: Markdown with the report's figures.
         evaluation: an evaluation, as `read_evaluation` gives it.
         known_hub: ids of the Hub among the models, where an earlier card tells; see `names.is_hub_id`.
-        cache_dir: the Hub's cache.
+        sources: what the models' files say, where it was read before; else it is read now.
     """
 
     report_section: str | None = None
     evaluation: dict[str, Any] | None = None
     known_hub: Collection[str] | None = None
-    cache_dir: str | None = None
+    sources: CardSources | None = None
 
 
 @dataclass
@@ -82,7 +102,8 @@ def make_card(
     names = ModelNames(configuration, options.known_hub)
     models = list(dict.fromkeys(models_in_order(configuration)))
     adapter = (place / "adapter_config.json").exists()
-    licences = find_licences(parts_of(models), names.labels, options.cache_dir)
+    sources = options.sources or CardSources.read(configuration, None, options.known_hub)
+    licences = sources.licences
     citation = citation_of(configuration.merge_method)
     bases = names.hub
     if adapter and configuration.base_model is not None:
@@ -93,7 +114,7 @@ def make_card(
         library_name="peft" if adapter else "transformers",
         pipeline_tag=pipeline_tag(place),
         tags=["mergekit", "merge", "mergekit-neuron", configuration.merge_method, *(["lora"] if adapter else [])],
-        datasets=profiled_datasets(configuration) or None,
+        datasets=sources.datasets or None,
         license=licences.inherited.id if licences.inherited else None,
         license_name=licences.inherited.name if licences.inherited else None,
         license_link=licences.inherited.link if licences.inherited else None,
@@ -102,7 +123,7 @@ def make_card(
         ignore_metadata_errors=True,
     )
     sections = [
-        f"# {name}",
+        f"# {markdown(name)}",
         _opening(configuration, names, models, adapter),
         *_licence_section(licences),
         _method_section(citation, variants_of(configuration)),
@@ -114,7 +135,37 @@ def make_card(
         f"Made with {_versions()}.",
         f"## Citation\n\n```bibtex\n{chr(10).join(c.bibtex for c in (citation, MERGEKIT) if c.bibtex)}\n```",
     ]
-    return Card(card_text(data, sections), [licences.conflict] if licences.conflict else [])
+    return Card(card_text(data, sections), [*([licences.conflict] if licences.conflict else []), *licences.unread])
+
+
+def minimal_card(name: str, adapter: bool) -> str:
+    """Write a card that says no more than what this is, for where nothing else can be said."""
+    front = f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\ntags: [mergekit, merge, mergekit-neuron]\n---"
+    return f"{front}\n\n# {markdown(name)}\n\nA merge, made with mergekit and mergekit-neuron {__version__}.\n"
+
+
+_Score = Annotated[float, Field(ge=float("-inf"))]  # a perplexity may be infinite, no score is NaN
+
+
+class _Task(Foreign):
+    """What a card tells of a task."""
+
+    name: str
+    kind: str
+    metric: str
+    score: _Score
+    low: _Score | None = None
+    high: _Score | None = None
+    count: int | None = Field(None, ge=0)
+    source: str | None = None
+    split: str | None = None
+    hub: bool | None = None
+
+
+class _Evaluation(Foreign):
+    """What a card tells of the JSON of `mergekit-neuron evaluate`."""
+
+    tasks: list[_Task]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -127,13 +178,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
     again = "name a JSON that `mergekit-neuron evaluate -o` wrote"
     content = read_json(path, "--evaluation", format=FORMAT, version=VERSION, again=again)
-    tasks = content.get("tasks")
-    complete = isinstance(tasks, list) and all(
-        isinstance(task, dict) and {"name", "kind", "metric", "score"} <= task.keys() for task in tasks
-    )
-    if not complete:
-        raise UserError(f"--evaluation {path}: damaged; evaluate again")
-    return content
+    return validated(content, _Evaluation, f"--evaluation {path}", again).model_dump()
 
 
 def citation_of(method: str) -> Citation:
@@ -150,9 +195,23 @@ def with_model_id(card: str, repository: str) -> str:
     return re.sub(r'^model_id = ".*?".*$', f'model_id = "{repository}"', card, flags=re.MULTILINE)
 
 
+def parsed_card(card: str, shown: str) -> huggingface_hub.ModelCard:
+    """Take a card apart into front matter and text.
+
+    Raises:
+        UserError: its front matter cannot be read; `shown` is for the message.
+    """
+    front_matter(card, shown)
+    try:
+        return huggingface_hub.ModelCard(card, ignore_metadata_errors=True)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"its front matter is none of a card ({first_line(error)})"
+        raise UserError(f"{shown}: {problem}; mend it, or write the card anew with --new-card") from None
+
+
 def with_evaluation(card: str, evaluation: dict[str, Any], name: str) -> str:
     """Put an evaluation into the card: into its front matter as model-index, and as a section."""
-    read = huggingface_hub.ModelCard(with_section(card, _evaluation_section(evaluation)), ignore_metadata_errors=True)
+    read = parsed_card(with_section(card, _evaluation_section(evaluation)), f"the card of {name}")
     read.data.model_name = name
     read.data.eval_results = _eval_results(evaluation)
     return str(read)
@@ -171,7 +230,7 @@ def _opening(configuration: MergeConfiguration, names: ModelNames, models: list[
 def _licence_section(licences: Licences) -> list[str]:
     if licences.conflict is None:
         return []
-    found = "\n".join(f"> - {model}: {licence}" for model, licence in licences.found.items())
+    found = "\n".join(f"> - {markdown(model)}: {markdown(str(licence))}" for model, licence in licences.found.items())
     return [
         "> [!WARNING]\n> The merged models are under different licences, so this card names none. Find out what holds "
         f"before you use or share the merge.\n>\n{found}"
@@ -203,7 +262,8 @@ def _source_name(task: dict[str, Any]) -> str:
     source = str(task.get("source") or "")
     hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
     local = source.rpartition(".")[2] in ("jsonl", "json", "parquet", "csv", "tsv", "txt", "gz")
-    known = task.get("hub", hub and not local and not source.startswith("data/") and not Path(source).exists())
+    there = local or source.startswith("data/") or os.path.exists(source)
+    known = task["hub"] if task.get("hub") is not None else hub and not there
     return source if known else re.sub(r"[^\w.-]+", "-", str(task["name"]))
 
 
@@ -216,7 +276,8 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
             "" if task.get(key) is None else format_score(task[key], task["metric"]) for key in ("score", "low", "high")
         )
         interval = f"{low} to {high}" if low and high else ""
-        rows.append(f"| {task['name']} | {task['metric']} | {score} | {interval} | {task.get('count', '')} |")
+        count = "" if task.get("count") is None else task["count"]
+        rows.append(f"| {markdown(task['name'])} | {markdown(task['metric'])} | {score} | {interval} | {count} |")
     head = "| task | metric | score | 95 % interval | examples |\n|---|---|---|---|---|"
     return f"## Evaluation\n\n{head}\n" + "\n".join(rows)
 

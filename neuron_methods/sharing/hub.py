@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -25,10 +26,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from neuron_methods.sharing.hub_copy import check_base, unloadable_base, upload_copy
+from neuron_methods.models.hub_session import HubGaveUp, bound_session, sent, without_token
+from neuron_methods.sharing.hub_copy import check_base, files_to_upload, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import one_line
+from neuron_methods.support.text import format_bytes, listed, one_line, shortened
 
 # The class that errors of the connection share, whichever HTTP library this huggingface_hub is built on.
 _CONNECTION_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -45,6 +47,7 @@ class PushOptions:
         commit_message: of the commit.
         create_pr: open a pull request instead of committing.
         base_model: id of an adapter's base on the Hub.
+        include: globs of files that are uploaded beside those that make the model.
     """
 
     private: bool | None = None
@@ -52,6 +55,7 @@ class PushOptions:
     commit_message: str | None = None
     create_pr: bool = False
     base_model: str | None = None
+    include: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,10 @@ def check_access(repository: str, options: PushOptions = PushOptions()) -> None:
         raise UserError("--create-pr opens a pull request against main; leave --revision out")
     with _explained(repository, "the token cannot be checked"):
         user = HfApi().whoami()
-    _check_rights(user, namespace, name, options)
+        try:
+            _check_rights(user, namespace, name, options)
+        except (AttributeError, TypeError):
+            raise UserError(f"{repository}: {shortened(user)} is no answer of a Hub; check HF_ENDPOINT") from None
 
 
 def push_directory(
@@ -90,10 +97,13 @@ def push_directory(
     """
     kind = verify_directory(place).kind
     check_base(place, options.base_model)
+    files, left = files_to_upload(place, options.include)
     check_access(repository, options)
     api = HfApi()
     message = options.commit_message or f"Upload {'merge' if kind == 'model' else kind} with mergekit-neuron"
     notes = [note] if (note := unloadable_base(place, options.base_model)) else []
+    if left:
+        notes.append(f"left here, as no part of the {kind}: {listed(left)}; --include PATTERN uploads more")
     with _explained(repository, "the upload did not finish"), _progress(progress, f"Uploading {place} to {repository}"):
         if not options.create_pr or not api.repo_exists(repository):
             api.create_repo(repository, private=options.private, exist_ok=True)
@@ -101,7 +111,7 @@ def push_directory(
             raise UserError(f"{repository}: exists and is public, --private does not change that; change it on the Hub")
         if options.revision not in (None, "main") and not options.revision.startswith("refs/"):
             api.create_branch(repository, branch=options.revision, exist_ok=True)
-        with upload_copy(place, repository, options.base_model) as copy:
+        with upload_copy(place, files, repository, options.base_model) as copy:
             done = api.upload_folder(
                 repo_id=repository,
                 folder_path=copy,
@@ -167,10 +177,14 @@ def _progress(shown: bool, what: str) -> Iterator[None]:
 @contextmanager
 def _explained(repository: str, what: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line that says what to do, without the request."""
+    bound_session()
+    before = sent()
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        if not isinstance(error, HubGaveUp):
+            raise
+        raise UserError(f"{repository}: {what}: {error}; {_again(before)}") from error
     except LocalTokenNotFoundError:
         raise UserError(
             "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN (huggingface.co/settings/tokens)"
@@ -178,26 +192,34 @@ def _explained(repository: str, what: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise UserError(f"{repository}: {what}: HF_HUB_OFFLINE is set; unset it to push") from None
     except Exception as error:
-        cause = error
+        cause: BaseException = error
         # The client wraps what happens to a single file.
         while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            raise UserError(f"{repository}: {what}: {_of_the_server(cause)}") from None
-        if isinstance(cause, (_CONNECTION_ERROR, ConnectionError, TimeoutError)):
-            raise UserError(
-                f"{repository}: {what}: no connection to the Hub ({type(cause).__name__}); your files are unchanged, "
-                "push again and it goes on where it was"
-            ) from None
-        if isinstance(cause, ValueError):  # a card or a large file that the Hub refuses
-            raise UserError(f"{repository}: {what}: {_without_token(one_line(cause))}") from None
-        raise
+        again = _again(before)
+        if isinstance(cause, HubGaveUp):
+            problem = f"{cause}; {again}"
+        elif isinstance(cause, HfHubHTTPError):
+            problem = _of_the_server(cause, again)
+        elif isinstance(cause, (_CONNECTION_ERROR, ConnectionError, TimeoutError)):
+            problem = f"no connection to the Hub ({type(cause).__name__}); {again}"
+        elif isinstance(cause, ValueError) and not isinstance(cause, JSONDecodeError):  # a card that the Hub refuses
+            problem = without_token(one_line(cause))
+        else:
+            said = without_token(one_line(cause))
+            problem = f"the Hub's answer is none of a Hub ({type(cause).__name__}: {said}); check HF_ENDPOINT; {again}"
+        raise UserError(f"{repository}: {what}: {problem}") from error
 
 
-def _of_the_server(error: HfHubHTTPError) -> str:
+def _again(before: int) -> str:
+    arrived = f" ({format_bytes(sent() - before)} have arrived)" if sent() > before else ""
+    return f"your files are unchanged, push again and it goes on where it was{arrived}"
+
+
+def _of_the_server(error: HfHubHTTPError, again: str) -> str:
     status = error.response.status_code if error.response is not None else 0
-    said = _without_token(" ".join((error.server_message or "").split()))
-    said = f" ({said})" if said else ""
+    said = without_token(" ".join((error.server_message or "").split()))
+    said = f" ({shortened(said, 300, quote=False)})" if said else ""
     if status == 401:
         return "the token is not valid; log in again with `hf auth login`, or set HF_TOKEN"
     if status == 403:
@@ -206,9 +228,4 @@ def _of_the_server(error: HfHubHTTPError) -> str:
         return "there is no such revision"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or the token may not see it"
-    return f"the Hub answered {status}{said}; your files are unchanged, push again and it goes on where it was"
-
-
-def _without_token(text: str) -> str:
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    return f"the Hub answered {status}{said}; {again}"

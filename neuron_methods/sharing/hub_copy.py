@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import huggingface_hub
-
+from neuron_methods.models.companions import code_files, companions, is_of_tokenizer
+from neuron_methods.models.headers import weight_files
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.run import CONFIG_NAME
 from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
-from neuron_methods.sharing.card import with_model_id
-from neuron_methods.sharing.licences import front_matter
-from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_yaml
+from neuron_methods.sharing.card import parsed_card, with_model_id
+from neuron_methods.sharing.licences import metadata_of
+from neuron_methods.sharing.model_names import ModelNames, is_hub_id, reduced_json, reduced_text, reduced_yaml
 from neuron_methods.sharing.routed_card import make_routed_card
-from neuron_methods.support.documents import read_object
+from neuron_methods.support.documents import parse_json, read_object, read_text
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import within
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")
-_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIG, _CONFIG = "adapter_config.json", "config.json"
+# What we write, and what else is of a model and no companion.
+_PARTS = re.compile(
+    r"README\.md|mergekit_config\.yml|((generation|adapter|routed)_)?config\.json|\.gitattributes"
+    r"|(adapter_model|router)\.safetensors|model\.safetensors\.index\.json"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
+    r"|report/[\w.-]+\.(html|json|png)|heads/[^/]+\.(json|safetensors)"
+    r"|adapters/[^/]+/(adapter_config\.json|adapter_model\.safetensors)"
+)
+# Companions in JSON and text are told by more than their endings here: what is called otherwise may be anybody's notes.
+_OF_COMPANIONS = re.compile(r"config|vocab|merges|tokens|tokenizer|modules|dict|bpe|template|processor|labels|/")
 #: What to say of a routed model whose base nobody else can find; of a directory or a YAML.
 LOCAL_BASE = "{}: its base is a local directory, which nobody else has; give the id it has on the Hub with --base-model"
 
@@ -36,16 +50,49 @@ def known_hub_ids(place: Path) -> Collection[str] | None:
     """
     if not (place / "README.md").is_file():
         return None
-    named = front_matter(place / "README.md").get("base_model") or []
-    return {named} if isinstance(named, str) else {str(name) for name in named}
+    named = metadata_of(place / "README.md").get("base_model")
+    return {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
+
+
+def files_to_upload(place: Path, include: Collection[str] = ()) -> tuple[list[Path], list[Path]]:
+    """Choose the files of a directory that make the model, the adapter or the routed model in it.
+
+    Args:
+        place: the directory, verified.
+        include: globs of what is to be uploaded, too; by paths within the directory.
+
+    Returns:
+        Their paths within the directory, and those of all others.
+
+    Raises:
+        UserError: one that is chosen is a link to what is not the model's, or `include` fits nothing.
+    """
+    files = sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file())
+    names = [file.as_posix() for file in files]
+    wanted = {name for name in companions(names) if not name.endswith((".json", ".txt")) or _OF_COMPANIONS.search(name)}
+    wanted |= {name for name in names if _PARTS.fullmatch(name)}
+    if (place / _CONFIG).is_file() and not is_routed(place):
+        with suppress(UserError):  # an adapter may have a config beside it
+            wanted |= {file.relative_to(place).as_posix() for file in weight_files(place)}
+    for pattern in include:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(f"--include {pattern}: fits no file in {place}")
+        wanted.update(found)
+    for name in sorted(wanted):
+        within(place, name)
+    wanted.update(code_files(place, str(place)))
+    chosen = [file for file in files if file.as_posix() in wanted]
+    return chosen, [file for file in files if file.as_posix() not in wanted]
 
 
 @contextmanager
-def upload_copy(place: Path, repository: str, base_model: str | None = None) -> Iterator[Path]:
-    """Make a directory with links to the files of `place`, and copies of those that name paths of this machine.
+def upload_copy(place: Path, files: Sequence[Path], repository: str, base_model: str | None = None) -> Iterator[Path]:
+    """Make a directory with links to files of `place`, and copies of those that name paths of this machine.
 
     Args:
         place: what to upload; it is not changed.
+        files: of it, by their paths within; see `files_to_upload`.
         repository: the id it will have, for the lines of the card that load it.
         base_model: id of the Hub of an adapter's base, where the adapter names it by a local path.
 
@@ -59,13 +106,13 @@ def upload_copy(place: Path, repository: str, base_model: str | None = None) -> 
     labels = {} if names is None else names.labels
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-upload-") as temporary:
         copy = Path(temporary)
-        for file in sorted(place.rglob("*")):
-            relative = file.relative_to(place)
-            if not file.is_file() or any(part.startswith(".") for part in relative.parts):
-                continue
+        for relative in files:
+            file = place / relative
             target = copy / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             text = _changed(file, relative, repository, labels, base_model)
+            if text is None and file.suffix == ".safetensors" and _with_metadata_reduced(file, target, labels):
+                continue
             if text is None:
                 os.symlink(file.resolve(), target)
             else:
@@ -107,34 +154,55 @@ def unloadable_base(place: Path, base_model: str | None = None) -> str | None:
 def _changed(file: Path, relative: Path, repository: str, labels: dict[str, str], base_model: str | None) -> str | None:
     """New text of a file; None where it stays as it is."""
     if relative == Path("README.md"):
-        card = with_model_id(file.read_text(encoding="utf-8"), repository)
+        card = with_model_id(reduced_text(read_text(file), labels), repository)
         if base_model is None:
             return card
-        with_base = huggingface_hub.ModelCard(card, ignore_metadata_errors=True)
+        with_base = parsed_card(card, str(file))
         with_base.data.base_model, with_base.data.base_model_relation = base_model, "adapter"
         return str(with_base)
     if relative.name == CONFIG_NAME:
         names = _names_in(file.parent)
         if names is None:
             raise UserError(f"{file}: no merge configuration, and may name paths of this machine; remove it")
-        return reduced_yaml(file.read_text(encoding="utf-8"), names)
-    if relative.suffix != ".json" or relative.name in _PLAIN or relative.name.endswith(".index.json"):
+        return reduced_yaml(read_text(file), names)
+    if relative.suffix == ".html":
+        page = read_text(file)
+        for path in (path for path, label in labels.items() if label != path and re.search(r"[/\\]", path)):
+            page = page.replace(path, labels[path])
+        return page
+    if relative.suffix != ".json" or relative.name in _PLAIN:
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        content = parse_json(read_text(file), str(file))
+    except UserError:
         return None
-    reduced = reduced_json(content, labels)
+    reduced = reduced_json(content, labels, running=not is_of_tokenizer(relative.name))
     key = {_ADAPTER_CONFIG: "base_model_name_or_path", ROUTED_CONFIG: "base_model"}.get(relative.name)
     if base_model is not None and key is not None and isinstance(reduced, dict):
         reduced[key] = base_model
     return None if reduced == content else json.dumps(reduced, indent=2, ensure_ascii=False) + "\n"
 
 
+def _with_metadata_reduced(file: Path, target: Path, labels: dict[str, str]) -> bool:
+    """Copy tensors where the strings beside them name local paths, without these; False where they name none."""
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(length))
+        reduced = reduced_json(header.get("__metadata__"), labels)
+        if reduced == header.get("__metadata__"):
+            return False
+        changed = json.dumps({**header, "__metadata__": reduced}, separators=(",", ":")).encode()
+        changed += b" " * (-len(changed) % 8)
+        with target.open("wb") as copy:
+            copy.write(len(changed).to_bytes(8, "little") + changed)
+            shutil.copyfileobj(source, copy, 1 << 20)
+    return True
+
+
 def _names_in(place: Path) -> ModelNames | None:
     """What the models of the merge in a directory are called; None where no YAML tells."""
     try:
-        configuration = read_configuration((place / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, UserError):
+        configuration = read_configuration(read_text(place / CONFIG_NAME))
+    except UserError:
         return None
     return ModelNames(configuration, known_hub_ids(place))

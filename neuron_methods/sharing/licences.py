@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath
+
+from neuron_methods.support.documents import front_matter, read_text
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import shortened
+
+_MOST_CARD = 16 << 20  # bytes; some have pictures written into them
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ class Licences:
     Attributes:
         inherited: the base's, where no other model says something else; None: not known, or in conflict.
         found: model -> its licence, of those that have one.
+        unread: whose licence is not known as their cards cannot be read, and why not.
     """
 
     inherited: Licence | None = None
     found: dict[str, Licence] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def conflict(self) -> str | None:
@@ -47,27 +54,32 @@ class Licences:
         return f"the models are under different licences ({said}), so the card names none: find out what holds"
 
 
-def front_matter(card: Path) -> dict[str, Any]:
-    """Read the YAML that a card begins with, as the Hub does; {} where there is none or it is broken."""
+def metadata_of(card: Path) -> dict[str, Any]:
+    """Read the YAML that a card begins with; {} where there is none or it cannot be read."""
     try:
-        return metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # not there; not UTF-8, no mapping, a date that is none; no YAML
+        return front_matter(read_text(card), str(card))
+    except UserError:
         return {}
 
 
 def read_licence(model: ModelPath, cache_dir: str | None = None) -> Licence | None:
-    """Read the licence on a model's card, in its directory or in the Hub's cache; None where it says none."""
+    """Read the licence on a model's card, in its directory or in the Hub's cache; None where it says none.
+
+    Raises:
+        UserError: there is a card, and it cannot be read.
+    """
     place: Any = os.path.join(model.path, "README.md")
     if not os.path.isdir(model.path):
         try:
             place = try_to_load_from_cache(model.path, "README.md", cache_dir=cache_dir, revision=model.revision)
         except HFValidationError:
             return None
-    card = front_matter(Path(place)) if isinstance(place, str) else {}
+    there = isinstance(place, str) and os.path.lexists(place)
+    card = front_matter(read_text(place, most=_MOST_CARD), place) if there else {}
     identity = card.get("license")
     if isinstance(identity, list):
-        identity = identity[0] if len(identity) == 1 else ", ".join(map(str, identity)) or None
-    if not isinstance(identity, str) or not identity.strip() or identity == "unknown":
+        identity = ", ".join(shortened(one, 40, quote=False) for one in identity[:4])
+    if not isinstance(identity, str) or not _text(identity.strip()) or identity == "unknown":
         return None
     return Licence(identity.strip().lower(), _text(card.get("license_name")), _text(card.get("license_link")))
 
@@ -82,7 +94,12 @@ def find_licences(models: Sequence[ModelPath], labels: Mapping[str, str], cache_
     """
     licences = Licences()
     for model in models:
-        if (found := read_licence(model, cache_dir)) is not None:
+        try:
+            found = read_licence(model, cache_dir)
+        except UserError as error:
+            licences.unread.append(f"the licence of {labels[model.path]} is not known: {error}")
+            continue
+        if found is not None:
             licences.found[labels[model.path]] = found
     base = licences.found.get(labels[models[0].path]) if models else None
     if base is not None and licences.conflict is None:
@@ -91,4 +108,4 @@ def find_licences(models: Sequence[ModelPath], labels: Mapping[str, str], cache_
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return value if isinstance(value, str) and value and value.isprintable() else None

@@ -7,6 +7,7 @@ in a YAML with `./` before it, which no repository's id begins with.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -17,10 +18,16 @@ from mergekit.config import MergeConfiguration
 
 from neuron_methods.models.reference import looks_local
 from neuron_methods.plugin.seam import models_in_order
+from neuron_methods.sharing.card_sections import code
 from neuron_methods.support.local_names import components, local_names
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_ABSOLUTE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:\\|/)[^\s'\"#,;()\[\]{}<>]*[/\\][^\s'\"#,;()\[\]{}<>]*")
+# How a local path begins, of any system.
+_BEGINS = r"file:/{1,3}|~[\w-]*[\\/]|[A-Za-z]:[\\/]|\.\.[\\/]"
+# In running text a part of it may hold spaces where another follows in the line.
+_PART, _LAST = r"(?:[^/\\\n'\"`<>|,;#]*(?<!:)[/\\])", r"[^\s'\"#,;()\[\]{}<>`|]*"
+_ABSOLUTE = re.compile(rf"(?<![\w:/.\\}}])(?:(?:{_BEGINS}){_PART}*|/{_PART}+){_LAST}")
+_WHOLE = re.compile(rf"(?:{_BEGINS}|\\\\|/[^\n]*[/\\])[^\n]*")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -69,13 +76,13 @@ class ModelNames:
         return " + ".join(
             f"[{part.path}](https://huggingface.co/{part.path})"
             if self.is_hub(part.path)
-            else f"`{self.labels[part.path]}` (a local directory)"
+            else f"{code(self.labels[part.path])} (a local directory)"
             for part in parts_of([model])
         )
 
 
 def reduced_yaml(source: str, names: ModelNames) -> str:
-    """Cut down every local path of a YAML; its order, comments and layout stay.
+    """Cut down every local path of a YAML, in its comments, too; its order and layout stay.
 
     Args:
         source: text of a merge configuration.
@@ -85,51 +92,66 @@ def reduced_yaml(source: str, names: ModelNames) -> str:
     end = 0
     for token in yaml.scan(source):
         if isinstance(token, yaml.ScalarToken):
-            pieces.append(reduced_text(source[end : token.start_mark.index]))
+            pieces.append(reduced_text(source[end : token.start_mark.index], names.labels))
             text = source[token.start_mark.index : token.end_mark.index]
-            pieces.append(text.replace(token.value, reduced_value(token.value, names)) if token.value else text)
+            new = reduced_value(token.value, names)
+            if token.style in ("|", ">"):
+                text = reduced_text(text, names.labels)
+            elif new != token.value:  # in quotes a value may be spelled otherwise
+                text = new if token.plain else json.dumps(new, ensure_ascii=False)
+            pieces.append(text)
             end = token.end_mark.index
-    pieces.append(reduced_text(source[end:]))
+    pieces.append(reduced_text(source[end:], names.labels))
     return "".join(pieces)
 
 
 def reduced_value(value: str, names: ModelNames) -> str:
     """Cut the local paths in a value of the YAML down to `./name`."""
     parts = [part.partition("@") for part in value.split("+")]
+    if value in names.labels and not names.is_hub(value):
+        return f"./{names.labels[value]}"
     if all(path in names.labels for path, _, _ in parts):
         return "+".join(
             path + at + revision if names.is_hub(path) else f"./{names.labels[path]}" for path, at, revision in parts
         )
+    if _WHOLE.fullmatch(value):
+        return f"./{_last(value)}"
     if not re.search(r"[\n ]", value) and re.search(r"[/\\]", value):
-        reads_local = looks_local(value) or bool(_WINDOWS.match(value)) or os.path.exists(value)
-        return f"./{components(value)[-1]}" if reads_local else value
-    return reduced_text(value)
+        return f"./{_last(value)}" if looks_local(value) or os.path.exists(value) else value
+    return reduced_text(value, names.labels)
 
 
-def reduced_text(text: str) -> str:
-    """Cut absolute paths in free text, such as comments, down to their last component."""
-    return _ABSOLUTE.sub(lambda match: components(match.group())[-1], text)
+def reduced_text(text: str, labels: Mapping[str, str] | None = None) -> str:
+    """Cut local paths in free text, such as comments, down to their last component; `labels` as in `reduced_json`."""
+    for path in sorted(labels or (), key=len, reverse=True):
+        if labels and labels[path] != path and re.search(r"[/\\]", path):
+            text = text.replace(path, labels[path])
+    return _ABSOLUTE.sub(lambda match: _last(match.group()), text)
 
 
-def reduced_json(content: object, labels: Mapping[str, str] | None = None) -> object:
-    """Cut every string of a JSON document that is a local path down to its name.
+def reduced_json(content: object, labels: Mapping[str, str] | None = None, *, running: bool = True) -> object:
+    """Cut every local path in the strings of a JSON document down to its name.
 
     Args:
-        content: as `json.loads` gives it.
+        content: as parsed.
         labels: path -> name of paths that do not look local by themselves.
+        running: whether paths are looked for within strings, too, and not only where a string is one.
     """
     if isinstance(content, dict):
-        return {key: reduced_json(value, labels) for key, value in content.items()}
+        return {
+            reduced_json(key, labels, running=running): reduced_json(value, labels, running=running)
+            for key, value in content.items()
+        }
     if isinstance(content, list):
-        return [reduced_json(value, labels) for value in content]
-    if isinstance(content, str):
+        return [reduced_json(value, labels, running=running) for value in content]
+    if isinstance(content, str) and len(content) < 4096 and "\n" not in content:
         if labels and content in labels:
             return labels[content]
-        if len(content) < 4096 and "\n" not in content and " " not in content and _is_absolute(content):
-            return components(content)[-1]
+        if _WHOLE.fullmatch(content):
+            return _last(content)
+        return reduced_text(content, labels) if running else content
     return content
 
 
-def _is_absolute(text: str) -> bool:
-    rooted = text.startswith(("/", "~/")) or bool(_WINDOWS.match(text))
-    return rooted and len(components(text)) + (not text.startswith("/")) >= 2
+def _last(path: str) -> str:
+    return components(re.sub(r"^file:/*", "/", path))[-1]

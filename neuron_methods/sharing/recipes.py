@@ -18,6 +18,9 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.local_names import local_names
 from neuron_methods.support.text import did_you_mean
 
+#: How a filled recipe begins.
+FILLED = "# After the recipe "
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -112,7 +115,7 @@ def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
     start = next(i for i, line in enumerate(lines) if line.startswith("models:"))
     end = next((i for i in range(start + 1, len(lines)) if re.match(r"[\w#]", lines[i])), len(lines))
     filled = [*lines[:start], "models:", *_expert_lines(recipe, experts), *lines[end:]]
-    head = [f"# After the recipe {recipe.name}; what it says of models below is about its own.", "#"]
+    head = [f"{FILLED}{recipe.name}; what it says of models below is about its own.", "#"]
     text = "\n".join([*head, *filled]) + "\n"
     return re.sub(r"^base_model: .*$", lambda _: f"base_model: {_scalar(base)}", text, flags=re.MULTILINE)
 

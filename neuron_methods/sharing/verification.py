@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neuron_methods.adapters.verification import verify_adapter_directory
 from neuron_methods.models.headers import open_safetensors
+from neuron_methods.models.tokenizer_files import check_tokenizer
 from neuron_methods.models.verification import Verified, verify_model
 from neuron_methods.routing.routed_files import ADAPTERS, ROUTER_NAME, RoutedConfig, is_routed
 from neuron_methods.support.errors import UserError
@@ -29,7 +30,9 @@ def verify_directory(place: Path, *, trust_remote_code: bool = False) -> Verifie
     if is_routed(place):
         return _verify_routed(place)
     if (place / "config.json").exists():
-        return verify_model(place, trust_remote_code=trust_remote_code)
+        found = verify_model(place, trust_remote_code=trust_remote_code)
+        found.notes.extend(check_tokenizer(place, trust_remote_code=trust_remote_code))
+        return found
     if (place / "adapter_config.json").exists():
         return verify_adapter_directory(place, trust_remote_code=trust_remote_code)
     raise UserError(f"{place}: holds no model (config.json), no adapter (adapter_config.json) and no routed model")

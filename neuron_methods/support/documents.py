@@ -91,6 +91,22 @@ def open_file(path: str | os.PathLike[str], shown: str) -> BinaryIO:
         raise UserError(f"{shown}: cannot be read ({reason}); check the path") from None
 
 
+def check_regular(file: str | os.PathLike[str]) -> None:
+    """Make sure that a path is a regular file, or a link to one, before it is opened: a pipe would be waited for.
+
+    Raises:
+        UserError: it is something else, or is not there.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); check it") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{file}: a directory, but a file of that name is expected there")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file}: no regular file but a pipe, socket or device; put the file itself there")
+
+
 def read_text(path: str | os.PathLike[str], what: str = "", *, most: int = MOST_JSON) -> str:
     """Read a regular file as text; arguments and errors as in `read_bytes`.
 
@@ -258,6 +274,19 @@ def construct_yaml(node: yaml.Node | None, shown: str) -> Any:
 def parse_yaml(text: str, shown: str) -> Any:
     """Parse one YAML document; errors as in `compose_yaml` and `construct_yaml`."""
     return construct_yaml(compose_yaml(text, shown), shown)
+
+
+def front_matter(text: str, shown: str) -> dict[str, Any]:
+    """Parse the YAML that a README begins with; {} where there is none.
+
+    Raises:
+        UserError: it is none that can be read, or no mapping.
+    """
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, flags=re.DOTALL | re.MULTILINE)
+    content = parse_yaml(found[1], shown) if found else None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{shown}: its front matter is a {type(content).__name__}, expected keys and values")
+    return content or {}
 
 
 class _Constructor(yaml.SafeLoader):

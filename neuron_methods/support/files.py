@@ -12,15 +12,15 @@ import json
 import os
 import shutil
 import signal
-import stat
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.runs import beside, parents_of, remove
+from neuron_methods.support.text import format_bytes
 
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
@@ -51,79 +51,102 @@ def file_in_place_after(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written; what was at `path` is still there.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        beside.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    with _finished(Path(path)) as unfinished:
+        yield unfinished
+        _settle(unfinished)
+        os.replace(unfinished, path)
 
 
-def check_target(out_path: str | os.PathLike[str], force: bool, inputs: Iterable[str] = ()) -> Path:
-    """Make sure that the output may be written, and where.
-
-    Args:
-        out_path: as the user gave it; a link stands for what it points to.
-        force: whether an existing directory may be replaced.
-        inputs: files and directories that must not be replaced.
-
-    Returns:
-        The absolute path of the directory to write.
+def within(directory: Path, *names: str) -> Path:
+    """Find a file of a directory, which may be a link only to what is in the directory or in the Hub's cache around it.
 
     Raises:
-        UserError: it exists, or replacing it would destroy something else than an earlier output.
+        UserError: it leads out of there.
     """
-    target = Path(os.path.realpath(out_path))
-    if not os.path.lexists(target):
-        return target
-    if not force:
-        raise UserError(f"{out_path}: exists already; choose another name, or --force to replace it")
-    if not target.is_dir():
-        raise UserError(f"{out_path}: exists and is not a directory; choose another name")
-    if target in (here := Path.cwd()).parents or target == here:
-        raise UserError(f"{out_path}: is or holds the current directory; choose another name")
-    for path in inputs:
-        if target in (real := Path(os.path.realpath(path))).parents or target == real:
-            raise UserError(f"{out_path}: is or holds {path}, which is read; choose another name")
-    names = os.listdir(target)
-    if names and not any(n == "config.json" or n.endswith((".safetensors", ".bin")) for n in names):
-        raise UserError(f"{out_path}: holds no model, so --force does not replace it; choose another name")
-    return target
+    path = directory.joinpath(*names)
+    root, found = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    roots = [root]
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+        roots += [root.parents[1] / "blobs", root.parents[2] / "blobs"]  # the repository's, and what Xet shares
+    if not any(found == allowed or allowed in found.parents for allowed in roots):
+        raise UserError(f"{path}: a link that leads out of {directory}; put the file itself there")
+    return path
+
+
+@contextmanager
+def pair_in_place_after(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], *, extends: bool = False
+) -> Iterator[tuple[Path, Path]]:
+    """Write two files that belong together as `file_in_place_after` does one; at no moment does one go with a stranger.
+
+    A run that is killed leaves the old pair, the new one, or no `first`: then it was about to put the new one there.
+
+    Args:
+        first: what is looked for.
+        second: what `first` refers to.
+        extends: the new `second` serves the old `first`, too.
+
+    Raises:
+        UserError: one of them cannot be written; both are as they were.
+    """
+    first, second = Path(first), Path(second)
+    with _finished(first) as one, _finished(second) as other:
+        yield one, other
+        _settle(one)
+        _settle(other)
+        with signals_held():
+            if not extends:
+                first.unlink(missing_ok=True)
+            os.replace(other, second)
+            os.replace(one, first)
+
+
+@contextmanager
+def _finished(path: Path) -> Iterator[Path]:
+    """The unfinished file of `path`, gone after the block; what goes wrong with it becomes one line."""
+    unfinished = beside(path, "partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(f"{path}: cannot be written (no space left on the disk, or for a file)") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _settle(file: Path) -> None:
+    """Give a finished file its permissions, and have it on the disk before anything refers to it."""
+    file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 @contextmanager
 def staging_directory(target: Path) -> Iterator[Path]:
     """Give a directory beside `target` to write into; gone at the end of the block unless it was moved away.
 
-    Parents that had to be made for it are removed, too, where nothing came into them.
-
     Raises:
         UserError: the place cannot be written to.
     """
-    made = []
-    staging = None
-    try:
+    staging = beside(target, "partial")
+    with parents_of(target):
         try:
-            for parent in [p for p in (target.parent, *target.parent.parents) if not p.exists()][::-1]:
-                parent.mkdir()
-                made.append(parent)
-            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-            staging.chmod(0o777 & ~_umask())
+            staging.mkdir()
+            yield staging
         except OSError as error:
+            if error.filename != str(staging):
+                raise
             raise UserError(f"{target.parent}: cannot write here ({error.strerror})") from None
-        yield staging
-    finally:
-        with signals_held():
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
-            for parent in made[::-1]:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
+        finally:
+            with signals_held():
+                remove(staging)
 
 
 def move_into_place(staging: Path, target: Path, force: bool) -> None:
@@ -132,14 +155,18 @@ def move_into_place(staging: Path, target: Path, force: bool) -> None:
     Raises:
         UserError: `target` came into being meanwhile, or cannot be replaced.
     """
-    if os.path.lexists(target) and not force:  # it appeared while the merge ran
-        raise UserError(f"{target}: exists already; choose another name, or --force to replace it")
+    for folder, _, files in os.walk(staging):
+        for name in files:
+            _settle(Path(folder, name))
     with signals_held():
         if not os.path.lexists(target):
             staging.rename(target)
             return
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        if not force:  # it appeared while the merge ran
+            raise UserError(f"{target}: exists already; choose another name, or --force to replace it")
+        old = beside(target, "old")
         try:
+            old.mkdir()
             target.rename(old / target.name)
             try:
                 staging.rename(target)
@@ -150,7 +177,7 @@ def move_into_place(staging: Path, target: Path, force: bool) -> None:
             raise UserError(f"{target}: cannot be replaced ({error.strerror}); choose another name") from None
         finally:
             if os.path.lexists(target):
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
 
 
 @contextmanager
@@ -172,12 +199,17 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def give_ordinary_permissions(directory: Path) -> None:
-    """Let all files follow the umask: safetensors makes files that only their owner can read."""
-    allowed = 0o666 & ~_umask()
-    for path in directory.rglob("*"):
-        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != allowed:
-            path.chmod(allowed)
+def check_space(directory: Path, need: float) -> None:
+    """Refuse where so many bytes will not fit on the disk.
+
+    Raises:
+        UserError: naming the directory, what is free and what is needed.
+    """
+    free = shutil.disk_usage(next(place for place in (directory, *directory.parents) if place.exists())).free
+    if need > free:
+        raise UserError(
+            f"{directory}: {format_bytes(need)} to write, {format_bytes(free)} free; make room or choose another disk"
+        )
 
 
 def _umask() -> int:

@@ -24,7 +24,10 @@ def local_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def components(path: str) -> list[str]:
-    """List the parts of a path, of any system, that are names; `model` where there is none."""
+    """List the parts of a path, of any system, that are names; `model` where there is none, and for a user's home."""
     drive, rest = ntpath.splitdrive(path)
     parts = re.split(r"[\\/]", rest if drive.endswith(":") else path)
-    return [part for part in parts if part not in ("", ".", "..", "~")] or ["model"]
+    names = [part for part in parts if part not in ("", ".", "..", "~")]
+    if len(names) == 2 and rest[:1] in ("/", "\\") and names[0].lower() in ("home", "users"):
+        return ["model"]  # and no user's name
+    return names or ["model"]

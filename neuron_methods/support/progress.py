@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from neuron_methods.support.text import shortened
+
 #: Seconds between two lines where stderr is no terminal.
 LINE_INTERVAL = 10.0
 
@@ -56,6 +58,7 @@ def progress_bar(
     Returns:
         A bar of tqdm, to be closed.
     """
+    what = shortened(what, quote=False)
     if not shown:
         return tqdm(iterable, total=total, disable=True)
     if sys.stderr.isatty():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def one_line(error: BaseException) -> str:
@@ -18,8 +21,17 @@ def first_line(error: BaseException) -> str:
 
 def shortened(value: object, most: int = 80, *, quote: bool = True) -> str:
     """Show a value out of a file in one line: escaped, so that no terminal obeys it, and cut where it is long."""
-    shown = repr(value) if quote else str(value).encode("unicode_escape").decode()
+    shown = repr(value) if quote else _in_line(str(value))
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def printable(text: str) -> str:
+    """Write as escapes what a terminal obeys (controls but line breaks, marks of direction), and surrogates."""
+    return _OBEYED.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def _in_line(text: str) -> str:
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -31,7 +43,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 def unknown(what: str, word: object, known: Iterable[str]) -> str:
     """Say that there is no such word, and which one is similar or which ones there are."""
     known = list(known)
-    return f"unknown {what} {word!r}" + (did_you_mean(word, known) or f" (there are: {', '.join(known)})")
+    return f"unknown {what} {shortened(word)}" + (did_you_mean(word, known) or f" (there are: {', '.join(known)})")
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:
@@ -47,7 +59,7 @@ def columns(rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[s
         rows: of equally many cells, the heading first.
         left: columns that are flush left; the others are flush right.
     """
-    rows = list(rows)
+    rows = [[_in_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from neuron_methods.support.documents import MOST_YAML, compose_yaml, parse_yaml, read_text
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean, unknown
+from neuron_methods.support.text import did_you_mean, shortened, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -93,7 +93,8 @@ class YamlSource:
         except ValidationError as error:
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         location = tuple(part for part in first["loc"] if part != "[key]")
-        shown = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).removeprefix(".")
+        shown = "".join(f"[{p}]" if isinstance(p, int) else f".{shortened(p, quote=False)}" for p in location)
+        shown = shown.removeprefix(".")
         where = f"{self.name}, line {self.line_of(location)}: {shown}: " if location else f"{self.name}: "
         if first["type"] == "extra_forbidden":
             known = _known_keys(schema, location[:-1])
@@ -102,7 +103,7 @@ class YamlSource:
         if first["type"] == "missing":
             raise UserError(f"{where}missing")
         found = first.get("input")
-        told = f", found {found!r}" if isinstance(found, (str, int, float)) and location else ""
+        told = f", found {shortened(found)}" if isinstance(found, (str, int, float)) and location else ""
         raise UserError(where + first["msg"].removeprefix("Value error, ") + told)
 
     def error(self, location: Sequence[str | int], problem: str) -> UserError:

@@ -118,7 +118,7 @@ def test_a_broken_adapter_config(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "found a list"),
         ("{}", "no peft_type"),
-        ('{"peft_type": "LORA", "r": "x"}', "invalid"),
+        ('{"peft_type": "LORA", "r": "x"}', "r: .*integer.*found 'x'"),
     ):
         (lora / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=f"{lora}/adapter_config.json: .*{says}"):

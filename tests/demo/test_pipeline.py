@@ -194,7 +194,7 @@ def test_a_directory_that_is_not_the_demos_is_refused_and_untouched(tmp_path) ->
     with pytest.raises(UserError, match="holds files that the demo did not write"):
         run_demo(settings(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(UserError, match="not a directory"):
+    with pytest.raises(UserError, match="Not a directory"):
         run_demo(settings(tmp_path / "thesis.txt"))
     with pytest.raises(UserError, match=r"a '\+' in a model's path"):
         run_demo(settings(tmp_path / "a+b"))

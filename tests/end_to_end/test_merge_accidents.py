@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import pytest
 
+from neuron_methods.support.targets import mark
 from tests.support.checkpoints import configuration
 from tests.support.commands import environment, run
 from tests.support.merges import EXPERTS
@@ -86,6 +87,12 @@ PAUSING = """
 """
 
 
+def old_output(place):
+    place.mkdir(parents=True)
+    (place / "config.json").write_text("old")
+    mark(place)
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_run_leaves_what_was_there(checkpoints, tmp_path, name, code):
     folder = tmp_path / "work"
@@ -93,8 +100,7 @@ def test_an_interrupted_run_leaves_what_was_there(checkpoints, tmp_path, name, c
     (folder / "merge.yaml").write_text(configuration())
     old = name == "SIGTERM"  # once over an old output, once where there is none
     if old:
-        (folder / "parent" / "out").mkdir(parents=True)
-        (folder / "parent" / "out" / "config.json").write_text("old")
+        old_output(folder / "parent" / "out")
     with subprocess.Popen(
         [sys.executable, "-c", dedent(PAUSING)],
         cwd=folder,
@@ -112,7 +118,7 @@ def test_an_interrupted_run_leaves_what_was_there(checkpoints, tmp_path, name, c
     assert "Traceback" not in errors
     assert sorted(os.listdir(folder)) == sorted(["base", *EXPERTS, "merge.yaml", *["parent"] * old])
     if old:
-        assert os.listdir(folder / "parent") == ["out"]
+        assert sorted(os.listdir(folder / "parent")) == ["out"]
         assert (folder / "parent" / "out" / "config.json").read_text() == "old"
 
 
@@ -120,8 +126,7 @@ def test_a_full_disk_leaves_what_was_there(checkpoints, tmp_path):
     folder = tmp_path / "work"
     shutil.copytree(checkpoints("llama-tied"), folder)
     (folder / "merge.yaml").write_text(configuration())
-    (folder / "out").mkdir()
-    (folder / "out" / "config.json").write_text("old")
+    old_output(folder / "out")
     done = run(
         "mergekit-neuron",
         "merge",

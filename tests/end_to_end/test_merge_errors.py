@@ -137,10 +137,10 @@ def test_wrong_options(workspace, options, code, message):
         (["base", "out"], 2, "'base' is a directory"),
         ([], 2, "Missing argument 'CONFIG'"),
         (["merge.yaml"], 2, "Missing argument 'OUT'"),
-        (["merge.yaml", "base"], 1, "error: base: exists already"),
+        (["merge.yaml", "base"], 1, "error: base: is or holds base, which is read"),
         (["merge.yaml", "base", "--force"], 1, "error: base: is or holds base, which is read"),
-        (["merge.yaml", "merge.yaml", "--force"], 1, "error: merge.yaml: exists and is not a directory"),
-        (["merge.yaml", "merge.yaml/out"], 1, "cannot write here"),
+        (["merge.yaml", "merge.yaml", "--force"], 1, "error: merge.yaml: is or holds merge.yaml, which is read"),
+        (["merge.yaml", "merge.yaml/out"], 1, "cannot be written (Not a directory)"),
     ],
 )
 def test_wrong_arguments(workspace, arguments, code, message):

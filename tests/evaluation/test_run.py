@@ -35,7 +35,7 @@ def no_loading(monkeypatch):
     """Loading a model fails the test."""
 
     def load(*arguments, **options):
-        raise AssertionError("the model was loaded")
+        raise KeyboardInterrupt("the model was loaded")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", load)
 
@@ -78,7 +78,7 @@ def test_the_file_is_named_after_the_model_and_not_replaced_unasked(model, folde
     again = run(model("llama"), "--task", tasks, "-q")
     assert again.exit_code == 1
     assert again.stderr == (
-        "error: -o llama.scores.json: llama.scores.json exists; name another file, or give --force to replace it\n"
+        "error: -o llama.scores.json: exists already; name another file, or give --force to replace it\n"
     )
     assert run(model("llama"), "--task", tasks, "-q", "--force", "--split", "validation").exit_code == 0
     assert json.loads((folder / "llama.scores.json").read_text())["tasks"][0]["split"] == "[12:]"
@@ -152,7 +152,7 @@ def test_examples_are_read_once_for_several_models(model, folder, monkeypatch):
 def test_refused_before_the_model_is_loaded(model, folder, no_loading, kind, changes, message):
     (task,) = cases.tasks_of(folder, cases.choice_task(**changes))
     if message is None:
-        with pytest.raises(AssertionError, match="the model was loaded"):
+        with pytest.raises(KeyboardInterrupt, match="the model was loaded"):
             evaluate(str(model(kind)), [task])
         return
     with pytest.raises(UserError, match=f"task 'choices'.*{message}") as caught:

@@ -12,7 +12,7 @@ from neuron_methods.support.errors import UserError
 
 def values(text):
     (parameter,) = parse_search([text])
-    return parameter.values
+    return tuple(parameter.values)
 
 
 def points(name, searches, budget=None, seed=0):
@@ -50,7 +50,12 @@ def test_lists_of_numbers_and_words():
         (["a=1:b:1"], "a range is of numbers"),
         (["a=0:inf:1"], "a range is of finite numbers"),
         (["a=nan:1:1"], "a range is of finite numbers"),
-        (["a=0:1:1e-9"], "values; give a larger step"),
+        (["a=0:1:1e-17"], "values; give a larger step"),
+        (["a=0:1:nan"], "a range is of finite numbers"),
+        (["a=0:1e39:1"], "no larger than 1e.30"),
+        (["a=.inf,1"], "expected a number no larger than"),
+        (["a=.nan,1"], "expected a number no larger than"),
+        (["a=" + ",".join(map(str, range(2000)))], "2000 values; give fewer"),
         (["a=1,,2"], "None is no value"),
         (["a=1,1"], "a value appears twice"),
         (["a=[1,2]"], "is no value|expected"),
@@ -60,6 +65,15 @@ def test_lists_of_numbers_and_words():
 def test_searches_that_are_none(texts, message):
     with pytest.raises(UserError, match=message):
         parse_search(texts)
+
+
+def test_a_search_of_many_points_is_drawn_as_it_is_tried():
+    huge = ["a=0:1:1e-8", "b=0:1:1e-8"]
+    (first, *_) = make_strategy("random", parse_search(huge), 2**31 - 1, 0).batches().__next__()
+    assert all(0 <= value <= 1 and round(value, 8) == value for value in first.values())
+    assert len(points("random", huge, budget=5)) == 5
+    with pytest.raises(UserError, match=r"--budget 100000: the grid has 10000000200000001 points"):
+        points("grid", huge)
 
 
 def test_the_grid_is_every_combination():

@@ -257,9 +257,9 @@ def test_groups_that_cannot_be_read_are_refused(llama: Any, tmp_path: Path) -> N
         return refusal(llama, {"groups": str(path)})
 
     assert "version 99" in changed(version=99)
-    assert "damaged" in changed(labels=[1, 2])
-    assert "damaged" in changed(groups=["math", "code"])
-    assert "labels of layers.1 name no group" in changed(labels={**json.loads(text)["labels"], "layers.1": [7] * 24})
+    assert "labels: Input should be a valid dictionary, found a list" in changed(labels=[1, 2])
+    assert "groups must begin with 'general', each once" in changed(groups=["math", "code"])
+    assert "labels.layers.1: 7 is no group" in changed(labels={**json.loads(text)["labels"], "layers.1": [7] * 24})
 
 
 def test_groups_of_another_model_are_refused(llama: Any, tmp_path: Path) -> None:

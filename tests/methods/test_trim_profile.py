@@ -333,26 +333,41 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "no format": (damage(lambda c: c.pop("format")), "not a file of the format 'mergekit-neuron/trim-profile'"),
     "a later version": (damage(lambda c: c.update(version=99)), "version 99, but this release reads version 1"),
     "no version": (damage(lambda c: c.pop("version")), "version None"),
-    "no experts": (damage(lambda c: c.pop("experts")), "damaged or incomplete"),
-    "experts of another kind": (damage(lambda c: c.update(experts=5)), "damaged or incomplete"),
-    "experts without names": (damage(lambda c: c.update(experts=["a", "b"])), "damaged or incomplete"),
-    "no trim": (damage(lambda c: c.pop("trim")), "damaged or incomplete"),
-    "no fingerprint": (damage(lambda c: c.pop("fingerprint")), "damaged or incomplete"),
-    "no threshold": (damage(lambda c: c["experts"][1].pop("threshold")), "damaged or incomplete"),
-    "threshold null": (damage(lambda c: c["experts"][1].update(threshold=None)), "damaged or incomplete"),
-    "threshold in words": (damage(lambda c: c["experts"][1].update(threshold="0.1")), "damaged or incomplete"),
-    "threshold negative": (damage(lambda c: c["experts"][1].update(threshold=-1.0)), "damaged or incomplete"),
-    "threshold NaN": (damage(lambda c: c["experts"][1].update(threshold=math.nan)), "damaged or incomplete"),
-    "threshold infinite": (damage(lambda c: c["experts"][1].update(threshold=math.inf)), "damaged or incomplete"),
-    "threshold true": (damage(lambda c: c["experts"][1].update(threshold=True)), "damaged or incomplete"),
-    "no sigma": (damage(lambda c: c["experts"][1].pop("sigma")), "damaged or incomplete"),
-    "sigma one": (damage(lambda c: c["experts"][1].update(sigma=1.0)), "damaged or incomplete"),
-    "no density": (damage(lambda c: c["experts"][1].pop("density")), "damaged or incomplete"),
-    "no entries": (damage(lambda c: c["experts"][1].pop("entries")), "damaged or incomplete"),
-    "thresholds of tensors in a list": (damage(lambda c: c.update(tensor_thresholds=[1])), "damaged or incomplete"),
+    "no experts": (damage(lambda c: c.pop("experts")), r"experts: missing"),
+    "experts of another kind": (damage(lambda c: c.update(experts=5)), r"experts: .* valid list, found 5"),
+    "experts without names": (damage(lambda c: c.update(experts=["a", "b"])), r"experts\[0\]: "),
+    "no trim": (damage(lambda c: c.pop("trim")), r"trim: missing"),
+    "no fingerprint": (damage(lambda c: c.pop("fingerprint")), r"fingerprint: missing"),
+    "no threshold": (damage(lambda c: c["experts"][1].pop("threshold")), r"experts\[1\].threshold: missing"),
+    "threshold null": (
+        damage(lambda c: c["experts"][1].update(threshold=None)),
+        r"threshold: found None under trim: model",
+    ),
+    "threshold in words": (
+        damage(lambda c: c["experts"][1].update(threshold="0.1")),
+        r"experts\[1\].threshold: .*, found '0.1'",
+    ),
+    "threshold negative": (
+        damage(lambda c: c["experts"][1].update(threshold=-1.0)),
+        r"threshold: .* greater than or equal to 0, found -1.0",
+    ),
+    "threshold NaN": (damage(lambda c: c["experts"][1].update(threshold=math.nan)), r"threshold: .*finite.*found nan"),
+    "threshold infinite": (
+        damage(lambda c: c["experts"][1].update(threshold=math.inf)),
+        r"threshold: .*finite.*found inf",
+    ),
+    "threshold true": (damage(lambda c: c["experts"][1].update(threshold=True)), r"threshold: .*found True"),
+    "no sigma": (damage(lambda c: c["experts"][1].pop("sigma")), r"sigma: missing"),
+    "sigma one": (damage(lambda c: c["experts"][1].update(sigma=1.0)), r"sigma: .*less than 1"),
+    "no density": (damage(lambda c: c["experts"][1].pop("density")), r"density: missing"),
+    "no entries": (damage(lambda c: c["experts"][1].pop("entries")), r"entries: missing"),
+    "thresholds of tensors in a list": (
+        damage(lambda c: c.update(tensor_thresholds=[1])),
+        r"tensor_thresholds: .*found a list",
+    ),
     "thresholds of a tensor in a list": (
         damage(lambda c: c.update(tensor_thresholds={"matrix": [1.0]})),
-        "damaged or incomplete",
+        r"tensor_thresholds.matrix: .*found a list",
     ),
     "another trim": (damage(lambda c: c.update(trim="tensor")), "measured with trim: tensor, the merge asks for model"),
     "other tensors": (damage(lambda c: c.update(fingerprint="0" * 16)), "measured on other tensors"),
@@ -385,5 +400,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Plan(*models, profile=str(tmp_path)).measure()
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not UTF-8"):
         Plan(*models, profile=str(binary)).measure()

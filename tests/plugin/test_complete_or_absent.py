@@ -48,8 +48,8 @@ def test_a_profile_may_lie_within_the_output(workspace):
         ("linear", {}, "p.json", "linear measures no trim profile"),
         ("neuro_merging", {"trim": "tensor", "lambda_orthogonal": 1}, "p.json", "this merge measures nothing"),
         ("neuro_merging", {}, "none/p.json", "its directory is missing"),
-        ("neuro_merging", {}, "base", "a directory; name a JSON file"),
-        ("neuro_merging", {}, "out", "a directory; name a JSON file"),
+        ("neuro_merging", {}, "base", "a directory; name a file"),
+        ("neuro_merging", {}, "out", "a directory; name a file"),
     ],
 )
 def test_a_profile_that_cannot_be(workspace, method, parameters, place, message):
@@ -95,12 +95,13 @@ def test_a_failing_merge_leaves_nothing_and_keeps_the_old_output(workspace):
 def test_force_replaces_the_old_output_whole(workspace):
     workspace("llama-tied")
     merge(out_shard_size=5000)
-    Path("out/leftover").write_text("")
     with pytest.raises(UserError, match="exists already"):
         merge()
     merge(force=True)
     assert sorted(p.name for p in Path("out").glob("*.safetensors")) == ["model.safetensors"]
-    assert not Path("out/leftover").exists()
+    Path("out/notes").write_text("")
+    with pytest.raises(UserError, match=r"notes in it is not of mergekit-neuron's making"):
+        merge(force=True)
 
 
 @pytest.mark.parametrize("out", ["base", "expert-a", "."])

@@ -50,7 +50,8 @@ def test_parameters_that_are_alike_are_told_once(workspace):
     assert "spectral_exponent=1, consensus=mean" in text
     assert "to read: 109.4 kB (two passes: measure, merge)" in text
     assert "to write: 18.2 kB" in text
-    assert "peak memory: about" in text
+    assert "peak memory: at most about" in text
+    assert "memory to take: " in text
 
 
 def test_gradients_and_filters_are_told_per_kind(workspace):

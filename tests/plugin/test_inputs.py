@@ -100,7 +100,7 @@ def test_weights_truncated(workspace, keep):
     ("index", "message"),
     [
         ("{", "expert-a/model.safetensors.index.json: truncated, or not valid JSON; download or save"),
-        ("{}", "expert-a/model.safetensors.index.json: no weight_map"),
+        ("{}", "expert-a/model.safetensors.index.json: weight_map: missing"),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "expert-a/gone.safetensors: no such file"),
     ],
 )
@@ -139,7 +139,10 @@ def test_no_pickle_executes_anything(workspace, lazy):
     pickle(folder / "expert-a")
     torch.save({"a": Surprise()}, folder / "expert-a" / "pytorch_model.bin")
     refused(
-        "model expert-a: its pickle holds more than tensors" if lazy else "read only on request", lazy_unpickle=lazy
+        "pytorch_model.bin: cannot be read back as a pickle of tensors and nothing else"
+        if lazy
+        else "read only on request",
+        lazy_unpickle=lazy,
     )
     assert not (folder / "executed").exists()
 

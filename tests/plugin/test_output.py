@@ -20,7 +20,7 @@ SHAPES = {"embed": (6, 2), "a.weight": (3, 2), "b.weight": (2,)}
 
 
 def plan_of(shapes=SHAPES):
-    plan = MergePlan("linear", BASE, out_shard_size=10**9)
+    plan = MergePlan("linear", BASE)
     for name, shape in shapes.items():
         header = Header(shape, torch.float32)
         weight = WeightInfo(name=name, vocabulary_axis=0 if name == "embed" else None)

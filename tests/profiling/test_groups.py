@@ -32,7 +32,7 @@ def profile(tmp_path: Path) -> NeuronProfile:
             made.tensors[f"{source}/{layer}/top_activation"] = values
             made.tensors[f"{source}/{layer}/firing_rate"] = torch.full((24,), 0.5)
     made.tensors["math/layers.1/firing_rate"][:3] = 0.0001
-    made.save(tmp_path / "base.safetensors")
+    made.save(tmp_path / "base.safetensors", 0, [])
     return made
 
 
@@ -111,7 +111,7 @@ def test_labels_made_elsewhere_are_taken(profile: NeuronProfile, name: str, tmp_
         ("l.csv", "layer,neuron,group\n0,1,math\n0,1,code\n", "has a label already"),
         ("l.csv", "layer,neuron,group\n0,1,\n", "a group is a name"),
         ("l.csv", "layer,neuron,group\n", "no labels in it"),
-        ("l.json", '{"layers.0": ["ma', "is it truncated"),
+        ("l.json", '{"layers.0": ["ma', "truncated, or not valid JSON"),
         ("l.json", '"math"', "expected"),
         ("l.json", '{"layers.0": 3}', "expected one group per neuron"),
         ("l.json", '{"layers.0": [3]}', "a group is a name"),
@@ -136,7 +136,7 @@ def test_the_command_writes_what_neuron_merge_reads(profile: NeuronProfile, tmp_
     assert NeuronGroups.read(out).groups == ("general", "code", "math")
     (tmp_path / "l.csv").write_text(LABELS["d.csv"])
     result = CliRunner().invoke(
-        main, ["groups", str(profile.path), "-o", str(out), "--import", str(tmp_path / "l.csv")]
+        main, ["groups", str(profile.path), "-o", str(out), "--force", "--import", str(tmp_path / "l.csv")]
     )
     assert result.exit_code == 0, result.output
     assert len(NeuronGroups.read(out).neurons_of("math", "layers.1")) == 1

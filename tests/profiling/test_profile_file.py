@@ -120,7 +120,7 @@ def test_a_layer_of_another_width(path):
 
 def test_exemplars_that_are_missing_or_cut_off(path):
     lines = exemplars_path(path).read_text().splitlines(keepends=True)
-    for content, match in (("".join(lines[:-1]), "exemplars, expected"), ("{nonsense", "damaged")):
+    for content, match in (("".join(lines[:-1]), "exemplars, expected"), ("{nonsense", "truncated, or not valid JSON")):
         exemplars_path(path).write_text(content)
         with pytest.raises(UserError, match=match):
             NeuronProfile.load(path).exemplars("a", "layers.0", 0)

@@ -103,7 +103,7 @@ def test_the_state_of_another_measurement_is_passed_over(llama, texts, tmp_path,
     (left,) = tmp_path.glob("*.unfinished-*")
     assert left.exists()
     another = Settings(batch_size=3, top=4, seed=1, samples=5)
-    measure_profile(str(llama), [f"a={texts}"], output, another, overwrite=True)
+    measure_profile(str(llama), [f"a={texts}"], output, another, force=True)
     assert NeuronProfile.load(output).info.sources["a"].samples == 5
 
 
@@ -261,11 +261,11 @@ class TestMistakes:
         output = tmp_path / "p.safetensors"
         measure_profile(str(llama), [f"a={texts}"], output, Settings(top=2))
         again = Settings(top=3, seed=1)
-        self.refused(r"seed 0, now 1, top 2, now 3.*--overwrite", str(llama), [f"a={texts}"], output, again)
+        self.refused(r"seed 0, now 1, top 2, now 3.*--force", str(llama), [f"a={texts}"], output, again)
         self.refused(
             "'a' on texts.jsonl, now it is texts.jsonl:input", str(llama), [f"a={texts}:input"], output, Settings(top=2)
         )
-        measure_profile(str(llama), [f"a={texts}"], output, again, overwrite=True)
+        measure_profile(str(llama), [f"a={texts}"], output, again, force=True)
         assert NeuronProfile.load(output).info.settings["top"] == 3
 
     def test_a_profile_without_its_exemplars(self, llama, texts, tmp_path):

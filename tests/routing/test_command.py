@@ -87,12 +87,12 @@ def test_an_output_that_is_there_is_replaced_by_force_alone(workspace):
     content = settings("llama", enhancement={"enabled": False})
     route(content)
     assert "new: exists already" in refused_with(content)
-    Path("new/mark").touch()
     route(content, "--force")
-    assert not Path("new/mark").exists()
+    Path("new/mark").touch()
+    assert "mark in it is not of mergekit-neuron's making" in refused_with(content, "--force")
     shutil.rmtree("new")
     shutil.copytree("base", "new")
-    assert "holds no routed model, so --force does not replace it" in refused_with(content, "--force")
+    assert "no output of mergekit-neuron, so --force does not replace it" in refused_with(content, "--force")
 
 
 def refused_with(content, *options):

@@ -7,12 +7,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Answer = tuple[int, dict[str, str], bytes]
+#: Given the state, the request, and the answer that would be right: sends what it likes, and hangs up.
+Fault = Callable[["StandIn", BaseHTTPRequestHandler, Answer], None]
 
 
 @dataclass
@@ -30,7 +32,8 @@ class StandIn:
 
     Attributes:
         users: token -> what whoami answers.
-        fail: called with (method, path) before each answer; a number is the status to fail with, "drop" hangs up.
+        fail: called with (method, path) before each answer; a number is the status to fail with, "drop" hangs up, a
+            function takes the place of the answer, see `Fault`.
         says: the message of a failure that was asked for.
         asked: (method, path) of every request.
     """
@@ -39,9 +42,11 @@ class StandIn:
     users: dict[str, dict] = field(default_factory=dict)
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
-    fail: Callable[[str, str], int | str | None] = lambda _method, _path: None
+    fail: Callable[[str, str], int | str | Fault | None] = lambda _method, _path: None
     says: str = "made to fail"
     asked: list[tuple[str, str]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def count(self, method: str, part: str) -> int:
         return sum(1 for m, path in self.asked if m == method and part in path)
@@ -73,10 +78,16 @@ def hub() -> Iterator[StandIn]:
             query = parse_qs(urlsplit(self.path).query)
             body = self._body()
             state.asked.append((self.command, path))
+            state.headers.append(dict(self.headers))
             failure = state.fail(self.command, path)
             if failure == "drop":
                 self.close_connection = True
                 self.connection.close()
+                return
+            if callable(failure):
+                self.close_connection = True
+                with suppress(OSError):  # the client has left
+                    failure(state, self, _answer(state, self, path, query, body))
                 return
             if isinstance(failure, int):
                 status, headers, content = _error(failure, state.says)
@@ -108,6 +119,7 @@ def hub() -> Iterator[StandIn]:
     try:
         yield state
     finally:
+        state.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()

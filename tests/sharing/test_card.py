@@ -153,7 +153,9 @@ def test_a_licence_in_the_hubs_cache_is_found_without_asking(tmp_path):
 )
 def test_cards_that_the_hub_cannot_read_say_nothing(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text)
-    assert read_licence(ModelPath(path=str(tmp_path))) is None
+    model = ModelPath(path=str(tmp_path))
+    found = find_licences([model], {model.path: "the model"})
+    assert (found.found, found.inherited) == ({}, None)
 
 
 EVALUATION = {

@@ -112,7 +112,10 @@ def test_a_second_push_sends_only_what_changed(standin, out):
     sent = standin.count("PUT", "/objects/")
     assert sent == len(list(out.glob("*.safetensors")))
     (out / "notes.txt").write_text("more")
-    assert command("push", str(out), "alice/merged", "--quiet").exit_code == 0
+    told = command("push", str(out), "alice/merged", "--quiet")
+    assert "note: left here, as no part of the model: notes.txt; --include" in told.stderr
+    assert "notes.txt" not in standin.files("alice/merged")
+    assert command("push", str(out), "alice/merged", "--quiet", "--include", "*.txt").exit_code == 0
     assert standin.count("PUT", "/objects/") == sent
     assert standin.files("alice/merged")["notes.txt"] == b"more"
 
@@ -174,7 +177,7 @@ def test_a_pull_request_to_a_repository_of_others(standin, out):
     assert command("push", str(out), "lab/theirs", "--quiet").exit_code == 0
     standin.repositories["bob/model"] = standin.repositories["lab/theirs"]
     (out / "more.txt").write_text("mine")
-    done = command("push", str(out), "bob/model", "--quiet", "--create-pr")
+    done = command("push", str(out), "bob/model", "--quiet", "--create-pr", "--include", "more.txt")
     assert done.stdout == f"{standin.url}/bob/model/discussions/1\n"
 
 

@@ -149,7 +149,7 @@ def write_profile(
             tensors[f"{source}/{layer}/top_activation"] = top
             tensors[f"{source}/{layer}/top_exemplar"] = torch.full((count, 3), -1, dtype=torch.int32)
     profile = NeuronProfile(info, tensors, path)
-    profile.save(path)
+    profile.save(Path(path), 0, [])
     return profile
 
 

@@ -78,6 +78,8 @@ class Generation(Scorer):
         ends = self.tokenizer.eos_token_id if ends is None else ends
         first = ends[0] if isinstance(ends, list) else ends
         pad = self.tokenizer.pad_token_id
+        begin = getattr(own, "decoder_start_token_id", None)
+        begin = getattr(self.model.config, "decoder_start_token_id", None) if begin is None else begin
         return GenerationConfig(
             max_new_tokens=self.new_tokens,
             do_sample=False,
@@ -85,8 +87,9 @@ class Generation(Scorer):
             repetition_penalty=1.0,
             eos_token_id=ends,
             pad_token_id=pad if pad is not None else (first or 0),
-            decoder_start_token_id=getattr(own, "decoder_start_token_id", None)
-            or getattr(self.model.config, "decoder_start_token_id", None),
+            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None)
+            if begin is None
+            else begin,
         )
 
     def _answer(self, prompts: list[list[int]]) -> list[str]:

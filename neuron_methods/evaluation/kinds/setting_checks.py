@@ -10,10 +10,10 @@ Check = Callable[[Any], str | None]
 
 
 def whole_number(least: int = 1) -> Check:
-    """Expect a whole number from `least` on."""
+    """Expect a whole number from `least` on, and no larger than anything is counted."""
 
     def check(value: Any) -> str | None:
-        sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        sound = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
         return None if sound else f"a whole number from {least} on"
 
     return check

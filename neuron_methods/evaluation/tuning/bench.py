@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,14 +16,15 @@ from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, OpenedModel, open_model
 from neuron_methods.evaluation.scoring import RunningTask, TaskResult, start_opened
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, find_parts
+from neuron_methods.evaluation.tuning.parts import NoRoom, NotAffine, Parts, StateDict, check_parts, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 from neuron_methods.models.loading import computing_dtype
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.runs import remove, workplace
 
-_WORK = ".mergekit-neuron-tune-"
+_WORK = "mergekit-neuron-tune"
 
 
 @dataclass
@@ -89,10 +88,7 @@ class Bench:
         self._not_affine: set[str] = set()
 
     def __enter__(self) -> Bench:
-        for left_by_a_killed_run in self._within.glob(f"{_WORK}*") if self._within else ():
-            shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-        folder = tempfile.TemporaryDirectory(prefix=_WORK, dir=self._within, ignore_cleanup_errors=True)
-        self._folder = Path(self._open.enter_context(folder))
+        self._folder = self._open.enter_context(workplace(_WORK, self._within))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -185,7 +181,7 @@ class Bench:
                 self.effort.merge_seconds += time.perf_counter() - started
                 yield tensors
         finally:
-            shutil.rmtree(out, ignore_errors=True)
+            remove(out)
 
     def _linear(self, point: Point) -> list[str]:
         """List the parameters to find parts for at a point."""
@@ -204,6 +200,8 @@ class Bench:
 
         def merged_at(values: dict[str, float]) -> StateDict:
             with self.merged({**others, **values}, exact=True) as tensors:
+                if not any(values.values()):  # the first
+                    check_parts(sum(tensor.numel() for tensor in tensors.values()), len(linear))
                 return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
 
         # The largest value of each is where a deviation shows most; all different, to tell sums from products.
@@ -214,6 +212,10 @@ class Bench:
         before = self.effort.merges
         try:
             self._parts = find_parts(linear, merged_at, check_at)
+        except NoRoom as error:
+            self._not_affine.add(",".join(linear))
+            self.say(f"no shortcut: {error}; every point is merged by itself")
+            return False
         except NotAffine as error:
             self._not_affine.add(",".join(linear))
             self.say(

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuron_methods.support.memory import free_memory
+from neuron_methods.support.text import format_bytes
+
 StateDict = dict[str, Tensor]
 
 #: How far a recombined entry may be from the merged one: in float32's spacing at the tensor's largest weight, or in
@@ -56,6 +59,25 @@ class Parts:
 
 class NotAffine(Exception):
     """The merge is no sum of its parts; the message says where it is not."""
+
+
+class NoRoom(Exception):
+    """The parts would not fit into memory; the message says what they need and what is free."""
+
+
+def check_parts(entries: int, count: int) -> None:
+    """Make sure that the parts fit into memory, with the merges that they are made of and held to.
+
+    Args:
+        entries: of all tensors.
+        count: how many parameters there are.
+
+    Raises:
+        NoRoom: they do not.
+    """
+    need, free = 4 * entries * (count + 3), free_memory()
+    if free is not None and need > free:
+        raise NoRoom(f"its parts need {format_bytes(need)} of memory, {format_bytes(free)} are free")
 
 
 def find_parts(

@@ -31,6 +31,7 @@ def plot_search(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     figure = Figure(figsize=(3 + 4.5 * len(parameters), 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -74,4 +75,6 @@ def plot_search(
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score on validation data")
     figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    figure.savefig(output, dpi=120)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a `$` in a name begins no formula
+    figure.savefig(output, dpi=120, format="png")

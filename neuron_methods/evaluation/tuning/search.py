@@ -10,15 +10,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from neuron_methods.support.documents import parse_yaml
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import shortened
 
 #: One setting of the searched parameters.
 Point = dict[str, Any]
 
 _SYNTAX = "NAME=LOW:HIGH:STEP, NAME=LOW:HIGH or NAME=VALUE,VALUE,..."
 _MOST_POINTS = 100_000
+_MOST_WORDS = 1000  # values of one parameter that are listed
+_MOST_VALUES = 2**53  # of one parameter in steps; more cannot be told apart
+_LARGEST = 1e30  # of a number that is searched; a weight of float32 times more is no number
+
+
+@dataclass(frozen=True)
+class Steps(Sequence[float]):
+    """The values from `low` on in steps, made when they are asked for."""
+
+    low: float
+    step: float
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(self.count)))
+        if not -self.count <= index < self.count:
+            raise IndexError(index)
+        digits = 10 - min(math.floor(math.log10(self.step)), 0)
+        return round(self.low + index % self.count * self.step, digits)
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,7 @@ class Parameter:
     """
 
     name: str
-    values: tuple[Any, ...] | None = None
+    values: Sequence[Any] | None = None
     low: float | None = None
     high: float | None = None
 
@@ -51,7 +74,9 @@ class Parameter:
     @property
     def extremes(self) -> tuple[Any, ...]:
         """Values that stand for all in a check."""
-        return (self.low, self.high) if self.values is None else self.values
+        if self.low is None:
+            return tuple(self.values)
+        return (self.low, self.high if self.values is None else self.values[-1])
 
 
 def parse_search(texts: Sequence[str]) -> list[Parameter]:
@@ -77,15 +102,17 @@ def _parse(text: str) -> Parameter:
         raise UserError(f"--search {text!r}: expected {_SYNTAX}")
     if "," not in given and given.count(":") in (1, 2):
         return _range(text, name, given.split(":"))
-    try:
-        values = [yaml.safe_load(part) if part.strip() else None for part in given.split(",")]
-    except yaml.YAMLError:
-        raise UserError(f"--search {text!r}: expected {_SYNTAX}") from None
+    shown = f"--search {shortened(text)}"
+    if given.count(",") >= _MOST_WORDS:
+        raise UserError(f"{shown}: {given.count(',') + 1} values; give fewer")
+    values = [parse_yaml(part, shown) if part.strip() else None for part in given.split(",")]
     for value in values:
         if value is None or not isinstance(value, (str, int, float, bool)):
-            raise UserError(f"--search {text!r}: {value!r} is no value; expected {_SYNTAX}")
-    if len({json.dumps(value) for value in values}) < len(values):
-        raise UserError(f"--search {text!r}: a value appears twice")
+            raise UserError(f"{shown}: {shortened(value)} is no value; expected {_SYNTAX}")
+        if isinstance(value, (int, float)) and not (abs(value) <= _LARGEST):
+            raise UserError(f"{shown}: {shortened(value)}: expected a number no larger than {_LARGEST:g}")
+    if len({key_of({"": value}) for value in values}) < len(values):
+        raise UserError(f"{shown}: a value appears twice")
     return Parameter(name, tuple(values))
 
 
@@ -94,17 +121,16 @@ def _range(text: str, name: str, ends: list[str]) -> Parameter:
         low, high, *step = map(float, ends)
     except ValueError:
         raise UserError(f"--search {text!r}: a range is of numbers: {_SYNTAX}") from None
-    if not all(map(math.isfinite, (low, high, *step))):
-        raise UserError(f"--search {text!r}: a range is of finite numbers")
+    if not all(abs(number) <= _LARGEST for number in (low, high, *step)):  # a NaN is not
+        raise UserError(f"--search {text!r}: a range is of finite numbers, no larger than {_LARGEST:g}")
     if high < low or (step and step[0] <= 0) or (not step and high == low):
         raise UserError(f"--search {text!r}: an empty range; expected LOW below HIGH, and a STEP above 0")
     if not step:
         return Parameter(name, None, low, high)
-    count = math.floor((high - low) / step[0] + 1e-9) + 1
-    if count > _MOST_POINTS:
-        raise UserError(f"--search {text!r}: {count} values; give a larger step")
-    values = tuple(round(low + i * step[0], 10) for i in range(count))
-    return Parameter(name, values, low, high)
+    count = (high - low) / step[0] + 1e-9
+    if count >= _MOST_VALUES:
+        raise UserError(f"--search {text!r}: {count:.3g} values; give a larger step")
+    return Parameter(name, Steps(low, step[0], math.floor(count) + 1), low, high)
 
 
 def key_of(point: Mapping[str, Any]) -> str:
@@ -150,18 +176,32 @@ def _grid(parameters: Sequence[Parameter], budget: int) -> list[Point]:
     return [dict(zip(names, values, strict=True)) for values in combined]
 
 
-def _drawn(parameters: Sequence[Parameter], budget: int, seed: int) -> list[Point]:
-    """Points drawn at random, each once; fewer than the budget where there are no more."""
-    generator = random.Random(seed)
-    points: dict[str, Point] = {}
-    for _ in range(50 * budget):
-        point = {
-            p.name: generator.choice(p.values) if p.values is not None else p.at(generator.random()) for p in parameters
-        }
-        points.setdefault(key_of(point), point)
-        if len(points) == budget:
-            break
-    return list(points.values())
+class Drawn(Strategy):
+    """Points drawn at random while they are tried, each once; fewer than the budget where there are no more."""
+
+    def __init__(self, parameters: Sequence[Parameter], budget: int, seed: int) -> None:
+        self._parameters, self._budget, self._seed = parameters, budget, seed
+
+    def batches(self) -> Iterator[list[Point]]:
+        """Propose up to a thousand points at a time: many that share parts of a merge, and no more than are needed."""
+        points = self._points_at_random()
+        while batch := list(itertools.islice(points, 1000)):
+            yield batch
+
+    def _points_at_random(self) -> Iterator[Point]:
+        generator = random.Random(self._seed)
+        known: set[str] = set()
+        in_vain = 0  # draws since the last new point
+        while len(known) < self._budget and in_vain < 50 * max(40, len(known)):
+            point = {
+                p.name: generator.choice(p.values) if p.values is not None else p.at(generator.random())
+                for p in self._parameters
+            }
+            in_vain += 1
+            if (key := key_of(point)) not in known:
+                known.add(key)
+                in_vain = 0
+                yield point
 
 
 class CmaEs(Strategy):
@@ -222,8 +262,8 @@ def make_strategy(name: str, parameters: Sequence[Parameter], budget: int | None
         UserError: it cannot search these parameters within the budget.
     """
     if name == "grid":
-        return Strategy(_grid(parameters, budget or _MOST_POINTS))
+        return Strategy(_grid(parameters, _MOST_POINTS if budget is None else budget))
     if name not in ("random", "cma"):
         raise UserError(f"--strategy {name!r}: expected grid, random or cma")
-    budget = budget or DEFAULT_BUDGET
-    return CmaEs(parameters, budget, seed) if name == "cma" else Strategy(_drawn(parameters, budget, seed))
+    budget = DEFAULT_BUDGET if budget is None else budget
+    return CmaEs(parameters, budget, seed) if name == "cma" else Drawn(parameters, budget, seed)

@@ -27,13 +27,17 @@ from neuron_methods.evaluation.tuning.search import (
     parse_search,
     show_point,
 )
-from neuron_methods.evaluation.tuning.trace import Trace, Trial, fingerprint_of_examples
+from neuron_methods.evaluation.tuning.trace import Trace, Trial, fingerprint_of_examples, is_new
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName
 from neuron_methods.plugin.merging import plan_merge
+from neuron_methods.plugin.run import named_files
+from neuron_methods.support.documents import parse_yaml
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import write_text
+from neuron_methods.support.files import file_in_place_after, write_text
+from neuron_methods.support.fingerprints import tree_state
 from neuron_methods.support.progress import progress_bar
+from neuron_methods.support.runs import claimed
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class TuneSettings:
         shortcut: recombine parts where parameters enter linearly, instead of merging every point.
         allow_same_split: validation and test data may be the same.
         test: score the best point on test data, once, at the end.
-        overwrite: forget what OUT holds.
+        force: forget the search that OUT holds.
         progress: show bars.
     """
 
@@ -63,7 +67,7 @@ class TuneSettings:
     shortcut: bool = True
     allow_same_split: bool = False
     test: bool = False
-    overwrite: bool = False
+    force: bool = False
     progress: bool = True
 
 
@@ -133,7 +137,25 @@ def tune(
     prepared = prepare_tasks(tasks, spec, "validation", settings.seed, settings.limit)
     # What is wrong with the test data must not come out after the search.
     test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
-    trace = Trace(out, _identity(recipe, parameters, prepared, settings), settings.overwrite)
+    is_new(out)
+    with claimed(out, f"-o {out}", inside=True):
+        trace = Trace(out, _identity(recipe, parameters, prepared, settings), settings.force)
+        return _tune(recipe, parameters, strategy, prepared, test, trace, settings, say, started)
+
+
+def _tune(
+    recipe: Recipe,
+    parameters: Sequence[Parameter],
+    strategy: Strategy,
+    prepared: Sequence[tuple[Task, Examples]],
+    test: Sequence[tuple[Task, Examples]],
+    trace: Trace,
+    settings: TuneSettings,
+    say: Callable[[str], None],
+    started: float,
+) -> TuneResult:
+    """Search on where the trace ends."""
+    out, tasks = trace.folder, [task for task, _ in prepared]
     metrics = {task.name: task.metric for task in tasks}
     experts = _experts(recipe, prepared, trace, settings, say) if settings.objective == "relative" else None
 
@@ -152,7 +174,8 @@ def tune(
             result.confirmed, result.difference, scored = bench.confirm(best.point, test)
             result.test = Evaluation("best.yml", scored, settings.seed) if settings.test else None
     if can_plot():
-        plot_search(trials, [value_of(t) for t in trials], parameters, settings.objective, out / "scores.png")
+        with file_in_place_after(out / "scores.png") as beside:
+            plot_search(trials, [value_of(t) for t in trials], parameters, settings.objective, beside)
     result.effort.seconds = time.perf_counter() - started
     trace.finish(_summary(result, settings, experts, trace.summary))
     return result
@@ -190,7 +213,8 @@ def _search(
         for batch in strategy.batches():
             new = {key_of(point): point for point in batch if trace.get(point) is None}
             # Whoever proposes generations goes on after this one.
-            expected = settings.budget or DEFAULT_BUDGET if settings.strategy == "cma" else 0
+            budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
+            expected = budget if settings.strategy == "cma" else 0
             bar.total = (bar.total or 0) + len(new)
             started = time.perf_counter()
             for point, results, how in bench.try_points(list(new.values()), expected):
@@ -238,10 +262,15 @@ def _identity(
 ) -> dict[str, Any]:
     """Say what a point's scores depend on, named as messages name it."""
     names = [parameter.name for parameter in parameters]
+    source = recipe.source_at(dict.fromkeys(names))
     return {
         "set of parameters": sorted(names),
-        "configuration": recipe.source_at(dict.fromkeys(names)),
-        "state of the models' files": [ModelName.parse(model).fingerprint for model in (recipe.base, *recipe.experts)],
+        "configuration": source,
+        "state of the models' files": {m: ModelName.find(m).fingerprint for m in (recipe.base, *recipe.experts)},
+        "state of the files that the configuration names": {
+            file: tree_state(file) for file in sorted(named_files(parse_yaml(source, recipe.name)))
+        },
+        "state of the data": {file: tree_state(file) for task, _ in prepared for file in task.files()},
         "set of tasks": [
             {"name": t.name, "kind": t.kind, "metric": t.metric, "settings": dict(t.settings)} for t, _ in prepared
         ],
@@ -255,7 +284,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Say what tune.json tells besides the search's identity; `earlier` is what it told before this run."""
     summary: dict[str, Any] = {
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("progress", "overwrite")},
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("progress", "force")},
         "best": {"point": result.best, "objective": result.objective, "scores": result.scores},
         "experts": experts,
         "confirmed": result.confirmed,
@@ -265,7 +294,7 @@ def _summary(
         if result.test is None
         else {"tasks": [task_record(task) for task in result.test.tasks], "mean": result.test.mean},
     }
-    if earlier.get("best", {}).get("point") == result.best:  # what was found out about this point still holds
+    if (earlier.get("best") or {}).get("point") == result.best:  # what was found out about this point still holds
         for key in ("confirmed", "largest_difference", "test"):
             summary[key] = earlier.get(key) if summary[key] is None else summary[key]
     return summary

@@ -85,6 +85,7 @@ def figure(theme: Theme, rows: int = 1, columns: int = 1, *, width: float = 10, 
         "font.size": 9,
         "grid.color": theme.faint,
         "grid.linewidth": 0.6,
+        "text.parse_math": False,  # a `$` in a name begins no formula
         "legend.frameon": False,
         "legend.fontsize": 8.5,
     }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuron_methods.sharing.report.collect import FORMAT
 from neuron_methods.sharing.report.drawing import DARK, LIGHT, Document, FigureSpec, figure
 from neuron_methods.sharing.report.figures import MODEL_FIGURES
 from neuron_methods.sharing.report.method_figures import METHOD_FIGURES
-from neuron_methods.support.files import write_json, write_text
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import file_in_place_after, write_json, write_text
+from neuron_methods.support.targets import json_of
 
 FIGURES: tuple[FigureSpec, ...] = (*MODEL_FIGURES, *METHOD_FIGURES)
 FOLDER = "report"
@@ -40,16 +44,27 @@ def write_report(document: Document, place: Path, title: str) -> str:
         The Markdown section for the card.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or something else is called so.
     """
     drawn = draw_figures(document)
     folder = place / FOLDER
+    check_folder(place)
     folder.mkdir(exist_ok=True)
     write_json(folder / "report.json", document, indent=1)
     for one in drawn:
-        (folder / f"{one.spec.name}.png").write_bytes(one.light)
+        with file_in_place_after(folder / f"{one.spec.name}.png") as beside:
+            beside.write_bytes(one.light)
     write_text(folder / "report.html", html_page(document, drawn, title))
     return markdown_section(document, drawn)
+
+
+def check_folder(place: Path) -> None:
+    """Make sure that `report` in an output is a report of ours, or not there yet; raises UserError if not."""
+    folder = place / FOLDER
+    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+        raise UserError(f"{folder}: is there and no directory; move it away")
+    if folder.is_dir() and any(folder.iterdir()) and not json_of(FORMAT)(folder / "report.json"):
+        raise UserError(f"{folder}: holds files that are no report of mergekit-neuron; move it away")
 
 
 def draw_figures(document: Document) -> list[Drawn]:

@@ -1,0 +1,279 @@
+"""Kill commands at random moments, and see what they leave: SIGKILL to `merge`, `route`, `tune`, `profile`, `evaluate`.
+
+Every run is a fork of a process that has imported everything, so that a kill costs no start of Python; it is killed
+either after a random share of the time that the command takes, or at a random one of its operations on files. Then
+
+- nothing at its place can be loaded that the command would not have written,
+- the identical command succeeds, and writes the bytes that it writes when nobody kills it,
+- nothing unfinished is left after that.
+
+    python examples/benchmarks/kills.py                    100 kills, about five minutes on two cores
+    python examples/benchmarks/kills.py --kills 8 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+#: Operations on files that a run may be killed at, as Python's audit hooks name them.
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile", "os.truncate")
+_DATA = ("--data", "a=texts.jsonl:text", "--data", "b=more.jsonl:text")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "merge": ("merge", "merge.yml", "out", "--quiet"),
+    "merge --force": ("merge", "merge.yml", "out", "--quiet", "--force"),
+    "merge --as-adapter": ("merge", "merge.yml", "out", "--quiet", "--as-adapter"),
+    "route": ("route", "route.yml", "out"),
+    "tune": ("tune", "merge.yml", "--task", "tasks.yml", "-q", "--search", "density=0.1,0.2", "-o", "out"),
+    "profile": (
+        "profile",
+        "base",
+        "--data",
+        "a=texts.jsonl:text",
+        "--data",
+        "b=more.jsonl:text",
+        "-o",
+        "p.safetensors",
+    ),
+    "evaluate": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o", "s.json"),
+    "evaluate --force": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o", "s.json", "--force"),
+}
+_TIMES = re.compile(rb'"(seconds|loading_seconds)": [0-9.e-]+')
+# Nothing but times, or figures of them, differs in these.
+_TIMED = ("tune.json", "trace.jsonl", "scores.png")
+
+
+def make_inputs(folder: Path) -> None:
+    """Write tiny models, adapters, data and configurations."""
+    import yaml
+
+    from tests.support import routed, tiny
+
+    tiny.save_experts(folder)
+    tiny.write_texts(folder / "texts.jsonl", 12)
+    tiny.write_texts(folder / "more.jsonl", 12, 1)
+    merge = {
+        "merge_method": "neuro_merging",
+        "base_model": "base",
+        "models": [{"model": "expert-a"}, {"model": "expert-b"}],
+        "dtype": "float32",
+    }
+    data = {"source": "texts.jsonl", "split": "[:6]", "validation_split": "[6:]"}
+    (folder / "merge.yml").write_text(yaml.safe_dump(merge))
+    (folder / "tasks.yml").write_text(yaml.safe_dump({"tasks": [{"name": "p", "kind": "perplexity", "data": data}]}))
+    for number, name in enumerate(routed.EXPERTS):
+        routed.save_adapter(folder / "base", "llama", folder / "adapters" / name, number)
+        (folder / "data").mkdir(exist_ok=True)
+        routed.write_topic(folder / "data" / f"{name}.jsonl", name, 60, number)
+    content = routed.settings("llama", router={"epochs": 5, "samples": 20}, enhancement={"samples": 2})
+    (folder / "route.yml").write_text(yaml.safe_dump(content))
+
+
+def import_everything() -> None:
+    """Import what the commands do, so that a fork need not."""
+    import datasets  # noqa: F401
+    import mergekit.merge  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import neuron_methods.evaluation.tuning.study
+    import neuron_methods.plugin.merging
+    import neuron_methods.profiling
+    import neuron_methods.routing.build
+    import neuron_methods.sharing.publishing  # noqa: F401
+    from neuron_methods.cli import SUBCOMMANDS, main
+
+    torch.set_num_threads(1)
+    for name in SUBCOMMANDS:
+        main.get_command(None, name)
+
+
+def forked(arguments: tuple[str, ...], folder: Path, *, after: float | None = None, at: int | None = None) -> int:
+    """Run a command in a fork of this process.
+
+    Args:
+        arguments: of `mergekit-neuron`.
+        folder: where.
+        after: kill it after so many seconds.
+        at: kill it at this operation on files.
+
+    Returns:
+        Its exit status, negative where a signal ended it.
+    """
+    child = os.fork()
+    if child == 0:
+        _run(arguments, folder, at)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _run(arguments: tuple[str, ...], folder: Path, at: int | None) -> None:
+    from neuron_methods.cli import main
+
+    os.chdir(folder)
+    log = os.open(folder / ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    seen = 0
+
+    def hook(event: str, _arguments: object) -> None:
+        nonlocal seen
+        if event in EVENTS:
+            seen += 1
+            if seen == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if at == 0:
+                os.pwrite(counter, str(seen).encode(), 0)
+
+    counter = os.open(folder / ".events", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if at == 0 else -1
+    if at is not None:
+        sys.addaudithook(hook)
+    code = 1
+    try:
+        main(list(arguments), prog_name="mergekit-neuron")
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        code = 70
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def written(folder: Path, inputs: frozenset[str]) -> dict[str, bytes]:
+    """Read all that a command has left in a folder, but for times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name.split("/")[0] not in inputs and name not in (".log", ".events") and not path.is_dir():
+            found[name] = b"" if path.name in _TIMED else _TIMES.sub(b"", path.read_bytes())
+    return found
+
+
+def broken(folder: Path, reference: dict[str, bytes], earlier: dict[str, bytes]) -> list[str]:
+    """List what can be loaded at a killed command's place, and is neither what it writes nor what was there before."""
+    found = []
+    for name, data in written(folder, frozenset()).items():
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or name.endswith(".jsonl") or name not in reference:
+            continue
+        if data not in (reference[name], earlier.get(name)) and name.endswith((".safetensors", ".json", ".yml")):
+            found.append(f"{name} is none of what the command writes")
+    whole = "out/model.safetensors", "out/adapter_model.safetensors", "out/router.safetensors"
+    if any((folder / name).exists() for name in whole):  # a model is there: then all of it is
+        found += [
+            f"{name} is missing" for name in reference if name.startswith("out/") and not (folder / name).exists()
+        ]
+    return found
+
+
+def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Kill commands in turn.
+
+    Yields:
+        (command, how it was killed, what was wrong).
+    """
+    draw = random.Random(seed)
+    origin = folder / "inputs"
+    origin.mkdir()
+    make_inputs(origin)
+    inputs = frozenset(os.listdir(origin))
+    known: dict[str, tuple[dict[str, bytes], float, int]] = {}
+    for number in range(kills):
+        command = list(COMMANDS)[number % len(COMMANDS)]
+        arguments = COMMANDS[command]
+        if command not in known:
+            place = _copy(origin, folder / f"reference-{number}")
+            started = time.perf_counter()
+            if forked(arguments, place):
+                raise SystemExit(f"{command}: {(place / '.log').read_text()}")
+            seconds = time.perf_counter() - started
+            reference = written(place, inputs)
+            shutil.rmtree(place)
+            place = _copy(origin, folder / f"reference-{number}")
+            forked(arguments, place, at=0)
+            known[command] = reference, seconds, int((place / ".events").read_text() or 1)
+            shutil.rmtree(place)
+        reference, seconds, events = known[command]
+        place = _copy(origin, folder / f"trial-{number}")
+        earlier: dict[str, bytes] = {}
+        if "--force" in command and draw.random() < 0.7:  # over an output that is there
+            forked(arguments, place)
+            earlier = written(place, inputs)
+        if draw.random() < 0.5:
+            moment = draw.random() * seconds
+            how, status = f"after {moment:.2f} s", forked(arguments, place, after=moment)
+        else:
+            at = draw.randint(1, events)
+            how, status = f"at operation {at} of {events}", forked(arguments, place, at=at)
+        how += "" if status == -signal.SIGKILL else f" (it had ended, {status})"
+        wrong = broken(place, reference, earlier)
+        there = (place / "s.json", *([] if command == "tune" else [place / "out"]))
+        finished = status == 0 or any(path.exists() for path in there)
+        again = forked(arguments if not finished else (*arguments, *_anew(arguments)), place)
+        if again:
+            wrong.append(f"the same command again: {again}, {(place / '.log').read_text()[-300:]!r}")
+        after = written(place, inputs)
+        wrong += [f"{name} is left" for name in after.keys() - reference.keys()]
+        wrong += [f"{name} is not what it was" for name in reference if after.get(name) != reference[name]]
+        yield command, how, wrong
+        if not wrong:
+            shutil.rmtree(place)
+
+
+def _anew(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """What the command needs where the kill came too late, and its output is there."""
+    return () if "--force" in arguments else ("--force",)
+
+
+def _copy(origin: Path, place: Path) -> Path:
+    place.mkdir()
+    for path in origin.iterdir():
+        os.symlink(path, place / path.name)
+    return place
+
+
+def main() -> int:
+    """Kill, and print what was found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="Write what was found.")
+    chosen = parser.parse_args()
+    import_everything()
+    counts: Counter[str] = Counter()
+    faults = []
+    with tempfile.TemporaryDirectory(prefix="mergekit-neuron-kills-", ignore_cleanup_errors=True) as folder:
+        for command, how, wrong in trials(chosen.kills, chosen.seed, Path(folder)):
+            counts[command] += 1
+            for fault in wrong:
+                faults.append(f"{command}, killed {how}: {fault}")
+                print(faults[-1], file=sys.stderr)
+    for command, count in counts.items():
+        print(f"{command}: {count} kills")
+    print(f"{sum(counts.values())} kills, {len(faults)} faults")
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps({"kills": dict(counts), "faults": faults}, indent=2) + "\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

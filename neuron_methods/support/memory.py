@@ -1,0 +1,98 @@
+"""Memory asked for is compared with what there is, before it is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import format_bytes
+
+#: In the environment, 1 lets every command go on where memory will not do.
+IGNORE = "MERGEKIT_NEURON_IGNORE_MEMORY"
+
+_MEMINFO = Path("/proc/meminfo")
+_GROUP_OF_PROCESS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: str = "cpu") -> int | None:
+    """Tell how many bytes this process may still take; None where the system does not say.
+
+    On a CPU it is what the kernel calls available, page cache included, and no more than the limits of the control
+    groups (v1 or v2) of the process leave. On a CUDA device it is what the driver has, and what torch keeps unused.
+
+    Args:
+        device: as torch spells it.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device != "cpu":
+        return None
+    found = [size for size in (_available(), *_left_in_groups()) if size is not None]
+    return min(found, default=None)
+
+
+def check_memory(need: int, what: str, advice: str, device: str = "cpu") -> None:
+    """Refuse to start what will not fit.
+
+    Args:
+        need: bytes beyond what the process holds already.
+        what: needs it: "merge.yaml: the merge".
+        advice: what would help: "smaller shards (--out-shard-size 1B)".
+        device: where.
+
+    Raises:
+        UserError: the memory is not free, and the environment does not say to go on.
+    """
+    free = free_memory(device)
+    if free is None or need <= free or os.environ.get(IGNORE, "0") not in ("", "0"):
+        return
+    where = "" if device == "cpu" else f" on {device}"
+    raise UserError(
+        f"{what} needs about {format_bytes(need)} of memory{where}, {format_bytes(free)} are free; {advice}, or go on "
+        f"all the same with {IGNORE}=1"
+    )
+
+
+def _available() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _left_in_groups() -> list[int]:
+    """What the limits of the process's control groups leave, and those of the groups above them."""
+    try:
+        lines = _GROUP_OF_PROCESS.read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _GROUPS / "memory" if controllers else _GROUPS
+        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = root / path.strip("/")
+        # In a container the path is the host's, and the group itself is mounted as the root.
+        for place in dict.fromkeys((group, *(p for p in group.parents if p.is_relative_to(root)), root)):
+            left += _left_in(place, f"memory.{limit}", f"memory.{usage}")
+    return left
+
+
+def _left_in(group: Path, limit: str, usage: str) -> list[int]:
+    try:
+        # Without a limit v2 says "max"; v1 says some 2^63, of which more is left than there is.
+        most, used = int((group / limit).read_text()), int((group / usage).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return []
+    return [max(0, most - used + cached)]
