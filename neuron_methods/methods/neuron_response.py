@@ -60,8 +60,7 @@ class NeuronResponse(PlannedMethod):
             0,
             words=("auto",),
             default="auto",
-            about="how firmly directions that no input takes are held; auto: 0.1, and more for adapters without profiles; "
-            "0: pseudo-inverse",
+            about="how firmly directions that no input takes are held; auto: 0.1, more for adapters without profiles",
         ),
         choice("toward", "mean", "sum", "zero", about="what holds where no expert's inputs say anything"),
         choice("subspace", "all", "orthogonal", about="merge all, or what is orthogonal to each neuron's base weights"),

@@ -27,7 +27,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 def source(base: Path, *models: object, own: Any = None, **parameters: Any) -> str:
     listed = [{"model": str(m), "parameters": (own or {}).get(i, {})} for i, m in enumerate(models)]
-    shared = {"subspace": "all", **parameters}
+    shared = {"ridge": 0.1, **parameters}  # automatically, adapters and what is formed of them have each their own
     content = {"merge_method": "neuron_response", "base_model": str(base), "models": listed, "parameters": shared}
     return yaml.safe_dump(content)
 

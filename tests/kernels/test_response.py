@@ -17,6 +17,7 @@ from neuron_methods.kernels.response import (
     Response,
     ResponseOptions,
     added_up,
+    automatic_ridge,
     merge_responses,
     truncated,
 )
@@ -72,6 +73,7 @@ def oracle(cases: Sequence[Case], options: ResponseOptions) -> tuple[Tensor, flo
     taking = [c for c in cases if c.weight > 0]
     rows = [rows_of(c, taking, options) for c in taking]
     stacked = torch.cat(rows)
+    assert options.ridge is not None
     ridge = options.ridge * float(stacked.square().sum()) / stacked.shape[1]
     t = toward(taking, options)
     answers = torch.cat([r @ (c.update - t).T for r, c in zip(rows, taking, strict=True)])
@@ -80,7 +82,8 @@ def oracle(cases: Sequence[Case], options: ResponseOptions) -> tuple[Tensor, flo
     solved = torch.linalg.lstsq(system, wanted, rcond=1e-6, driver="gelsd").solution.T + t
     got = torch.cat([r @ solved.T for r in rows])
     asked = torch.cat([r @ c.update.T for r, c in zip(rows, taking, strict=True)])
-    scale = float((got * asked).sum() / got.square().sum()) if got.any() else 1.0
+    undone = got.any() and options.toward == "zero"
+    scale = float((got * asked).sum() / got.square().sum()) if undone else 1.0
     missed = float((scale * got - asked).square().sum())
     return scale * solved, float(asked.square().sum()), missed, stacked.T @ stacked
 
@@ -140,7 +143,7 @@ def test_without_a_ridge_it_is_the_pseudo_inverse(shape: tuple[int, int], kind: 
 @pytest.mark.parametrize("inputs", [["update", "data", "both"], ["data", "update", "data"]])
 @pytest.mark.parametrize("shape", [MANY, FEW])
 def test_experts_may_differ_in_where_their_inputs_come_from(shape: tuple[int, int], inputs: list[str]) -> None:
-    assert_exact([case(shape, i, name, rank=i) for i, name in enumerate(inputs)], ResponseOptions())
+    assert_exact([case(shape, i, name, rank=i) for i, name in enumerate(inputs)], ResponseOptions(0.1))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 9), (9, 2)])
@@ -162,7 +165,7 @@ def test_factors_of_narrow_dtypes_count_as_they_are_stored() -> None:
     measured = randoms(7, 40, seed=5).bfloat16()
     cases = [case(FEW, i) for i in range(2)]
     cases[0] = replace(cases[0], factors=[measured], expert=replace(cases[0].expert, inputs=[measured]))
-    assert_exact(cases, ResponseOptions())
+    assert_exact(cases, ResponseOptions(0.1))
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (40, 512)])
@@ -283,7 +286,7 @@ def test_an_expert_without_any_update(shape: tuple[int, int], ridge: float) -> N
     n, d = shape
     nothing = torch.zeros(n, d)
     silent = Case(nothing.double(), 1.0, [None], Expert(nothing.clone))
-    options = ResponseOptions(ridge)
+    options = ResponseOptions(ridge, "zero")
     cases = [case(shape, 0), case(shape, 1)]
     assert_near(dense(merge([*cases, silent], options)), dense(merge(cases, options)))
     factors = [randoms(7, d, seed=8)]
@@ -489,3 +492,30 @@ def test_nothing_can_be_truncated() -> None:
     assert kept == 1.0
     assert not reduced.dense().any()
     assert reduced.b.shape == (4, 1)
+
+
+@pytest.mark.parametrize("shape", [MANY, FEW])
+def test_the_automatic_ridge_trusts_a_full_update_and_measured_inputs_more_than_an_adapter(
+    shape: tuple[int, int],
+) -> None:
+    n, d = shape
+    full, measured = [case(shape, i) for i in range(2)], [case(shape, i, "data", rank=3) for i in range(2)]
+    adapters = [case(shape, i, rank=r) for i, r in enumerate((2, 4, 3))]
+    for cases in (full, measured, [full[0], adapters[0]], [measured[0], adapters[0]]):
+        assert automatic_ridge([c.expert for c in cases], d) == 0.1
+        assert_exact(cases, ResponseOptions(0.1))
+        assert_near(dense(merge(cases, ResponseOptions())), dense(merge(cases, ResponseOptions(0.1))), 1e-12)
+    # Orthogonal adapters of one rank come out as (1 + c) / (1 + c T) of their sum, with c = 2 here.
+    eye, b = torch.eye(d), randoms(n, 6, seed=1)
+    apart = [
+        Expert(
+            LowRank(
+                b[:, 2 * t : 2 * t + 2], torch.linalg.qr(b[:, 2 * t : 2 * t + 2]).R.inverse() @ eye[2 * t : 2 * t + 2]
+            )
+        )
+        for t in range(3)
+    ]
+    update = merge_responses(apart, shape, ResponseOptions()).update
+    assert isinstance(update, LowRank)
+    total = sum(e.update.dense() for e in apart if isinstance(e.update, LowRank))
+    assert_near(update.dense(), total * 3 / 7, 1e-5)

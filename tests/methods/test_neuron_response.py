@@ -453,7 +453,7 @@ def test_a_base_that_is_not_finite_is_to_blame() -> None:
 @pytest.mark.parametrize("family", ["llama-untied", "t5-gated", "vit"])
 def test_as_rest_of_min_merging(family: str) -> None:
     config, base, experts = models(family)
-    merged = merge(MinMerging(), config, base, experts, {"rest": "neuron_response", "rest_subspace": "all"})
+    merged = merge(MinMerging(), config, base, experts, {"rest": "neuron_response", "rest_toward": "zero"})
     expected = merge(METHOD, config, base, experts, PLAIN)
     owned = {part.tensor for layer in neuron_map(config).layers for part in layer.parts}
     rest = [n for n in base if n not in owned and "ttention" not in n and "attn" not in n]
@@ -467,7 +467,7 @@ def test_as_rest_and_within_of_neuron_merge(tmp_path: Path) -> None:
     groups = write_groups(tmp_path / "groups.json", config, ["general", "math", "code"])
     own = {"expert-a": {"group": "math"}, "expert-b": {"group": "code"}}
     shared = {"groups": groups, "rest": "neuron_response", "within": "neuron_response", "general": 1.0}
-    shared |= {"rest_subspace": "all", "within_subspace": "all"}
+    shared |= {"rest_toward": "zero", "within_toward": "zero"}
     merged = merge(NeuronMerge(), config, base, experts, shared, own)
     expected = merge(METHOD, config, base, experts, PLAIN)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
@@ -488,8 +488,8 @@ def test_as_rest_and_within_of_neuron_merge(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("weight", -1.0, r"weight must be a number in \[0, inf\]; got -1\.0"),
-        ("ridge", -0.1, r"ridge must be a number in \[0, inf\]; got -0\.1"),
-        ("toward", "base", "toward must be one of zero, mean, sum; got 'base'"),
+        ("ridge", -0.1, r"ridge must be a number in \[0, inf\] or 'auto'; got -0\.1"),
+        ("toward", "base", "toward must be one of mean, sum, zero; got 'base'"),
         ("subspace", "parallel", "subspace must be one of all, orthogonal; got 'parallel'"),
         ("inputs", "data", "inputs must be one of update, profile, both; got 'data'"),
         ("loudness", 3, "loudness must be one of equal, own; got 3"),

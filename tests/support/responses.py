@@ -39,7 +39,8 @@ def response(
     t = {"zero": 0 * mean, "mean": mean, "sum": mean * len(updates)}[toward]
     rho = ridge * s.diagonal().mean()
     merged = (n + rho * t) @ torch.linalg.inv(s + rho * torch.eye(len(s)).double())
-    return merged * ((merged * n).sum() / (merged @ s * merged).sum()) if scaled else merged
+    undone = scaled and toward == "zero"
+    return merged * ((merged * n).sum() / (merged @ s * merged).sum()) if undone else merged
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
