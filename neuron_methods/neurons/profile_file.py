@@ -130,7 +130,10 @@ class NeuronProfile:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot read this profile, it is truncated or no safetensors ({error})") from error
         if metadata.get("format") != FORMAT:
-            raise UserError(f"{path}: this safetensors file is no profile of `mergekit-neuron profile`")
+            found = f"it is a {metadata['format']!r}" if "format" in metadata else "it says no format"
+            raise UserError(
+                f"{path}: holds no profile of neurons ({found}); `mergekit-neuron profile`, without --inputs, makes one"
+            )
         if metadata.get("version") != VERSION:
             raise UserError(
                 f"{path}: this profile has version {metadata.get('version')}, this program reads version {VERSION}; "

@@ -1,27 +1,46 @@
-"""The state of an unfinished data source, saved beside the profile now and then, one file per process."""
+"""The state of an unfinished measurement, saved beside its file now and then, one file per process."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from neuron_methods.models.processes import process_state
-from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.support.files import file_in_place_after
 
 
+class Record(Protocol):
+    """One of the things that are recorded, of which each knows its state as tensors."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Hand out everything recorded so far."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+
+
+class Recording(Protocol):
+    """What is recorded, by name."""
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """Name -> record."""
+
+
 class Checkpoint:
-    """What this process has measured of a source so far.
+    """What this process has measured so far.
 
     A state that belongs to something else, to another number of processes for instance, is passed over.
 
     Args:
-        output: the profile that is being made.
+        output: the file that is being made.
         belongs_to: everything that must be the same to go on.
         seconds: how much time passes between savings.
     """
@@ -33,7 +52,7 @@ class Checkpoint:
         self._seconds = seconds
         self._last = time.monotonic()
 
-    def load(self, recorder: Recorder) -> int:
+    def load(self, recorder: Recording) -> int:
         """Let `recorder` go on from the state; returns how many batches it has seen, 0 if there is none."""
         try:
             with safe_open(self.path, "pt") as file:
@@ -46,7 +65,7 @@ class Checkpoint:
             return 0
         return int(metadata["batches"])
 
-    def save_if_due(self, recorder: Recorder, batches: int) -> None:
+    def save_if_due(self, recorder: Recording, batches: int) -> None:
         """Save the state after `batches` batches if the last time is long enough ago."""
         if time.monotonic() - self._last < self._seconds:
             return
@@ -60,5 +79,5 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """Remove the state, as the source is finished."""
+        """Remove the state, as the measurement is finished."""
         self.path.unlink(missing_ok=True)

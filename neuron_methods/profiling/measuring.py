@@ -100,7 +100,7 @@ def measure_profile(
         UserError: anything is wrong with model, data or file.
     """
     state = process_state()
-    sources = _parse(data)
+    sources = parse_sources(data)
     name = ModelName.find(model)
     neurons = read_neurons(name)
     fresh = NeuronProfile(
@@ -136,7 +136,8 @@ def measure_profile(
                 report(f"{reader.source.name}: {info.samples} samples, {max(info.tokens.values())} tokens{processes}")
 
 
-def _parse(data: Sequence[str]) -> list[DataSource]:
+def parse_sources(data: Sequence[str]) -> list[DataSource]:
+    """Read ``NAME=SOURCE`` each; raises UserError for one that is wrong, or a name given twice."""
     sources = [parse_source(text) for text in data]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
@@ -144,10 +145,15 @@ def _parse(data: Sequence[str]) -> list[DataSource]:
     return sources
 
 
-def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, overwrite: bool) -> NeuronProfile:
-    """Read what `output` holds already, `fresh` if nothing; raises UserError if that was made in another way."""
+def check_output(output: Path) -> None:
+    """Raise UserError unless a file to be written is named as one of safetensors."""
     if output.suffix != ".safetensors" or output.is_dir():
         raise UserError(f"-o {output}: expected a file name that ends in .safetensors")
+
+
+def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, overwrite: bool) -> NeuronProfile:
+    """Read what `output` holds already, `fresh` if nothing; raises UserError if that was made in another way."""
+    check_output(output)
     if overwrite or not output.exists():
         return fresh
     there = NeuronProfile.load(output)
