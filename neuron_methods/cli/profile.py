@@ -41,9 +41,9 @@ both): for every linear layer and convolution, heads included, a factor F with F
 x xᵀ over all inputs x that it is given. Measure each expert on data of its own task; 16 to 64
 samples do, and prompts without answers do: --generate 32 lets the expert answer them.
 How much disk and memory it takes is said before it starts. Rows of F are the inputs themselves
-until there are more than --rows. Then layers no wider than --rows lose nothing (F is R of their QR
-decomposition), and of wider ones the strongest directions are kept (frequent directions), so that
-FᵀF falls short by ‖F‖²/(rows + 1) at most in any direction. Padding never counts. Left out are
+until they are more than --rows, or than a layer is wide. Then layers no wider than --rows lose
+nothing (F is R of the QR decomposition), and of wider ones the strongest directions are kept
+(frequent directions): FᵀF falls short by ‖F‖²/(rows + 1) at most in any direction. Padding never counts. Left out are
 experts stacked in one tensor and convolutions in groups.
 
 \b
@@ -107,7 +107,8 @@ def profile(
 
     Per source and neuron: mean |activation|, second moment, firing rate and the tokens that drive it furthest; with
     --gradients also mean |activation × gradient of the loss|. Every model family in neuron_methods/neurons can be
-    measured: Llama and other decoders, T5, ViT, DeiT, CLIP.
+    measured: Llama and other decoders, T5, ViT, DeiT, CLIP. With --inputs instead: what every linear layer of an expert
+    is given, for merging by neuron_response.
     """
     for name in _OF_NEURONS if inputs else _OF_INPUTS:
         if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
