@@ -77,7 +77,7 @@ class InputsFile:
             raise UserError(f"profile {path}: no complete safetensors file ({error}); {_AGAIN}") from None
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            found = f"it is a {metadata['format']!r}" if "format" in metadata else "it says no format"
+            found = f"a file of the format {metadata['format']!r}" if "format" in metadata else "it says no format"
             raise UserError(f"profile {path}: holds no inputs of modules ({found}); {_AGAIN}")
         if metadata.get("version") != VERSION:
             raise UserError(f"profile {path}: version {metadata.get('version')!r}, expected {VERSION}; {_AGAIN}")

@@ -130,9 +130,10 @@ class NeuronProfile:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot read this profile, it is truncated or no safetensors ({error})") from error
         if metadata.get("format") != FORMAT:
-            found = f"it is a {metadata['format']!r}" if "format" in metadata else "it says no format"
+            found = f"a file of the format {metadata['format']!r}" if "format" in metadata else "it says no format"
             raise UserError(
-                f"{path}: holds no profile of neurons ({found}); `mergekit-neuron profile`, without --inputs, makes one"
+                f"{path}: this safetensors file is no profile of neurons ({found}); `mergekit-neuron profile`, without "
+                "--inputs, makes one"
             )
         if metadata.get("version") != VERSION:
             raise UserError(

@@ -427,13 +427,15 @@ class TestMistakes:
     def test_a_profile_of_neurons_in_the_place(self, llama, texts, tmp_path):
         output = tmp_path / "p.safetensors"
         measure_profile(str(llama), [f"a={texts}"], output, Settings(top=1))
-        with pytest.raises(UserError, match=r"-o: profile .*it is a 'mergekit-neuron profile'.*--overwrite"):
+        with pytest.raises(
+            UserError, match=r"-o: profile .*a file of the format 'mergekit-neuron profile'.*--overwrite"
+        ):
             measure_inputs(str(llama), [f"a={texts}"], output)
 
     def test_inputs_where_a_profile_of_neurons_is_wanted(self, llama, texts, tmp_path):
         output = tmp_path / "i.safetensors"
         measure_inputs(str(llama), [f"a={texts}"], output)
-        wanted = "i.safetensors: holds no profile of neurons .it is a 'mergekit-neuron inputs'.*without --inputs"
+        wanted = "is no profile of neurons .a file of the format 'mergekit-neuron inputs'.*without --inputs"
         with pytest.raises(UserError, match=wanted):
             NeuronProfile.load(output)
         with pytest.raises(UserError, match=wanted):
