@@ -33,13 +33,13 @@ Examples:
       --data math=math.jsonl -o base.safetensors
   mergekit-neuron profile show base.safetensors --layer 3 --neuron 17
   mergekit-neuron profile ./base+./adapter --data math=math.jsonl:question,answer \
-      --inputs --samples 64 -o math.inputs.safetensors
+      --inputs -o math.inputs.safetensors
 
 \b
 --inputs writes another kind of file, which the method neuron_response reads (inputs: profile, or
 both): for every linear layer and convolution, heads included, a factor F with FᵀF = the mean of
 x xᵀ over all inputs x that it is given. Measure each expert on data of its own task; 16 to 64
-samples do, and prompts without answers do: --generate 32 lets the expert answer them.
+samples are enough, and prompts without answers are: --generate 32 lets the expert answer them.
 How much disk and memory it takes is said before it starts. Rows of F are the inputs themselves
 until they are more than --rows, or than a layer is wide. Then layers no wider than --rows lose
 nothing (F is R of the QR decomposition), and of wider ones the strongest directions are kept
@@ -73,7 +73,7 @@ class ProfileCommand(click.Command):
 @click.argument("model")
 @click.option("--data", multiple=True, required=True, metavar="NAME=SOURCE", help="A data source; may be repeated.")
 @click.option("-o", "--output", required=True, type=PLACE, metavar="FILE", help="*.safetensors")
-@click.option("--samples", type=click.IntRange(0), default=1000, show_default=True, help="Of each source; 0: all.")
+@click.option("--samples", type=click.IntRange(0), help="Of each source; 0: all.  [default: 1000, with --inputs 64]")
 @click.option("--max-length", type=click.IntRange(1), default=512, show_default=True, help="Tokens per text.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order in which samples are drawn.")
@@ -115,6 +115,8 @@ def profile(
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{option} goes without --inputs" if inputs else f"{option} needs --inputs")
         del settings[name]
+    if settings["samples"] is None:
+        del settings["samples"]
     if inputs:
         from neuron_methods.profiling import InputSettings, measure_inputs
 

@@ -53,7 +53,7 @@ class InputSettings:
         checkpoint_seconds: how often an unfinished run saves its state.
     """
 
-    samples: int = 1000
+    samples: int = 64
     max_length: int = 512
     batch_size: int = 8
     seed: int = 0

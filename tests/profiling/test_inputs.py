@@ -249,6 +249,14 @@ def test_a_factor_of_fewer_rows_keeps_to_what_it_says(rows, tmp_path):
         assert lost <= 1 / (rows + 1) and (lost > 0) == (rows < moment.shape[0] and tokens > rows)
 
 
+def test_a_model_larger_than_memory_is_offloaded_to_disk(llama, texts, tmp_path):
+    output = tmp_path / "offloaded.safetensors"
+    measure_inputs(str(llama), [f"a={texts}"], output, InputSettings(), max_memory={"cpu": 9000})
+    whole = measured(llama, f"a={texts}", tmp_path / "whole.safetensors")
+    assert_same(InputsFile.open(str(output)), whole)
+    assert InputsFile.open(str(output)).info.modules == whole.info.modules
+
+
 def test_sources_are_one_stream(llama, tmp_path):
     first, second = (tiny.write_texts(tmp_path / f"{seed}.jsonl", 6, seed=seed) for seed in (3, 8))
     both = tmp_path / "both.jsonl"
