@@ -36,7 +36,6 @@ class InputRecorder:
     Attributes:
         group_of: path of a module -> the number of the modules that share its sketch.
         records: that number, as text -> their sketch.
-        left_out: modules whose inputs could not be told to tokens of a padded batch.
 
     Args:
         model: whose modules are those of its class.
@@ -54,7 +53,6 @@ class InputRecorder:
         self.modules = linear_modules(model)
         self.group_of: dict[str, int] = {}
         self.records: dict[str, InputSketch] = {}
-        self.left_out: set[str] = set()
         self._streams = {path: feeder.stream_of(path) for path in self.modules}
         self._part({path: path for path in self.modules})
         self._pass: _Pass | None = None
@@ -111,9 +109,7 @@ class InputRecorder:
             calls = current.calls[path]
             calls.append(current.number(given))
             group = self.group_of[path]
-            if not current.keep or path in self.left_out:
-                return
-            if len(calls) > current.taken[group]:
+            if current.keep and len(calls) > current.taken[group]:
                 current.taken[group] += 1
                 self._take(path, module, given, current.batch)
 
@@ -125,6 +121,7 @@ class InputRecorder:
         counting = stream.valid
         if self.answers_only and batch.targets is not None:
             counting = (batch.targets.flatten() != -100).nonzero().squeeze(1)
+        sketch = self.records[str(self.group_of[path])]
         vectors = input_vectors(module, given.detach())
         vectors = vectors.reshape(-1, vectors.shape[-1])
         if counting is not None:
@@ -133,10 +130,8 @@ class InputRecorder:
             if len(vectors) == tokens:
                 vectors = vectors.index_select(0, counting.to(vectors.device))
             elif len(vectors) != samples:  # one for each sample is what a pooled head reads
-                group = self.group_of[path]
-                self.left_out |= {other for other, its in self.group_of.items() if its == group}
+                sketch.missing += 1
                 return
-        sketch = self.records[str(self.group_of[path])]
         sketch.add(vectors)
         if not math.isfinite(sketch.energy):
             raise UserError(f"inputs of {path}: NaN or infinite; measure in another --dtype, such as float32")

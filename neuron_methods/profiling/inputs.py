@@ -124,11 +124,11 @@ def measure_inputs(
         info = InputsInfo(
             model=name.shown, model_type=loaded.config.model_type, modules={}, tokens={}, made_from=made_from
         )
-        factors = _gathered(recorder, measured, info)
+        factors, unclear = _gathered(recorder, measured, info)
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
         save_inputs(output, info, factors)
-        _tell(recorder, info, factors, output, run, said)
+        _tell(recorder, info, factors, unclear, output, run, said)
     state.wait_for_everyone()
     run.forget()
 
@@ -294,44 +294,46 @@ def _size(recorder: InputRecorder) -> str:
     )
 
 
-def _gathered(recorder: InputRecorder, measured: bool, info: InputsInfo) -> dict[str, Tensor]:
+def _gathered(recorder: InputRecorder, measured: bool, info: InputsInfo) -> tuple[dict[str, Tensor], list[str]]:
     """Put the sketches of all processes together; fills the modules, tokens and losses of `info` in.
 
     Returns:
-        The factors by their names in the file, bfloat16, on the CPU; in the main process only.
+        The factors by their names in the file, bfloat16, on the CPU, in the main process only; and the modules whose
+        inputs could not be told to tokens.
     """
     state = process_state()
     paths = list(recorder.modules)
     # A process without a sample knows no difference between modules.
     own = torch.tensor([recorder.group_of[path] if measured else 0 for path in paths])
-    left_out = add_up(torch.tensor([int(path in recorder.left_out) for path in paths])).tolist()
-    recorder.left_out = {path for path, count in zip(paths, left_out, strict=True) if count}
     numbers = common_groups(collect(own).view(-1, len(paths)).tolist())
     members: dict[int, list[str]] = {}
     for path, number in zip(paths, numbers, strict=True):
         members.setdefault(number, []).append(path)
     factors: dict[str, Tensor] = {}
+    unclear: list[str] = []
     for these in members.values():
         sketch = recorder.records[str(recorder.group_of[these[0]])]
         if state.num_processes > 1:
             shared, sketch = sketch, InputSketch(sketch.width, sketch.rows, sketch.device)
             sketch.load_state(shared.state())
             sketch.merge(add_up, collect)
-        kept = [path for path in these if path not in recorder.left_out]
-        if not kept or not sketch.tokens or not state.is_main_process:
+        if sketch.missing:
+            unclear += these
+        if sketch.missing or not sketch.tokens or not state.is_main_process:
             continue
         name = str(len(factors))
         factors[name] = sketch.factor().to("cpu", torch.bfloat16)
-        info.modules.update(dict.fromkeys(kept, name))
+        info.modules.update(dict.fromkeys(these, name))
         info.tokens[name] = sketch.tokens
         info.lost[name] = sketch.loss / sketch.energy if sketch.energy else 0.0
-    return factors
+    return factors, unclear
 
 
 def _tell(
     recorder: InputRecorder,
     info: InputsInfo,
     factors: dict[str, Tensor],
+    unclear: Sequence[str],
     output: Path,
     run: _Run,
     report: Callable[[str], None],
@@ -340,13 +342,12 @@ def _tell(
     processes = process_state().num_processes
     for source, count in run.samples.items():
         report(f"{source}: {count} samples" + (f", {processes} processes" if processes > 1 else ""))
-    unseen = [path for path in recorder.modules if path not in info.modules and path not in recorder.left_out]
+    unseen = [path for path in recorder.modules if path not in info.modules and path not in unclear]
     if unseen:
         report(f"left out, as no sample comes there: {listed(unseen)}")
-    if recorder.left_out:
+    if unclear:
         report(
-            f"left out, as their inputs cannot be told from padding: {listed(sorted(recorder.left_out))}; "
-            "--batch-size 1 measures them"
+            f"left out, as their inputs cannot be told from padding: {listed(unclear)}; --batch-size 1 measures them"
         )
     size = sum(factor.numel() * factor.element_size() for factor in factors.values())
     lost = max(info.lost.values(), default=0.0)

@@ -33,11 +33,12 @@ class InputSketch:
         tokens: number of vectors seen.
         energy: Σ of their squared lengths, ‖F‖².
         loss: Δ, see the module; 0 where nothing is lost.
+        missing: how often there were vectors that could not be added.
     """
 
     def __init__(self, width: int, rows: int, device: torch.device | str = "cpu") -> None:
         self.width, self.rows = width, min(rows, width)
-        self.tokens = 0
+        self.tokens = self.missing = 0
         self.energy = self.loss = 0.0
         self._kept = torch.empty(0, width, device=device)
         self._count = 0
@@ -71,23 +72,27 @@ class InputSketch:
         padded = self._kept.new_zeros(max(counts), self.width)
         padded[: self._count] = self._kept[: self._count]
         parts = collect(padded).view(len(counts), -1, self.width)
-        numbers = add_up(torch.tensor([self.tokens, self.energy, self.loss], dtype=torch.float64)).tolist()
-        self.tokens, self.energy, self.loss = int(numbers[0]), numbers[1], numbers[2]
+        self._read(add_up(self._numbers()))
         self._count = 0
         for part, count in zip(parts, counts, strict=True):
             self._append(part[:count])
 
     def state(self) -> dict[str, Tensor]:
         """Hand out everything kept so far, to be stored."""
-        numbers = torch.tensor([self.tokens, self.energy, self.loss], dtype=torch.float64)
-        return {"numbers": numbers, "kept": self._kept[: self._count]}
+        return {"numbers": self._numbers(), "kept": self._kept[: self._count]}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
-        tokens, self.energy, self.loss = state["numbers"].tolist()
-        self.tokens = int(tokens)
+        self._read(state["numbers"])
         self._count = 0
         self._append(state["kept"].to(self.device))
+
+    def _numbers(self) -> Tensor:
+        return torch.tensor([self.tokens, self.missing, self.energy, self.loss], dtype=torch.float64)
+
+    def _read(self, numbers: Tensor) -> None:
+        tokens, missing, self.energy, self.loss = numbers.tolist()
+        self.tokens, self.missing = int(tokens), int(missing)
 
     def _append(self, vectors: Tensor) -> None:
         most = 2 * self.rows

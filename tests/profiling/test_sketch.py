@@ -106,6 +106,9 @@ def test_a_sketch_goes_on_from_its_state(width, rows):
         rest.add(batch)
     torch.testing.assert_close(rest.factor(), whole.factor())
     assert (rest.tokens, rest.energy, rest.loss) == pytest.approx((whole.tokens, whole.energy, whole.loss))
+    rest.missing = 3
+    whole.load_state(rest.state())
+    assert whole.missing == 3
 
 
 @pytest.mark.parametrize(
