@@ -1,4 +1,4 @@
-"""`mergekit-neuron profile`: measure what each MLP neuron does on data; `profile show`: read the result."""
+"""`mergekit-neuron profile`: measure neurons, or with --inputs what they are given; `profile show`: read the result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, say
 
@@ -31,12 +32,29 @@ Examples:
   accelerate launch --multi_gpu --num_processes 4 -m neuron_methods profile ./base \\
       --data math=math.jsonl -o base.safetensors
   mergekit-neuron profile show base.safetensors --layer 3 --neuron 17
+  mergekit-neuron profile ./base+./adapter --data math=math.jsonl:question,answer \
+      --inputs -o math.inputs.safetensors
+
+\b
+--inputs writes another kind of file, which the method neuron_response reads (inputs: profile, or
+both): for every linear layer and convolution, heads included, a factor F with FᵀF = the mean of
+x xᵀ over all inputs x that it is given. Measure each expert on data of its own task; 16 to 64
+samples are enough, and prompts without answers are: --generate 32 lets the expert answer them.
+How much disk and memory it takes is said before it starts. Rows of F are the inputs themselves
+until they are more than --rows, or than a layer is wide. Then layers no wider than --rows lose
+nothing (F is R of the QR decomposition), and of wider ones the strongest directions are kept
+(frequent directions): FᵀF falls short by ‖F‖²/(rows + 1) at most in any direction. Padding never counts. Left out are
+experts stacked in one tensor and convolutions in groups.
 
 \b
 Run again after an interruption: finished data sources are skipped, an unfinished one goes on
 where it last saved its state. Beside FILE.safetensors there is FILE.exemplars.jsonl with the
 tokens that drive the neurons furthest.
 """
+
+
+_OF_NEURONS = ("gradients", "top", "context")
+_OF_INPUTS = ("rows", "generate", "answers_only")
 
 
 class ProfileCommand(click.Command):
@@ -55,7 +73,7 @@ class ProfileCommand(click.Command):
 @click.argument("model")
 @click.option("--data", multiple=True, required=True, metavar="NAME=SOURCE", help="A data source; may be repeated.")
 @click.option("-o", "--output", required=True, type=PLACE, metavar="FILE", help="*.safetensors")
-@click.option("--samples", type=Count(0), default=1000, show_default=True, help="Of each source; 0: all.")
+@click.option("--samples", type=Count(0), help="Of each source; 0: all.  [default: 1000, with --inputs 64]")
 @click.option("--max-length", type=Count(), default=512, show_default=True, help="Tokens per text.")
 @click.option("--batch-size", type=Count(), default=8, show_default=True, help="Samples per forward pass.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order in which samples are drawn.")
@@ -64,18 +82,49 @@ class ProfileCommand(click.Command):
 @click.option("--context", type=Count(0, 1000), default=8, show_default=True, help="Tokens around an exemplar.")
 @click.option("--separator", default="\n", help="Joins two columns for a decoder.  [default: a line break]")
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
+@click.option("--inputs", is_flag=True, help="Measure what every linear layer is given instead of its neurons.")
+@click.option("--rows", type=Count(), default=1024, show_default=True, help="--inputs: of a factor at most.")
+@click.option(
+    "--generate",
+    type=Count(),
+    is_flag=False,
+    flag_value=32,
+    metavar="[N]",
+    help="--inputs: MODEL answers the first column by itself, with N tokens at most.  [N by default: 32]",
+)
+@click.option("--answers-only", is_flag=True, help="--inputs: of a decoder, only tokens that say the answer count.")
 @click.option("--force", is_flag=True, help="Forget the profile in FILE and start anew.")
 @debug_option
-def profile(model: str, data: tuple[str, ...], output: Path, force: bool, **settings: Any) -> None:
+def profile(
+    model: str,
+    data: tuple[str, ...],
+    output: Path,
+    inputs: bool,
+    force: bool,
+    **settings: Any,
+) -> None:
     """Measure the MLP neurons of MODEL on data: a path, a hub id, an adapter, or base+adapter.
 
     Per source and neuron: mean |activation|, second moment, firing rate and the tokens that drive it furthest; with
     --gradients also mean |activation × gradient of the loss|. Every model family in neuron_methods/neurons can be
-    measured: Llama and other decoders, T5, ViT, DeiT, CLIP.
+    measured: Llama and other decoders, T5, ViT, DeiT, CLIP. With --inputs instead: what every linear layer of an expert
+    is given, for merging by neuron_response.
     """
-    from neuron_methods.profiling import Settings, measure_profile
+    for name in _OF_NEURONS if inputs else _OF_INPUTS:
+        if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option} goes without --inputs" if inputs else f"{option} needs --inputs")
+        del settings[name]
+    if settings["samples"] is None:
+        del settings["samples"]
+    if inputs:
+        from neuron_methods.profiling import InputSettings, measure_inputs
 
-    measure_profile(model, data, output, Settings(**settings), force=force, report=say)
+        measure_inputs(model, data, output, InputSettings(**settings), force=force, report=say)
+    else:
+        from neuron_methods.profiling import Settings, measure_profile
+
+        measure_profile(model, data, output, Settings(**settings), force=force, report=say)
 
 
 @click.command("show")
@@ -84,12 +133,27 @@ def profile(model: str, data: tuple[str, ...], output: Path, force: bool, **sett
 @click.option("--neuron", type=Count(0), help="Index of a neuron of that layer.")
 @debug_option
 def show(file: Path, layer: str | None, neuron: int | None) -> None:
-    """Print a neuron profile: an overview, with --layer its most active neurons, with --neuron what drives one."""
+    """Print a profile: an overview, with --layer its most active neurons, with --neuron what drives one.
+
+    A file of inputs has an overview only: its factors, and which modules each belongs to.
+    """
     from neuron_methods.profiling import NeuronProfile
-    from neuron_methods.profiling.show import describe_layer, describe_neuron, describe_profile
+    from neuron_methods.profiling.show import (
+        describe_inputs,
+        describe_layer,
+        describe_neuron,
+        describe_profile,
+        opened_inputs,
+    )
 
     if neuron is not None and layer is None:
         raise click.UsageError("--neuron needs --layer")
+    measured_inputs = opened_inputs(file)
+    if measured_inputs is not None:
+        if layer is not None:
+            raise click.UsageError(f"{file} holds inputs of modules, which have no --layer")
+        click.echo("\n".join(describe_inputs(measured_inputs)))
+        return
     measured = NeuronProfile.load(file)
     if layer is None:
         lines = describe_profile(measured)

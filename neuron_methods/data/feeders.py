@@ -76,7 +76,7 @@ class Feeder(ABC):
             )
 
     def stream_of(self, layer_key: str) -> str:
-        """Name the stream that a layer reads."""
+        """Name the stream that a layer, or a module by its path in memory, reads."""
         return ""
 
     @abstractmethod

@@ -114,8 +114,8 @@ class ImageTextFeeder(Feeder):
         self.texts.start(reader, False)
 
     def stream_of(self, layer_key: str) -> str:
-        """Name ``text_model`` or ``vision_model``."""
-        return layer_key.split(".")[0]
+        """Name ``text_model`` or ``vision_model``, the projections behind them included."""
+        return "vision_model" if layer_key.startswith("vis") else "text_model"
 
     def payload_width(self, stream: str) -> int:
         """Give that of images or of texts."""

@@ -55,11 +55,19 @@ class TextFeeder(Feeder):
         texts = self.texts(samples, 0)
         if len(self.reader.columns) < 2:
             return self.sequences(self.tokenize(texts), [1] * len(texts), samples)
-        prompts, targets = self.pairs(texts, self.texts(samples, 1))
-        both = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        return self.answered(*self.pairs(texts, self.texts(samples, 1)), samples)
+
+    def prompts(self, samples: list[Sample]) -> list[list[int]]:
+        """Make the token ids of what a model is to answer: a separator follows where there is a column of answers."""
+        separator = self.separator if len(self.reader.columns) > 1 else ""
+        return self.tokenize([text + separator for text in self.texts(samples, 0)])
+
+    def answered(self, prompts: list[list[int]], answers: list[list[int]], samples: list[Sample]) -> Batch:
+        """Lay out token ids of prompts with those of their answers, which are targets."""
+        both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         if self.truncates:
             both = [tokens[: self.max_length] for tokens in both]
-        self.refuse_long(texts, both)
+        self.refuse_long(self.texts(samples, 0), both)
         return self.sequences(both, [len(prompt) for prompt in prompts], samples)
 
     def pairs(self, inputs: list[str], targets: list[str]) -> tuple[list[list[int]], list[list[int]]]:
@@ -147,13 +155,24 @@ class TextToTextFeeder(TextFeeder):
         self.has_loss = "ForConditionalGeneration" in type(model).__name__
 
     def stream_of(self, layer_key: str) -> str:
-        """Name ``encoder`` or ``decoder``."""
-        return layer_key.split(".")[0]
+        """Name ``encoder`` or ``decoder``; keys and values of the attention to the encoder read what that says."""
+        from_encoder = layer_key.startswith("encoder.") or layer_key.endswith(
+            (".EncDecAttention.k", ".EncDecAttention.v")
+        )
+        return "encoder" if from_encoder else "decoder"
+
+    def prompts(self, samples: list[Sample]) -> list[list[int]]:
+        """Make the token ids of what the encoder reads."""
+        return self.tokenize(self.texts(samples, 0))
 
     def batch(self, samples: list[Sample]) -> Batch:
         """Lay out inputs and targets, padded apart."""
-        ids, mask = pad(self.tokenize(self.texts(samples, 0)))
-        targets, target_mask = pad(self.tokenize(self.texts(samples, 1)))
+        return self.answered(self.prompts(samples), self.tokenize(self.texts(samples, 1)), samples)
+
+    def answered(self, prompts: list[list[int]], answers: list[list[int]], samples: list[Sample]) -> Batch:
+        """Lay out token ids of inputs and of their answers, padded apart."""
+        ids, mask = pad(prompts)
+        targets, target_mask = pad(answers)
         labels = targets.masked_fill(~target_mask, -100)
         decoder_ids = self.model._shift_right(labels)
         read = sequence_identity(ids, mask)

@@ -4,7 +4,7 @@ Safetensors, made by `mergekit-neuron profile --inputs`. Modules that read the s
 attention layer do, share a factor. The metadata holds, as JSON under ``inputs``:
 
     {"model": "expert", "model_type": "llama", "modules": {"model.layers.0.self_attn.q_proj": "0", …},
-     "tokens": {"0": 5120, …}, "made_from": {…}}
+     "tokens": {"0": 5120, …}, "lost": {"0": 0.0, …}, "made_from": {…}}
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class InputsInfo(Given):
         model_type: of its config.
         modules: {path of a module in memory: its factor}.
         tokens: {factor: number of input vectors it was made of}.
+        lost: {factor: share of ‖F‖² that FᵀF may fall short by in any direction, where rows were compressed}.
         made_from: data sources, rows and options, for people.
     """
 
@@ -46,6 +47,7 @@ class InputsInfo(Given):
     model_type: str
     modules: dict[str, str]
     tokens: dict[str, int]
+    lost: dict[str, float] = Field(default_factory=dict)
     made_from: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -109,6 +111,10 @@ class InputsFile:
     def width(self, factor: str) -> int:
         """Tell how many inputs a factor's modules have."""
         return int(self._file.get_slice(factor).get_shape()[-1])
+
+    def rows(self, factor: str) -> int:
+        """Tell how many rows a factor has."""
+        return int(self._file.get_slice(factor).get_shape()[0])
 
     def read(self, factor: str) -> Tensor:
         """Read a factor, (rows, inputs), in its stored dtype.

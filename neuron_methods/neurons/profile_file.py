@@ -165,7 +165,11 @@ class NeuronProfile:
         except Exception as error:  # of dtypes that torch does not have, too
             raise UserError(f"{path}: cannot read this profile, it is truncated or no safetensors ({error})") from error
         if not ours:
-            raise UserError(f"{path}: this safetensors file is no profile of `mergekit-neuron profile`")
+            found = f"a file of the format {metadata['format']!r}" if "format" in metadata else "it says no format"
+            raise UserError(
+                f"{path}: this safetensors file is no profile of neurons ({found}); `mergekit-neuron profile`, without "
+                "--inputs, makes one"
+            )
         if metadata.get("version") != VERSION:
             raise UserError(
                 f"{path}: this profile has version {metadata.get('version')}, this program reads version {VERSION}; "

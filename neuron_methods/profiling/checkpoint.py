@@ -1,4 +1,4 @@
-"""The state of an unfinished data source, saved beside the profile now and then, one file per process."""
+"""The state of an unfinished measurement, saved beside its file now and then, one file per process."""
 
 from __future__ import annotations
 
@@ -6,28 +6,46 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from neuron_methods.models.processes import process_state
-from neuron_methods.profiling.recorder import Recorder
 from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after
 
 
+class Record(Protocol):
+    """One of the things that are recorded, of which each knows its state as tensors."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Hand out everything recorded so far."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+
+
+class Recording(Protocol):
+    """What is recorded, by name."""
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """Name -> record."""
+
+
 class Checkpoint:
-    """What this process has measured of a source so far.
+    """What this process has measured so far.
 
     A state that belongs to something else, to another number of processes for instance, is passed over, and so is one
     that is damaged.
 
     Args:
-        output: the profile that is being made.
+        output: the file that is being made.
         belongs_to: everything that must be the same to go on.
         seconds: how much time passes between savings.
     """
@@ -39,7 +57,7 @@ class Checkpoint:
         self._seconds = seconds
         self._last = time.monotonic()
 
-    def load(self, recorder: Recorder) -> int:
+    def load(self, recorder: Recording) -> int:
         """Let `recorder` go on from the state; returns how many batches it has seen, 0 if there is none."""
         states = {}
         try:
@@ -63,7 +81,7 @@ class Checkpoint:
             recorder.records[key].load_state(state)
         return int(batches)
 
-    def save_if_due(self, recorder: Recorder, batches: int) -> None:
+    def save_if_due(self, recorder: Recording, batches: int) -> None:
         """Save the state after `batches` batches if the last time is long enough ago."""
         if time.monotonic() - self._last < self._seconds:
             return
@@ -77,7 +95,7 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """Remove the state, as the source is finished."""
+        """Remove the state, as the measurement is finished."""
         self.path.unlink(missing_ok=True)
 
 

@@ -32,9 +32,13 @@ class LoadedModel:
 
     def forward(self, inputs: dict[str, Any], with_head: bool) -> Any:
         """Run one forward pass; without its head a decoder saves the product with the vocabulary."""
-        module = self.model if with_head else self.model.base_model
-        cache = {"use_cache": False} if getattr(self.model.config, "use_cache", False) else {}
-        return module(**inputs, **cache)
+        return run(self.model if with_head else self.model.base_model, inputs)
+
+
+def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    """Run one forward pass without keeping anything for a next one."""
+    cache = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    return model(**inputs, **cache)
 
 
 def read_neurons(name: ModelName) -> NeuronMap:

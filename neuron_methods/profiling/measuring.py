@@ -105,10 +105,12 @@ def measure_profile(
     Raises:
         UserError: anything is wrong with model, data or file.
     """
-    sources = _parse(data)
+    sources = parse_sources(data)
     name = ModelName.find(model)
     inputs = [*name.here(), *(source.location for source in sources if source.local)]
-    place = _check_place(output, inputs)
+    place = check_place(output, inputs)
+    beside = exemplars_path(place)
+    check_file(beside, f"-o {output}: {beside.name}", IS_EXEMPLARS, True, inputs)
     with claimed(place, f"-o {output}") if process_state().is_main_process else nullcontext():
         _measure_all(name, sources, place, settings, force, max_memory, report)
 
@@ -159,7 +161,8 @@ def _measure_all(
                 report(f"{reader.source.name}: {info.samples} samples, {max(info.tokens.values())} tokens{processes}")
 
 
-def _parse(data: Sequence[str]) -> list[DataSource]:
+def parse_sources(data: Sequence[str]) -> list[DataSource]:
+    """Read ``NAME=SOURCE`` each; raises UserError for one that is wrong, or a name given twice."""
     sources = [parse_source(text) for text in data]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
@@ -167,15 +170,20 @@ def _parse(data: Sequence[str]) -> list[DataSource]:
     return sources
 
 
-def _check_place(output: Path, inputs: list[str]) -> Path:
-    """Give the absolute path of the file; raises UserError if it, or its exemplars', is taken by something else."""
+def check_place(output: Path, inputs: list[str], kind: str = FORMAT) -> Path:
+    """Give the absolute path of a file of measurements.
+
+    Args:
+        output: as the user gave it.
+        inputs: files and directories that are read.
+        kind: format of the file, which may be there: it is added to, or found finished.
+
+    Raises:
+        UserError: the place is taken by something else, or is no name for such a file.
+    """
     if output.suffix != ".safetensors":
         raise UserError(f"-o {output}: expected a file name that ends in .safetensors")
-    # A profile that is there is added to, so it may be there without --force.
-    place = check_file(output, f"-o {output}", safetensors_of(FORMAT), True, inputs)
-    beside = exemplars_path(place)
-    check_file(beside, f"-o {output}: {beside.name}", IS_EXEMPLARS, True, inputs)
-    return place
+    return check_file(output, f"-o {output}", safetensors_of(kind), True, inputs)
 
 
 def _continued(fresh: NeuronProfile, sources: list[DataSource], output: Path, force: bool) -> NeuronProfile:

@@ -90,7 +90,7 @@ class Recorder:
         for layer in loaded.neurons.layers:
             down, gate = find_modules(loaded.model, layer)
             stream = feeder.stream_of(layer.key)
-            device = _device_of(down, loaded.model)
+            device = device_of(down, loaded.model)
             record = LayerRecord(layer, stream, top, feeder.payload_width(stream), gradients, device)
             self.records[layer.key] = record
             self._modules.append((record, down, gate))
@@ -152,7 +152,7 @@ def _pick(values: Tensor, tokens: Tensor | None) -> Tensor:
     return rows if tokens is None else rows.index_select(0, tokens)
 
 
-def _device_of(module: nn.Module, model: PreTrainedModel) -> torch.device:
+def device_of(module: nn.Module, model: PreTrainedModel) -> torch.device:
     """Where a module computes: its weights may be parked elsewhere by accelerate."""
     hook = getattr(module, "_hf_hook", None)
     execution_device = getattr(hook, "execution_device", None)

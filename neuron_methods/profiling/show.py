@@ -1,11 +1,15 @@
-"""A profile in readable form: what was measured, a layer's most active neurons, what drives one neuron."""
+"""A profile in readable form: what was measured, a layer's most active neurons, what drives one neuron; inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from neuron_methods.methods.inputs_file import FORMAT, InputsFile
 from neuron_methods.neurons.profile_file import Exemplar, NeuronProfile
-from neuron_methods.support.text import columns
+from neuron_methods.support.text import columns, format_bytes, listed
 
 
 def describe_profile(profile: NeuronProfile) -> Iterator[str]:
@@ -62,6 +66,39 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
         for exemplar in found:
             place = "" if "image" in exemplar.text else f", position {exemplar.position}"
             yield f"  {exemplar.activation:>10.4g}  {_in_context(exemplar)}  (row {exemplar.row}{place})"
+
+
+def opened_inputs(path: Path) -> InputsFile | None:
+    """Open a file of inputs; None where a file is none, whatever else it is."""
+    try:
+        with safe_open(path, "pt") as file:
+            is_one = (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return None
+    return InputsFile.open(str(path)) if is_one else None
+
+
+def describe_inputs(file: InputsFile) -> Iterator[str]:
+    """Describe the model, where its inputs come from, and each factor in a line, with the modules that share it."""
+    info = file.info
+    modules: dict[str, list[str]] = {}
+    for path, factor in info.modules.items():
+        modules.setdefault(factor, []).append(path)
+    size = sum(2 * file.rows(factor) * file.width(factor) for factor in modules)
+    shown = f"{len(modules)} factors of {len(info.modules)} modules' inputs, {format_bytes(size)}"
+    yield f"model      {info.model} ({info.model_type}): {shown}"
+    made = info.made_from
+    if isinstance(made.get("settings"), dict):
+        yield f"settings   {', '.join(f'{key} {value!r}' for key, value in made['settings'].items())}"
+    if isinstance(made.get("sources"), dict) and isinstance(made.get("samples"), dict):
+        for name, source in made["sources"].items():
+            yield f"source     {name}: {made['samples'].get(name)} samples of {source[0]}"
+    yield ""
+    rows = [["factor", "rows", "inputs", "tokens", "lost at most", "modules"]]
+    for factor, paths in modules.items():
+        numbers = file.rows(factor), file.width(factor), info.tokens[factor]
+        rows.append([factor, *map(str, numbers), f"{info.lost.get(factor, 0.0):.2g}", listed(paths)])
+    yield from columns(rows, left=(0, len(rows[0]) - 1))
 
 
 def _in_context(exemplar: Exemplar) -> str:

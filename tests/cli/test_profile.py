@@ -68,6 +68,50 @@ def test_what_is_not_there(measured, arguments, message):
     assert re.match(message, shown.stderr)
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model = tiny.save_model("llama", folder / "model")
+    data = tiny.write_texts(folder / "texts.jsonl", 12)
+    options = ["--inputs", "--rows", 20, "--samples", 10, "--generate", 3, "--answers-only"]
+    result = run(model, "--data", f"words={data}:input", "-o", folder / "i.safetensors", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("inputs of 15 linear modules, 9 of them different, 16 to 24 wide: up to 20 rows")
+    assert "\nwords: 10 samples\ni.safetensors: 15 modules, 9 factors of " in result.stdout
+    return folder / "i.safetensors"
+
+
+def test_the_overview_of_inputs(inputs):
+    lines = run("show", inputs).stdout.splitlines()
+    assert lines[0].startswith("model      model (llama): 9 factors of 15 modules' inputs, ")
+    assert "rows 20" in lines[1] and "generate 3, answers_only True" in lines[1]
+    assert lines[2] == "source     words: 10 samples of texts.jsonl:input"
+    assert lines[4].split()[:4] == ["factor", "rows", "inputs", "tokens"]
+    first = "model.layers.0.self_attn"
+    assert lines[5].split()[:3] == ["0", "16", "16"] and lines[5].split()[4] == "0"
+    assert lines[5].endswith(f"{first}.q_proj, {first}.k_proj, {first}.v_proj")
+    down = next(line.split() for line in lines if "down_proj" in line)
+    assert down[1:3] == ["20", "24"] and 0 < float(down[4]) <= 1 / 21
+    assert len(lines) == 5 + 9
+
+
+def test_inputs_have_no_neurons_to_show(inputs):
+    shown = run("show", inputs, "--layer", "0")
+    assert shown.exit_code == 2 and "holds inputs of modules, which have no --layer" in shown.stderr
+
+
+@pytest.mark.parametrize("option", [["--gradients"], ["--top", "10"], ["--context", "3"]])
+def test_options_of_neurons_go_without_inputs(option):
+    result = run("model", "--data", "a=b", "-o", "p.safetensors", "--inputs", *option)
+    assert result.exit_code == 2 and f"{option[0]} goes without --inputs" in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--rows", "1024"], ["--generate"], ["--answers-only"]])
+def test_options_of_inputs_need_it(option):
+    result = run("model", "--data", "a=b", "-o", "p.safetensors", *option)
+    assert result.exit_code == 2 and f"{option[0]} needs --inputs" in result.stderr
+
+
 def test_wrong_usage():
     assert run().exit_code == 2
     assert run("model").exit_code == 2
@@ -80,6 +124,7 @@ def test_help_says_how_and_what():
     measure, show = run("--help").stdout, run("show", "--help").stdout
     assert "Usage: main profile [OPTIONS] MODEL" in measure and "profile show FILE" in measure
     assert "HUB-ID[@CONFIG]:SPLIT[:COLUMNS]" in measure
+    assert "neuron_response reads" in measure and "‖F‖²/(rows + 1)" in measure
     assert "Usage: main profile show [OPTIONS] FILE" in show
 
 

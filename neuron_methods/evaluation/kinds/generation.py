@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from neuron_methods.data.batching import pad
 from neuron_methods.evaluation.examples import Outcome
@@ -15,6 +15,7 @@ from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input, shorte
 from neuron_methods.evaluation.kinds.setting_checks import string, whole_number
 from neuron_methods.evaluation.scores import TEXT_METRICS
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.greedy import greedy_answers
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
 
@@ -44,7 +45,7 @@ class Generation(Scorer):
         cut = [shortened(tokens, self.longest, keep_end=self.goes_on) for tokens in texts]
         self.prompts = [tokens for tokens, _ in cut]
         self.truncated = [was_cut for _, was_cut in cut]
-        self.settings_of_generate = self._generation_config()
+        self.settings_of_generate = greedy_answers(self.model, self.tokenizer, self.new_tokens)
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
@@ -70,27 +71,6 @@ class Generation(Scorer):
             row = self.examples.samples[index].row
             outcomes.append(Outcome(row, measure(answer, targets), answer, shown, truncated=self.truncated[index]))
         return outcomes
-
-    def _generation_config(self) -> GenerationConfig:
-        """Ask greedily, whatever the checkpoint would do by itself."""
-        own = getattr(self.model, "generation_config", None)
-        ends = getattr(own, "eos_token_id", None)
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        first = ends[0] if isinstance(ends, list) else ends
-        pad = self.tokenizer.pad_token_id
-        begin = getattr(own, "decoder_start_token_id", None)
-        begin = getattr(self.model.config, "decoder_start_token_id", None) if begin is None else begin
-        return GenerationConfig(
-            max_new_tokens=self.new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            eos_token_id=ends,
-            pad_token_id=pad if pad is not None else (first or 0),
-            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None)
-            if begin is None
-            else begin,
-        )
 
     def _answer(self, prompts: list[list[int]]) -> list[str]:
         # On the left, so that answers follow their prompts.

@@ -1,0 +1,26 @@
+"""How a model is asked to answer greedily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+def greedy_answers(model: Any, tokenizer: Any, new_tokens: int) -> GenerationConfig:
+    """Ask greedily, whatever the checkpoint would do by itself, for at most `new_tokens` tokens."""
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    first = ends[0] if isinstance(ends, list) else ends
+    pad = tokenizer.pad_token_id
+    begin = getattr(own, "decoder_start_token_id", None)
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=pad if pad is not None else (first or 0),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None) if begin is None else begin,
+    )
