@@ -495,16 +495,14 @@ def test_nothing_can_be_truncated() -> None:
 
 
 @pytest.mark.parametrize("shape", [MANY, FEW])
-def test_the_automatic_ridge_trusts_a_full_update_and_measured_inputs_more_than_an_adapter(
-    shape: tuple[int, int],
-) -> None:
+def test_the_automatic_ridge_is_what_the_inputs_are_worth(shape: tuple[int, int]) -> None:
     n, d = shape
-    full, measured = [case(shape, i) for i in range(2)], [case(shape, i, "data", rank=3) for i in range(2)]
+    full, measured = [case(shape, i) for i in range(2)], [case(shape, i, "both", rank=3) for i in range(2)]
     adapters = [case(shape, i, rank=r) for i, r in enumerate((2, 4, 3))]
-    for cases in (full, measured, [full[0], adapters[0]], [measured[0], adapters[0]]):
-        assert automatic_ridge([c.expert for c in cases], d) == 0.1
-        assert_exact(cases, ResponseOptions(0.1))
-        assert_near(dense(merge(cases, ResponseOptions())), dense(merge(cases, ResponseOptions(0.1))), 1e-12)
+    for ridge, cases in ((0.1, full), (0.1, [full[0], adapters[0]]), (0.01, measured), (0.01, [full[0], measured[0]])):
+        assert automatic_ridge([c.expert for c in cases], d) == ridge
+        assert_exact(cases, ResponseOptions(ridge))
+        assert_near(dense(merge(cases, ResponseOptions())), dense(merge(cases, ResponseOptions(ridge))), 1e-12)
     # Orthogonal adapters of one rank come out as (1 + c) / (1 + c T) of their sum, with c = 2 here.
     eye, b = torch.eye(d), randoms(n, 6, seed=1)
     apart = [
