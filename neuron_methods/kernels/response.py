@@ -36,6 +36,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.rows import added_up
+
 # Without a ridge, singular values of the stacked factors up to this share of the largest, times their number, are taken
 # for 0, as the pseudo-inverse of a float32 matrix takes them.
 ROUNDING = torch.finfo(torch.float32).eps
@@ -351,44 +353,6 @@ class _Weighing:
 
     def _fitting(self, tensor: Tensor) -> Tensor:
         return _wide(tensor) if self.wide else tensor
-
-
-def added_up(inputs: Tensor, rows: int) -> Tensor:
-    """Add rows up at random, with random signs, to `rows` of them; as they are, where there are no more, or for 0.
-
-    Which ones come together depends on nothing but their number, so equal experts stay equal.
-
-    Args:
-        inputs: F, shape (n, d).
-        rows: how many to make of them.
-
-    Returns:
-        F', of which F'ᵀF' is FᵀF on average over the signs.
-    """
-    count = len(inputs)
-    if not rows or count <= rows:
-        return inputs
-    sums = inputs.new_zeros(rows, inputs.shape[1])
-    return add_up(sums, slice(0, count), count, inputs)
-
-
-def add_up(sums: Tensor, block: slice, count: int, inputs: Tensor) -> Tensor:
-    """Do what `added_up` does for some of the rows: add them to `sums`, which is returned.
-
-    Args:
-        sums: shape (rows, d).
-        block: which of all `count` rows they are.
-        count: of all rows.
-        inputs: those of the block, shape (block, d), dtype of `sums`.
-    """
-    rows = len(sums)
-    if count <= rows:
-        sums[block] += inputs
-        return sums
-    generator = torch.Generator().manual_seed(count)
-    places = torch.randperm(count, generator=generator).remainder(rows)[block].to(inputs.device)
-    signs = torch.randint(0, 2, (count, 1), generator=generator)[block].mul(2).sub(1).to(inputs)
-    return sums.index_add_(0, places, inputs * signs)
 
 
 def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 # Blocks of this size stay near the processor's cache; larger ones only cost memory. Measured on 4096 × 4096.
@@ -36,3 +37,41 @@ def row_blocks(neurons: int, bytes_per_neuron: int, scratch_bytes: int) -> Itera
     size = max(1, min(scratch_bytes, CACHE_BYTES) // max(1, bytes_per_neuron))
     for start in range(0, neurons, size):
         yield slice(start, min(start + size, neurons))
+
+
+def added_up(inputs: Tensor, rows: int) -> Tensor:
+    """Add rows up at random, with random signs, to `rows` of them; as they are, where there are no more, or for 0.
+
+    Which ones come together depends on nothing but their number, so equal experts stay equal.
+
+    Args:
+        inputs: F, shape (n, d).
+        rows: how many to make of them.
+
+    Returns:
+        F', of which F'ᵀF' is FᵀF on average over the signs.
+    """
+    count = len(inputs)
+    if not rows or count <= rows:
+        return inputs
+    sums = inputs.new_zeros(rows, inputs.shape[1])
+    return add_up(sums, slice(0, count), count, inputs)
+
+
+def add_up(sums: Tensor, block: slice, count: int, inputs: Tensor) -> Tensor:
+    """Do what `added_up` does for some of the rows: add them to `sums`, which is returned.
+
+    Args:
+        sums: shape (rows, d).
+        block: which of all `count` rows they are.
+        count: of all rows.
+        inputs: those of the block, shape (block, d), dtype of `sums`.
+    """
+    rows = len(sums)
+    if count <= rows:
+        sums[block] += inputs
+        return sums
+    generator = torch.Generator().manual_seed(count)
+    places = torch.randperm(count, generator=generator).remainder(rows)[block].to(inputs.device)
+    signs = torch.randint(0, 2, (count, 1), generator=generator)[block].mul(2).sub(1).to(inputs)
+    return sums.index_add_(0, places, inputs * signs)

@@ -4,7 +4,8 @@ Our own method; its kin are named in kernels/response.py, where the formula stan
 
 1. Split    drop from every neuron's update what is parallel to its base weights (NeuroMerging, arXiv:2503.05320,
             step 2): `subspace: orthogonal`; `all` leaves it
-2. Inputs   of an expert: the rows of its update (no data), measured ones, or both: `inputs`
+2. Inputs   of an expert: the rows of its update (no data), measured ones, or half and half, which is the default where
+            it has a profile: `inputs`
 3. Merge    the update that answers every expert's inputs as that expert does, by least squares with a `ridge`; what no
             expert's inputs say anything about goes `toward` zero, the mean or the sum of the updates
 4. Scale    what a ridge toward zero shrinks is undone; λ is `lambda` times that
@@ -64,7 +65,15 @@ class NeuronResponse(PlannedMethod):
         ),
         choice("toward", "mean", "sum", "zero", about="what holds where no expert's inputs say anything"),
         choice("subspace", "all", "orthogonal", about="merge all, or what is orthogonal to each neuron's base weights"),
-        choice("inputs", "update", "profile", "both", of="expert", about="where the expert's inputs are taken from"),
+        choice(
+            "inputs",
+            "auto",
+            "update",
+            "profile",
+            "both",
+            of="expert",
+            about="where the expert's inputs are taken from; auto: both if it has a profile, else its update",
+        ),
         text("profile", of="expert", about="file of mergekit-neuron profile --inputs, of this expert on its task"),
         number("rows", 0, default=512, about="rows of an update that stand for its inputs, at most; 0: all"),
         choice("loudness", "equal", "own", about="experts count alike, or by the energy of their updates"),

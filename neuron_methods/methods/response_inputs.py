@@ -34,7 +34,7 @@ class MeasuredInputs:
         self.without: set[str] = set()
         self._files: dict[str, InputsFile] = {}
         for expert, paths in by_expert(tensors, "profile").items():
-            asking = [tensor for tensor in tensors if tensor.expert_parameters["inputs"].get(expert) != "update"]
+            asking = [tensor for tensor in tensors if source_of(tensor.expert_parameters, expert) != "update"]
             if not asking and any(paths):
                 raise UserError(
                     f"{method}: {expert} has profile, which inputs: update does not read; set inputs: profile or "
@@ -59,7 +59,7 @@ class MeasuredInputs:
         Raises:
             UserError: the profile lacks a linear module that the expert changes, or holds NaN or Inf.
         """
-        source = parameters["inputs"][expert]
+        source = source_of(parameters, expert)
         if source == "update":
             return [None]
         file = self._files[parameters["profile"][expert]]
@@ -109,6 +109,12 @@ class MeasuredInputs:
         for path, asking in files.items():
             file = self._files.setdefault(path, InputsFile.open(path))
             _check(file, asking, model.config.model_type, expert)
+
+
+def source_of(parameters: Mapping[str, Any], expert: Hashable) -> str:
+    """Tell where an expert's inputs are taken from: `auto` is both where it has a profile, else the update."""
+    asked = parameters["inputs"].get(expert, "update")
+    return asked if asked != "auto" else "both" if parameters["profile"].get(expert) else "update"
 
 
 def _check(

@@ -29,6 +29,9 @@ class Record(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Tell whether `state` may have returned this, by shapes and dtypes."""
+
 
 class Recording(Protocol):
     """What is recorded, by name."""
@@ -72,7 +75,7 @@ class Checkpoint:
                     return 0
                 for key, record in recorder.records.items():
                     found = {name: file.get_tensor(f"{key}/{name}") for name in record.state()}
-                    if any(_form(found[name]) != _form(own) for name, own in record.state().items()):
+                    if not record.fits(found):
                         return 0
                     states[key] = found
         except (OSError, SafetensorError, UserError):
@@ -97,7 +100,3 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the state, as the measurement is finished."""
         self.path.unlink(missing_ok=True)
-
-
-def _form(values: Tensor) -> tuple[object, ...]:
-    return values.shape, values.dtype

@@ -64,6 +64,12 @@ class LayerRecord:
         tokens = torch.tensor(self.sums.tokens)
         return {"tokens": tokens, **self.sums.sums, **self.top.entries}
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Tell whether `state` may have returned this, by shapes and dtypes."""
+        return all(
+            (state[name].shape, state[name].dtype) == (own.shape, own.dtype) for name, own in self.state().items()
+        )
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
         self.sums.tokens = int(state["tokens"])

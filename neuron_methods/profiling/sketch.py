@@ -81,6 +81,14 @@ class InputSketch:
         """Hand out everything kept so far, to be stored."""
         return {"numbers": self._numbers(), "kept": self._kept[: self._count]}
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Tell whether `state` may have returned this, by shapes and dtypes."""
+        numbers, kept = state["numbers"], state["kept"]
+        own = self._numbers()
+        return (numbers.shape, numbers.dtype) == (own.shape, own.dtype) and (
+            kept.ndim == 2 and kept.shape[1] == self.width and kept.dtype == self._kept.dtype
+        )
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
         self._read(state["numbers"])

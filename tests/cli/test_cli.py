@@ -211,12 +211,7 @@ def test_success(run):
             1,
             "error: no space left on device (Error while serializing: No space left on device (os error 28))",
         ),
-        (
-            "missing",
-            1,
-            "error: unexpected FileNotFoundError: [Errno 2] No such file or directory: 'x'; "
-            "run again with --debug for the traceback",
-        ),
+        ("missing", 1, "error: x: No such file or directory"),
     ],
 )
 def test_an_error_is_one_line_on_stderr(run, failure, code, line):

@@ -16,11 +16,11 @@ from neuron_methods.kernels.response import (
     LowRank,
     Response,
     ResponseOptions,
-    added_up,
     automatic_ridge,
     merge_responses,
     truncated,
 )
+from neuron_methods.kernels.rows import added_up
 
 MANY, FEW = (30, 12), (5, 40)
 

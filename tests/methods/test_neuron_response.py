@@ -491,7 +491,7 @@ def test_as_rest_and_within_of_neuron_merge(tmp_path: Path) -> None:
         ("ridge", -0.1, r"ridge must be a number in \[0, inf\] or 'auto'; got -0\.1"),
         ("toward", "base", "toward must be one of mean, sum, zero; got 'base'"),
         ("subspace", "parallel", "subspace must be one of all, orthogonal; got 'parallel'"),
-        ("inputs", "data", "inputs must be one of update, profile, both; got 'data'"),
+        ("inputs", "data", "inputs must be one of auto, update, profile, both; got 'data'"),
         ("loudness", 3, "loudness must be one of equal, own; got 3"),
         ("points", "rows", "points must be one of mean, sum; got 'rows'"),
         ("embeddings", "sum", "embeddings must be one of mean, rows; got 'sum'"),

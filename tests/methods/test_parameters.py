@@ -126,6 +126,7 @@ def test_the_defaults(checkpoints: Path, tmp_path: Path, plans: list[list[Planne
             "rank_energy": 1.0,
             "spectral_exponent": 1.0,
             "consensus": "mean",
+            "embeddings": "rows",
             "profile": "",
         }
         assert {name: set(values.values()) for name, values in tensor.expert_parameters.items()} == {

@@ -23,7 +23,13 @@ from tests import oracle
 neuron_methods.register()
 
 StateDict = dict[str, Tensor]
-SHARED: dict[str, Any] = {"trim": "model", "profile": "", "lambda_orthogonal": "auto", "consensus": "mean"}
+SHARED: dict[str, Any] = {
+    "trim": "model",
+    "profile": "",
+    "lambda_orthogonal": "auto",
+    "consensus": "mean",
+    "embeddings": "rows",
+}
 
 
 def make_models(count: int = 2, seed: int = 0) -> tuple[StateDict, dict[str, StateDict]]:

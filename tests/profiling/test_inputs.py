@@ -409,9 +409,9 @@ def test_what_is_measured_already_is_not_measured_again(llama, texts, tmp_path):
     before = output.stat().st_mtime_ns
     measure_inputs(str(llama), [f"a={texts}"], output, report=said.append)
     assert said == ["a: already in i.safetensors, skipped"] and output.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"-o .*measured otherwise .settings: rows.; name another file, or give --over"):
+    with pytest.raises(UserError, match=r"-o .*measured otherwise .settings: rows.; .* or give --force"):
         measure_inputs(str(llama), [f"a={texts}"], output, InputSettings(rows=3))
-    measure_inputs(str(llama), [f"a={texts}"], output, InputSettings(rows=3), overwrite=True)
+    measure_inputs(str(llama), [f"a={texts}"], output, InputSettings(rows=3), force=True)
     assert InputsFile.open(str(output)).info.made_from["settings"]["rows"] == 3
 
 
@@ -435,9 +435,7 @@ class TestMistakes:
     def test_a_profile_of_neurons_in_the_place(self, llama, texts, tmp_path):
         output = tmp_path / "p.safetensors"
         measure_profile(str(llama), [f"a={texts}"], output, Settings(top=1))
-        with pytest.raises(
-            UserError, match=r"-o: profile .*a file of the format 'mergekit-neuron profile'.*--overwrite"
-        ):
+        with pytest.raises(UserError, match=r"-o .*p.safetensors: exists and is something else, which is not replaced"):
             measure_inputs(str(llama), [f"a={texts}"], output)
 
     def test_inputs_where_a_profile_of_neurons_is_wanted(self, llama, texts, tmp_path):
@@ -446,7 +444,7 @@ class TestMistakes:
         wanted = "is no profile of neurons .a file of the format 'mergekit-neuron inputs'.*without --inputs"
         with pytest.raises(UserError, match=wanted):
             NeuronProfile.load(output)
-        with pytest.raises(UserError, match=wanted):
+        with pytest.raises(UserError, match="exists and is something else, which is not replaced"):
             measure_profile(str(llama), [f"a={texts}"], output)
 
     def test_a_decoder_without_answers(self, tmp_path):
@@ -476,7 +474,7 @@ class TestMistakes:
         tensors = load_file(tmp_path / "m/model.safetensors")
         tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = math.nan
         save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
-        found = "inputs of model.layers.0.mlp.down_proj: NaN or infinite"
+        found = r"model.layers.0.mlp.up_proj.weight holds NaN or Inf; use a sound checkpoint"
         self.refused(found, tmp_path / "m", f"a={texts}", tmp_path / "i.safetensors")
 
     def test_rows_that_are_all_empty(self, llama, tmp_path):
@@ -493,14 +491,16 @@ def test_a_merge_reads_them(tmp_path, monkeypatch):
         measured(tmp_path / name, f"a={texts}", tmp_path / f"{name}.safetensors")
 
     def written(out: str, source: str) -> dict[str, torch.Tensor]:
+        asked = "" if source == "update" else ", profile: ./NAME.safetensors"
         models = "".join(
-            f"  - model: ./{name}\n    parameters: {{inputs: {source}, profile: ./{name}.safetensors}}\n"
+            f"  - model: ./{name}\n    parameters: {{inputs: {source}{asked}}}\n".replace("NAME", name)
             for name in ("expert-a", "expert-b")
         )
         merge(f"merge_method: neuron_response\nbase_model: ./base\nmodels:\n{models}dtype: float32\n", out)
         return read(tmp_path / out)
 
-    results = [written(source, source) for source in ("update", "profile", "both")]
+    results = [written(source, source) for source in ("update", "profile", "both", "auto")]
     name = "model.layers.0.mlp.up_proj.weight"
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert float((results[one][name] - results[other][name]).abs().max()) > 1e-3
+    assert torch.equal(results[2][name], results[3][name])

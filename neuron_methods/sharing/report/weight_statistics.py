@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.response import add_up
-from neuron_methods.kernels.rows import neuron_rows, row_blocks
+from neuron_methods.kernels.rows import add_up, neuron_rows, row_blocks
 from neuron_methods.kernels.subspace import ROUNDING, gram_matrices, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
 
