@@ -109,7 +109,8 @@ def measure_profile(
     name = ModelName.find(model)
     inputs = [*name.here(), *(source.location for source in sources if source.local)]
     place = _check_place(output, inputs)
-    with claimed(place, f"-o {output}") if process_state().is_main_process else nullcontext():
+    alone = claimed(place, f"-o {output}", pair=exemplars_path(place))
+    with alone if process_state().is_main_process else nullcontext():
         _measure_all(name, sources, place, settings, force, max_memory, report)
 
 
