@@ -164,8 +164,16 @@ def written(folder: Path, inputs: frozenset[str]) -> dict[str, bytes]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name.split("/")[0] not in inputs and name not in (".log", ".events") and not path.is_dir():
-            found[name] = b"" if path.name in _TIMED else _TIMES.sub(b"", path.read_bytes())
+            found[name] = b"" if path.name in _TIMED else _without_chance(path.read_bytes())
     return found
+
+
+def _without_chance(data: bytes) -> bytes:
+    """A file but for times, and for the order of metadata, which safetensors draws anew in every process."""
+    length = int.from_bytes(data[:8], "little")
+    if data[8:9] == b"{" and 8 + length <= len(data):
+        return json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode() + data[8 + length :]
+    return _TIMES.sub(b"", data)
 
 
 def broken(folder: Path, reference: dict[str, bytes], earlier: dict[str, bytes]) -> list[str]:
@@ -175,7 +183,9 @@ def broken(folder: Path, reference: dict[str, bytes], earlier: dict[str, bytes])
         hidden = any(part.startswith(".") for part in name.split("/"))
         if hidden or name.endswith(".jsonl") or name not in reference:
             continue
-        if data not in (reference[name], earlier.get(name)) and name.endswith((".safetensors", ".json", ".yml")):
+        if name == "p.safetensors":  # that of the sources which are finished is whole, too
+            found += _of_profile(folder / name)
+        elif data not in (reference[name], earlier.get(name)) and name.endswith((".safetensors", ".json", ".yml")):
             found.append(f"{name} is none of what the command writes")
     whole = "out/model.safetensors", "out/adapter_model.safetensors", "out/router.safetensors"
     if any((folder / name).exists() for name in whole):  # a model is there: then all of it is
@@ -183,6 +193,17 @@ def broken(folder: Path, reference: dict[str, bytes], earlier: dict[str, bytes])
             f"{name} is missing" for name in reference if name.startswith("out/") and not (folder / name).exists()
         ]
     return found
+
+
+def _of_profile(path: Path) -> list[str]:
+    from neuron_methods.neurons.profile_file import NeuronProfile, read_exemplars
+    from neuron_methods.support.errors import UserError
+
+    try:
+        read_exemplars(path, NeuronProfile.load(path).info.exemplars)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list[str]]]:

@@ -81,7 +81,7 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Score MODEL on the tasks of a file, with a 95 % bootstrap interval for each score."""
-    from neuron_methods.evaluation.score_files import check_place, table, write_evaluation
+    from neuron_methods.evaluation.score_files import check_place, outcomes_file, table, write_evaluation
     from neuron_methods.evaluation.scoring import evaluate as score
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.models.processes import process_state
@@ -96,7 +96,7 @@ def evaluate(
         return
     inputs = [tasks, *name.here(), *(file for task in chosen for file in task.files())]
     place = check_place(shown, force, inputs)
-    with claimed(place, f"-o {shown}"):
+    with claimed(place, f"-o {shown}", pair=outcomes_file(place)):
         evaluation = score(model, chosen, progress=not quiet, **settings)
         write_evaluation(evaluation, place)
     say("\n".join([*table(evaluation), f"written: {shown}"]))

@@ -111,7 +111,8 @@ def measure_profile(
     place = check_place(output, inputs)
     beside = exemplars_path(place)
     check_file(beside, f"-o {output}: {beside.name}", IS_EXEMPLARS, True, inputs)
-    with claimed(place, f"-o {output}") if process_state().is_main_process else nullcontext():
+    alone = claimed(place, f"-o {output}", pair=beside)
+    with alone if process_state().is_main_process else nullcontext():
         _measure_all(name, sources, place, settings, force, max_memory, report)
 
 

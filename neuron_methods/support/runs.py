@@ -47,7 +47,9 @@ def beside(target: Path, ending: str) -> Path:
 
 
 @contextmanager
-def claimed(target: Path, shown: object | None = None, *, inside: bool = False) -> Iterator[None]:
+def claimed(
+    target: Path, shown: object | None = None, *, inside: bool = False, pair: Path | None = None
+) -> Iterator[None]:
     """Write to a place alone as long as the block lasts, with nothing there of runs that died.
 
     Directories that had to be made for it are removed, too, where nothing came into them.
@@ -57,6 +59,7 @@ def claimed(target: Path, shown: object | None = None, *, inside: bool = False) 
         shown: what messages call it.
         inside: `target` is a directory that is filled bit by bit, and not replaced: it is made, and the lock, which the
             system lifts with the process, lies within it instead of beside.
+        pair: the file that is written with it, see `files.pair_in_place_after`.
 
     Raises:
         UserError: another run writes to it, or the place cannot be written to.
@@ -64,7 +67,8 @@ def claimed(target: Path, shown: object | None = None, *, inside: bool = False) 
     lock = target / LOCK if inside else target.with_name(f".{_cut(target.name, _LONGEST - len('..lock'))}.lock")
     with parents_of(lock), _locked(lock, target if shown is None else shown):
         if not inside:
-            remove_leftovers(target.parent, target.name)
+            for place in filter(None, (target, pair)):
+                remove_leftovers(place.parent, place.name)
         if target.is_dir():
             remove_leftovers(target)
         yield
