@@ -1,4 +1,4 @@
-"""Whole process: `neuro_merging` against mergekit's own `linear` and `ties`, time and peak memory as ratios of one run.
+"""Whole process: ours against mergekit's own `linear` and `ties`, time and peak memory as ratios of one run.
 
     python examples/benchmarks/whole_process.py              SmolLM2-135M, three bf16 experts
     python examples/benchmarks/whole_process.py --llama-1b   a generated 1.1 B-parameter Llama (9 GB on disk, removed)
@@ -26,7 +26,9 @@ METHODS = {
     "linear": "parameters: {weight: 1.0}",
     "ties": "parameters: {weight: 1.0, density: 0.15}",
     "neuro_merging": "parameters: {density: 0.15}",
+    "neuron_response": "",
 }
+OURS = ("neuro_merging", "neuron_response")
 
 
 def smollm2(directory: Path) -> Path:
@@ -100,9 +102,12 @@ def main() -> None:
     figures = {
         "machine": machine(),
         "model": "generated 1.1 B Llama" if arguments.llama_1b else "SmolLM2-135M",
-        "time over linear": seconds["neuro_merging"] / seconds["linear"],
-        "time over ties": seconds["neuro_merging"] / seconds["ties"],
-        "peak memory over linear": peaks["neuro_merging"] / peaks["linear"],
+        **{
+            f"{method}: {what} over {peer}": own[method] / own[peer]
+            for method in OURS
+            for what, own in (("time", seconds), ("peak memory", peaks))
+            for peer in ("linear", "ties")
+        },
         "seconds": seconds,
         "peak bytes": peaks,
     }
