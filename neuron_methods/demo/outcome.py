@@ -80,6 +80,7 @@ Written to {out}:
   data                      the tasks' training and held-out examples
   experts/TASK/adapter      each expert as a LoRA adapter (peft)
   experts/TASK/full         each expert as a full model
+  inputs                    what each expert's layers are given on 40 examples of its task
   merged                    the merged model
   scores                    every answer of every model
   report.txt                this report

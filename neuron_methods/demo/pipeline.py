@@ -22,11 +22,17 @@ from neuron_methods.support.fingerprints import file_state
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.stages import Stage, Stages, own_directory
 
-#: What the demo merges with: the published defaults, spelled out.
-MERGE_PARAMETERS: dict[str, Any] = {"density": 0.15, "lambda_orthogonal": "auto"}
+#: What the demo merges by.
+METHOD = "neuron_response"
+
+#: Training examples of a task that an expert's inputs are measured on.
+MEASURED_EXAMPLES = 40
 
 #: What is known of finished stages, within the demo's directory.
 RECORDS = ".stages"
+
+#: Where the experts' inputs are, likewise.
+INPUTS = "inputs"
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,11 @@ def _run_stages(demo: _Demo, gguf: Path) -> DemoReport:
     expert_keys = {task.name: demo.train(task, base_key) for task in tasks}
     experts = [out / "experts" / task.name for task in tasks]
     references = [f"{out / 'base'}+{e / 'adapter'}" if settings.adapters else str(e / "full") for e in experts]
-    merge_yaml = merge_recipe(out / "base", references)
+    inputs_key = demo.measure_inputs(expert_keys)
+    profiles = [inputs_file(out / INPUTS, task) for task in tasks]
+    merge_yaml = merge_recipe(out / "base", references, profiles)
     write_text(out / "merge.yaml", merge_yaml)
-    merge_key, summary = demo.merge(merge_yaml, expert_keys)
+    merge_key, summary = demo.merge(merge_yaml, inputs_key)
 
     scored = {"base": (out / "base", base_key)}
     scored |= {f"expert-{name}": (out / "experts" / name / "full", key) for name, key in expert_keys.items()}
@@ -94,16 +102,27 @@ def _run_stages(demo: _Demo, gguf: Path) -> DemoReport:
     return report
 
 
-def merge_recipe(base: Path, experts: list[str]) -> str:
-    """Write the mergekit YAML that merges `experts`, for this package's command and mergekit's own alike."""
+def merge_recipe(base: Path, experts: list[str], profiles: list[Path]) -> str:
+    """Write the mergekit YAML that merges `experts`, for this package's command and mergekit's own alike.
+
+    Each expert has the file of its inputs; they count half, and the rows of its update, which stand for them, half.
+    """
     recipe = {
-        "merge_method": "neuro_merging",
+        "merge_method": METHOD,
         "base_model": str(base),
-        "models": [{"model": expert} for expert in experts],
-        "parameters": MERGE_PARAMETERS,
+        "models": [
+            {"model": expert, "parameters": {"profile": str(profile)}}
+            for expert, profile in zip(experts, profiles, strict=True)
+        ],
+        "parameters": {"inputs": "both"},
         "dtype": "bfloat16",
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def inputs_file(directory: Path, task: DemoTask) -> Path:
+    """Name the file of the inputs of a task's expert."""
+    return directory / f"{task.name}.safetensors"
 
 
 def task_file(tasks: list[DemoTask]) -> str:
@@ -165,12 +184,31 @@ class _Demo:
         self._stage(f"expert {task.name}: {task.title}", self.out / "experts" / task.name, key, build)
         return key
 
-    def merge(self, merge_yaml: str, expert_keys: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    def measure_inputs(self, expert_keys: dict[str, Any]) -> dict[str, Any]:
+        """Measure what every expert's layers are given on examples of its task.
+
+        The full experts are measured, whichever are merged: it is quicker, and their layers are given the same.
+        """
+        from neuron_methods.profiling import InputSettings, measure_inputs
+
+        settings = InputSettings(samples=MEASURED_EXAMPLES, separator=" ", dtype="float32")
+        key = {"stage": "inputs", "experts": expert_keys, "settings": settings.outcome}
+
+        def build(path: Path) -> None:
+            for task in self.tasks:
+                data = f"{task.name}={self.out / 'data' / task.name}.train.jsonl:prompt,answer"
+                expert, file = self.out / "experts" / task.name / "full", inputs_file(path, task)
+                measure_inputs(str(expert), [data], file, settings, progress=self.settings.progress)
+
+        self._stage(f"inputs: of each expert's layers on {MEASURED_EXAMPLES} examples", self.out / INPUTS, key, build)
+        return key
+
+    def merge(self, merge_yaml: str, inputs_key: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Merge; returns the merge's own summary, too."""
         from neuron_methods.plugin.merging import merge_to_directory
         from neuron_methods.sharing.publishing import merge_witness
 
-        key = {"stage": "merge", "yaml": merge_yaml, "experts": expert_keys}
+        key = {"stage": "merge", "yaml": merge_yaml, "inputs": inputs_key}
 
         def build(path: Path) -> str:
             summary = merge_to_directory(
@@ -178,7 +216,7 @@ class _Demo:
             )
             return str(replace(summary, out_path=str(self.out / "merged")))
 
-        stage = self._stage("merge: neuro_merging", self.out / "merged", key, build)
+        stage = self._stage(f"merge: {METHOD}", self.out / "merged", key, build)
         return key, stage.result
 
     def score(self, name: str, model_path: Path, model_key: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -80,6 +80,7 @@ def measure_inputs(
     *,
     force: bool = False,
     max_memory: dict[Any, int | str] | None = None,
+    progress: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Measure what the linear modules of a model are given on data sources, and write it as factors.
@@ -91,6 +92,7 @@ def measure_inputs(
         settings: how to measure.
         force: start anew if `output` exists.
         max_memory: accelerate's bounds per device; by default what is free.
+        progress: show a progress bar.
         report: called with lines for the user, in the main process.
 
     Raises:
@@ -100,7 +102,7 @@ def measure_inputs(
     read = [*name.here(), *(source.location for source in sources if source.local)]
     place = check_place(output, read, FORMAT)
     with claimed(place, f"-o {output}") if process_state().is_main_process else nullcontext():
-        _measure_all(name, sources, place, settings, force, max_memory, report)
+        _measure_all(name, sources, place, settings, force, max_memory, progress, report)
 
 
 def _measure_all(
@@ -110,6 +112,7 @@ def _measure_all(
     settings: InputSettings,
     force: bool,
     max_memory: dict[Any, int | str] | None,
+    progress: bool,
     report: Callable[[str], None],
 ) -> None:
     """Measure what is not in the file yet."""
@@ -133,7 +136,7 @@ def _measure_all(
             raise UserError(f"model {name.shown}: {type(loaded).__name__} has no linear layers")
         run = _Run(recorder, readers, settings, output, {"model": name.shown, **made_from}, said)
         with recorder.watching():
-            run.measure()
+            run.measure(progress)
         measured = run.total > 0
         run.count_all()
         made_from["samples"] = run.samples
@@ -230,11 +233,11 @@ class _Run:
         """Count the samples."""
         return sum(self.samples.values())
 
-    def measure(self) -> None:
+    def measure(self, progress: bool) -> None:
         """Measure all samples, once more from the first if modules that shared their inputs do so no longer."""
         while True:
             try:
-                return self._measure()
+                return self._measure(progress)
             except InputsDiffer:
                 continue
 
@@ -251,12 +254,12 @@ class _Run:
         if self._checkpoint is not None:
             self._checkpoint.remove()
 
-    def _measure(self) -> None:
+    def _measure(self, progress: bool) -> None:
         state, settings = process_state(), self.settings
         self.samples = {reader.source.name: 0 for reader in self.readers}
         share = -(-settings.samples * len(self.readers) // state.num_processes) or None
-        done = 0
-        with progress_bar(total=share, what="inputs", unit="sample", shown=state.is_main_process) as bar:
+        done, shown = 0, progress and state.is_main_process
+        with progress_bar(total=share, what="inputs", unit="sample", shown=shown) as bar:
             for number, (reader, samples) in enumerate(self._batches()):
                 self.samples[reader.source.name] += len(samples)
                 if number >= done:

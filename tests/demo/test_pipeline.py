@@ -5,16 +5,19 @@ import shutil
 import socket
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from neuron_methods.cli.profile import profile
 from neuron_methods.demo import pipeline
 from neuron_methods.demo.pipeline import DemoSettings, run_demo
 from neuron_methods.evaluation import evaluate, load_tasks
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.sharing.publishing import merge_witness
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import printable
 
 TASKS = ["arithmetic", "german", "python"]
 
@@ -86,7 +89,7 @@ def test_what_the_demo_makes_holds_nothing_of_the_demos_own(finished, tmp_path) 
     """Its directories are uploaded and loaded as they are: what a merge or peft writes, and nothing else."""
     out, _, _ = finished
     assert {path.name for path in out.iterdir()} == {
-        *("base", "data", "demo.json", "experts", "merge.yaml", "merged", "report.txt", "scores", ".stages"),
+        *("base", "data", "demo.json", "experts", "inputs", "merge.yaml", "merged", "report.txt", "scores", ".stages"),
         "tasks.yml",
     }
     merge_to_directory((out / "merge.yaml").read_text(), tmp_path / "merged", progress=False, witness=merge_witness())
@@ -94,6 +97,7 @@ def test_what_the_demo_makes_holds_nothing_of_the_demos_own(finished, tmp_path) 
         assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in alike.iterdir())
     for task in TASKS:
         assert sorted(path.name for path in (out / "experts" / task).iterdir()) == ["adapter", "full"]
+    assert {path.stem for path in (out / "inputs").iterdir()} == set(TASKS)
     assert not list(out.rglob("demo-stage.json"))
 
 
@@ -112,11 +116,26 @@ def test_scores_are_written_as_evaluate_writes_them(finished) -> None:
 def test_the_yaml_is_the_one_that_was_merged(finished) -> None:
     out, report, _ = finished
     recipe = yaml.safe_load((out / "merge.yaml").read_text())
-    assert recipe["merge_method"] == "neuro_merging"
+    assert (recipe["merge_method"], recipe["parameters"]) == ("neuron_response", {"inputs": "both"})
     assert recipe["base_model"] == str(out / "base")
     assert [model["model"] for model in recipe["models"]] == [str(out / "experts" / t / "full") for t in TASKS]
+    profiles = [model["parameters"]["profile"] for model in recipe["models"]]
+    assert profiles == [str(out / "inputs" / f"{task}.safetensors") for task in TASKS]
     assert (out / "merged" / "mergekit_config.yml").read_text() == (out / "merge.yaml").read_text()
     assert str(out / "merged") in report.merge_summary
+
+
+def test_inputs_are_what_profile_measures_on_forty_examples_that_the_expert_was_trained_on(finished, tmp_path) -> None:
+    out, _, _ = finished
+    for task in TASKS:
+        file = tmp_path / f"{task}.safetensors"
+        model, data = f"{out}/experts/{task}/full", f"{task}={out}/data/{task}.train.jsonl:prompt,answer"
+        options = ["--inputs", "--samples", "40", "--separator", " ", "--dtype", "float32", "-o", str(file)]
+        result = CliRunner().invoke(profile, [model, "--data", data, *options])
+        assert result.exit_code == 0, result.output
+        measured, expected = load_file(out / "inputs" / file.name), load_file(file)
+        assert measured.keys() == expected.keys() and len(measured) > 4
+        assert all(torch.equal(measured[name], expected[name]) for name in expected)
 
 
 def test_the_report_has_every_model_every_task_and_the_yaml(finished) -> None:
@@ -140,7 +159,7 @@ def test_a_second_run_does_nothing_again_and_reports_the_same(finished) -> None:
     again = run_demo(settings(out), said_again.append)
     assert files(out) == before
     assert str(again) == str(report)
-    assert len(said) == len(said_again) == 10  # base, three experts, merge, scores of five models
+    assert len(said) == len(said_again) == 11  # base, three experts, their inputs, merge, scores of five models
     assert all(line.endswith("...") for line in said)
     assert all("done before" in line for line in said_again)
 
@@ -166,9 +185,9 @@ def test_only_what_the_change_concerns_is_done_again(finished, tmp_path) -> None
     scores = {f"scores of {name}" for name in ["base", *(f"expert-{task}" for task in TASKS), "merge"]}
     assert built() == {"merge", "scores of merge"}  # the directory moved, and the YAML names it
     assert built(examples=5) == scores
-    assert built(examples=5, steps=3) == experts | {"merge"} | scores - {"scores of base"}
+    assert built(examples=5, steps=3) == experts | {"inputs", "merge"} | scores - {"scores of base"}
     assert built(examples=5, steps=3) == set()
-    assert built(examples=5, steps=3, force=True) == {"base", "merge"} | experts | scores
+    assert built(examples=5, steps=3, force=True) == {"base", "inputs", "merge"} | experts | scores
 
 
 def test_an_interrupted_run_keeps_what_was_finished_and_goes_on_there(tmp_path) -> None:
@@ -208,5 +227,5 @@ def test_the_command_prints_the_report_on_stdout_and_stages_on_stderr(finished) 
     out, report, _ = finished
     result = CliRunner().invoke(demo, ["--out", str(out), "--steps", "2", "--examples", "4", "--quiet"])
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{report}\n"
-    assert result.stderr.count("done before") == 10
+    assert result.stdout == f"{printable(str(report))}\n"  # a model of random weights may answer control characters
+    assert result.stderr.count("done before") == 11
