@@ -92,6 +92,7 @@ class ResponseOptions:
     Attributes:
         ridge: ρ in units of the mean of S's diagonal; 0 for a pseudo-inverse; None for `automatic_ridge`.
         toward: T: ``zero``, or the ``mean`` or the ``sum`` of the updates, by weight; of one expert both are its own.
+            An expert with neither update nor measured inputs does not count.
         loudness: ``equal``, or ``own``: an expert counts by ‖Δ_t‖², too.
         rows: of an update that stand for its inputs, at most; 0 for all.
     """
@@ -120,9 +121,10 @@ def automatic_ridge(experts: Sequence[Expert], width: int) -> float:
     if any(factor is not None for expert in experts for factor in expert.inputs):
         return MEASURED
     ranks = [len(expert.update.a) for expert in experts if isinstance(expert.update, LowRank)]
-    if len(ranks) < len(experts) or not sum(ranks):
+    touching = [rank for rank in ranks if rank]
+    if len(ranks) < len(experts) or not touching:
         return RIDGE
-    return 2.0 * width * len(ranks) / sum(ranks)
+    return 2.0 * width * len(touching) / sum(touching)
 
 
 class Response(NamedTuple):
@@ -173,7 +175,7 @@ def merge_responses(experts: Sequence[Expert], shape: tuple[int, int], options: 
     own = [len(e.update.a) if isinstance(e.update, LowRank) else dense for e in taking]
     count = sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
     total = sum(expert.weight for expert in taking)
-    weighing = _Weighing(total, len(taking), options, formed=b is None, wide=wide)
+    weighing = _Weighing(total, options, formed=b is None, wide=wide)
     parts = (weighing.part(expert, part) for expert, part in zip(taking, rows, strict=True))
     found = system.few(parts, count) if count < shape[1] else system.many(parts)
     if b is not None:
@@ -218,12 +220,12 @@ def truncated(update: LowRank, moments: Tensor, rank: int | None, share: float |
 
 
 class _Part(NamedTuple):
-    """An expert's share: X_t, the rows of the solution it goes to, its factors √c F_t and its coefficient in T."""
+    """An expert's share: X_t, the rows of the solution it goes to, its factors √c F_t, and its weight of all."""
 
     x: Tensor
     rows: slice
     factors: list[tuple[Tensor, float]]
-    toward: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ class _System:
     def few(self, parts: Iterator[_Part], count: int) -> Response:
         """Solve in the span of the inputs: `count` equations."""
         g = m = toward = None
+        speaking: list[float] = []
         start = 0
         for part in parts:
             if g is None or m is None:
@@ -248,9 +251,9 @@ class _System:
                 torch.mul(factor, coefficient**0.5, out=g[block])
                 m[part.rows, block] = part.x @ g[block].T
                 start = block.stop
-            if toward is not None:
-                toward[part.rows].add_(part.x, alpha=part.toward)
+            speaking += self._add(toward, part)
         assert g is not None and m is not None
+        self._settle(toward, speaking)
         g, m = g[:start], m[:, :start]
         gram = g @ g.T
         ridge = self.options.ridge * float(gram.diagonal().sum()) / max(self.width, 1)
@@ -267,6 +270,7 @@ class _System:
     def many(self, parts: Iterator[_Part]) -> Response:
         """Solve in the space of all inputs: d equations."""
         s = n = toward = None
+        speaking: list[float] = []
         energy = 0.0
         for part in parts:
             if s is None or n is None:
@@ -284,9 +288,9 @@ class _System:
                 n[part.rows].add_(answers, alpha=coefficient)
                 energy += coefficient * self._inner(answers, part.x, part.rows)
                 del answers
-            if toward is not None:
-                toward[part.rows].add_(part.x, alpha=part.toward)
+            speaking += self._add(toward, part)
         assert s is not None and n is not None
+        self._settle(toward, speaking)
         ridge = self.options.ridge * float(s.diagonal().sum()) / max(self.width, 1)
         if ridge > 0 and self.options.ridge <= 1:
             right = n if toward is None else toward.mul_(ridge).add_(n)
@@ -304,6 +308,17 @@ class _System:
 
     def _toward(self, like: Tensor) -> Tensor | None:
         return None if self.options.toward == "zero" else like.new_zeros(self.height, self.width)
+
+    def _add(self, toward: Tensor | None, part: _Part) -> list[float]:
+        """Add an expert's share to T; returns the share, or nothing of an expert with neither update nor inputs."""
+        if toward is not None:
+            toward[part.rows].add_(part.x, alpha=part.share)
+        return [part.share] if part.factors or bool(part.x.any()) else []
+
+    def _settle(self, toward: Tensor | None, speaking: Sequence[float]) -> None:
+        """Make T of the shares added up: the mean, or the sum, of those that say something."""
+        if toward is not None and speaking:
+            toward.mul_((len(speaking) if self.options.toward == "sum" else 1) / sum(speaking))
 
     def _scaled(
         self, update: Tensor, energy: float, answered: float, size: float, moments: tuple[Tensor, Tensor]
@@ -324,10 +339,9 @@ class _System:
 
 @dataclass(frozen=True)
 class _Weighing:
-    """Weighs `count` experts, whose weights add up to `total`; updates are `formed` where not all are of low rank."""
+    """Weighs experts, whose weights add up to `total`; updates are `formed` where not all are of low rank."""
 
     total: float
-    count: int
     options: ResponseOptions
     formed: bool
     wide: bool
@@ -341,7 +355,7 @@ class _Weighing:
         loudness = _energy(own) if self.options.loudness == "own" else 1.0
         share = expert.weight / self.total
         weighed = [(factor, share * loudness / (len(speaking) * energy)) for factor, energy in speaking]
-        return _Part(x, rows, weighed, share * (self.count if self.options.toward == "sum" else 1))
+        return _Part(x, rows, weighed, share)
 
     def _update(self, update: LowRank | Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """What stands for X_t in the formula, and the update as a factor of its own inputs."""

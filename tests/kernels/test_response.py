@@ -51,9 +51,10 @@ def case(shape: tuple[int, int], seed: int, inputs: str = "update", rank: int = 
 
 
 def toward(cases: Sequence[Case], options: ResponseOptions) -> Tensor:
-    total = sum(c.weight for c in cases)
-    mean = sum(c.update * (c.weight / total) for c in cases)
-    taking = sum(c.weight > 0 for c in cases)
+    speaking = [c for c in cases if c.update.any() or any(f is not None and f.any() for f in c.factors)] or cases
+    total = sum(c.weight for c in speaking)
+    mean = sum(c.update * (c.weight / total) for c in speaking)
+    taking = sum(c.weight > 0 for c in speaking)
     return {"zero": torch.zeros_like(mean), "mean": mean, "sum": mean * taking}[options.toward]
 
 
