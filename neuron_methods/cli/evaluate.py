@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, options, say
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, options, quiet_option, say
 
 EPILOG = """\b
 MODEL is a directory, a repository of the hub, an adapter, base+adapter, or a routed model's directory.
@@ -59,7 +59,7 @@ task_options = options(
     click.option("--batch-size", type=Count(), help="Instead of the tasks' own."),
     click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: as stored; float32 on a CPU."),
     click.option("--seed", type=SEED, default=0, show_default=True, help="Of draws, intervals and searches."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+    quiet_option(),
 )
 
 

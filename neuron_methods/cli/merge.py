@@ -76,6 +76,8 @@ def _sharpened(command: click.Command) -> click.Command:
             option.type = Count()
         elif option.name == "lazy_unpickle":
             option.help = "Allow weights in pickles (pytorch_model.bin), read tensor by tensor"
+        elif option.name == "quiet":
+            option.opts = ["-q", *option.opts]
         elif option.name == "device":
             option.help = "Compute on this device: auto, cpu, cuda, cuda:1, mps"
         elif option.name == "lora_merge_cache":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option, options, say
+from neuron_methods.cli.common import PLACE, debug_option, options, quiet_option, say
 
 if TYPE_CHECKING:
     from neuron_methods.sharing.hub import PushOptions
@@ -70,7 +70,7 @@ def push_and_tell(out: Path, repository: str, options: PushOptions, *, quiet: bo
 @click.argument("out", type=PLACE)
 @click.argument("repository", metavar="USER/NAME")
 @push_options
-@click.option("--quiet", is_flag=True, help="No progress bars; print the address alone.")
+@quiet_option("No progress bars; print the address alone.")
 @debug_option
 def push(out: Path, repository: str, quiet: bool, **given: Any) -> None:
     """Upload OUT, a merge, an adapter or a routed model, to the repository USER/NAME of the Hugging Face Hub."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import FILE, PLACE, Count, debug_option, say
+from neuron_methods.cli.common import FILE, PLACE, Count, debug_option, quiet_option, say
 
 EPILOG = """\b
 Examples:
@@ -28,7 +28,7 @@ and puts the figures into OUT/README.md, the model card. Needs matplotlib: pip i
 @click.option("--rows", type=Count(), help="Look at this many neurons of each weight.  [default: all]")
 @click.option("--evaluation", type=FILE, help="JSON of `mergekit-neuron evaluate`, for the card.")
 @click.option("--new-card", is_flag=True, help="Write README.md anew instead of changing its sections.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
+@quiet_option()
 @debug_option
 def report(out: Path, quiet: bool, **settings: Any) -> None:
     """Draw what the merge in OUT did to the neurons, from the models it was made of and what it has written.

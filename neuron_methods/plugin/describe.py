@@ -66,7 +66,8 @@ def describe_plan(plan: MergePlan) -> str:
     lines += [
         f"  to read: {format_bytes(plan.bytes_to_read)} ({passes})",
         f"  to write: {format_bytes(plan.bytes_to_write)}",
-        f"  peak memory: {memory}, of which {format_bytes(plan.mapped_bytes)} are input files that the system may drop",
+        f"  peak memory: {memory}, of which {format_bytes(plan.mapped_bytes)} are input files that the system may drop "
+        f"and {format_bytes(plan.memory.of_process - plan.memory.peak)} the program",
         f"  memory to take: {format_bytes(plan.memory.peak)}" + (f", {format_bytes(free)} are free" if free else ""),
     ]
     lines += [f"  {note}" for note in plan.notes]

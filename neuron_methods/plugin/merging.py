@@ -46,6 +46,7 @@ class MergeSummary:
         bytes_written: bytes of tensors written.
         profile: thresholds, σ and energies, for `neuro_merging`.
         adapter: what an adapter keeps of the merge; None for a model.
+        findings: what the method found, in figures.
         notes: what the user should know.
     """
 
@@ -56,6 +57,7 @@ class MergeSummary:
     bytes_written: int
     profile: TrimProfile | None = None
     adapter: AdapterSummary | None = None
+    findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -74,7 +76,7 @@ class MergeSummary:
                 lines.append(f"  update energy: {share:.2f} % parallel, {100 - share:.2f} % orthogonal to the neurons")
         if self.adapter is not None:
             lines += [f"  {line}" for line in str(self.adapter).splitlines()]
-        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {line}" for line in (*self.findings, *self.notes)]
         lines.append(f"  complete and verified: {self.out_path}")
         return "\n".join(lines)
 
@@ -185,6 +187,7 @@ def merge_to_directory(
         bytes_written=run.plan.bytes_to_write if output.adapter is None else output.adapter.bytes,
         profile=profile,
         adapter=output.adapter,
+        findings=[] if session.prepared is None else session.prepared.findings(),
         notes=notes,
     )
 
@@ -207,9 +210,8 @@ def plan_merge(
 
 
 def _notes(run: MergeRun, session: MergeSession) -> list[str]:
-    """What the user should know: the method's findings, the plan's notes, and where NaN or Inf was let through."""
-    found = session.prepared.findings() if session.prepared is not None else []
-    notes = [*found, *run.plan.notes]
+    """What the user should know: the plan's notes, and where NaN or Inf was let through."""
+    notes = list(run.plan.notes)
     if session.nonfinite:
         notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(session.nonfinite)}")
     return notes

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import printable
 
 try:
     import fcntl
@@ -207,7 +208,7 @@ def _is_of(found: str, name: str) -> bool:
 
 
 def _say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 def _cut(name: str, most: int) -> str:

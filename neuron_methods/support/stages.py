@@ -136,7 +136,8 @@ class Stages:
         """Raise UserError where a stage that the user can see holds work of theirs."""
         if _is_changed(place, record) and not redo:
             raise UserError(
-                f"{place}: was changed since {self.writer} wrote it; move it away, or give --force to make it again"
+                f"{place}: was changed since {self.writer} wrote it, or copied without its times (cp -a keeps them); "
+                "move it away, or give --force to make it again"
             )
         added = sorted(_files_of(place).keys() - record.get("files", _files_of(place)).keys() - written_in(place))
         if added:

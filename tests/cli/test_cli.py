@@ -162,6 +162,7 @@ def test_every_subcommand_has_help_and_takes_debug(name):
     done = run_command(name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "--debug" in done.stdout
+    assert "--quiet" not in done.stdout or re.search(r"-q, --quiet\b", done.stdout)
 
 
 def test_version():

@@ -51,6 +51,7 @@ def test_parameters_that_are_alike_are_told_once(workspace):
     assert "to read: 109.4 kB (two passes: measure, merge)" in text
     assert "to write: 18.2 kB" in text
     assert "peak memory: at most about" in text
+    assert "and 471.9 MB the program\n" in text
     assert "memory to take: " in text
 
 
