@@ -197,8 +197,9 @@ def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:
             label = names[label]
         elif all(name.isdecimal() for name in names):  # folders named 3 and 7 hold the classes 3 and 7
             label = int(names[label])
-    if isinstance(label, str):
-        label = known.get(label, label)
+    if isinstance(label, str) and label in known:
+        number = str(known[label])  # a text where one of transformers' own examples trained the model
+        label = int(number) if number.isdecimal() else None
     return label if isinstance(label, int) and 0 <= label < config.num_labels else None
 
 

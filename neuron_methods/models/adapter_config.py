@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from neuron_methods.support.documents import Foreign, read_object, validated
 from neuron_methods.support.errors import UserError
@@ -22,9 +23,14 @@ Index = Annotated[int, Field(ge=0, le=1 << 31)]
 
 def _plain(name: str) -> str:
     """Refuse what no path or name of a repository holds, and no terminal shows."""
-    if not name.isprintable():
+    if not all(c.isprintable() or unicodedata.category(c) == "Zs" for c in name):
         raise ValueError("a name with characters that no path has")
     return name
+
+
+def _of_ranks(value: Any, info: ValidationInfo) -> Any:
+    """Pass over what AdaLoRA keeps there, which of each module's ranks are left; only peft reads that."""
+    return None if str(info.data.get("peft_type")).upper() == "ADALORA" else value
 
 
 class AdapterConfigFile(Foreign):
@@ -37,8 +43,9 @@ class AdapterConfigFile(Foreign):
     auto_mapping: dict[str, Any] | None = None
     r: Rank = 8
     lora_alpha: Finite = 8
-    rank_pattern: dict[str, Rank] | None = None
+    rank_pattern: Annotated[dict[str, Rank] | None, BeforeValidator(_of_ranks)] = None
     alpha_pattern: dict[str, Finite] | None = None
+    lora_dropout: Finite | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
     fan_in_fan_out: bool | None = None

@@ -44,6 +44,11 @@ _READ = (
     ".bin",
     ".py",
 )
+# What trainers and people put there, too, and nothing that loads a model opens.
+_UNREAD = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.bin"
+    r"|(trainer_state|modelcard|.*results)\.json|(?!.*(token|vocab|merges|chat_template|dict|bpe)).*\.txt"
+)
 _AGAIN = "download or save the model again"
 
 # Keys of a config whose numbers lead to a module each, to an entry of a list each, to a row or a column each. The
@@ -65,7 +70,7 @@ class ModelConfigFile(Foreign):
     quantization_config: dict[str, Any] | None = None
     tie_word_embeddings: bool | None = None
     id2label: dict[str, Any] | None = None
-    label2id: dict[str, int] | None = None
+    label2id: dict[str, int | str] | None = None  # texts where one of transformers' own examples trained the model
 
 
 class NamesCode(Foreign):
@@ -129,7 +134,7 @@ def check_files(place: str | os.PathLike[str], where: str) -> None:
     directory = Path(place)
     for name in sorted(os.listdir(directory)):
         file = directory / name
-        if not name.endswith(_READ):
+        if not name.endswith(_READ) or _UNREAD.fullmatch(name):
             continue
         check_regular(file)
         check_link(directory, name, where)
@@ -205,6 +210,8 @@ def foreign_reading(what: str, *passing: type[Exception]) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """The library's words, with what kind of error it is where they may be nothing but the value that was wrong."""
     words = one_line(error) if isinstance(error, (OSError, ValueError, ImportError)) else first_line(error)
+    if words.endswith(":"):  # what is wrong stands on the lines below it
+        words = one_line(error)
     kind = type(error).__name__
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and words != kind:
         words = f"{kind}: {words}"

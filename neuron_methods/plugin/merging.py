@@ -28,9 +28,9 @@ from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.session import MergeSession
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import check_space, file_in_place_after, is_disk_full, staging_directory
+from neuron_methods.support.files import check_space, file_in_place_after, is_disk_full, staging_directory, write_text
 from neuron_methods.support.runs import claimed
-from neuron_methods.support.targets import check_file, check_target, deliver, json_of
+from neuron_methods.support.targets import check_file, check_target, deliver, is_part, json_of
 from neuron_methods.support.text import format_bytes, listed
 
 
@@ -225,6 +225,9 @@ def _profile_place(profile_out: str | None, target: Path, force: bool, inputs: l
     if place == target:
         raise UserError(f"{shown}: a directory; name a file")
     if target in place.parents:
+        inside = place.relative_to(target)
+        if is_part(inside.as_posix()) or max(len(os.fsencode(part)) for part in inside.parts) > 255:
+            raise UserError(f"{shown}: a name that the output's own files have, or none of a file; name another file")
         return place
     place = check_file(profile_out, shown, json_of(TRIM_PROFILE), force, inputs)
     if not place.parent.is_dir():
@@ -252,9 +255,10 @@ def _written_with(profile: TrimProfile | None, place: Path | None, staging: Path
     if profile is None or place is None:
         yield
     elif target in place.parents:
-        within = staging / place.relative_to(target)
-        within.parent.mkdir(parents=True, exist_ok=True)
-        within.write_text(profile.to_json(), encoding="utf-8")
+        inside = staging / place.relative_to(target)
+        if os.path.lexists(inside):
+            raise UserError(f"--profile-out {place}: the output has a file of this name; name another")
+        write_text(inside, profile.to_json())
         yield
     else:
         with file_in_place_after(place) as beside:

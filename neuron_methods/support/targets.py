@@ -24,12 +24,14 @@ _FORMAT, _VERSION = "mergekit-neuron-output", 1
 _HEAD = 4096  # bytes of a file that its kind is told by
 _MOST_HEADER = 100 << 20  # of safetensors: as long as that format allows
 
-# All that releases before the mark wrote. Their tokenizers' files are those of transformers.
+# All that releases before the mark wrote. Their tokenizers' files are those of transformers, their modules' those of
+# sentence-transformers.
 _EARLIER = re.compile(
     r"(adapters/[^/]+/)?(README\.md|mergekit_config\.yml|(model|pytorch_model|adapter_model|router)[\w.-]*"
     r"\.(safetensors|bin|json)|(adapter_|routed_|generation_|preprocessor_|processor_|tokenizer_|"
     r"video_preprocessor_)?config\.json|enhancement\.json|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|"
     r"vocab\.(json|txt)|merges\.txt|chat_template\.(json|jinja)|[\w.-]+\.(model|spm|tiktoken|codes)|modules\.json)"
+    r"|config_sentence_transformers\.json|sentence_\w+_config\.json|normalizer\.json|tekken\.json"
     r"|report/[\w.-]+\.(json|html|png)|heads/[^/]+\.(json|safetensors)|additional_chat_templates/[^/]+\.jinja"
     r"|\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)"
 )
@@ -85,6 +87,15 @@ def refuse_foreign(target: Path, shown: str | os.PathLike[str]) -> None:
                 f"{shown}: {found} in it is not of mergekit-neuron's making, so --force does not replace it; move it "
                 "away, or choose another name"
             )
+
+
+def is_part(name: str) -> bool:
+    """Tell whether a path within an output, or a directory above it, has the name of what a merge writes itself."""
+    parts = name.split("/")
+    return any(
+        above == MARK or _EARLIER.fullmatch(above) is not None
+        for above in ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    )
 
 
 def deliver(staging: Path, target: Path, force: bool) -> None:

@@ -239,6 +239,29 @@ def test_a_merge_may_go_into_the_directory_of_a_model(place):
     assert "is or holds" in refused(("merge", "merge.yml", "base", "--quiet", "--force"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "config.json", "tokenizer.json", "README.md", targets.MARK, "adapter_model.safetensors"),
+        *("report/report.json", "config.json/x", "model-00001-of-00002.safetensors", "x" * 300, "normalizer.json"),
+    ],
+)
+def test_a_profile_within_the_output_is_none_of_its_files(place, name):
+    for out, force in (("out", ()), ("merged", ("--force",))):
+        line = refused(("merge", "merge.yml", out, "--quiet", "--profile-out", f"{out}/{name}", *force))
+        assert "name another file" in line
+    Path("base/thresholds.json").write_text("{}")  # goes along, as any companion does
+    line = refused(("merge", "merge.yml", "out", "--quiet", "--profile-out", "out/thresholds.json"))
+    assert "the output has a file of this name" in line
+
+
+def test_files_of_sentence_transformers_and_speech_are_of_an_earlier_output(place):
+    Path("merged", targets.MARK).unlink()
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json", "normalizer.json", "tekken.json"):
+        Path("merged", name).write_text("{}")
+    run(("merge", "merge.yml", "merged", "--quiet", "--force"))
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 
