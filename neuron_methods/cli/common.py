@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import click
 
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import one_line, printable
+from neuron_methods.support.memory import free_memory, is_out_of_memory
+from neuron_methods.support.text import format_bytes, one_line, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,6 +126,10 @@ def describe_error(error: Exception) -> str:
             return f"{place}{error.strerror or os.strerror(error.errno)}"
     if "No space left on device" in str(error):  # safetensors and torch wrap it in types of their own
         return f"no space left on device ({one_line(error)})"
+    if is_out_of_memory(error):
+        free = free_memory()
+        told = f": {format_bytes(free)} are free now" if free is not None else ""
+        return f"not enough memory{told}; free some, raise the limit (ulimit -v), or take smaller models or batches"
     what = type(error).__name__
     message = one_line(error)
     return f"unexpected {what}{': ' + message if message else ''}; run again with --debug for the traceback"

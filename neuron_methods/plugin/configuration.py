@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from neuron_methods.plugin.composite import configured
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean, first_line, unknown
+from neuron_methods.support.text import did_you_mean, first_line, shortened, unknown
 from neuron_methods.support.yaml_source import YamlSource
 
 _MOST_PADDING = 1 << 16
@@ -60,6 +60,7 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         raise UserError(f"{name}: {_first_problem(error)}") from None
     except Exception as error:  # whatever mergekit's own validators make of foreign values
         raise UserError(f"{name}: {first_line(error)}") from None
+    _check_names(configuration, name)
     _check_padding(configuration, name)
     _check_dtypes(configuration, name)
     spec = _spec(configuration, name)
@@ -68,6 +69,20 @@ def read_configuration(source: str, name: str = "the configuration") -> MergeCon
         for key, setting in (parameters or {}).items():
             _check_parameter(spec, key, setting, f"{name}: {place}")
     return configuration
+
+
+def _check_names(configuration: MergeConfiguration, name: str) -> None:
+    """Refuse a model without a name, and a revision of a directory, which mergekit passes over."""
+    for model in configuration.referenced_models():
+        for part in (model.model, *([model.lora] if model.lora else [])):
+            if not part.path.strip():
+                raise UserError(f"{name}: model {shortened(str(model))}: empty, or nothing beside +; name a model")
+            if part.revision and os.path.isdir(part.path):
+                shown = shortened(part.path, quote=False)
+                raise UserError(
+                    f"{name}: model {shortened(str(model))}: {shown} is a directory, which has no revisions; leave "
+                    f"@{shortened(part.revision, quote=False)} away"
+                )
 
 
 def _check_padding(configuration: MergeConfiguration, name: str) -> None:
@@ -165,7 +180,9 @@ def _first_problem(error: ValidationError) -> str:
     if "parameters" in location[:-1]:  # what follows is a member of a union, which the user never wrote
         location = location[: location.index("parameters") + 2]
         return f"{'.'.join(location)}: expected a value, a list of values (gradient), or a list of {{value, filter}}"
-    return f"{'.'.join(location) or 'the top level'}: {first['msg']}"
+    found = first.get("input")
+    told = "" if first["type"] == "missing" else f", found {shortened(found)}"
+    return f"{'.'.join(location) or 'the top level'}: {first['msg']}{told}"
 
 
 def _check_dtypes(configuration: MergeConfiguration, name: str) -> None:

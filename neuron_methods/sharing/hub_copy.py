@@ -25,6 +25,7 @@ from neuron_methods.sharing.routed_card import make_routed_card
 from neuron_methods.support.documents import parse_json, read_object, read_text
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import within
+from neuron_methods.support.targets import MARK
 
 # Large files of tokenizers, which hold no paths.
 _PLAIN = ("tokenizer.json", "vocab.json", "added_tokens.json")
@@ -62,12 +63,12 @@ def files_to_upload(place: Path, include: Collection[str] = ()) -> tuple[list[Pa
         include: globs of what is to be uploaded, too; by paths within the directory.
 
     Returns:
-        Their paths within the directory, and those of all others.
+        Their paths within the directory, and those of all others but the mark of what was written here.
 
     Raises:
         UserError: one that is chosen is a link to what is not the model's, or `include` fits nothing.
     """
-    files = sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file())
+    files = sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file() and file.name != MARK)
     names = [file.as_posix() for file in files]
     wanted = {name for name in companions(names) if not name.endswith((".json", ".txt")) or _OF_COMPANIONS.search(name)}
     wanted |= {name for name in names if _PARTS.fullmatch(name)}

@@ -29,6 +29,7 @@ MOST_YAML = 1 << 20  # PyYAML reads about 100 kB a second
 MOST_LINE = 64 << 20
 _DEEPEST = 100
 _SURROGATE = r"(?i)\\ud[89a-f]"  # an escape of one, which may be alone
+_MOST_BITS = 4096  # of a whole number in YAML
 _MOST_NODES = 100_000  # of a YAML, with its aliases followed
 
 
@@ -302,6 +303,16 @@ class _Constructor(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node)
+        if number.bit_length() > _MOST_BITS:  # in hexadecimal they may be too long to be printed
+            problem = f"a whole number of {number.bit_length()} bits"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return number
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
 
 
 def _yaml_error(error: yaml.YAMLError, shown: str) -> UserError:

@@ -11,7 +11,14 @@ from neuron_methods.support.text import format_bytes
 #: In the environment, 1 lets every command go on where memory will not do.
 IGNORE = "MERGEKIT_NEURON_IGNORE_MEMORY"
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "failed to map segment from shared object",
+)
 _MEMINFO = Path("/proc/meminfo")
+_PAGES_OF_PROCESS = Path("/proc/self/statm")
 _GROUP_OF_PROCESS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -20,7 +27,8 @@ def free_memory(device: str = "cpu") -> int | None:
     """Tell how many bytes this process may still take; None where the system does not say.
 
     On a CPU it is what the kernel calls available, page cache included, and no more than the limits of the control
-    groups (v1 or v2) of the process leave. On a CUDA device it is what the driver has, and what torch keeps unused.
+    groups (v1 or v2) of the process and of `ulimit` leave. On a CUDA device it is what the driver has, and what torch
+    keeps unused.
 
     Args:
         device: as torch spells it.
@@ -32,8 +40,18 @@ def free_memory(device: str = "cpu") -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device != "cpu":
         return None
-    found = [size for size in (_available(), *_left_in_groups()) if size is not None]
+    found = [size for size in (_available(), *_left_in_groups(), *_left_by_ulimit()) if size is not None]
     return min(found, default=None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error, or what it came of, says that memory has run out, in Python's, torch's or C's words."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in _NO_MEMORY)
+        or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    )
 
 
 def check_memory(need: int, what: str, advice: str, device: str = "cpu") -> None:
@@ -64,6 +82,19 @@ def _available() -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
+
+
+def _left_by_ulimit() -> list[int]:
+    """What the process's own limits leave: of address space, which mapped files take part of, and of data."""
+    try:
+        import resource
+
+        pages = [int(number) for number in _PAGES_OF_PROCESS.read_text().split()]
+        limits = ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5]))
+        taken = [(resource.getrlimit(limit)[0], count * resource.getpagesize()) for limit, count in limits]
+    except (ImportError, OSError, ValueError, IndexError):  # Windows, macOS
+        return []
+    return [max(0, most - used) for most, used in taken if most != resource.RLIM_INFINITY]
 
 
 def _left_in_groups() -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
+from neuron_methods.support.targets import MARK
 from tests.sharing.conftest import standin  # noqa: F401
 from tests.support.checkpoints import configuration
 from tests.support.hub_cache import cache
@@ -120,7 +121,8 @@ STRAY = [
 
 
 def test_push_leaves_what_is_no_part_of_the_model(standin, out):  # noqa: F811
-    before = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    before = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()} - {MARK}
+    assert "left here" not in command("push", out, "alice/model", "--quiet").stderr
     for name in STRAY:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(SECRET)

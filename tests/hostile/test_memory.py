@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
+from neuron_methods.cli.common import describe_error
 from neuron_methods.support import memory
 from neuron_methods.support.errors import UserError
 from tests.support.byte_llama import byte_tokenizer
@@ -83,6 +86,36 @@ def test_limits_of_control_groups_count(
     assert memory.free_memory() == 10**9 // 1024 * 1024
     (group / limit).write_text("5000\n")
     assert memory.free_memory() == 1500
+
+
+def test_limits_of_ulimit_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of address space and of data, in a process of its own, which keeps what it has taken."""
+    for limit in ("RLIMIT_AS", "RLIMIT_DATA"):
+        code = (
+            "import resource; from neuron_methods.support.memory import free_memory\n"
+            f"resource.setrlimit(resource.{limit}, (500 << 20, resource.RLIM_INFINITY)); before = free_memory()\n"
+            "taken = bytearray(100 << 20); print(before >> 20, before - free_memory() >> 20)"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        left, less = map(int, ran.stdout.split())
+        assert left < 500 and 95 <= less <= 110, (limit, left, less)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("x.so: failed to map segment from shared object"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_no_fault_of_ours(error: Exception) -> None:
+    assert re.fullmatch(r"not enough memory: \S+ .B are free now; .*", describe_error(error))
 
 
 def test_more_than_there_is_is_refused_with_need_and_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,3 +71,20 @@ def test_a_density_is_a_share(name: str, value: object) -> None:
     parameter = next(p for p in registry.get(name).spec.parameters if p.name == "density")
     with pytest.raises(UserError, match=r"density must be a number in [\[(]0, 1\]; got "):
         read_configuration(source(name, parameter, value, True), "merge.yml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("base_model", "", "model '': empty"),
+        ("base_model", "base+", "model 'base[^']*': empty, or nothing beside"),
+        ("base_model", ".@main", r"model '.@main': \. is a directory, which has no revisions; leave @main away"),
+        ("base_model", 5.5, "base_model: .*found 5.5"),
+        ("base_model", math.nan, "base_model: .*found nan"),
+        ("base_model", True, "base_model: .*found True"),
+    ],
+)
+def test_what_is_no_name_of_a_model(key: str, value: Any, told: str) -> None:
+    content = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}], key: value}
+    with pytest.raises(UserError, match=f"^merge.yml: {told}"):
+        read_configuration(yaml.safe_dump(content), "merge.yml")

@@ -79,7 +79,7 @@ def test_names_of_bases_may_hold_spaces_of_any_kind(name: str) -> None:
 
 
 def test_an_adalora_is_read_with_the_ranks_that_are_left(tmp_path: Path) -> None:
-    """Its rank_pattern holds lists; peft reads them, and merges it."""
+    """Its rank_pattern holds lists, which peft alone reads."""
     model = transformers.AutoModelForCausalLM.from_pretrained("base")
     config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10)
     adapted = peft.get_peft_model(model, config)
@@ -89,7 +89,6 @@ def test_an_adalora_is_read_with_the_ranks_that_are_left(tmp_path: Path) -> None
     adapted.save_pretrained(tmp_path / "adapter")
     read = AdapterConfig.read(str(tmp_path / "adapter"))
     assert read.peft_type == "ADALORA" and "merged by peft itself" in str(read.needs_peft()) and not read.rank_pattern
-    passes("evaluate", f"base+{tmp_path}/adapter", "--task", "tasks.yml", "-o", str(tmp_path / "scores.json"))
 
 
 @pytest.mark.parametrize(

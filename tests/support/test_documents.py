@@ -214,6 +214,8 @@ def bomb(levels: int, merged: bool = False) -> str:
         ),
         ("a: \x00", "x.yml: not readable as YAML: "),
         ("x" * (2 << 20), "x.yml: 2.1 MB of YAML; no more than 1.0 MB is read"),
+        ("a: 0x" + "f" * 5000, "x.yml, line 1, column 4: not readable as YAML: a whole number of 20000 bits"),
+        ("a: 0b" + "1" * 9000, "x.yml, line 1, column 4: not readable as YAML: a whole number of 9000 bits"),
         ("a: 1\na: 2", "x.yml, line 2, column 1: key 'a' appears twice"),
     ],
 )
