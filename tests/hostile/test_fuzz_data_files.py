@@ -1,6 +1,6 @@
 """Every reader of data, tasks, routes, searches and scores on files that were changed at random: read, or one line.
 
-`MERGEKIT_NEURON_FUZZ=2000` tries so many changes of each format.
+`MERGEKIT_NEURON_HOSTILE=2000` tries so many changes of each format.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from neuron_methods.sharing.card import parsed_card, read_evaluation
 from neuron_methods.sharing.licences import metadata_of
 from neuron_methods.support.errors import UserError
 
-EXAMPLES = int(os.environ.get("MERGEKIT_NEURON_FUZZ", "12"))
+EXAMPLES = int(os.environ.get("MERGEKIT_NEURON_HOSTILE", "12"))
 fuzzed = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -1,6 +1,6 @@
 """Any file of a model, an adapter, a profile or a merge, changed at random: success, or one line with its name.
 
-The examples are bounded here; `FUZZ_EXAMPLES=5000` tries as many as that.
+The examples are bounded here; `MERGEKIT_NEURON_HOSTILE=5000` tries as many as that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support import formats
 from tests.support.formats import READERS, instead, run
 from tests.support.mutations import mutated
 
-_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+_EXAMPLES = int(os.environ.get("MERGEKIT_NEURON_HOSTILE", "60"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,9 +33,9 @@ UPLOAD = {
     "large file": ("PUT", "/objects/"),
     "commit": ("POST", "/commit/"),
 }
-#: With MERGEKIT_NEURON_ALL_FAULTS=1 every fault at every step; else all at the steps that carry most, and at the
+#: With MERGEKIT_NEURON_HOSTILE every fault at every step; else all at the steps that carry most, and at the
 #: others those that are handled by different code.
-ALL = os.environ.get("MERGEKIT_NEURON_ALL_FAULTS") == "1"
+ALL = "MERGEKIT_NEURON_HOSTILE" in os.environ
 _DIFFERENT = ("silent", "slow head", "half", "closed", "to itself", "html", "wrong types", "429 for an hour", "503")
 FAULTS_OF_DOWNLOADS = [(s, f) for s in DOWNLOAD for f in FAULTS if ALL or s == "file" or f in _DIFFERENT]
 FAULTS_OF_UPLOADS = [(s, f) for s in UPLOAD for f in FAULTS if ALL or s == "whoami" or f in _DIFFERENT]
