@@ -78,6 +78,7 @@ beside OUT, or in --work-dir, where they also serve the next run with other rout
 @click.command("route", epilog=EPILOG)
 @click.argument("config", type=PLACE)
 @click.argument("out", type=PLACE)
+@click.option("--static", is_flag=True, help="Merge the adapters into one checkpoint instead, by neuron_response.")
 @click.option("--dry-run", is_flag=True, help="Load and check everything, show the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT if a routed model is there.")
 @click.option("--device", help="Where to compute: cpu, cuda, cuda:1, auto.  [default: an accelerator if any]")
@@ -88,6 +89,7 @@ beside OUT, or in --work-dir, where they also serve the next run with other rout
 def route(
     config: Path,
     out: Path,
+    static: bool,
     dry_run: bool,
     force: bool,
     device: str | None,
@@ -100,15 +102,26 @@ def route(
     Three stages of MIN-Merging (arXiv:2510.17890): every expert is stripped of what its own calibration data do not
     miss; a router is trained to tell whose an input is; at run time an expert's core layers come from it alone, its
     redundant ones from the other chosen experts, and an input that is nobody's is left to the base.
+
+    With --static OUT is one plain checkpoint instead, to see how close it comes: the adapters merged by
+    neuron_response, with what each expert's layers are given on 40 samples of its data, which is kept in OUT.inputs.
     """
-    from neuron_methods.routing.build import build_routed_model
-
+    if static and (device is not None or work_dir is not None):
+        raise click.UsageError(f"{'--device' if device is not None else '--work-dir'} goes without --static")
     push_to = pushing(push_to_hub, push)
-    if push_to is not None and push_to_hub is not None:
-        from neuron_methods.sharing.publishing import check_base_of_route
+    if static:
+        from neuron_methods.routing.static import merge_routed
+        from neuron_methods.sharing.publishing import merge_witness
 
-        check_base_of_route(config, push_to)
-    options = {"dry_run": dry_run, "force": force, "device": device, "work_dir": work_dir}
-    build_routed_model(config, out, **options, report=say)
+        merge_routed(config, out, dry_run=dry_run, force=force, witness=merge_witness(), report=say)
+    else:
+        if push_to is not None and push_to_hub is not None:
+            from neuron_methods.sharing.publishing import check_base_of_route
+
+            check_base_of_route(config, push_to)
+        options = {"dry_run": dry_run, "force": force, "device": device, "work_dir": work_dir}
+        from neuron_methods.routing.build import build_routed_model
+
+        build_routed_model(config, out, **options, report=say)
     if push_to is not None and push_to_hub is not None and not dry_run:
         push_and_tell(out, push_to_hub, push_to)

@@ -74,7 +74,7 @@ class InputSettings:
 
 def measure_inputs(
     model: str,
-    data: Sequence[str],
+    data: Sequence[str | DataSource],
     output: Path,
     settings: InputSettings = InputSettings(),
     *,
@@ -87,7 +87,7 @@ def measure_inputs(
 
     Args:
         model: directory, repository of the hub, adapter, or base+adapter; an adapter is merged in memory.
-        data: ``NAME=SOURCE`` each; see `sources`. The tokens of all of them count alike.
+        data: ``NAME=SOURCE`` each, see `sources`, or what that says. The tokens of all of them count alike.
         output: the file to write, ending in ``.safetensors``.
         settings: how to measure.
         force: start anew if `output` exists.

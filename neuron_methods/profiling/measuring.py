@@ -162,9 +162,9 @@ def _measure_all(
                 report(f"{reader.source.name}: {info.samples} samples, {max(info.tokens.values())} tokens{processes}")
 
 
-def parse_sources(data: Sequence[str]) -> list[DataSource]:
+def parse_sources(data: Sequence[str | DataSource]) -> list[DataSource]:
     """Read ``NAME=SOURCE`` each; raises UserError for one that is wrong, or a name given twice."""
-    sources = [parse_source(text) for text in data]
+    sources = [parse_source(text) if isinstance(text, str) else text for text in data]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise UserError(f"--data {name}=...: two data sources have this name")

@@ -30,8 +30,12 @@ def routable_kind(model: Any, where: str = "the base model") -> KindFacts:
     Raises:
         UserError: it neither generates text nor classifies images.
     """
-    name = type(model).__name__
-    facts = facts_of(name, bool(model.config.is_encoder_decoder))
+    return routable_class(type(model).__name__, model.config, where)
+
+
+def routable_class(name: str, config: Any, where: str) -> KindFacts:
+    """Look up what a class of models with this config does; errors as for `routable_kind`."""
+    facts = facts_of(name, bool(config.is_encoder_decoder))
     if facts is None or facts.kind not in ("causal", "text-to-text", "image-classification"):
         raise UserError(f"{where}: {name} cannot be routed; causal, text-to-text and image-classification models can")
     return facts

@@ -96,6 +96,30 @@ class Samples:
         return CalibrationLoss(self.feeder, [self.feeder.batch(some) for some in batched(samples, self.batch_size)])
 
 
+def source_of(name: str, data: Data, kind: Kind) -> DataSource:
+    """Find an expert's data source; nothing is opened yet.
+
+    Args:
+        name: of the expert.
+        data: what the YAML says of it.
+        kind: what the base does.
+
+    Raises:
+        UserError: it is a file or folder that is not there, a data set of the hub without a split, or a column has a
+            name that says nothing to such a model.
+    """
+    known = ("image", "label") if kind == "image-classification" else ("text", "input", "target")
+    wrong = next((key for key in data.columns if key not in known), None)
+    if wrong is not None:
+        raise UserError(f"data.columns: {wrong!r} says nothing to a {kind} model (known: {', '.join(sorted(known))})")
+    where = f"expert {name!r}: data.source"
+    local = is_local(data.source, where)
+    if not local and data.split is None:
+        raise UserError(f"{where}: there is no file or folder {data.source}, and a data set of the hub needs a split")
+    columns = tuple(data.columns[key] for key in known if key in data.columns)
+    return DataSource(name, data.source, local, data.name, data.split, columns)
+
+
 def fingerprint_of_samples(parts: dict[str, Samples]) -> str:
     """Tell apart samples that differ."""
     digest = hashlib.sha256()
@@ -157,7 +181,7 @@ class SampleDrawer:
 
     def _drawn(self, name: str, data: Data, count: int, needs_loss: bool) -> Samples:
         feeder = self._feeder(data)
-        reader = SourceReader(self._source(name, data), feeder.columns)
+        reader = SourceReader(source_of(name, data, self.kind), feeder.columns)
         label = "label" if self.kind == "image-classification" else "target"
         one_text = self.kind == "causal" and "text" in data.columns
         if needs_loss and len(reader.columns) < 2 and not one_text:
@@ -168,22 +192,6 @@ class SampleDrawer:
         feeder.columns_needed = 1  # text-to-text feeders ask for a target even where the loss is not wanted
         feeder.start(reader, False)
         return Samples(feeder, list(reader.samples(count, self.config.router.seed)), self.config.batch_size)
-
-    def _source(self, name: str, data: Data) -> DataSource:
-        known = ("image", "label") if self.kind == "image-classification" else ("text", "input", "target")
-        wrong = next((key for key in data.columns if key not in known), None)
-        if wrong is not None:
-            raise UserError(
-                f"data.columns: {wrong!r} says nothing to a {self.kind} model (known: {', '.join(sorted(known))})"
-            )
-        where = f"expert {name!r}: data.source"
-        local = is_local(data.source, where)
-        if not local and data.split is None:
-            raise UserError(
-                f"{where}: there is no file or folder {data.source}, and a data set of the hub needs a split"
-            )
-        columns = tuple(data.columns[key] for key in known if key in data.columns)
-        return DataSource(name, data.source, local, data.name, data.split, columns)
 
     def _feeder(self, data: Data) -> Feeder:
         config, text, processor = self.model.config, self.config.text, self.processor

@@ -54,6 +54,10 @@ class Recipe:
         """Whether all models are named, and no place is left for the user's own."""
         return "path/to/your/" not in self.text
 
+    def has_all(self, parameter: str) -> bool:
+        """Tell whether every expert of its first stage has a parameter of its own."""
+        return all(parameter in (entry.get("parameters") or {}) for entry in self.stages[0]["models"])
+
 
 def recipes_directory() -> Path:
     """Find the recipes: in the installed package, or beside it in a checkout."""
@@ -89,7 +93,13 @@ def find_recipe(name: str) -> Recipe:
 
 
 def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:
-    """Fill somebody's own models, by path or id, into the recipe of a family and a method; its comments stay.
+    """Fill somebody's own models, by path or id, into a recipe of a family; its comments stay.
+
+    Args:
+        family: llama, t5 or vit.
+        method: its YAML name, for the recipe that fits best and needs no data, or a recipe's whole name.
+        base: the base model.
+        experts: the experts; names of what is measured on each are made from theirs.
 
     Raises:
         UserError: no such recipe, or no expert.
@@ -98,15 +108,21 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
     if family not in families:
         raise UserError(f"no recipes for {family}; there are: {', '.join(families)}")
     of_family = [r for r in all_recipes() if r.family == family and len(r.stages) == 1]
+    if not experts:
+        raise UserError("a merge needs experts: --expert PATH-OR-ID, once for each")
+    named = [r for r in of_family if r.name == f"{family}/{method}"]
+    if named:
+        return _filled(named[0], base, experts)
     methods = list(dict.fromkeys(r.method for r in of_family))
     if method not in methods:
         raise UserError(f"no recipe for {family} by {method}; there are: {', '.join(methods)}")
-    if not experts:
-        raise UserError("a merge needs experts: --expert PATH-OR-ID, once for each")
     adapters = "+" in experts[0]
     fitting = [r for r in of_family if r.method == method]
-    # One that takes the same kind of experts, and rather a published set-up than the small one.
-    recipe = min(fitting, key=lambda r: (("+" in str(r.stages[0]["models"])) != adapters, "small" in r.name))
+    # One that asks for no data and takes the same kind of experts, and rather a published set-up than the small one.
+    recipe = min(
+        fitting,
+        key=lambda r: (r.has_all("profile"), ("+" in str(r.stages[0]["models"])) != adapters, "small" in r.name),
+    )
     return _filled(recipe, base, experts)
 
 
@@ -121,17 +137,16 @@ def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
 
 
 def _expert_lines(recipe: Recipe, experts: Sequence[str]) -> list[str]:
-    """The list of models; parameters that every expert has in the recipe (its group) are kept as places to fill."""
-    grouped = all("group" in (entry.get("parameters") or {}) for entry in recipe.stages[0]["models"])
+    """The list of models; what every expert has in the recipe, its group or the file of its inputs, it has here."""
     names = local_names([expert.rpartition("+")[2] for expert in experts])
     lines = []
     for expert in experts:
         lines.append(f"  - model: {_scalar(expert)}")
-        if grouped:
-            group = re.sub(r"[^\w-]+", "-", names[expert.rpartition("+")[2]]).strip("-")
-            lines.append(
-                f"    parameters: {{group: {_scalar(group)}}}   # as its data was called when groups were made"
-            )
+        name = re.sub(r"[^\w-]+", "-", names[expert.rpartition("+")[2]]).strip("-")
+        if recipe.has_all("group"):
+            lines.append(f"    parameters: {{group: {_scalar(name)}}}   # as its data was called when groups were made")
+        elif recipe.has_all("profile"):
+            lines.append(f"    parameters: {{profile: {_scalar(f'{name}.inputs.safetensors')}}}")
     return lines
 
 

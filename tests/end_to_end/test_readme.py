@@ -58,7 +58,7 @@ def yamls(key):
 
 COMMANDS = lines("sh")
 SHORT = " --steps 2 --examples 4"
-SEARCH = ("lambda_orthogonal=0.5:4:0.5 --test", "lambda_orthogonal=1,2 --only german")  # as shown, as run here
+SEARCH = ("lambda=0.8:1.2:0.1 --test", "lambda=0.9,1.1 --only german")  # as shown, as run here
 ROUTING = ("mergekit-neuron route ", "mergekit-neuron generate ")
 SCRIPTS = "python examples/"
 # What is added to the routed model's YAML to make it quick: few samples, experts as they are.
@@ -111,8 +111,10 @@ def routed(demo):
     directory, _ = demo
     (shown,) = yamls("experts")
     (directory / "routed.yaml").write_text(shown[: shown.index("router:")] + QUICK)
-    (command,) = [command for command in COMMANDS if command.startswith(ROUTING[0])]
-    run(command, directory)
+    commands = [command for command in COMMANDS if command.startswith(ROUTING[0])]
+    assert [command.endswith(" --static") for command in commands] == [False, True]
+    for command in commands:
+        run(command, directory)
     return directory
 
 

@@ -18,7 +18,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from neuron_methods.methods.groups_file import groups_from_labels
+from neuron_methods.methods.inputs_file import InputsInfo, save_inputs
 from neuron_methods.neurons import neuron_map
+from neuron_methods.profiling.module_inputs import input_width, linear_modules
 from tests.support.tokenizers import save_tokenizer
 
 _NARROW = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 20, "bos_token_id": None, "eos_token_id": 1}
@@ -126,6 +128,9 @@ def prepare(stages: list[dict[str, Any]], folder: Path) -> None:
         else:
             make_expert(folder / base, folder / model, number)
     groups = [str((entry.get("parameters") or {}).get("group", "")) for entry in entries(stages)]
+    for entry in entries(stages):
+        if profile := (entry.get("parameters") or {}).get("profile"):
+            make_inputs(base, folder, folder / str(profile))
     if any(groups):
         make_groups(folder / base, folder / "groups.json", groups)
 
@@ -182,6 +187,19 @@ def make_groups(base: Path, place: Path, groups: list[str]) -> None:
     groups_from_labels("stand-in", json.loads((base / "config.json").read_text())["model_type"], labels, {}).write(
         place
     )
+
+
+def make_inputs(base: str, folder: Path, place: Path) -> None:
+    """Inputs of every linear module, as `mergekit-neuron profile --inputs` measures them."""
+    architecture, _ = BASES[base]
+    model = getattr(transformers, architecture).from_pretrained(folder / base)
+    modules = linear_modules(model)
+    factors = {str(number): torch.randn(4, input_width(module)) for number, module in enumerate(modules.values())}
+    names = dict(zip(modules, factors, strict=True))
+    info = InputsInfo(
+        model="stand-in", model_type=model.config.model_type, modules=names, tokens=dict.fromkeys(factors, 4)
+    )
+    save_inputs(place, info, factors)
 
 
 def run_model(place: Path, base: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import neuron_methods
 from neuron_methods.cli import main
+from neuron_methods.cli.profile import profile
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.sharing.recipes import Recipe, all_recipes, find_recipe, new_recipe, recipes_directory
 from tests.sharing.stand_ins import BASES, entries, make_base, make_expert, prepare, run_model
@@ -134,7 +136,7 @@ def test_new_fills_in_models_and_keeps_the_comments(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "vit"])
-@pytest.mark.parametrize("method", ["neuro_merging", "min_merging", "neuron_merge"])
+@pytest.mark.parametrize("method", ["neuro_merging", "min_merging", "neuron_merge", "neuron_response"])
 def test_new_knows_every_family_and_method(family, method):
     experts = ["./a: #1", "/data/math/full", "org/base+/data/code/full"]
     content = yaml.safe_load(new_recipe(family, method, "org/base", experts))
@@ -145,6 +147,35 @@ def test_new_knows_every_family_and_method(family, method):
     else:
         assert not any("parameters" in entry for entry in content["models"])
     assert content["parameters"]
+
+
+def test_new_takes_the_name_of_a_recipe_and_names_what_is_measured_on_each_expert():
+    text = new_recipe("t5", "neuron_response-data-flan-t5-base", "org/base", ["./mine/sum", "org/t5-rte"])
+    assert "After the recipe t5/neuron_response-data-flan-t5-base;" in text
+    assert yaml.safe_load(text)["models"] == [
+        {"model": "./mine/sum", "parameters": {"profile": "sum.inputs.safetensors"}},
+        {"model": "org/t5-rte", "parameters": {"profile": "t5-rte.inputs.safetensors"}},
+    ]
+    for family in ("llama", "t5", "vit"):
+        data_free = yaml.safe_load(new_recipe(family, "neuron_response", "org/base", ["./a"]))
+        assert "inputs" not in data_free["parameters"]
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if recipe.has_all("profile")], ids=lambda recipe: recipe.name
+)
+def test_commands_of_its_text_measure_the_inputs_of_every_expert(recipe):
+    """Its comments are run by a shell in which the command only says what it was told."""
+    comments = "\n".join(line[1:] for line in recipe.text.splitlines() if line.startswith("#   "))
+    loop = comments[comments.index("for task") : comments.index("; done") + len("; done")]
+    script = f'mergekit-neuron() {{ printf "%s\\t" "$@"; echo; }}\n{loop}'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    commands = [line.split("\t")[:-1] for line in said.splitlines()]
+    assert all(name == "profile" for name, *_ in commands)
+    options = [profile.make_context("profile", arguments).params for _, *arguments in commands]
+    assert all(given["inputs"] and given["samples"] == 40 for given in options)
+    measured = [(given["model"], str(given["output"])) for given in options]
+    assert measured == [(entry["model"], entry["parameters"]["profile"]) for entry in recipe.stages[0]["models"]]
 
 
 def test_new_takes_a_recipe_for_what_the_experts_are():
