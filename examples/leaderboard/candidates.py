@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grouping import merge_by_groups
+import peers
+from grouping import ABOUT, merge_by_groups
+from responding import merge_by_response
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -18,7 +20,7 @@ Weights = dict[str, Tensor]
 Merger = Callable[[Weights, Mapping[str, Weights], Mapping[str, Any]], Weights]
 
 #: Our methods, which the registry holds too.
-OURS = ("neuro_merging", "min_merging", "neuron_merge")
+OURS = ("neuro_merging", "min_merging", "neuron_merge", "neuron_response")
 #: Our methods that need a profile of the zoo's base; it is handed to them among their settings, as ``profile``.
 PROFILED = ("neuron_merge",)
 #: Points on validation data that every tuned method has.
@@ -36,6 +38,7 @@ class Candidate:
         settings: parameters that shape the update.
         scales: factors of the update tried for each of them; (1.0,) with one setting: nothing is tuned.
         note: what is special about the row.
+        averages_tokens: it merges token embeddings by the mean of the updates by itself, times its scale.
     """
 
     name: str
@@ -44,11 +47,17 @@ class Candidate:
     settings: tuple[dict[str, Any], ...] = ({},)
     scales: tuple[float, ...] = (1.0,)
     note: str = field(default="", compare=False)
+    averages_tokens: bool = False
 
     @property
     def points(self) -> int:
         """How many settings are scored on validation data."""
         return len(self.settings) * len(self.scales)
+
+    @property
+    def samples(self) -> int:
+        """How many samples of every task's training data it sees, beside being tuned."""
+        return ABOUT["samples"] if self.method in PROFILED else self.settings[0].get("samples", 0)
 
 
 _NORM = "density 0.5, λ₂ by the norm of every neuron's update, nothing tuned"
@@ -153,11 +162,90 @@ def candidates(experts: int) -> list[Candidate]:
         ),
         Candidate("neuron_merge", "ours", "neuron_merge", groups, few, note=_GROUPS),
     ]
-    peers = [
-        Candidate("TSV-M", "fusion-bench", "tsv_m", scales=(0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)),
-        Candidate("Iso-C", "fusion-bench", "iso_c", scales=(0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 1.9, 2.5)),
+    return [*responses(), *mergekit, *ours, *fusion_bench()]
+
+
+def responses() -> list[Candidate]:
+    """List rows of `neuron_response`."""
+
+    def row(name: str, note: str = "", scales: tuple[float, ...] = (1.0,), **settings: Any) -> Candidate:
+        each = settings.pop("each", ({},))
+        merges = tuple({**settings, **one} for one in each)
+        averages = settings.get("embeddings") != "rows"
+        called = f"neuron_response{', ' if name else ''}{name}"
+        return Candidate(called, "ours", "neuron_response", merges, scales, note, averages)
+
+    both: dict[str, Any] = {"inputs": "both"}
+    return [
+        row("", "at its defaults"),
+        row("tuned", scales=(0.8, 1.0, 1.25, 1.6), each=({"ridge": 0.03}, {"ridge": 0.1})),
+        row("ridge 0.01", ridge=0.01),
+        row("toward mean", toward="mean"),
+        row("toward sum", toward="sum"),
+        row("subspace all", "adapters' updates stay in their factors", subspace="all"),
+        row("all rows", "of an update stand for its inputs, where others take 512", rows=0),
+        row("loudness own", loudness="own"),
+        row("ACTMat", _ACTMAT, loudness="own", ridge=0.0, rows=0, subspace="all"),
+        row("embeddings by rows", embeddings="rows"),
+        row("40 samples", _HALVES, samples=40, **both),
+        row(
+            "40 samples, tuned",
+            scales=(0.8, 1.0, 1.25, 1.6),
+            each=({"ridge": 0.03}, {"ridge": 0.1}),
+            samples=40,
+            **both,
+        ),
+        row("8 samples", samples=8, **both),
+        row("40 samples, data alone", samples=40, inputs="profile"),
+        row("40 samples, toward sum", samples=40, toward="sum", **both),
+        row("40 samples, toward sum, all", samples=40, toward="sum", subspace="all", **both),
+        row("8 samples, toward sum, all", samples=8, toward="sum", subspace="all", **both),
     ]
-    return [*mergekit, *ours, *peers]
+
+
+_ACTMAT = (
+    "the closed form that is published as ACTMat (arXiv:2604.01329): loudness own, ridge 0, all rows and subspaces"
+)
+_HALVES = "half of the inputs are measured on so many samples of each expert's task, half are its update's"
+
+
+def fusion_bench() -> list[Candidate]:
+    """List rows of FusionBench's methods."""
+    sums = (0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)
+    means = (0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 1.9, 2.5)
+    near_one = (0.7, 1.0, 1.4, 1.9)
+
+    def row(name: str, method: str, scales: tuple[float, ...], *settings: dict[str, Any], note: str = "") -> Candidate:
+        return Candidate(name, "fusion-bench", method, settings or ({},), scales, note, method == "reg_mean")
+
+    ratios = ({"reduce_non_diagonal_ratio": value, "samples": 40} for value in (0.6, 0.95))
+    return [
+        row("TSV-M", "tsv_m", sums),
+        row("Iso-C", "iso_c", means),
+        row("Iso-CTS", "iso_cts", means, {"common_space_fraction": 0.8}),
+        row("WUDI", "wudi", (0.5, 0.65, 0.8, 1.0, 1.2, 1.45, 1.75, 2.1), {"iter_num": 300}),
+        row(
+            "SVC of task arithmetic",
+            "calibrated",
+            near_one,
+            *({"of": "task_arithmetic", "alpha": alpha} for alpha in (1 / 3, 1.0)),
+            note="singular values calibrated; α of 1/3 on a sum is the package's 0.1 on 0.3 of it",
+        ),
+        row(
+            "SVC of TSV-M",
+            "calibrated",
+            near_one,
+            *({"of": "tsv_m", "alpha": alpha} for alpha in (0.5, 1.0)),
+            note="α of 1 is the package's",
+        ),
+        row(
+            "RegMean",
+            "reg_mean",
+            near_one,
+            *ratios,
+            note="its moments are those of the files that neuron_response reads, not of hooks of the package's own",
+        ),
+    ]
 
 
 def untried(rows: Sequence[Candidate]) -> list[str]:
@@ -182,7 +270,7 @@ def merge(candidate: Candidate, base: Weights, experts: Mapping[str, Weights], s
         candidate: the row.
         base: θ₀.
         experts: by task.
-        settings: one of the candidate's; for a method out of `PROFILED` with ``profile``, the profile's file.
+        settings: one of the candidate's, and what its method is handed.
     """
     changed = [name for name in base if any(not expert[name].equal(base[name]) for expert in experts.values())]
     merged = MERGERS.get(candidate.method, _by_mergekit(candidate.method))(
@@ -196,6 +284,12 @@ def merge(candidate: Candidate, base: Weights, experts: Mapping[str, Weights], s
 def scaled(base: Weights, merged: Weights, scale: float) -> Weights:
     """Compute θ₀ + scale (merged − θ₀)."""
     return {name: weights + scale * (merged[name] - weights) for name, weights in base.items()}
+
+
+def tokens_by_mean(weights: Weights, experts: Mapping[str, Weights], tokens: Sequence[str]) -> Weights:
+    """Give tables of token embeddings the mean of the experts' updates, at scale 1 whatever the others' scale is."""
+    mean = {name: sum(expert[name] for expert in experts.values()) / len(experts) for name in tokens}
+    return {**weights, **mean}
 
 
 def _by_mergekit(method: str) -> Merger:
@@ -219,27 +313,14 @@ def _vector_at_least(tensor: Tensor) -> Tensor:
     return tensor.flatten() if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor
 
 
-def _tsv_m(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    from fusion_bench.method.task_singular_vector.utils import TSVM_utils
-
-    update = TSVM_utils.compute_and_sum_svd_mem_reduction(_task_vectors(base, experts), accelerator="cpu")
-    return {name: base[name] + update[name] for name in base}
-
-
-def _iso_c(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    from fusion_bench.method.isotropic_merging.iso_utils import iso_c
-
-    update = iso_c(_task_vectors(base, experts), accelerator="cpu")
-    return {name: base[name] + update[name] for name in base}
-
-
-def _task_vectors(base: Weights, experts: Mapping[str, Weights]) -> list[Weights]:
-    return [{name: expert[name] - base[name] for name in base} for expert in experts.values()]
-
-
-#: Methods that take more than mergekit's call: FusionBench's own functions, from its pip package, and ours with groups.
+#: Methods that take more than mergekit's call.
 MERGERS: dict[str, Merger] = {
-    "tsv_m": _tsv_m,
-    "iso_c": _iso_c,
+    "tsv_m": peers.tsv_m,
+    "iso_c": peers.iso_c,
+    "iso_cts": peers.iso_cts,
+    "wudi": peers.wudi,
+    "calibrated": peers.calibrated,
+    "reg_mean": peers.reg_mean,
     "neuron_merge": merge_by_groups,
+    "neuron_response": merge_by_response,
 }

@@ -12,7 +12,22 @@ from candidates import BUDGET, Candidate
 
 from neuron_methods.support.files import write_json, write_text
 
-FAMILIES = {"vit": "ViT", "t5": "T5", "llama": "Llama"}
+FAMILIES = {
+    "vit": "ViT",
+    "t5": "T5",
+    "llama": "Llama",
+    "t5-tokens": "T5, token embeddings by mean",
+    "llama-tokens": "Llama, token embeddings by mean",
+    "vit-lora": "ViT, LoRA",
+    "t5-lora": "T5, LoRA",
+    "llama-lora": "Llama, LoRA",
+}
+#: Families side by side, and what their table is of.
+TABLES = {
+    "Full experts, every method as it is": ("vit", "t5", "llama"),
+    "Full experts, every method's token embeddings by the mean of the updates": ("t5-tokens", "llama-tokens"),
+    "LoRA experts": ("vit-lora", "t5-lora", "llama-lora"),
+}
 COLOURS = {"mergekit": "#8da0b6", "ours": "#c4462f", "fusion-bench": "#d9b44a"}
 RESAMPLES = 2000
 
@@ -59,6 +74,7 @@ class Row:
     name: str
     origin: str
     points: int
+    samples: int
     note: str
     outcomes: dict[str, Outcomes]
     chosen: dict[str, list[dict[str, Any]]]
@@ -74,7 +90,7 @@ def collect(
             by_family.setdefault(result["family"], []).append(unpack(result["references"][name]))
     rows = []
     for candidate in candidates:
-        row = Row(candidate.name, candidate.origin, candidate.points, candidate.note, {}, {})
+        row = Row(candidate.name, candidate.origin, candidate.points, candidate.samples, candidate.note, {}, {})
         for result in results:
             if (found := result["rows"].get(candidate.name)) is not None:
                 row.outcomes.setdefault(result["family"], []).append(unpack(found["test"]))
@@ -102,6 +118,7 @@ def write_report(
             {
                 "name": row.name,
                 "origin": row.origin,
+                "samples": row.samples,
                 "scores": {f: vars(interval(o)) for f, o in row.outcomes.items()},
                 "by_task": {
                     f: [{k: round(float(v.mean()), 4) for k, v in o.items()} for o in s]
@@ -118,49 +135,89 @@ def write_report(
 
 
 def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str]) -> str:
-    """Write the table, and how the best of ours stands to the best of mergekit's."""
-    seeds = {family: len(references["base"][family]) for family in families}
-    heads = [FAMILIES[f] + (f", {seeds[f]} seeds" if seeds[f] > 1 else "") for f in families]
+    """Write the tables, and how ours stand to others'."""
     lines = [
         "Mean over tasks (and seeds) of the share of right answers in percent, with bootstrap 95 % intervals; "
-        f"test data. Every tuned method had {BUDGET} points on validation data.",
+        f"test data. Every tuned method had {BUDGET} points on validation data. Samples: of each task's training data, "
+        "that a method reads to merge.",
         "",
-        f"| method | from | points | {' | '.join(heads)} |",
-        "|---|---|---|" + "---|" * len(families),
     ]
-    for name, label in (("base", "base"), ("experts", "each expert on its own task")):
-        scores = [str(interval(references[name][f])) for f in families]
-        lines.append(f"| *{label}* | | | {' | '.join(scores)} |")
-    order = sorted(
-        rows, key=lambda row: -interval(row.outcomes[families[0]]).mean if row.outcomes.get(families[0]) else 1
-    )
-    for row in order:
-        scores = [cell(row.outcomes.get(f, []), seeds[f]) for f in families]
-        points = str(row.points) if row.points > 1 else "0"
-        lines.append(f"| {row.name} | {row.origin} | {points} | {' | '.join(scores)} |")
-    lines.append("")
+    for title, group in TABLES.items():
+        if there := [family for family in group if family in families]:
+            lines += [f"## {title}", "", *table(rows, references, there), ""]
     for family in families:
-        whole = complete(rows, references, family)
-        best = {
-            origin: max(
-                (row for row in whole if row.origin == origin),
-                key=lambda row: interval(row.outcomes[family]).mean,
-                default=None,
-            )
-            for origin in COLOURS
-        }
-        ours, theirs = best["ours"], best["mergekit"]
-        if ours is None or theirs is None:
-            continue
-        gap, error = difference(ours.outcomes[family], theirs.outcomes[family])
-        peers, scored = (sum(row.origin == "mergekit" for row in some) for some in (rows, whole))
-        only = f" (only {scored} of {peers} of them were scored)" if scored < peers else ""
-        lines.append(
-            f"- {FAMILIES[family]}: the best of ours, {ours.name}, is {100 * gap:+.1f} points (standard error of the "
-            f"paired difference {100 * error:.1f}) from the best of mergekit's own, {theirs.name}{only}."
-        )
+        lines += compared(complete(rows, references, family), rows, family)
     notes = [f"- {row.name}: {row.note}." for row in rows if row.note]
     return "\n".join([*lines, *notes]) + "\n"
+
+
+def table(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str]) -> list[str]:
+    """Lay rows out by families, the best on the first of them on top; with what token embeddings by mean change."""
+    seeds = {family: len(references["base"][family]) for family in families}
+    heads = []
+    for family in families:
+        heads.append(FAMILIES[family] + (f", {seeds[family]} seeds" if seeds[family] > 1 else ""))
+        heads += ["gain"] if family.endswith("-tokens") else []
+    lines = [f"| method | from | points | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
+    for name, label in (("base", "base"), ("experts", "each expert on its own task")):
+        scores = []
+        for family in families:
+            scores += [str(interval(references[name][family]))] + [""] * family.endswith("-tokens")
+        lines.append(f"| *{label}* | | | {' | '.join(scores)} |")
+
+    def height(row: Row) -> tuple[float, ...]:
+        return tuple(-interval(row.outcomes[f]).mean if row.outcomes.get(f) else 1.0 for f in families)
+
+    for row in sorted(rows, key=height):
+        scores = []
+        for family in families:
+            scores.append(cell(row.outcomes.get(family, []), seeds[family]))
+            if family.endswith("-tokens"):
+                scores.append(gain(row, family))
+        points = str(row.points) if row.points > 1 else "0"
+        samples = f", {row.samples:,} samples" if row.samples else ""
+        lines.append(f"| {row.name} | {row.origin} | {points}{samples} | {' | '.join(scores)} |")
+    return lines
+
+
+def gain(row: Row, family: str) -> str:
+    """Tell what the mean of token embeddings changes, where both boards have the row on the same seeds."""
+    one, other = row.outcomes.get(family, []), row.outcomes.get(family.removesuffix("-tokens"), [])
+    return f"{100 * difference(one, other)[0]:+.1f}" if one and len(one) == len(other) else "–"
+
+
+def compared(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str]:
+    """Tell how ours stand to the best of others' on a family, of those scored on all seeds: `whole`, out of `rows`."""
+
+    def best(origin: str, data: bool) -> Row | None:
+        some = (row for row in whole if row.origin == origin and (row.samples > 0) == data)
+        return max(some, key=lambda row: interval(row.outcomes[family]).mean, default=None)
+
+    lines = []
+    for data in (False, True):
+        peers = {"mergekit's own": best("mergekit", data), "FusionBench's": best("fusion-bench", data)}
+        ours = {}
+        if not data:
+            ours["neuron_response at its defaults"] = next((r for r in whole if r.name == "neuron_response"), None)
+        if (top := best("ours", data)) is not None:
+            ours[f"the best of ours{' with data' if data else ''}, {top.name},"] = top
+        for who, row in ours.items():
+            stands = []
+            for whose, peer in peers.items():
+                if row is None or peer is None:
+                    continue
+                gap, error = difference(row.outcomes[family], peer.outcomes[family])
+                all_of, scored = (
+                    sum(r.origin == peer.origin and (r.samples > 0) == data for r in some) for some in (rows, whole)
+                )
+                only = f" (only {scored} of {all_of} of them were scored)" if scored < all_of else ""
+                stands.append(
+                    f"{100 * gap:+.1f} points (standard error of the paired difference {100 * error:.1f}) from the "
+                    f"best of {whose}, {peer.name}{only}"
+                )
+            if stands:
+                lines.append(f"- {FAMILIES[family]}: {who} is {' and '.join(stands)}.")
+    return lines
 
 
 def complete(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], family: str) -> list[Row]:
@@ -184,8 +241,13 @@ def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famili
     matplotlib.rcParams["svg.hashsalt"] = "leaderboard"  # the same file for the same figures
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(families), figsize=(4.6 * len(families), 6), squeeze=False)
-    for panel, family in zip(panels[0], families, strict=True):
+    across = min(3, len(families))
+    down = -(-len(families) // across)
+    height = 1.5 + 0.14 * len(rows)
+    figure, panels = pyplot.subplots(down, across, figsize=(4.6 * across, height * down), squeeze=False)
+    for panel in panels.flat[len(families) :]:
+        panel.set_axis_off()
+    for panel, family in zip(panels.flat, families, strict=False):
         scored = [(interval(row.outcomes[family]), row) for row in complete(rows, references, family)]
         scored.sort(key=lambda pair: pair[0].mean)
         means = np.array([100 * score.mean for score, _ in scored])
@@ -204,7 +266,7 @@ def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famili
         panel.tick_params(labelsize=7)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, list(COLOURS), loc="lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.24 / (height * down), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

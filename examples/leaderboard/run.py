@@ -1,11 +1,14 @@
 """Every method that merges a base and more than two experts, on the zoos, with one tuning budget; a table and a figure.
 
-    python examples/leaderboard/run.py OUT [--zoo DIR ...] [--only ROW ...]
+    python examples/leaderboard/run.py OUT [--zoo DIR ...] [--board NAME ...] [--only ROW ...]
 
-A method has eight points on validation data; the best is scored once on test data. Without ``--zoo``, the five zoos
-(ViT with three seeds, T5, Llama) are made under OUT/zoos first. Finished rows are kept: run it again to resume, or a
-second time beside the first, which then share the rows. Methods of FusionBench are scored where its package is
-installed (pip install fusion-bench), and named as missing where it is not. The table has every row that is finished.
+A method has eight points on validation data; the best is scored once on test data. Without ``--zoo``, the nine zoos
+(ViT, T5 and Llama with three seeds each) are made under OUT/zoos first. Finished rows are kept: run it again to resume,
+or a second time beside the first, which then share the rows. Methods of FusionBench are scored where its package is
+installed (pip install fusion-bench), and named as missing where it is not. The tables have every row that is finished.
+
+A zoo has up to three boards: its full experts; ``tokens``, the same with every method's token embeddings by their mean;
+and ``lora``, its adapters.
 
 Writes OUT/results.md, OUT/leaderboard.svg and OUT/results.json.
 """
@@ -20,8 +23,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,10 @@ import numpy as np
 ZOO = Path(__file__).resolve().parents[1] / "zoo"
 sys.path.insert(0, str(ZOO))
 
-from candidates import PROFILED, Candidate, ablations, candidates, merge, scaled, untried  # noqa: E402
-from common import MARK, ZooModels, mean_score, run_script  # noqa: E402
-from grouping import ABOUT, measure  # noqa: E402
+import grouping  # noqa: E402
+import responding  # noqa: E402
+from candidates import PROFILED, Candidate, ablations, candidates, merge, scaled, tokens_by_mean, untried  # noqa: E402
+from common import MARK, ZooModels, has_adapters, mean_score, run_script  # noqa: E402
 from report import unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
@@ -40,7 +45,11 @@ from neuron_methods.support.errors import UserError  # noqa: E402
 from neuron_methods.support.text import did_you_mean  # noqa: E402
 
 #: Family and seeds of the zoos that are made where none is named.
-ZOOS = (("vit", 0), ("vit", 1), ("vit", 2), ("t5", 0), ("llama", 0))
+ZOOS = tuple((family, seed) for family in ("vit", "t5", "llama") for seed in range(3))
+#: A zoo's tables: full experts, the same with token embeddings by their mean, and adapters.
+BOARDS = ("full", "tokens", "lora")
+#: From a row and its settings to what its method is handed beside them.
+Hand = Callable[[Candidate, Mapping[str, Any]], dict[str, Any]]
 
 
 def make_zoos(out: Path) -> list[Path]:
@@ -49,39 +58,44 @@ def make_zoos(out: Path) -> list[Path]:
     for family, seed in ZOOS:
         directory = out / "zoos" / f"{family}-{seed}"
         with held(directory):
-            subprocess.run([sys.executable, ZOO / f"{family}.py", directory, "--seed", str(seed)], check=True)
+            lora = [] if family == "llama" else ["--lora"]  # which always has adapters
+            subprocess.run([sys.executable, ZOO / f"{family}.py", directory, "--seed", str(seed), *lora], check=True)
         found.append(directory)
     return found
 
 
-def score_candidate(models: ZooModels, candidate: Candidate, profile: Path | None = None) -> dict[str, Any]:
+def score_candidate(models: ZooModels, candidate: Candidate, hand: Hand, tokens: bool = False) -> dict[str, Any]:
     """Tune on validation data, and score the best point on test data.
 
     Args:
         models: the zoo's.
         candidate: the row.
-        profile: of the zoo's base, for a method that needs one.
+        hand: gives a method what it needs.
+        tokens: token embeddings are the mean of the experts', at every point.
     """
-    handed = {} if profile is None else {"profile": str(profile)}
     started = time.perf_counter()
     trace = []
     best: tuple[float, dict[str, Any]] | None = None
     merged: dict[int, Any] = {}
+
+    def at(point: Mapping[str, Any]) -> dict[str, Any]:
+        weights = scaled(models.base, merged[point["merge"]], point["scale"])
+        return tokens_by_mean(weights, models.experts, models.tokens) if tokens else weights
+
     for index, settings in enumerate(candidate.settings):
         with contextlib.redirect_stdout(io.StringIO()):  # FusionBench's functions print as they go
-            merged[index] = merge(candidate, models.base, models.experts, {**settings, **handed})
+            merged[index] = merge(candidate, models.base, models.experts, {**settings, **hand(candidate, settings)})
         for scale in candidate.scales:
             point = {"settings": settings, "scale": scale, "merge": index}
             if candidate.points > 1:
-                weights = scaled(models.base, merged[index], scale)
-                point["validation"] = mean_score(models.outcomes(weights, "validation"))
+                point["validation"] = mean_score(models.outcomes(at(point), "validation"))
             trace.append(point)
             if best is None or point.get("validation", 0.0) > best[0]:
                 best = (point.get("validation", 0.0), point)
     assert best is not None
-    point = best[1]
-    outcomes = models.outcomes(scaled(models.base, merged[point["merge"]], point["scale"]), "test")
-    return {"chosen": point, "trace": trace, "test": pack(outcomes), "seconds": round(time.perf_counter() - started, 1)}
+    outcomes = models.outcomes(at(best[1]), "test")
+    seconds = round(time.perf_counter() - started, 1)
+    return {"chosen": best[1], "trace": trace, "test": pack(outcomes), "seconds": seconds}
 
 
 def pack(outcomes: dict[str, np.ndarray]) -> dict[str, str]:
@@ -102,51 +116,92 @@ def has_fusion_bench() -> bool:
     return "fusion_bench" in sys.modules or importlib.util.find_spec("fusion_bench") is not None
 
 
+def boards_of(directory: Path) -> list[str]:
+    """List the boards that a zoo has."""
+    family = json.loads((directory / MARK).read_text(encoding="utf-8"))["family"]
+    there = {"full": True, "tokens": family != "vit", "lora": has_adapters(directory)}
+    return [board for board in BOARDS if there[board]]
+
+
+class ZooRun:
+    """What the rows of one zoo and board are scored with; models and measurements are made when they are asked for."""
+
+    def __init__(self, directory: Path, out: Path, board: str, say: Callable[[str], None]) -> None:
+        self.directory, self.out, self.board, self.say = directory, out, board, say
+        self.mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
+        checks = directory / "checks.json"
+        scores = json.loads(checks.read_text(encoding="utf-8")) if checks.is_file() else None
+        self.stamp = {"zoo": self.mark, "checks": scores}
+        self.family = self.mark["family"] + ("" if board == "full" else f"-{board}")
+        self.name = f"{self.family}-{self.mark['seed']}"
+        self.kept = Rows(out / "rows" / self.name)
+        self._full = Rows(out / "rows" / f"{self.mark['family']}-{self.mark['seed']}")
+
+    @cached_property
+    def models(self) -> ZooModels:
+        """Base and experts in memory."""
+        self.say(f"{self.name}: loading {self.directory}")
+        return ZooModels(self.directory, adapters=self.board == "lora")
+
+    def rows_of(self, candidate: Candidate) -> Rows:
+        """Find where a row is kept: what averages token embeddings by itself, at scale 1, is the same on two boards."""
+        same = self.board == "tokens" and candidate.averages_tokens and set(candidate.scales) == {1.0}
+        return self._full if same else self.kept
+
+    def key(self, candidate: Candidate) -> dict[str, Any]:
+        """Say what a row is made of."""
+        profiled = {"profile": grouping.ABOUT} if candidate.method in PROFILED else {}
+        return {**self.stamp, "candidate": asdict(candidate) | {"note": ""}, **profiled}
+
+    def score(self, candidate: Candidate) -> dict[str, Any]:
+        """Score a row."""
+        return score_candidate(self.models, candidate, self.hand, self.board == "tokens")
+
+    def references(self) -> dict[str, Any]:
+        """Score base and experts, or wait for another process to do so; those of ``tokens`` are the full experts'."""
+        kept = self._full if self.board == "tokens" else self.kept
+        try:
+            return kept.make("references", self.stamp, lambda: score_references(self.models), wait=False)
+        except Busy:
+            self.say(f"{self.name}: waiting for another process to score base and experts")
+            return kept.make("references", self.stamp, lambda: score_references(self.models))
+
+    def hand(self, candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a method what it needs beside the weights and its settings, measured once."""
+        handed: dict[str, Any] = {}
+        zoo = f"{self.mark['family']}-{self.mark['seed']}"
+        if candidate.method in PROFILED:
+            place = self.out / "profiles" / zoo
+            with held(place):
+                handed["profile"] = str(grouping.measure(self.directory, place, self.stamp))
+        if candidate.method == "neuron_response":
+            handed["models"] = self.models
+        if samples := settings.get("samples"):
+            lora = self.board == "lora"
+            place = self.out / "inputs" / f"{zoo}-{'adapters' if lora else 'experts'}-{samples}"
+            with held(place):
+                handed["measured"] = responding.measure(self.directory, place, self.stamp, samples, adapters=lora)
+        return handed
+
+
 def run_zoo(
     directory: Path,
     out: Path,
     say: Callable[[str], None] = print,
     only: Sequence[str] | None = None,
     rows_for: Callable[[int], list[Candidate]] = candidates,
+    board: str = "full",
 ) -> dict[str, Any]:
-    """Score all rows of one zoo, or those named by `only`.
+    """Score all rows of one zoo's board, or those named by `only`.
 
     Several processes may do this side by side under the same `out`: a row that one of them is at is left to it.
 
     Returns:
-        ``family``, ``seed``, ``references`` and ``rows`` by name, all that are finished, whoever scored them; rows of
-        methods whose package is missing are None.
+        ``family``, the board's included, ``seed``, ``references`` and ``rows`` by name, all that are finished, whoever
+        scored them; rows of methods whose package is missing are None.
     """
-    mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
-    checks = directory / "checks.json"
-    stamp = {"zoo": mark, "checks": json.loads(checks.read_text(encoding="utf-8")) if checks.is_file() else None}
-    zoo = f"{mark['family']}-{mark['seed']}"
-    kept = Rows(out / "rows" / zoo)
-    loaded: list[ZooModels] = []
-
-    def models() -> ZooModels:
-        if not loaded:
-            say(f"{zoo}: loading {directory}")
-            loaded.append(ZooModels(directory))
-        return loaded[0]
-
-    def profile() -> Path:
-        place = out / "profiles" / zoo
-        with held(place):
-            return measure(directory, place, stamp)
-
-    def key(candidate: Candidate) -> dict[str, Any]:
-        profiled = {"profile": ABOUT} if candidate.method in PROFILED else {}
-        return {**stamp, "candidate": asdict(candidate) | {"note": ""}, **profiled}
-
-    def score(candidate: Candidate) -> dict[str, Any]:
-        return score_candidate(models(), candidate, profile() if candidate.method in PROFILED else None)
-
-    try:
-        references = kept.make("references", stamp, lambda: score_references(models()), wait=False)
-    except Busy:
-        say(f"{zoo}: waiting for another process to score base and experts")
-        references = kept.make("references", stamp, lambda: score_references(models()))
+    run = ZooRun(directory, out, board, say)
+    references = run.references()
     everyone = rows_for(len(references["experts"]))
     wanted = [candidate for candidate in everyone if only is None or candidate.name in only]
     rows: dict[str, Any] = {}
@@ -154,23 +209,25 @@ def run_zoo(
         for candidate in wanted:
             if candidate.name in rows:
                 continue
-            row = kept.read(candidate.name, key(candidate))
+            kept, key = run.rows_of(candidate), run.key(candidate)
+            row = kept.read(candidate.name, key)
             if row is None and candidate.origin == "fusion-bench" and not has_fusion_bench():
-                say(f"{zoo}: {candidate.name} left out: pip install fusion-bench")
+                say(f"{run.name}: {candidate.name} left out: pip install fusion-bench")
             elif row is None:
                 try:
-                    row = kept.make(candidate.name, key(candidate), lambda c=candidate: score(c), wait)
+                    row = kept.make(candidate.name, key, lambda c=candidate: run.score(c), wait)
                 except Busy:
-                    say(f"{zoo}: {candidate.name}: another process is at it")
+                    say(f"{run.name}: {candidate.name}: another process is at it")
                     continue
             rows[candidate.name] = row
             if row is not None:
                 share = mean_score(unpack(row["test"]))
-                say(f"{zoo}: {candidate.name:34}{100 * share:6.2f}  ({row['seconds']:.0f} s)")
+                say(f"{run.name}: {candidate.name:34}{100 * share:6.2f}  ({row['seconds']:.0f} s)")
     for candidate in everyone:  # what was scored before, or beside this
-        if rows.get(candidate.name) is None and (row := kept.read(candidate.name, key(candidate))) is not None:
-            rows[candidate.name] = row
-    return {**mark, "references": references, "rows": rows}
+        there = rows.get(candidate.name) or run.rows_of(candidate).read(candidate.name, run.key(candidate))
+        if there is not None:
+            rows[candidate.name] = there
+    return {"family": run.family, "seed": run.mark["seed"], "references": references, "rows": rows}
 
 
 def main() -> None:
@@ -182,6 +239,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--ablation", action="store_true", help="steps of neuro_merging one at a time, into ablation.md"
+    )
+    parser.add_argument(
+        "--board", action="append", choices=BOARDS, help="this one only (may be given several times; default: all)"
     )
     arguments = parser.parse_args()
     import neuron_methods
@@ -195,7 +255,13 @@ def main() -> None:
     for directory in zoos:
         if not (directory / MARK).is_file():
             raise UserError(f"--zoo {directory}: no {MARK} there; make a zoo with one of the scripts in examples/zoo")
-    found = [run_zoo(directory, arguments.out, only=arguments.only, rows_for=rows_for) for directory in zoos]
+    boards = arguments.board or (["full"] if arguments.ablation else BOARDS)
+    found = [
+        run_zoo(directory, arguments.out, only=arguments.only, rows_for=rows_for, board=board)
+        for directory in zoos
+        for board in boards_of(directory)
+        if board in boards
+    ]
     name = "ablation.md" if arguments.ablation else "results.md"
     with held(arguments.out / "report"):
         write_report(found, arguments.out, rows_for(3), name)

@@ -23,12 +23,11 @@ sys.path.insert(0, str(ZOO))
 
 import torch  # noqa: E402
 from candidates import Weights, scaled  # noqa: E402
-from common import ZooModels, mean_score, run_script, weights_of  # noqa: E402
+from common import ZooModels, mean_score, run_script  # noqa: E402
 from mergekit.merge_methods import merge_state_dicts  # noqa: E402
 
 from neuron_methods.kernels.rows import neuron_rows  # noqa: E402
 from neuron_methods.kernels.trim import trim_  # noqa: E402
-from neuron_methods.support.errors import UserError  # noqa: E402
 from neuron_methods.support.files import write_text  # noqa: E402
 
 #: Scales tried for every ψ.
@@ -44,26 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 #: The rule that `neuro_merging` has by the name of ``auto``, and the one it has by the name of ``norm``.
 PUBLISHED = "published: 1 / (1 - sigma)"
 NORM = "norm of ψ = mean norm of τ, per neuron"
-
-
-def adapted_experts(models: ZooModels) -> dict[str, Weights]:
-    """Merge each of the zoo's adapters into the base by peft, by task.
-
-    Raises:
-        UserError: a task has no adapter.
-    """
-    from peft import PeftModel
-
-    from neuron_methods.evaluation import open_model
-
-    found = {}
-    for name in models.names:
-        directory = models.directory / "adapters" / name
-        if not (directory / "adapter_config.json").is_file():
-            raise UserError(f"--adapters: {directory} holds no adapter; make the zoo with --lora")
-        with open_model(str(models.directory / "base")) as opened:
-            found[name] = weights_of(PeftModel.from_pretrained(opened.model, directory).merge_and_unload())
-    return found
 
 
 def changed_by(experts: Mapping[str, Weights], base: Weights) -> list[str]:
@@ -123,15 +102,15 @@ def matched(merged: Weights, base: Weights, experts: Mapping[str, Weights], dens
     return found
 
 
-def explore(models: ZooModels, experts: Mapping[str, Weights], say: Callable[[str], None]) -> dict[str, Any]:
+def explore(models: ZooModels, say: Callable[[str], None]) -> dict[str, Any]:
     """Score every variant at every scale and rule on validation data, and the base; measure the updates' length.
 
     Returns:
         ``variants`` by name, ``base``, and ``length``: the mean of ‖τ‖ / ‖θ₀‖, of the tensors that are merged.
     """
-    names = changed_by(experts, models.base)
+    names = changed_by(models.experts, models.base)
     base = {name: models.base[name] for name in names}
-    changed = {task: {name: expert[name] for name in names} for task, expert in experts.items()}
+    changed = {task: {name: expert[name] for name in names} for task, expert in models.experts.items()}
     task_vectors = [flat(expert, base) for expert in changed.values()]
 
     def score(weights: Weights) -> float:
@@ -214,9 +193,8 @@ def main() -> None:
     for directory in arguments.zoo:
         name = f"{directory.name}, adapters" if arguments.adapters else directory.name
         print(name)
-        models = ZooModels(directory, ["validation"])
-        experts = adapted_experts(models) if arguments.adapters else models.experts
-        found[name] = explore(models, experts, print)
+        models = ZooModels(directory, ["validation"], adapters=arguments.adapters)
+        found[name] = explore(models, print)
         write_text(arguments.out / ("scales-adapters.md" if arguments.adapters else "scales.md"), table(found))
     print(table(found))
 

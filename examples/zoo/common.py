@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from neuron_methods.kernels.task_vectors import LowRankTaskVector
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json, write_text
 from neuron_methods.support.stages import Stages, own_directory
@@ -138,10 +139,23 @@ def take_step(loss: Tensor, parameters: Iterable[torch.nn.Parameter], optimizer:
 
 
 class ZooModels:
-    """A finished zoo in memory: weights to compute with, one model to put them into, and its tasks."""
+    """A finished zoo in memory: weights to compute with, one model to put them into, and its tasks.
 
-    def __init__(self, directory: Path, splits: Sequence[str] = ("validation", "test")) -> None:
-        """Load base, experts and data of a zoo's directory."""
+    Attributes:
+        base: θ₀, by the names of the model's parameters.
+        experts: θ_t by task; of adapters θ₀ + B·A, never rounded.
+        factors: of adapters, B·A by task and parameter, for who takes updates so; empty for full experts.
+        tokens: the parameters that are tables of token embeddings; a head tied to one is the same parameter.
+    """
+
+    def __init__(
+        self, directory: Path, splits: Sequence[str] = ("validation", "test"), *, adapters: bool = False
+    ) -> None:
+        """Load base, experts and data of a zoo's directory.
+
+        Raises:
+            UserError: `adapters` are asked for, and a task has none.
+        """
         from neuron_methods.evaluation import load_tasks, open_model, start_task
 
         self.directory = directory
@@ -154,8 +168,17 @@ class ZooModels:
             for split in splits
         }
         self.base = weights_of(self.model)
+        table = self.model.get_input_embeddings()
+        words = table.weight if isinstance(table, torch.nn.Embedding) else None
+        self.tokens = tuple(name for name, parameter in self.model.named_parameters() if parameter is words)
         self.experts: dict[str, Weights] = {}
+        self.factors: dict[str, dict[str, LowRankTaskVector]] = {}
         for name in self.names:
+            if adapters:
+                self.factors[name] = factors_of(directory, name)
+                formed = {key: self.base[key] + factor.dense() for key, factor in self.factors[name].items()}
+                self.experts[name] = {**self.base, **formed}
+                continue
             with open_model(str(directory / "experts" / name)) as opened:
                 self.experts[name] = weights_of(opened.model)
 
@@ -184,6 +207,38 @@ class ZooModels:
 def weights_of(model: torch.nn.Module) -> Weights:
     """Copy a model's parameters in float32; tied ones once."""
     return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+
+
+def has_adapters(directory: Path) -> bool:
+    """Tell whether each of a zoo's tasks has a LoRA adapter."""
+    tasks = [path.name for path in (directory / "experts").iterdir()]
+    return all((directory / "adapters" / name / "adapter_config.json").is_file() for name in tasks)
+
+
+def factors_of(directory: Path, name: str) -> dict[str, LowRankTaskVector]:
+    """Read what a task's adapter adds to the base's parameters, as peft applies it.
+
+    Raises:
+        UserError: the task has none.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    from neuron_methods.evaluation import open_model
+
+    place = directory / "adapters" / name
+    if not (place / "adapter_config.json").is_file():
+        raise UserError(f"{place} holds no adapter; make the zoo with --lora")
+    found = {}
+    with open_model(str(directory / "base"), "float32") as opened, torch.no_grad():
+        wrapped = PeftModel.from_pretrained(opened.model, place)
+        for path, module in wrapped.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                shape = tuple(module.get_base_layer().weight.shape)
+                scaled = b.float() * module.scaling["default"]
+                found[f"{path}.weight"] = LowRankTaskVector.of(scaled.clone(), a.float().clone(), shape)
+    return found
 
 
 def mean_score(outcomes: Mapping[str, np.ndarray]) -> float:

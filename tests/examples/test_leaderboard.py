@@ -61,19 +61,19 @@ def test_every_method_of_mergekit_that_fits_has_a_row():
 def test_one_budget_for_all():
     for experts in (3, 8):
         points = {row.name: row.points for row in candidates.candidates(experts)}
-        untuned = ("neuro_merging", "neuro_merging, density 0.5", "neuro_merging, norm")
-        assert [points.pop(name) for name in untuned] == [1, 1, 1]
+        untuned = ["neuro_merging", "neuro_merging, density 0.5", "neuro_merging, norm"]
+        untuned += [name for name in points if name.startswith("neuron_response") and not name.endswith("tuned")]
+        assert {points.pop(name) for name in untuned} == {1}
         assert set(points.values()) == {candidates.BUDGET}
+        assert {"neuron_response, tuned", "neuron_response, 40 samples, tuned", "WUDI", "RegMean"} <= points.keys()
     assert all(row.points == candidates.BUDGET for row in candidates.ablations(8))
     assert len({row.name for row in ALL}) == len(ALL)
 
 
 @pytest.mark.parametrize("row", [row for row in ALL if row.origin != "fusion-bench"], ids=lambda row: row.name)
-def test_every_setting_merges_and_scales(row, models, profile):
+def test_every_setting_merges_and_scales(row, models, hand):
     for settings in row.settings:
-        if row.method in candidates.PROFILED:
-            settings = {**settings, "profile": str(profile)}
-        merged = candidates.merge(row, models.base, models.experts, settings)
+        merged = candidates.merge(row, models.base, models.experts, {**settings, **hand(row, settings)})
         assert merged.keys() == models.base.keys()
         assert all(tensor.isfinite().all() for tensor in merged.values())
         assert any(not merged[name].equal(models.base[name]) for name in merged)
@@ -86,6 +86,12 @@ def test_every_setting_merges_and_scales(row, models, profile):
 @pytest.fixture(scope="module")
 def models(zoo):
     return ZooModels(zoo)
+
+
+@pytest.fixture(scope="module")
+def hand(board, zoo, tmp_path_factory):
+    """What run.py hands to methods beside a row's settings."""
+    return board.ZooRun(zoo, tmp_path_factory.mktemp("handed"), "full", lambda line: None).hand
 
 
 @pytest.fixture(scope="module")
