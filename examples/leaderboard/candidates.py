@@ -178,7 +178,7 @@ def responses() -> list[Candidate]:
     both: dict[str, Any] = {"inputs": "both"}
     return [
         row("", "at its defaults"),
-        row("tuned", scales=(0.8, 1.0, 1.25, 1.6), each=({"ridge": 0.03}, {"ridge": 0.1})),
+        row("tuned", scales=(0.35, 0.65, 1.0, 1.3), each=({"ridge": 0.03}, {"ridge": 0.2})),
         row("ridge 0.01", ridge=0.01),
         row("toward mean", toward="mean"),
         row("toward sum", toward="sum"),

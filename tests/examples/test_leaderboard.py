@@ -235,7 +235,7 @@ def test_only_names_rows(board, zoo, tmp_path, monkeypatch, capsys):
     board.check_names(["ties", "neuron_merge"], ROWS)
     with pytest.raises(UserError, match="--only 'neuromerging': no row has that name; did you mean 'neuro_merging'"):
         board.check_names(["ties", "neuromerging"], ROWS)
-    with pytest.raises(UserError, match="there are: task_arithmetic; ties; "):
+    with pytest.raises(UserError, match="there are: neuron_response; neuron_response, tuned; "):
         board.check_names(["zzz"], ROWS)
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--zoo", str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"no zoo\.json there"):
