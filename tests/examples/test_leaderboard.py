@@ -17,9 +17,10 @@ import scales
 import torch
 from common import ZooModels, mean_score
 from mergekit.merge_methods import merge_state_dicts
-from safetensors.torch import load_file
 
 import neuron_methods
+from neuron_methods.kernels.task_vectors import LowRankTaskVector
+from neuron_methods.methods.inputs_file import InputsFile
 from neuron_methods.neurons import infer_neurons
 from neuron_methods.profiling import NeuronProfile
 from neuron_methods.support.errors import UserError
@@ -323,38 +324,165 @@ def test_the_tables_rules_are_those_of_neuro_merging(models, settings):
 
 
 @pytest.fixture(scope="module")
-def adapters(zoo):
-    """LoRA adapters of two of the zoo's three tasks, their weights drawn at random."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import ViTForImageClassification
-
-    torch.manual_seed(0)
-    for name in ("digits-latin", "shapes"):
-        model = ViTForImageClassification.from_pretrained(zoo / "base")
-        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["fc1"], init_lora_weights=False))
-        model.save_pretrained(zoo / "adapters" / name)
-    return zoo / "adapters"
+def t5(tmp_path_factory):
+    """A zoo with a table of token embeddings and with adapters."""
+    out = tmp_path_factory.mktemp("leaderboard") / "t5"
+    build_zoo("t5", out, checks=False, lora=True)
+    return out
 
 
-def test_adapters_are_merged_into_the_base_and_missing_ones_named(zoo, adapters, models):
-    with pytest.raises(UserError, match="counts holds no adapter; make the zoo with --lora"):
-        scales.adapted_experts(models)
-    two = ZooModels(zoo, ["validation"])
-    two.names = ["digits-latin", "shapes"]
-    found = scales.adapted_experts(two)
-    assert found.keys() == {"digits-latin", "shapes"}
-    name = "vit.layers.0.mlp.fc1.weight"
-    assert scales.changed_by(found, models.base) == [name]
-    for task, weights in found.items():
-        stored = load_file(adapters / task / "adapter_model.safetensors")
-        (a,), (b,) = ([t for key, t in stored.items() if f"lora_{side}" in key] for side in "AB")
-        torch.testing.assert_close(weights[name], models.base[name] + 2 * b @ a)
-    explored = scales.explore(two, found, lambda line: None)
+@pytest.fixture(scope="module")
+def adapted(t5):
+    return ZooModels(t5, ["validation"], adapters=True)
+
+
+def test_adapters_are_the_base_and_their_factors(t5, adapted, tmp_path):
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    full = ZooModels(t5, ["validation"])
+    assert full.factors == {}
+    assert adapted.tokens == full.tokens == ("shared.weight",)
+    for task, factors in adapted.factors.items():
+        model = T5ForConditionalGeneration.from_pretrained(t5 / "base")
+        merged = PeftModel.from_pretrained(model, t5 / "adapters" / task).merge_and_unload()
+        for name, parameter in merged.named_parameters():
+            torch.testing.assert_close(adapted.experts[task][name], parameter.detach())
+        touched = {name for name in full.base if not adapted.experts[task][name].equal(full.base[name])}
+        assert touched == set(factors)
+        assert all(isinstance(factor, LowRankTaskVector) for factor in factors.values())
+    (tmp_path / "tasks.yml").write_text((t5 / "tasks.yml").read_text())
+    for part in ("base", "data", "experts"):
+        (tmp_path / part).symlink_to(t5 / part)
+    with pytest.raises(UserError, match="sort holds no adapter; make the zoo with --lora"):
+        ZooModels(tmp_path, ["validation"], adapters=True)
+
+
+def test_scales_of_adapters_are_explored(adapted):
+    explored = scales.explore(adapted, lambda line: None)
     text = scales.table({"tiny, adapters": explored})
     assert "| norm of ψ = mean norm of τ, per neuron (`norm`) |" in text
-    assert explored["base"] == pytest.approx(mean_score(two.outcomes(two.base, "validation")))
-    taus = [(weights[name] - models.base[name]).norm() / models.base[name].norm() for weights in found.values()]
-    assert explored["length"] == pytest.approx(float(sum(taus)) / 2)
+    assert explored["base"] == pytest.approx(mean_score(adapted.outcomes(adapted.base, "validation")))
+    names = scales.changed_by(adapted.experts, adapted.base)
+    size = scales.flat({n: 2 * adapted.base[n] for n in names}, {n: adapted.base[n] for n in names}).norm()
+    taus = [scales.flat(e, {n: adapted.base[n] for n in names}).norm() for e in adapted.experts.values()]
+    assert explored["length"] == pytest.approx(float(sum(taus) / len(taus) / size))
+
+
+def test_adapters_are_merged_in_their_factors(adapted, monkeypatch):
+    """Whatever row takes all of an update merges B·A as it is; the merge is the same as of the updates formed."""
+    row = ROW["neuron_response, subspace all"]
+    settings = {**row.settings[0], "models": adapted}
+    merged = candidates.merge(row, adapted.base, adapted.experts, settings)
+
+    def formed(*_):
+        raise AssertionError("an update was formed")
+
+    monkeypatch.setattr(LowRankTaskVector, "dense", formed)
+    again = candidates.merge(row, adapted.base, adapted.experts, settings)
+    assert all(tensor.equal(again[name]) for name, tensor in merged.items())
+    monkeypatch.setattr(adapted, "factors", {})
+    dense = candidates.merge(row, adapted.base, adapted.experts, settings)
+    moved = max(float((tensor - adapted.base[name]).abs().max()) for name, tensor in merged.items())
+    for name, tensor in merged.items():
+        torch.testing.assert_close(dense[name], tensor, rtol=0, atol=2e-3 * moved)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_experts_are_merged_by_the_inputs_measured_on_them(board, t5, tmp_path, lora):
+    """Without a ridge Δ S = N holds, and S and N are those of the expert's own file."""
+    run = board.ZooRun(t5, tmp_path, "lora" if lora else "full", lambda line: None)
+    row = ROW["neuron_response, 40 samples, data alone"]
+    settings = {**row.settings[0], "samples": 6, "ridge": 0.0, "subspace": "all"}
+    handed = run.hand(row, settings)
+    experts = run.models.experts
+    merged = candidates.merge(row, run.models.base, experts, {**settings, **handed})
+    for module in ("decoder.block.0.layer.2.DenseReluDense.wo", "encoder.block.0.layer.0.SelfAttention.k"):
+        base = run.models.base[f"{module}.weight"].double()
+        s = n = 0
+        for task, expert in experts.items():
+            file = InputsFile.open(str(handed["measured"] / f"{task}.safetensors"))
+            assert file.info.made_from["samples"] == {task: 6}
+            assert file.info.model == (f"base+{task}" if lora else task)
+            factor = file.read(file.factor_of(module)).double()
+            moment = factor.T @ factor / factor.square().sum()
+            s, n = s + moment, n + (expert[f"{module}.weight"].double() - base) @ moment
+        found = (merged[f"{module}.weight"].double() - base) @ s
+        assert (found - n).norm() < 2e-3 * n.norm()
+        assert n.norm() > 0
+
+
+def test_token_embeddings_by_mean_are_the_same_for_all(board, t5, tmp_path):
+    only = ["neuron_response", "task_arithmetic", "neuron_response, embeddings by rows"]
+    full = board.run_zoo(t5, tmp_path, lambda line: None, only)
+    said = []
+    mean = board.run_zoo(t5, tmp_path, said.append, only, board="tokens")
+    assert (full["family"], mean["family"]) == ("t5", "t5-tokens")
+    assert mean["references"] == full["references"]
+    # What has the mean by itself is not scored again.
+    assert mean["rows"]["neuron_response"] == full["rows"]["neuron_response"]
+    assert not (tmp_path / "rows" / "t5-tokens-0" / "neuron_response.json").exists()
+    assert (tmp_path / "rows" / "t5-tokens-0" / "neuron_response_embeddings_by_rows.json").exists()
+
+    models = ZooModels(t5, ["validation"])
+    row = ROW["neuron_response"]
+    merged = candidates.merge(row, models.base, models.experts, {"models": models})
+    by_rows = candidates.merge(row, models.base, models.experts, {"models": models, "embeddings": "rows"})
+    name = "shared.weight"
+    expected = models.base[name] + sum(e[name] - models.base[name] for e in models.experts.values()) / 3
+    assert not torch.allclose(by_rows[name], expected, atol=1e-6)
+    treated = candidates.tokens_by_mean(candidates.scaled(models.base, by_rows, 0.3), models.experts, models.tokens)
+    for table in (merged[name], treated[name]):
+        torch.testing.assert_close(table, expected)
+    other = next(key for key in models.base if key.endswith("wi_0.weight"))
+    torch.testing.assert_close(treated[other], models.base[other] + 0.3 * (by_rows[other] - models.base[other]))
+
+
+def test_boards_of_a_zoo(board, zoo, t5, tmp_path, monkeypatch):
+    assert board.boards_of(zoo) == ["full"]
+    assert board.boards_of(t5) == ["full", "tokens", "lora"]
+    for name in ("task_arithmetic", "neuron_response"):
+        arguments = ["run.py", str(tmp_path), "--zoo", str(t5), "--only", name, "--board", "lora", "--board", "tokens"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        board.main()
+    text = (tmp_path / "results.md").read_text()
+    assert "| method | from | points | T5, token embeddings by mean | gain |" in text
+    assert "| method | from | points | T5, LoRA |" in text
+    assert "as it is" not in text
+    content = json.loads((tmp_path / "results.json").read_text())
+    (row,) = [row for row in content["rows"] if row["name"] == "task_arithmetic"]
+    assert row["scores"].keys() == {"t5-tokens", "t5-lora"}
+
+
+def test_what_token_embeddings_change_is_told(tmp_path):
+    def result(family, test):
+        row = {"test": {"a": test}, "chosen": {"settings": {}, "scale": 1.0}}
+        rows = {"sce": row, "TSV-M": {**row, "test": {"a": "1" * 4}}}
+        return {"family": family, "references": {"base": {"a": "0" * 4}, "experts": {"a": "1" * 4}}, "rows": rows}
+
+    report.write_report([result("t5", "1000"), result("t5-tokens", "1110")], tmp_path, ROWS)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    gains = [line.split(" | ")[-1] for line in lines if line.startswith(("| sce |", "| TSV-M |"))]
+    assert gains[-2:] == ["+0.0 |", "+50.0 |"]  # the best comes first
+
+
+def test_what_reads_data_is_compared_with_what_does(tmp_path):
+    scores = {"neuron_response": "1100", "neuron_response, 40 samples": "1111", "sce": "1000", "RegMean": "1110"}
+    scores["WUDI"] = "1000"
+    rows = {name: {"test": {"a": test * 10}, "chosen": {"settings": {}, "scale": 1.0}} for name, test in scores.items()}
+    references = {"base": {"a": "0" * 40}, "experts": {"a": "1" * 40}}
+    report.write_report([{"family": "vit", "references": references, "rows": rows}], tmp_path, ROWS)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    told = [line for line in lines if line.startswith("- ViT: ")]
+    assert [line.split(" is ")[0] for line in told] == [
+        "- ViT: neuron_response at its defaults",
+        "- ViT: the best of ours, neuron_response,",
+        "- ViT: the best of ours with data, neuron_response, 40 samples,",
+    ]
+    assert "+25.0 points" in told[0] and "best of mergekit's own, sce (only 1 of 13" in told[0]
+    assert "best of FusionBench's, WUDI (only 1 of 6" in told[0]
+    assert "+25.0 points" in told[2] and "best of FusionBench's, RegMean." in told[2]
+    assert "| RegMean | fusion-bench | 8, 40 samples | 75.0" in "\n".join(lines)
 
 
 def test_trimming_by_what_differs_keeps_entries_of_greatest_variance():
