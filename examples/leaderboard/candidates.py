@@ -65,6 +65,8 @@ _GROUPS = (
     "its groups come from 1,000 samples of every task's training data, of which no other row sees any: images and "
     "prompts without labels, on T5 with the answers, which its decoder reads"
 )
+_ACTMAT = "the closed form that is published as ACTMat (arXiv:2604.01329): loudness own, ridge 0, toward zero, all rows"
+_HALVES = "half of the inputs are measured on so many samples of each expert's task, half are its update's"
 #: Scales for an update that averages experts.
 _MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
 
@@ -176,37 +178,26 @@ def responses() -> list[Candidate]:
         return Candidate(called, "ours", "neuron_response", merges, scales, note, averages)
 
     both: dict[str, Any] = {"inputs": "both"}
+    ridges = ({"ridge": "auto"}, {"ridge": 0.03})
+    scales = (0.7, 1.0, 1.3, 1.8)
     return [
         row("", "at its defaults"),
-        row("tuned", scales=(0.35, 0.65, 1.0, 1.3), each=({"ridge": 0.03}, {"ridge": 0.2})),
+        row("tuned", scales=scales, each=ridges),
         row("ridge 0.01", ridge=0.01),
-        row("toward mean", toward="mean"),
+        row("ridge 1", ridge=1.0),
+        row("toward zero", toward="zero"),
         row("toward sum", toward="sum"),
-        row("subspace all", "adapters' updates stay in their factors", subspace="all"),
+        row("subspace orthogonal", "without what is parallel to a neuron's base weights", subspace="orthogonal"),
         row("all rows", "of an update stand for its inputs, where others take 512", rows=0),
         row("loudness own", loudness="own"),
-        row("ACTMat", _ACTMAT, loudness="own", ridge=0.0, rows=0, subspace="all"),
+        row("ACTMat", _ACTMAT, loudness="own", ridge=0.0, rows=0, toward="zero"),
         row("embeddings by rows", embeddings="rows"),
         row("40 samples", _HALVES, samples=40, **both),
-        row(
-            "40 samples, tuned",
-            scales=(0.8, 1.0, 1.25, 1.6),
-            each=({"ridge": 0.03}, {"ridge": 0.1}),
-            samples=40,
-            **both,
-        ),
+        row("40 samples, tuned", scales=scales, each=ridges, samples=40, **both),
         row("8 samples", samples=8, **both),
         row("40 samples, data alone", samples=40, inputs="profile"),
         row("40 samples, toward sum", samples=40, toward="sum", **both),
-        row("40 samples, toward sum, all", samples=40, toward="sum", subspace="all", **both),
-        row("8 samples, toward sum, all", samples=8, toward="sum", subspace="all", **both),
     ]
-
-
-_ACTMAT = (
-    "the closed form that is published as ACTMat (arXiv:2604.01329): loudness own, ridge 0, all rows and subspaces"
-)
-_HALVES = "half of the inputs are measured on so many samples of each expert's task, half are its update's"
 
 
 def fusion_bench() -> list[Candidate]:

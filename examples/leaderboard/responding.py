@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from common import Weights, ZooModels
-from torch import nn
 
-from neuron_methods.methods.contract import Inputs, MergeSettings, PlannedTensor, TensorPlace
-from neuron_methods.methods.neuron_response import NeuronResponse
+from neuron_methods.methods.contract import Inputs, MergeSettings, ModelFacts, PlannedTensor, TensorPlace
+from neuron_methods.methods.neuron_response import NAME, NeuronResponse
+from neuron_methods.profiling.module_inputs import input_width, linear_modules
 from neuron_methods.support.stages import Stages
+
+__all__ = ["NAME", "defaults", "measure", "merge_by_response", "places_of"]
 
 #: What the experts read of a task, by its kind.
 READS = {"image-classification": ("image",), "text-to-text": ("input", "target"), "generation": ("input", "target")}
@@ -57,13 +59,19 @@ def measure(zoo: Path, place: Path, stamp: Mapping[str, Any], samples: int, *, a
     return place
 
 
+def defaults() -> dict[str, Any]:
+    """List what the method's parameters are where a row does not say."""
+    return {parameter.name: parameter.default for parameter in NeuronResponse.spec.parameters}
+
+
 def places_of(models: ZooModels) -> dict[str, TensorPlace]:
     """Tell where each parameter of a zoo's model stands, as a merge of files asks the model's class."""
+    linear = linear_modules(models.model)
     found = {}
     for name in models.base:
-        module, _, own = name.rpartition(".")
-        linear = own == "weight" and isinstance(models.model.get_submodule(module), (nn.Linear, nn.Conv2d))
-        found[name] = TensorPlace(module, "tokens" if name in models.tokens else "matrix", linear)
+        path, _, own = name.rpartition(".")
+        width = input_width(linear[path]) if own == "weight" and path in linear else None
+        found[name] = TensorPlace(path, "tokens" if name in models.tokens else "matrix", width)
     return found
 
 
@@ -99,6 +107,7 @@ def merge_by_response(base: Weights, experts: Mapping[str, Weights], settings: M
                 load=lambda name=name: (base[name], tensors[name]),
                 parameters=shared,
                 expert_parameters=own,
+                model=ModelFacts(models.model.config),
                 place=lambda name=name: places[name],
             )
             for name in base

@@ -150,8 +150,10 @@ class ZooRun:
 
     def key(self, candidate: Candidate) -> dict[str, Any]:
         """Say what a row is made of."""
-        profiled = {"profile": grouping.ABOUT} if candidate.method in PROFILED else {}
-        return {**self.stamp, "candidate": asdict(candidate) | {"note": ""}, **profiled}
+        more: dict[str, Any] = {"profile": grouping.ABOUT} if candidate.method in PROFILED else {}
+        if candidate.method == responding.NAME:
+            more["defaults"] = responding.defaults()
+        return {**self.stamp, "candidate": asdict(candidate) | {"note": ""}, **more}
 
     def score(self, candidate: Candidate) -> dict[str, Any]:
         """Score a row."""
@@ -174,7 +176,7 @@ class ZooRun:
             place = self.out / "profiles" / zoo
             with held(place):
                 handed["profile"] = str(grouping.measure(self.directory, place, self.stamp))
-        if candidate.method == "neuron_response":
+        if candidate.method == responding.NAME:
             handed["models"] = self.models
         if samples := settings.get("samples"):
             lora = self.board == "lora"

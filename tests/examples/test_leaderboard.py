@@ -370,9 +370,9 @@ def test_scales_of_adapters_are_explored(adapted):
 
 
 def test_adapters_are_merged_in_their_factors(adapted, monkeypatch):
-    """Whatever row takes all of an update merges B·A as it is; the merge is the same as of the updates formed."""
-    row = ROW["neuron_response, subspace all"]
-    settings = {**row.settings[0], "models": adapted}
+    """B·A is merged as it is; the merge is the same as of the updates formed, but for the ridge chosen by itself."""
+    row = ROW["neuron_response"]
+    settings = {**row.settings[0], "models": adapted, "ridge": 0.1}
     merged = candidates.merge(row, adapted.base, adapted.experts, settings)
 
     def formed(*_):
@@ -393,7 +393,7 @@ def test_experts_are_merged_by_the_inputs_measured_on_them(board, t5, tmp_path, 
     """Without a ridge Δ S = N holds, and S and N are those of the expert's own file."""
     run = board.ZooRun(t5, tmp_path, "lora" if lora else "full", lambda line: None)
     row = ROW["neuron_response, 40 samples, data alone"]
-    settings = {**row.settings[0], "samples": 6, "ridge": 0.0, "subspace": "all"}
+    settings = {**row.settings[0], "samples": 6, "ridge": 0.0}
     handed = run.hand(row, settings)
     experts = run.models.experts
     merged = candidates.merge(row, run.models.base, experts, {**settings, **handed})
