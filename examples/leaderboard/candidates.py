@@ -177,12 +177,10 @@ def responses() -> list[Candidate]:
         called = f"neuron_response{', ' if name else ''}{name}"
         return Candidate(called, "ours", "neuron_response", merges, scales, note, averages)
 
-    both: dict[str, Any] = {"inputs": "both"}
-    ridges = ({"ridge": "auto"}, {"ridge": 0.03})
     scales = (0.7, 1.0, 1.3, 1.8)
     return [
         row("", "at its defaults"),
-        row("tuned", scales=scales, each=ridges),
+        row("tuned", scales=scales, each=({"ridge": "auto"}, {"ridge": 0.03})),
         row("ridge 0.01", ridge=0.01),
         row("ridge 1", ridge=1.0),
         row("toward zero", toward="zero"),
@@ -192,11 +190,11 @@ def responses() -> list[Candidate]:
         row("loudness own", loudness="own"),
         row("ACTMat", _ACTMAT, loudness="own", ridge=0.0, rows=0, toward="zero"),
         row("embeddings by rows", embeddings="rows"),
-        row("40 samples", _HALVES, samples=40, **both),
-        row("40 samples, tuned", scales=scales, each=ridges, samples=40, **both),
-        row("8 samples", samples=8, **both),
+        row("40 samples", _HALVES, samples=40),
+        row("40 samples, tuned", scales=scales, each=({"ridge": "auto"}, {"ridge": 0.1}), samples=40),
+        row("8 samples", samples=8),
         row("40 samples, data alone", samples=40, inputs="profile"),
-        row("40 samples, toward sum", samples=40, toward="sum", **both),
+        row("40 samples, toward sum", samples=40, toward="sum"),
     ]
 
 
@@ -219,14 +217,14 @@ def fusion_bench() -> list[Candidate]:
             "SVC of task arithmetic",
             "calibrated",
             near_one,
-            *({"of": "task_arithmetic", "alpha": alpha} for alpha in (1 / 3, 1.0)),
-            note="singular values calibrated; α of 1/3 on a sum is the package's 0.1 on 0.3 of it",
+            *({"of": "task_arithmetic", "scaling_factor": 0.3, "alpha": alpha} for alpha in (0.1, 0.3)),
+            note="singular values calibrated; scaling factor and an α of 0.1 are the package's",
         ),
         row(
             "SVC of TSV-M",
             "calibrated",
             near_one,
-            *({"of": "tsv_m", "alpha": alpha} for alpha in (0.5, 1.0)),
+            *({"of": "tsv_m", "scaling_factor": 1.0, "alpha": alpha} for alpha in (0.5, 1.0)),
             note="α of 1 is the package's",
         ),
         row(

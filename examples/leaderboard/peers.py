@@ -45,16 +45,22 @@ def wudi(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, A
 
 
 def calibrated(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    """Run singular value calibration over another merge; `settings` are ``of``, a function's name here, and ``alpha``.
+    """Run singular value calibration over another merge.
 
-    Calibrating s Δ with α gives what Δ gives with α / s, so Δ is taken at scale 1. As in the package, what is no matrix
-    stays as the other merge has it.
+    Args:
+        base: θ₀.
+        experts: by task.
+        settings: ``of``, a function's name here, and the scale of that merge, ``scaling_factor``; and ``alpha``.
+
+    Returns:
+        The merge; as in the package, what is no matrix stays as the other has it.
     """
     from fusion_bench.method.singular_value_calibration.utils import (
         subspace_consistency_spectral_calibration_accelerated,
     )
 
-    merged = {"task_arithmetic": _summed, "tsv_m": tsv_m}[settings["of"]](base, experts, {})
+    whole = {"task_arithmetic": _summed, "tsv_m": tsv_m}[settings["of"]](base, experts, {})
+    merged = {name: base[name] + settings["scaling_factor"] * (whole[name] - base[name]) for name in base}
     for name, tensor in merged.items():
         if tensor.ndim == 2:
             tasks = [expert[name] for expert in experts.values()]
