@@ -329,7 +329,7 @@ MODEL_FIGURES = (
         "responses",
         "How much of every expert's response is kept",
         "How far the merged weights answer an expert's inputs as the expert does: 100 % as the expert, 0 as the base, "
-        "below that further away than the base. The rows of the expert's own update stand for its inputs. It tells where "
+        "below that further away than the base. The rows of its own update stand for its inputs. It tells where "
         "an expert is lost; it does not foretell the merge's score.",
         draw_responses,
         describe_responses,
