@@ -276,18 +276,22 @@ class _System:
             if s is None or n is None:
                 s, n = part.x.new_zeros(self.width, self.width), part.x.new_zeros(self.height, self.width)
                 toward = self._toward(part.x)
-            for factor, coefficient in part.factors:
-                if self.width < 2 * len(factor) and 4 * self.width**2 <= _SCRATCH:
-                    product = factor.T @ factor
-                    s.add_(product, alpha=coefficient)
-                    answers = part.x @ product
-                    del product
-                else:
+            given = sum(len(factor) for factor, _ in part.factors)
+            if self.width < 2 * given and 4 * self.width**2 <= _SCRATCH:
+                product = part.x.new_zeros(self.width, self.width)
+                for factor, coefficient in part.factors:
+                    product.addmm_(factor.T, factor, alpha=coefficient)
+                s += product
+                answers = part.x @ product
+                del product
+            else:
+                answers = torch.zeros_like(part.x)
+                for factor, coefficient in part.factors:
                     s.addmm_(factor.T, factor, alpha=coefficient)
-                    answers = (part.x @ factor.T) @ factor
-                n[part.rows].add_(answers, alpha=coefficient)
-                energy += coefficient * self._inner(answers, part.x, part.rows)
-                del answers
+                    answers.addmm_(part.x @ factor.T, factor, alpha=coefficient)
+            n[part.rows].add_(answers)
+            energy += self._inner(answers, part.x, part.rows)
+            del answers
             speaking += self._add(toward, part)
         assert s is not None and n is not None
         self._settle(toward, speaking)
