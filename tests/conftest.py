@@ -14,6 +14,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
+# Files that take minutes come first, so that no process is left alone with one at the end.
+LONGEST = ("test_readme.py", "test_recipes.py", "test_kinds_of_model.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; everything else stays in its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`checkpoints("llama-tied")`: a folder with base, expert-a and expert-b, shared and not to be changed."""
