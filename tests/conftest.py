@@ -18,6 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 LONGEST = ("test_readme.py", "test_recipes.py", "test_kinds_of_model.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep pytest-xdist 3.8 to this order: it would begin with the files of the most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; everything else stays in its order."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
