@@ -19,6 +19,7 @@ from neuron_methods.adapters.export import AdapterSummary, Precision
 from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.targets import MARK
 from tests.adapters import cases
 from tests.adapters.cases import lora, save_base, tensors, train
 
@@ -79,7 +80,7 @@ def test_at_full_rank_nothing_is_lost(name: str, kind: str, method: str, tmp_pat
             found[parameter], tensor, rtol=2e-6, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}"
         )
     stored = {file.name for file in (tmp_path / "adapter").iterdir()}
-    assert stored == {"adapter_config.json", "adapter_model.safetensors", "README.md", "mergekit_config.yml"}
+    assert stored == {"adapter_config.json", "adapter_model.safetensors", "README.md", "mergekit_config.yml", MARK}
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,8 @@ def test_config_names_base_and_revision(experts, tmp_path: Path) -> None:
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
     )
     revised = two(experts).replace(f"base_model: {experts['base']}", f"base_model: {experts['base']}@main")
-    as_adapter(revised, tmp_path / "revised")
-    assert json.loads((tmp_path / "revised" / "adapter_config.json").read_text())["revision"] == "main"
+    with pytest.raises(UserError, match="is a directory, which has no revisions; leave @main away"):
+        as_adapter(revised, tmp_path / "revised")
 
 
 def test_the_adapter_computes_what_the_merge_does_without_being_merged(experts, tmp_path: Path) -> None:
