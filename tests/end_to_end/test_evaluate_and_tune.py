@@ -59,4 +59,7 @@ def test_the_best_configuration_is_mergekit_s_and_scores_what_tune_said(folder):
 
 def test_a_mistake_is_one_line(folder):
     done = run(folder, "mergekit-neuron", "evaluate", "base", "--task", "none.yml", code=1)
-    assert (done.stdout, done.stderr) == ("", "error: none.yml: cannot be read (No such file or directory)\n")
+    assert (done.stdout, done.stderr) == (
+        "",
+        "error: none.yml: cannot be read (No such file or directory); check the path\n",
+    )
