@@ -39,6 +39,7 @@ def test_the_command_leaves_a_model(merged):
     folder, _ = merged
     out = folder / "nested" / "out"
     assert sorted(os.listdir(out)) == [
+        ".mergekit-neuron.json",
         "README.md",
         "config.json",
         "generation_config.json",
