@@ -38,6 +38,7 @@ A merge.yaml by neuro_merging, with every parameter at its default:
     rank_energy: 1.0
     spectral_exponent: 1.0
     consensus: mean               # or sum
+    embeddings: rows              # or mean: token embeddings averaged
   dtype: bfloat16                 # of the output; differences are always taken in float32
 
 \b
