@@ -204,5 +204,5 @@ def test_a_link_that_leads_out_of_a_model_is_not_followed(experts, tmp_path):
     wrote(tmp_path, of_models("base", experts / "expert-a"))
     done = run("mergekit-neuron", "merge", "merge.yaml", "out", folder=tmp_path)
     assert done.returncode == 1
-    assert f"model base: generation_config.json is a link to {tmp_path / 'secret'}, outside of" in done.stderr
+    assert "model base: base/generation_config.json: a link that leads out of base" in done.stderr
     assert not (tmp_path / "out").exists()
