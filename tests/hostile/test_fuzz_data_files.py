@@ -349,6 +349,9 @@ def test_a_state_is_taken_up_or_passed_over(tmp_path: Path, data: Any) -> None:
         def state(self) -> dict[str, torch.Tensor]:
             return {"values": self.values}
 
+        def fits(self, state: dict[str, torch.Tensor]) -> bool:
+            return state["values"].shape == (3,)
+
         def load_state(self, state: dict[str, torch.Tensor]) -> None:
             assert state["values"].shape == (3,)
 
