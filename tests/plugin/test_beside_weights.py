@@ -11,6 +11,7 @@ import yaml
 
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.targets import MARK
 from tests.support.checkpoints import (
     build,
     configuration,
@@ -143,7 +144,7 @@ def test_the_card_tells_what_was_merged(workspace):
     assert card.index("* expert-a") < card.index("* expert-b")
     assert yaml.safe_load(Path("nested/my-merge/mergekit_config.yml").read_text())["merge_method"] == "neuro_merging"
     merge(out="bare", write_model_card=False)
-    assert sorted(os.listdir("bare")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir("bare")) == [MARK, "config.json", "generation_config.json", "model.safetensors"]
 
 
 def test_what_belongs_to_an_image_model_comes_along(workspace):
@@ -216,7 +217,7 @@ def test_a_directory_of_sentence_transformers_stays_one(tmp_path, monkeypatch):
     models = [{"model": model, "parameters": {"weight": weight}} for model, weight in weights.items()]
     merge(configuration("linear", models=models), write_model_card=False)
     tree = {path.relative_to("out").as_posix() for path in Path("out").rglob("*") if path.is_file()}
-    assert tree == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | {*modules}
+    assert tree == {MARK, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | {*modules}
     assert {file: (tmp_path / "out" / file).read_text() for file in modules} == modules
     found = transformers.AutoModel.from_pretrained("out").state_dict()
     a, b = (transformers.AutoModel.from_pretrained(name).state_dict() for name in EXPERTS)
