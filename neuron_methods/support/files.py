@@ -66,8 +66,10 @@ def within(directory: Path, *names: str) -> Path:
     path = directory.joinpath(*names)
     root, found = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
     roots = [root]
-    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
-        roots += [root.parents[1] / "blobs", root.parents[2] / "blobs"]  # the repository's, and what Xet shares
+    for snapshot in (root, *root.parents):  # a model's own directory, or one of several within a repository
+        if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--"):
+            # The repository's, and what Xet shares.
+            roots += [snapshot.parents[1] / "blobs", snapshot.parents[2] / "blobs"]
     if not any(found == allowed or allowed in found.parents for allowed in roots):
         raise UserError(f"{path}: a link that leads out of {directory}; put the file itself there")
     return path
