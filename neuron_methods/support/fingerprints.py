@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed
 
@@ -23,10 +24,11 @@ def content_digest(path: str | os.PathLike[str]) -> str:
     It is the same for copies, wherever and whenever they were made.
 
     Raises:
+        UserError: it cannot be opened, or is no regular file: a pipe would be waited for.
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path, str(path)) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(str(size).encode())
         if size <= _WHOLE:
@@ -47,7 +49,7 @@ def file_state(path: str | os.PathLike[str]) -> list[Any]:
     try:
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns if status.st_size > _WHOLE else 0, content_digest(path)]
-    except OSError:
+    except (OSError, UserError):
         return []
 
 
