@@ -70,6 +70,8 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
 
 def opened_inputs(path: Path) -> InputsFile | None:
     """Open a file of inputs; None where a file is none, whatever else it is."""
+    if not path.is_file():  # safetensors waits for a pipe
+        return None
     try:
         with safe_open(path, "pt") as file:
             is_one = (file.metadata() or {}).get("format") == FORMAT
