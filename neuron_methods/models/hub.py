@@ -33,7 +33,7 @@ def hub_answers() -> bool:
     bound_session()
     if constants.is_offline_mode():
         return False
-    if _probe():
+    if _probe(constants.ENDPOINT):
         return True
     constants.HF_HUB_OFFLINE = True
     LOG.warning("%s does not answer; taking what its cache on this machine holds", constants.ENDPOINT)
@@ -41,17 +41,16 @@ def hub_answers() -> bool:
 
 
 @functools.cache
-def _probe() -> bool:
-    from huggingface_hub import constants
+def _probe(endpoint: str) -> bool:
     from huggingface_hub.utils import get_session
 
     answers: list[int] = []
 
     def ask() -> None:
         try:
-            answers.append(get_session().head(constants.ENDPOINT, timeout=_PATIENCE).status_code)
+            answers.append(get_session().head(endpoint, timeout=_PATIENCE).status_code)
         except Exception:  # whatever the network, a proxy or a certificate is in the way of
-            LOG.debug("asking %s", constants.ENDPOINT, exc_info=True)
+            LOG.debug("asking %s", endpoint, exc_info=True)
 
     # In a thread, as nothing bounds how long a name is looked up.
     asking = threading.Thread(target=ask, daemon=True)

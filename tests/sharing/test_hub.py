@@ -161,6 +161,18 @@ def test_a_hub_out_of_reach_is_told_in_one_line(standin, out, monkeypatch):
     assert "no connection to the Hub" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_one_hub_without_an_answer_says_nothing_of_another(standin, monkeypatch):
+    from huggingface_hub import constants
+
+    from neuron_methods.models.hub import hub_answers
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        meanwhile.setattr(constants, "HF_HUB_OFFLINE", False)
+        assert not hub_answers()
+    assert hub_answers()
+
+
 def test_a_branch_and_a_pull_request(standin, out):
     done = command("push", str(out), "alice/merged", "--quiet", "--revision", "v2")
     assert done.stdout == f"{standin.url}/alice/merged/tree/v2\n"
