@@ -14,6 +14,7 @@ import click
 
 from neuron_methods import __version__
 from neuron_methods.cli.common import asking_nobody, debug_option, exiting_on_signals, reporting_errors
+from neuron_methods.support.starting import importing
 
 
 class Subcommand(NamedTuple):
@@ -56,7 +57,8 @@ class LazyGroup(click.Group):
         entry = self.subcommands.get(cmd_name)
         if entry is None:
             return None
-        return getattr(import_module(entry.module), cmd_name.replace("-", "_"))
+        with importing():
+            return getattr(import_module(entry.module), cmd_name.replace("-", "_"))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from neuron_methods.cli.common import Count, Share, debug_option, say
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
 from neuron_methods.support.documents import read_text
+from neuron_methods.support.starting import importing
 
 EPILOG = """\b
 Examples:
@@ -154,18 +155,18 @@ def merge(
             f"--head {head} does not go with --as-adapter: an adapter changes the weights of its base, not its class "
             "or its labels; --head base leaves the base's head as it is"
         )
-    from neuron_methods.plugin.describe import describe_plan
-    from neuron_methods.plugin.merging import merge_to_directory, plan_merge
+    with importing():
+        from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
+        from neuron_methods.plugin.describe import describe_plan
+        from neuron_methods.plugin.merging import merge_to_directory, plan_merge
+        from neuron_methods.plugin.output import ModelOutput
+        from neuron_methods.sharing.publishing import merge_witness
 
     options = _options(merge_options)
     source = read_text(config)
     if dry_run:
         say(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
         return
-    from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
-    from neuron_methods.plugin.output import ModelOutput
-    from neuron_methods.sharing.publishing import merge_witness
-
     push_to = pushing(push_to_hub, push)
     output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
     summary = merge_to_directory(
