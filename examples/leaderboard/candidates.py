@@ -62,9 +62,10 @@ class Candidate:
 
 _NORM = "density 0.5, λ₂ by the norm of every neuron's update, nothing tuned"
 _GROUPS = (
-    "its groups come from 1,000 samples of every task's training data, of which no other row sees any: images and "
-    "prompts without labels, on T5 with the answers, which its decoder reads"
+    "its groups come from 1,000 samples of every task's training data: images and prompts without labels, on T5 with "
+    "the answers, which its decoder reads"
 )
+_RECIPE = "for want of validation data, as TIES-Merging (arXiv:2306.01708) compares: λ 0.4; the top 20 %, λ 1"
 _ACTMAT = "the closed form that is published as ACTMat (arXiv:2604.01329): loudness own, ridge 0, toward zero, all rows"
 _HALVES = "half of the inputs are measured on so many samples of each expert's task, half are its update's"
 #: Scales for an update that averages experts.
@@ -164,7 +165,35 @@ def candidates(experts: int) -> list[Candidate]:
         ),
         Candidate("neuron_merge", "ours", "neuron_merge", groups, few, note=_GROUPS),
     ]
-    return [*responses(), *mergekit, *ours, *fusion_bench()]
+    return [*responses(), *mergekit, *ours, *fusion_bench(), *untuned()]
+
+
+def untuned() -> list[Candidate]:
+    """List rows of methods at the values that they were published or come with; `neuro_merging` has its row above."""
+    at_once = {"in_group": 1.0, "out_group": 0.0, "general": 0.5, "threshold": 0.6}
+    return [
+        Candidate("weight average", "mergekit", "linear", ({"weight": 1.0},)),
+        Candidate("task_arithmetic, untuned", "mergekit", "task_arithmetic", ({"weight": 1.0},), (0.4,), _RECIPE),
+        Candidate("ties, untuned", "mergekit", "ties", ({"weight": 1.0, "density": 0.2},), note=_RECIPE),
+        Candidate(
+            "neuro_merging, top 10 %",
+            "ours",
+            "neuro_merging",
+            ({"density": 0.1, "lambda_orthogonal": 2.7},),
+            note="as the authors' scripts evaluate it: the top 10 %, λ₂ 2.7 (others have 2.9)",
+        ),
+        Candidate("min_merging, untuned", "ours", "min_merging", note="at its defaults, which are ours"),
+        Candidate("neuron_merge, untuned", "ours", "neuron_merge", (at_once,), note=f"at its defaults; {_GROUPS}"),
+        Candidate("TSV-M, untuned", "fusion-bench", "tsv_m", note="at the package's scale of 1"),
+        Candidate(
+            "RegMean, untuned",
+            "fusion-bench",
+            "reg_mean",
+            ({"reduce_non_diagonal_ratio": 0.1, "samples": 40},),
+            note="at the package's ratio of 0.1",
+            averages_tokens=True,
+        ),
+    ]
 
 
 def responses() -> list[Candidate]:
@@ -302,8 +331,16 @@ def _vector_at_least(tensor: Tensor) -> Tensor:
     return tensor.flatten() if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor
 
 
-#: Methods that take more than mergekit's call.
+def _average(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
+    """Run mergekit's `linear`, in which the base has no share."""
+    from mergekit.merge_methods import merge_state_dicts
+
+    return merge_state_dicts(dict(experts), "linear", parameters=dict(settings))
+
+
+#: Methods that take more than mergekit's call, or less.
 MERGERS: dict[str, Merger] = {
+    "linear": _average,
     "tsv_m": peers.tsv_m,
     "iso_c": peers.iso_c,
     "iso_cts": peers.iso_cts,
