@@ -1,19 +1,24 @@
 """NeuronMerge for the leaderboard: the MLP neurons of a zoo's base, in groups by the task that drives them furthest.
 
 The groups come from a profile of the base on samples of every task's training data, one domain per task: what
-`mergekit-neuron profile` and `mergekit-neuron groups` make. No other row of the leaderboard sees data but to be tuned.
+`mergekit-neuron profile` and `mergekit-neuron groups` make. Controls (`controls.py`) have other groups in their place.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from neuron_methods.support.stages import Stages
+
+if TYPE_CHECKING:
+    from neuron_methods.methods.groups_file import NeuronGroups
 
 Weights = dict[str, Tensor]
 
@@ -56,21 +61,51 @@ def measure(zoo: Path, place: Path, stamp: Mapping[str, Any]) -> Path:
     return place / file
 
 
+def make_groups(profile: str, threshold: float, by: str = "activations") -> NeuronGroups:
+    """Put every MLP neuron of a zoo's base into a group.
+
+    Args:
+        profile: file of the base's profile; its data sources are the tasks.
+        threshold: of the classification by activations.
+        by: ``activations``; ``random N``: the same groups, their neurons drawn anew within each layer with seed N;
+            ``general``: one group for all; or a file of labels, as `mergekit-neuron groups --import` takes it.
+
+    Raises:
+        UserError: the file of labels cannot be read or is of another model.
+    """
+    from neuron_methods.neurons.profile_file import NeuronProfile
+    from neuron_methods.profiling.grouping import classify, import_labels
+
+    measured = NeuronProfile.load(profile)
+    found = classify(measured, threshold, MIN_FIRING)
+    kind, _, seed = by.partition(" ")
+    if kind == "random":
+        generator = torch.Generator().manual_seed(int(seed))
+        drawn = {key: own[torch.randperm(len(own), generator=generator)] for key, own in found.labels.items()}
+        return replace(found, labels=drawn)
+    if by == "general":
+        return replace(found, labels={key: torch.zeros_like(own) for key, own in found.labels.items()})
+    if by == "activations":
+        return found
+    labelled = import_labels(measured, by)
+    # An expert names its group even where no neuron has that label.
+    return replace(labelled, groups=(*labelled.groups, *(task for task in found.groups if task not in labelled.groups)))
+
+
 def merge_by_groups(base: Weights, experts: Mapping[str, Weights], settings: Mapping[str, Any]) -> Weights:
-    """Run `neuron_merge` with the groups of a profile, in memory.
+    """Run `neuron_merge` with groups made for it, in memory.
 
     Args:
         base: θ₀, at least all that an expert changed.
         experts: by task; every task is a data source of the profile.
-        settings: of the method, and how its groups are made: ``profile``, a file, and ``threshold``.
+        settings: of the method, and how its groups are made: ``profile``, ``threshold`` and ``by``; see `make_groups`.
+            ``digest``, of a file of labels, is for the row's key.
     """
     from mergekit.merge_methods import merge_state_dicts
 
-    from neuron_methods.neurons.profile_file import NeuronProfile
-    from neuron_methods.profiling.grouping import classify
-
     given = dict(settings)
-    groups = classify(NeuronProfile.load(given.pop("profile")), given.pop("threshold"), MIN_FIRING)
+    given.pop("digest", None)
+    groups = make_groups(given.pop("profile"), given.pop("threshold"), given.pop("by", "activations"))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "groups.json"
         groups.write(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,13 @@ RESAMPLES = 2000
 
 #: Right or wrong per example, per task, per seed.
 Outcomes = list[dict[str, np.ndarray]]
+#: From the rows that are scored on all seeds of a family, all rows, and the family, to lines about it.
+Told = Callable[[Sequence["Row"], Sequence["Row"], str], list[str]]
+OPENING = (
+    "Mean over tasks (and seeds) of the share of right answers in percent, with bootstrap 95 % intervals; test data. "
+    f"Every tuned method had {BUDGET} points on validation data. Samples: of each task's training data, that a method "
+    "reads to merge."
+)
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,26 @@ def unpack(packed: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 
 def write_report(
-    results: Sequence[Mapping[str, Any]], out: Path, candidates: Sequence[Candidate], name: str = "results.md"
+    results: Sequence[Mapping[str, Any]],
+    out: Path,
+    candidates: Sequence[Candidate],
+    name: str = "results.md",
+    told: Told | None = None,
+    opening: str = OPENING,
 ) -> None:
-    """Write the table under `name`; for ``results.md`` also ``leaderboard.svg`` and ``results.json``."""
+    """Write the tables under `name`; for ``results.md`` also ``leaderboard.svg`` and ``results.json``.
+
+    Args:
+        results: of `run_zoo`.
+        out: directory.
+        candidates: the rows.
+        name: of the file.
+        told: what is told of a family below the tables; `compared` where it is not given.
+        opening: what scores are of.
+    """
     rows, references = collect(results, candidates)
     families = [family for family in FAMILIES if family in references["base"]]
-    write_text(out / name, markdown(rows, references, families))
+    write_text(out / name, markdown(rows, references, families, told or compared, opening))
     if name != "results.md":
         return
     content = {
@@ -134,19 +155,20 @@ def write_report(
     draw(rows, references, families, out / "leaderboard.svg")
 
 
-def markdown(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str]) -> str:
-    """Write the tables, and how ours stand to others'."""
-    lines = [
-        "Mean over tasks (and seeds) of the share of right answers in percent, with bootstrap 95 % intervals; "
-        f"test data. Every tuned method had {BUDGET} points on validation data. Samples: of each task's training data, "
-        "that a method reads to merge.",
-        "",
-    ]
+def markdown(
+    rows: Sequence[Row],
+    references: dict[str, dict[str, Outcomes]],
+    families: Sequence[str],
+    told: Told,
+    opening: str,
+) -> str:
+    """Write the tables, and what is told of each family."""
+    lines = [opening, ""]
     for title, group in TABLES.items():
         if there := [family for family in group if family in families]:
             lines += [f"## {title}", "", *table(rows, references, there), ""]
     for family in families:
-        lines += compared(complete(rows, references, family), rows, family)
+        lines += told(complete(rows, references, family), rows, family)
     notes = [f"- {row.name}: {row.note}." for row in rows if row.note]
     return "\n".join([*lines, *notes]) + "\n"
 

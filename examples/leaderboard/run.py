@@ -1,6 +1,7 @@
 """Every method that merges a base and more than two experts, on the zoos, with one tuning budget; a table and a figure.
 
     python examples/leaderboard/run.py OUT [--zoo DIR ...] [--board NAME ...] [--only ROW ...]
+    python examples/leaderboard/run.py OUT --controls [--zoo DIR ...] [--labels FILE ...]
 
 A method has eight points on validation data; the best is scored once on test data. Without ``--zoo``, the nine zoos
 (ViT, T5 and Llama with three seeds each) are made under OUT/zoos first. Finished rows are kept: run it again to resume,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -34,11 +36,12 @@ import numpy as np
 ZOO = Path(__file__).resolve().parents[1] / "zoo"
 sys.path.insert(0, str(ZOO))
 
+import controls  # noqa: E402
 import grouping  # noqa: E402
 import responding  # noqa: E402
 from candidates import PROFILED, Candidate, ablations, candidates, merge, scaled, tokens_by_mean, untried  # noqa: E402
 from common import MARK, ZooModels, has_adapters, mean_score, run_script  # noqa: E402
-from report import unpack, write_report  # noqa: E402
+from report import Told, compared, unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
 from neuron_methods.support.errors import UserError  # noqa: E402
@@ -126,6 +129,9 @@ def boards_of(directory: Path) -> list[str]:
 class ZooRun:
     """What the rows of one zoo and board are scored with; models and measurements are made when they are asked for."""
 
+    #: Where its rows are kept.
+    folder = "rows"
+
     def __init__(self, directory: Path, out: Path, board: str, say: Callable[[str], None]) -> None:
         self.directory, self.out, self.board, self.say = directory, out, board, say
         self.mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
@@ -134,8 +140,10 @@ class ZooRun:
         self.stamp = {"zoo": self.mark, "checks": scores}
         self.family = self.mark["family"] + ("" if board == "full" else f"-{board}")
         self.name = f"{self.family}-{self.mark['seed']}"
-        self.kept = Rows(out / "rows" / self.name)
-        self._full = Rows(out / "rows" / f"{self.mark['family']}-{self.mark['seed']}")
+        self.kept = self._rows(self.folder, self.family)
+
+    def _rows(self, folder: str, family: str) -> Rows:
+        return Rows(self.out / folder / f"{family}-{self.mark['seed']}")
 
     @cached_property
     def models(self) -> ZooModels:
@@ -146,7 +154,7 @@ class ZooRun:
     def rows_of(self, candidate: Candidate) -> Rows:
         """Find where a row is kept: what averages token embeddings by itself, at scale 1, is the same on two boards."""
         same = self.board == "tokens" and candidate.averages_tokens and set(candidate.scales) == {1.0}
-        return self._full if same else self.kept
+        return self._rows(self.folder, self.mark["family"]) if same else self.kept
 
     def key(self, candidate: Candidate) -> dict[str, Any]:
         """Say what a row is made of."""
@@ -161,7 +169,7 @@ class ZooRun:
 
     def references(self) -> dict[str, Any]:
         """Score base and experts, or wait for another process to do so; those of ``tokens`` are the full experts'."""
-        kept = self._full if self.board == "tokens" else self.kept
+        kept = self._rows("rows", self.mark["family"] if self.board == "tokens" else self.family)
         try:
             return kept.make("references", self.stamp, lambda: score_references(self.models), wait=False)
         except Busy:
@@ -193,8 +201,9 @@ def run_zoo(
     only: Sequence[str] | None = None,
     rows_for: Callable[[int], list[Candidate]] = candidates,
     board: str = "full",
+    kind: type[ZooRun] = ZooRun,
 ) -> dict[str, Any]:
-    """Score all rows of one zoo's board, or those named by `only`.
+    """Score all rows of one zoo's board, or those named by `only`, as `kind` does.
 
     Several processes may do this side by side under the same `out`: a row that one of them is at is left to it.
 
@@ -202,7 +211,7 @@ def run_zoo(
         ``family``, the board's included, ``seed``, ``references`` and ``rows`` by name, all that are finished, whoever
         scored them; rows of methods whose package is missing are None.
     """
-    run = ZooRun(directory, out, board, say)
+    run = kind(directory, out, board, say)
     references = run.references()
     everyone = rows_for(len(references["experts"]))
     wanted = [candidate for candidate in everyone if only is None or candidate.name in only]
@@ -239,8 +248,17 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", metavar="ROW", help="score this row only (may be given several times)"
     )
+    sheet = parser.add_mutually_exclusive_group()
+    sheet.add_argument("--ablation", action="store_true", help="steps of neuro_merging one at a time, into ablation.md")
+    sheet.add_argument(
+        "--controls", action="store_true", help="neuron_merge with other groups than the tasks', into controls.md"
+    )
     parser.add_argument(
-        "--ablation", action="store_true", help="steps of neuro_merging one at a time, into ablation.md"
+        "--labels",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="with --controls: labels of a zoo's neurons, one file per --zoo and in their order",
     )
     parser.add_argument(
         "--board", action="append", choices=BOARDS, help="this one only (may be given several times; default: all)"
@@ -251,23 +269,53 @@ def main() -> None:
     neuron_methods.register()
     if missing := untried(candidates(3)):
         print(f"mergekit has methods that the leaderboard does not know: {', '.join(missing)}")
-    rows_for = ablations if arguments.ablation else candidates
-    check_names(arguments.only or [], rows_for(3))
+    sheet = "ablation" if arguments.ablation else "controls" if arguments.controls else "results"
+    rows_for, told = SHEETS[sheet]
+    labels = labels_of(arguments.labels, arguments.zoo, sheet)
+    everyone = rows_for(3, labels=labels[0]) if labels else rows_for(3)
+    check_names(arguments.only or [], everyone)
     zoos = arguments.zoo or make_zoos(arguments.out)
+    check_zoos(zoos)
+    boards = arguments.board or (["full"] if arguments.ablation else BOARDS)
+    found = []
+    for directory, file in zip(zoos, labels or [None] * len(zoos), strict=True):
+        rows_of_zoo = functools.partial(rows_for, labels=file) if file else rows_for
+        for board in boards_of(directory):
+            if board in boards:
+                found.append(run_zoo(directory, arguments.out, only=arguments.only, rows_for=rows_of_zoo, board=board))
+    name = f"{sheet}.md"
+    with held(arguments.out / "report"):
+        write_report(found, arguments.out, everyone, name, told)
+    print((arguments.out / name).read_text(encoding="utf-8"))
+
+
+#: What the tables are of: the rows for a number of experts, and what is told below.
+SHEETS: dict[str, tuple[Callable[..., list[Candidate]], Told]] = {
+    "results": (candidates, compared),
+    "ablation": (ablations, compared),
+    "controls": (controls.controls, controls.against_random),
+}
+
+
+def labels_of(given: Sequence[Path] | None, zoos: Sequence[Path] | None, sheet: str) -> Sequence[Path] | None:
+    """Check the files of labels; raises UserError where they are not one for each zoo, or not there."""
+    if not given:
+        return None
+    if sheet != "controls":
+        raise UserError("--labels: only --controls has rows for them")
+    if len(given) != len(zoos or ()):
+        raise UserError(f"--labels: {len(given)} given for {len(zoos or ())} --zoo; give one for each, in their order")
+    for file in given:
+        if not file.is_file():
+            raise UserError(f"--labels {file}: not there; give a file that `mergekit-neuron groups --import` takes")
+    return given
+
+
+def check_zoos(zoos: Sequence[Path]) -> None:
+    """Raise UserError unless each directory is a zoo."""
     for directory in zoos:
         if not (directory / MARK).is_file():
             raise UserError(f"--zoo {directory}: no {MARK} there; make a zoo with one of the scripts in examples/zoo")
-    boards = arguments.board or (["full"] if arguments.ablation else BOARDS)
-    found = [
-        run_zoo(directory, arguments.out, only=arguments.only, rows_for=rows_for, board=board)
-        for directory in zoos
-        for board in boards_of(directory)
-        if board in boards
-    ]
-    name = "ablation.md" if arguments.ablation else "results.md"
-    with held(arguments.out / "report"):
-        write_report(found, arguments.out, rows_for(3), name)
-    print((arguments.out / name).read_text(encoding="utf-8"))
 
 
 def check_names(only: Sequence[str], rows: Sequence[Candidate]) -> None:
