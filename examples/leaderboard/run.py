@@ -139,6 +139,7 @@ class ZooRun:
         scores = json.loads(checks.read_text(encoding="utf-8")) if checks.is_file() else None
         self.stamp = {"zoo": self.mark, "checks": scores}
         self.family = self.mark["family"] + ("" if board == "full" else f"-{board}")
+        self.zoo = f"{self.mark['family']}-{self.mark['seed']}"
         self.name = f"{self.family}-{self.mark['seed']}"
         self.kept = self._rows(self.folder, self.family)
 
@@ -176,19 +177,22 @@ class ZooRun:
             self.say(f"{self.name}: waiting for another process to score base and experts")
             return kept.make("references", self.stamp, lambda: score_references(self.models))
 
+    def profile(self) -> str:
+        """Measure the profile of the zoo's base, once; gives its file."""
+        place = self.out / "profiles" / self.zoo
+        with held(place):
+            return str(grouping.measure(self.directory, place, self.stamp))
+
     def hand(self, candidate: Candidate, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Give a method what it needs beside the weights and its settings, measured once."""
         handed: dict[str, Any] = {}
-        zoo = f"{self.mark['family']}-{self.mark['seed']}"
         if candidate.method in PROFILED:
-            place = self.out / "profiles" / zoo
-            with held(place):
-                handed["profile"] = str(grouping.measure(self.directory, place, self.stamp))
+            handed["profile"] = self.profile()
         if candidate.method == responding.NAME:
             handed["models"] = self.models
         if samples := settings.get("samples"):
             lora = self.board == "lora"
-            place = self.out / "inputs" / f"{zoo}-{'adapters' if lora else 'experts'}-{samples}"
+            place = self.out / "inputs" / f"{self.zoo}-{'adapters' if lora else 'experts'}-{samples}"
             with held(place):
                 handed["measured"] = responding.measure(self.directory, place, self.stamp, samples, adapters=lora)
         return handed
