@@ -11,7 +11,7 @@ installed (pip install fusion-bench), and named as missing where it is not. The 
 A zoo has up to three boards: its full experts; ``tokens``, the same with every method's token embeddings by their mean;
 and ``lora``, its adapters.
 
-Writes OUT/results.md, OUT/leaderboard.svg and OUT/results.json.
+Writes OUT/results.md, OUT/leaderboard.svg and OUT/results.json; and OUT/orderings.md: which published orderings hold.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import grouping  # noqa: E402
 import responding  # noqa: E402
 from candidates import PROFILED, Candidate, ablations, candidates, merge, scaled, tokens_by_mean, untried  # noqa: E402
 from common import MARK, ZooModels, has_adapters, mean_score, run_script  # noqa: E402
+from orderings import write_orderings  # noqa: E402
 from report import Told, compared, unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
@@ -290,6 +291,8 @@ def main() -> None:
     name = f"{sheet}.md"
     with held(arguments.out / "report"):
         write_report(found, arguments.out, everyone, name, told)
+        if sheet == "results":
+            write_orderings(found, arguments.out, everyone)
     print((arguments.out / name).read_text(encoding="utf-8"))
 
 
