@@ -11,6 +11,7 @@ points to the side of a direction fixed once for all, so that the experts' order
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,13 +126,21 @@ def merge_points(
     lambda_orthogonal: float,
     consensus: str = "mean",
 ) -> Tensor:
-    """Steps 1, 5 and 6 for a 0-D or 1-D tensor."""
+    """Steps 1, 5 and 6 for a 0-D or 1-D tensor, with λ₂."""
     trimmed = [
         weight * trim(task_vector(expert, base), at).flatten()
         for expert, at, weight in zip(experts, thresholds, weights, strict=True)
     ]
     psi = torch.tensor(elect_and_reduce([row.tolist() for row in trimmed], consensus), dtype=torch.float64)
     return base.to(torch.float64) + lambda_orthogonal * psi.reshape(base.shape)
+
+
+def merge_points_in_full_mode(
+    base: Tensor, experts: Sequence[Tensor], *, lambda_parallel: float, lambda_orthogonal: float, **options: Any
+) -> Tensor:
+    """The same with both scales: one half of ψ goes with λ₁, the other with λ₂ (Fang et al., merging_methods.py)."""
+    half = (merge_points(base, experts, lambda_orthogonal=1.0, **options) - base.to(torch.float64)) / 2
+    return base.to(torch.float64) + lambda_parallel * half + lambda_orthogonal * half
 
 
 def merge_rows(
@@ -177,6 +186,7 @@ def merge_model(
     rank_energy: float = 1.0,
     spectral_exponent: float = 1.0,
     consensus: str = "mean",
+    lambda_points: str = "orthogonal",
 ) -> dict[str, Tensor]:
     """All six steps for tensors of up to two dimensions, one threshold per expert over all; λ₂ None is automatic."""
     updates = [[task_vector(expert[name], base[name]) for name in base] for expert in experts]
@@ -198,9 +208,10 @@ def merge_model(
     merged = {}
     for name, tensor in base.items():
         others = [expert[name] for expert in experts]
-        merged[name] = (
-            merge_points(tensor, others, **shared)
-            if tensor.ndim < 2
-            else merge_rows(tensor, others, **shared, **of_rows)
-        )
+        if tensor.ndim >= 2:
+            merged[name] = merge_rows(tensor, others, **shared, **of_rows)
+        elif lambda_points == "mean":
+            merged[name] = merge_points_in_full_mode(tensor, others, lambda_parallel=lambda_parallel, **shared)
+        else:
+            merged[name] = merge_points(tensor, others, **shared)
     return merged

@@ -76,6 +76,9 @@ class NeuroMerging(PlannedMethod):
             default="auto",
             about="scale of the merged orthogonal part; auto: 1 / (1 - sigma); norm: to the experts' mean norm",
         ),
+        choice(
+            "lambda_points", "orthogonal", "mean", about="scale of norms and biases: lambda_orthogonal, or both's mean"
+        ),
         number("rank_energy", 0, 1, low_open=True, default=1.0, about="cumulative energy of the singular vectors kept"),
         number("spectral_exponent", 0, 1, default=1.0, about="power of the singular values of the orthogonal part"),
         choice("consensus", "mean", "sum", about="mean of the values of the elected sign (the paper), or their sum"),
@@ -88,7 +91,8 @@ class NeuroMerging(PlannedMethod):
 
         Raises:
             UserError: `trim` or `profile` differs between tensors, or `density` does under `trim: model`; something is
-                asked for that `trim: differing` does not have; or the profile does not fit.
+                asked for that `trim: differing`, or `lambda_orthogonal: norm`, does not have; or the profile does not
+                fit.
         """
         return PreparedNeuroMerging(tensors)
 
@@ -110,6 +114,13 @@ class PreparedNeuroMerging(PreparedMerge):
         shared = tensors[0].parameters
         if shared["trim"] == "differing":
             _check_differing(tensors)
+        if any(
+            t.parameters["lambda_points"] == "mean" and t.parameters["lambda_orthogonal"] == "norm" for t in tensors
+        ):
+            raise UserError(
+                "neuro_merging: lambda_points: mean is the mean of two numbers, and lambda_orthogonal: norm is none; "
+                "give a number or auto, or leave lambda_points out"
+            )
         if shared["trim"] == "model":
             for expert, densities in by_expert(tensors, "density").items():
                 advice = "one threshold per expert has one density; give one number, or set trim: tensor"
@@ -177,6 +188,8 @@ class PreparedNeuroMerging(PreparedMerge):
         scale = parameters["lambda_orthogonal"]
         if scale == "auto":
             scale = self.profile.automatic_lambda(parameters["consensus"])
+        if base.ndim < 2 and parameters["lambda_points"] == "mean":
+            scale = (parameters["lambda_parallel"] + scale) / 2
         # Contiguous whatever the base's strides are, so that rows of it are views to write to.
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
         options = NeuroOptions(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from neuron_methods.methods.contract import MergeSettings
+from neuron_methods.support.errors import UserError
 from tests import oracle
 from tests.support.tensors import (
     PLAIN,
@@ -219,6 +220,27 @@ def test_step_5_points_take_lambda_orthogonal_and_no_other() -> None:
     assert merged.tolist() == [1.5, 3.0]
 
 
+def test_step_6_points_may_take_the_mean_of_both_scales() -> None:
+    """As with both scales tuned (Fang et al., merging_methods.py): half of ψ is scaled by each."""
+    base = {"points": torch.tensor([1.0, 2.0]), "rows": rows([2.0, 0.0])}
+    expert = {"points": torch.tensor([2.0, 4.0]), "rows": rows([5.0, 4.0])}
+    scales = {"density": 1.0, "lambda_parallel": -0.5, "lambda_orthogonal": 2.5}
+    merged = merge_models(base, [expert], **scales, lambda_points="mean")
+    assert merged["points"].tolist() == [2.0, 4.0]
+    assert merged["rows"].tolist() == merge_models(base, [expert], **scales)["rows"].tolist() == [[0.5, 10.0]]
+
+
+def test_step_6_points_take_half_of_the_automatic_scale_where_the_other_one_is_0() -> None:
+    base, expert = torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0])  # removed 3 of 10
+    merged = merge(base, expert, density=0.25, lambda_points="mean")
+    assert merged.tolist() == pytest.approx([0.0, 0.0, 1.5 / 0.7, 2.0 / 0.7])
+
+
+def test_step_6_points_have_no_mean_of_a_scale_that_differs_by_neuron() -> None:
+    with pytest.raises(UserError, match=r"lambda_points: mean .* lambda_orthogonal: norm"):
+        merge(*randoms((4, 4), 2), lambda_points="mean", lambda_orthogonal="norm")
+
+
 # Step 6: scale
 
 
@@ -405,6 +427,7 @@ def test_spectral_exponent_has_no_say_over_points_and_blocks() -> None:
         {"density": 0.5, "consensus": "sum", "lambda_parallel": -0.5},
         {"density": 0.6, "spectral_exponent": 0.5, "lambda_parallel": 0.5},
         {"density": 1.0, "spectral_exponent": 0.0},
+        {"density": 0.5, "lambda_points": "mean", "lambda_parallel": 0.4},
     ],
     ids=str,
 )

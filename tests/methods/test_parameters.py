@@ -123,6 +123,7 @@ def test_the_defaults(checkpoints: Path, tmp_path: Path, plans: list[list[Planne
             "trim": "model",
             "lambda_parallel": 0.0,
             "lambda_orthogonal": "auto",
+            "lambda_points": "orthogonal",
             "rank_energy": 1.0,
             "spectral_exponent": 1.0,
             "consensus": "mean",

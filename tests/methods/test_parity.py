@@ -107,6 +107,16 @@ def test_automatic_lambda_scales_the_published_update(case: Case) -> None:
     assert difference.max() <= 2e-3
 
 
+def test_points_of_the_full_mode_are_the_published_ones(case: Case) -> None:
+    """Half of the published ψ of a point goes with λ₁, the other half with λ₂ (Fang et al., merging_methods.py)."""
+    merged = merge(case, lambda_parallel=0.4, lambda_orthogonal=2.7, lambda_points="mean")
+    points = [name for name, base in case.base.items() if base.ndim < 2]
+    assert points
+    for name in points:
+        half = case.delta[name] / 2
+        torch.testing.assert_close(merged[name], case.base[name] + 0.4 * half + 2.7 * half, rtol=0, atol=1e-5)
+
+
 def test_the_update_is_orthogonal_to_every_base_row(case: Case) -> None:
     merged = merge(case, lambda_orthogonal=1.0)
     for name, base in case.base.items():

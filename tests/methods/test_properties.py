@@ -136,6 +136,20 @@ def test_random_models_agree_with_the_oracle(
     assert differences(found, expected).max() < 1e-4 * scale
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, density=DENSITIES, consensus=CONSENSUS, parallel=LAMBDAS, orthogonal=LAMBDAS)
+def test_points_at_the_mean_of_both_scales_lie_midway_and_matrices_stay(
+    seed: int, density: float, consensus: str, parallel: float, orthogonal: float
+) -> None:
+    base, *experts = models(seed, 3)
+    options = {"density": density, "consensus": consensus, "lambda_parallel": parallel}
+    found = merge(base, *experts, **options, lambda_orthogonal=orthogonal, lambda_points="mean")
+    first, second = (merge(base, *experts, **options, lambda_orthogonal=scale) for scale in (parallel, orthogonal))
+    for name, weights in base.items():
+        expected = (first[name] + second[name]) / 2 if weights.ndim < 2 else second[name]
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_the_number_of_threads_does_not_matter(count: int, threads: None) -> None:
     base, *experts = models(3, count, neurons=200, width=300)

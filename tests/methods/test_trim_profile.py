@@ -27,6 +27,7 @@ SHARED: dict[str, Any] = {
     "trim": "model",
     "profile": "",
     "lambda_orthogonal": "auto",
+    "lambda_points": "orthogonal",
     "consensus": "mean",
     "embeddings": "rows",
 }

@@ -46,8 +46,8 @@ def test_parameters_that_are_alike_are_told_once(workspace):
     assert "  embeddings: 1 tensor, 640 parameters, 2.6 kB to write" in text
     assert "  in all: 20 tensors, 4,560 parameters" in text
     assert text.count("expert-a: weight=1, density=0.15") == 1
-    assert "trim=model, lambda_parallel=0, lambda_orthogonal=auto, rank_energy=1" in text
-    assert "spectral_exponent=1, consensus=mean" in text
+    assert "trim=model, lambda_parallel=0, lambda_orthogonal=auto, lambda_points=orthogonal" in text
+    assert "rank_energy=1, spectral_exponent=1" in text
     assert "to read: 109.4 kB (two passes: measure, merge)" in text
     assert "to write: 18.2 kB" in text
     assert "peak memory: at most about" in text
