@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 # Files that take minutes come first, so that no process is left alone with one at the end.
-LONGEST = ("test_readme.py", "test_recipes.py", "test_kinds_of_model.py")
+LONGEST = ("test_demo.py", "test_recipes.py", "test_readme.py", "test_kinds_of_model.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from neuron_methods.cli.merge import merge
 from tests.adapters.cases import tensors
+from tests.support import commands
 
 
 def run(*arguments: object) -> Result:
@@ -72,10 +71,10 @@ def test_what_peft_has_to_merge_first_is_told_in_a_note(made, tmp_path: Path) ->
     saved = made("loha")
     models = [{"model": f"{saved.base}+{saved.adapter}", "parameters": {"weight": 1.0}}]
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
-    command = [sys.executable, "-m", "neuron_methods", "merge", tmp_path / "merge.yaml"]
-    told = subprocess.run([*command, tmp_path / "told"], capture_output=True, text=True, check=True)
+    told = commands.run("mergekit-neuron", "merge", "merge.yaml", "told", folder=tmp_path)
     assert "peft merges it into a temporary directory first" in told.stdout
     assert "WARNING" not in told.stderr
-    quiet = subprocess.run([*command, tmp_path / "quiet", "--quiet"], capture_output=True, text=True, check=True)
+    quiet = commands.run("mergekit-neuron", "merge", "merge.yaml", "quiet", "--quiet", folder=tmp_path)
+    assert told.returncode == quiet.returncode == 0
     (note,) = quiet.stderr.splitlines()
     assert quiet.stdout == "" and note.startswith(f"note: {saved.adapter}: adapters of type LOHA")

@@ -2,23 +2,17 @@
 
 import json
 import os
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.evaluation import cases
-from tests.support import tiny
-
-SCRIPTS = Path(sysconfig.get_path("scripts"))
+from tests.support import commands, tiny
 
 
 def run(folder, command, *arguments, code=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    line = [SCRIPTS / command, *map(str, arguments)]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = commands.run(command, *arguments, folder=folder)
     assert done.returncode == code, done.stderr
     return done
 

@@ -1,29 +1,30 @@
 """What the README and the documents that it leads to say: every command, YAML, default, figure of a table and link.
 
-Commands of `sh` blocks are run as the reader would run them, the demo with short training, in an empty directory, with
-the Hub out of reach; what installs is run by `.ci/run`, which takes its installation from the README. The scripts under
-examples take minutes, and what is in `text` blocks needs the Hub or a second process: their arguments are read by the
-program itself, which stops there.
+Commands of `sh` blocks are run as the reader would run them, in an empty directory, with the Hub out of reach, after a
+demo of short training that has a corner of SmolLM2 for its base; `test_demo.py` runs the demo on all of it. What
+installs is run by `.ci/run`, which takes its installation from the README. The scripts under examples take minutes, and
+what is in `text` blocks needs the Hub or a second process: their arguments are read by the program itself, which stops
+there.
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from mergekit.merge_methods import registry
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import neuron_methods
 from neuron_methods.cli import main
 from neuron_methods.evaluation import load_tasks
 from neuron_methods.routing.route_yaml import RouterSettings
+from tests.support import commands
+from tests.support.small_smollm2 import save_small_package
 
 ROOT = Path(__file__).parents[2]
 README, RECIPES, LEADERBOARD = ROOT / "README.md", ROOT / "recipes/README.md", ROOT / "examples/leaderboard/README.md"
@@ -90,20 +91,40 @@ for command in json.loads(sys.argv[1]):
 """
 
 
-def run(command, cwd):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    done = subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
+def checked(done, command):
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
 
+def run(command, directory):
+    """A line of a document, in a process of its own."""
+    return checked(commands.run(*shlex.split(command), folder=directory), command)
+
+
+def invoke(command, directory):
+    """A line of a document, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        result = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert result.exit_code == 0, f"{command}\n{result.output}"
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A directory in which the README's demo has run, its experts trained for two steps only."""
+def small_base(tmp_path_factory):
+    """Let the demo take a corner of SmolLM2 for the whole."""
+    folder = tmp_path_factory.mktemp("package")
+    save_small_package(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo(small_base, tmp_path_factory):
+    """A directory in which the README's demo has run, its experts trained for two steps only, and what it printed."""
     directory = tmp_path_factory.mktemp("readme")
-    done = run(DEMO.rpartition("&& ")[2] + SHORT, directory)
-    return directory, done.stdout
+    return directory, invoke(DEMO.rpartition("&& ")[2] + SHORT, directory)
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +166,11 @@ def test_merging_commands_run_on_what_the_demo_wrote(demo):
     directory, _ = demo
     for command in COMMANDS:
         if command not in (DEMO, TESTS) and not command.startswith((*ROUTING, SCRIPTS)):
-            short = command + SHORT if command.startswith("mergekit-neuron demo") else command.replace(*SEARCH)
-            short = re.sub(*FEW, short) if "--inputs" in short else short
-            run(short, directory)
+            if command.startswith("mergekit-neuron demo"):
+                invoke(command + SHORT, directory)
+                continue
+            short = command.replace(*SEARCH)
+            run(re.sub(*FEW, short) if "--inputs" in short else short, directory)
     weights = {name: (directory / name / "model.safetensors").read_bytes() for name in ("merged", "merged-by-mergekit")}
     assert weights["merged"] == weights["merged-by-mergekit"]
 
@@ -157,7 +180,8 @@ def test_scripts_take_the_arguments_that_are_shown(tmp_path):
     folders = {Path(command[0]).parent.name for command in shown}
     assert folders == {"zoo", "leaderboard", "routing", "benchmarks"}
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    done = run(shlex.join([sys.executable, "-c", PARSE, json.dumps(shown)]), tmp_path)
+    (tmp_path / "parse.py").write_text(PARSE)
+    done = run(shlex.join([str(tmp_path / "parse.py"), json.dumps(shown)]), tmp_path)
     assert done.stdout.splitlines() == [" ".join(command) for command in shown]
 
 
@@ -171,15 +195,8 @@ def test_commands_that_need_the_hub_or_more_processes_are_understood(demo, monke
             command = main.get_command(None, words[1])
             assert command.make_context(words[1], words[2:]).params
         else:
-            run(f"{line} --help", demo[0])
-
-
-def test_merge_loads_with_plain_transformers_and_answers(demo):
-    merged = demo[0] / "mergekit-neuron-demo" / "merged"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=5, do_sample=False)[0])
-    assert "Paris" in answer
+            shown = subprocess.run([commands.SCRIPTS / words[0], *words[1:], "--help"], capture_output=True, text=True)
+            checked(shown, line)
 
 
 def test_yaml_examples_merge(demo):
@@ -188,7 +205,7 @@ def test_yaml_examples_merge(demo):
     assert different
     for number, text in enumerate(different.values()):
         (directory / f"readme-{number}.yaml").write_text(text)
-        run(f"mergekit-neuron merge readme-{number}.yaml ./readme-{number}", directory)
+        invoke(f"mergekit-neuron merge readme-{number}.yaml ./readme-{number}", directory)
         assert (directory / f"readme-{number}" / "model.safetensors").is_file()
 
 
@@ -208,8 +225,9 @@ def test_tasks_are_those_that_the_demo_leaves(demo):
 
 
 def test_python_examples_run(routed):
-    for block in blocks("python"):
-        subprocess.run([sys.executable, "-c", block], cwd=routed, check=True)
+    for number, block in enumerate(blocks("python")):
+        (routed / f"example-{number}.py").write_text(block)
+        run(str(routed / f"example-{number}.py"), routed)
 
 
 def test_routed_model_answers_and_tells_its_routing(routed):

@@ -1,17 +1,11 @@
 """`mergekit-neuron route` and `generate` as installed, and what they wrote used from Python in another process."""
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
 import yaml
 
+from tests.support.commands import run
 from tests.support.routed import make_workspace, settings
-
-COMMAND = Path(sysconfig.get_path("scripts")) / "mergekit-neuron"
 
 SCRIPT = """
 from neuron_methods import NeuronRoutedModel
@@ -29,26 +23,24 @@ model.as_static({"numbers": 0.5, "colours": 0.5}).save_pretrained("plain")
 """
 
 
-def run(*command, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_from_adapters_to_answers_with_no_data_left(tmp_path):
     folder = make_workspace("llama", tmp_path)
     (folder / "routed.yaml").write_text(yaml.safe_dump(settings("llama")))
-    done = run(COMMAND, "route", "routed.yaml", "routed", folder=folder)
+    done = run("mergekit-neuron", "route", "routed.yaml", "routed", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "complete and verified: routed" in done.stdout and "enhanced, density" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     for path in (folder / "data").iterdir():
         path.unlink()
 
-    done = run(COMMAND, "generate", "routed", "--prompt", "dog cat", "--json", "--max-new-tokens", 3, folder=folder)
+    done = run(
+        "mergekit-neuron", "generate", "routed", "--prompt", "dog cat", "--json", "--max-new-tokens", 3, folder=folder
+    )
     assert done.returncode == 0, done.stderr
     assert next(iter(json.loads(done.stdout)["experts"])) == "animals"
 
-    done = run(sys.executable, "-c", SCRIPT, folder=folder)
+    (folder / "script.py").write_text(SCRIPT)
+    done = run(folder / "script.py", folder=folder)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["numbers", "colours", "animals"]
     assert (folder / "plain" / "model.safetensors").is_file()

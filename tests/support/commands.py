@@ -1,14 +1,17 @@
 """The installed commands, run as a user runs them: in a process of their own, or in this one."""
 
+import atexit
 import os
 import subprocess
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
 from tests.support.checkpoints import configuration
+from tests.support.nursery import Nursery
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -19,9 +22,20 @@ def environment(**changes):
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
 
 
+@cache
+def _nursery():
+    nursery = Nursery(environment())
+    atexit.register(nursery.close)
+    return nursery
+
+
 def run(command, *args, folder, preexec_fn=None, **changes):
+    """The command in a process of its own, begun where libraries are read already unless they are to find `changes`."""
+    line = [str(SCRIPTS / command), *map(str, args)]
+    if preexec_fn is None and not changes and _nursery().serves(environment()):
+        return _nursery().run(line, folder)
     return subprocess.run(
-        [SCRIPTS / command, *map(str, args)],
+        line,
         cwd=folder,
         env=environment(**changes),
         capture_output=True,
