@@ -1,4 +1,4 @@
-"""Kill commands at random moments, and see what they leave: SIGKILL to `merge`, `route`, `tune`, `profile`, `evaluate`.
+"""Kill commands at random moments, and see what they leave: SIGKILL to all that take long.
 
 Every run is a fork of a process that has imported everything, so that a kill costs no start of Python; it is killed
 either after a random share of the time that the command takes, or at a random one of its operations on files. Then
@@ -49,6 +49,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "-o",
         "p.safetensors",
     ),
+    "describe": (
+        "describe",
+        "profile.safetensors",
+        "--describer",
+        "describer",
+        "--limit",
+        "4",
+        "--batch-size",
+        "2",
+        "-o",
+        "labels.json",
+    ),
     "evaluate": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o", "s.json"),
     "evaluate --force": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o", "s.json", "--force"),
 }
@@ -61,9 +73,11 @@ def make_inputs(folder: Path) -> None:
     """Write tiny models, adapters, data and configurations."""
     import yaml
 
-    from tests.support import routed, tiny
+    from tests.support import chat, routed, tiny
 
     tiny.save_experts(folder)
+    chat.save_chat_model(folder / "describer")
+    chat.save_profile(folder, folder / "base")
     tiny.write_texts(folder / "texts.jsonl", 12)
     tiny.write_texts(folder / "more.jsonl", 12, 1)
     merge = {
@@ -93,7 +107,7 @@ def import_everything() -> None:
 
     import neuron_methods.evaluation.tuning.study
     import neuron_methods.plugin.merging
-    import neuron_methods.profiling
+    import neuron_methods.profiling.describing
     import neuron_methods.routing.build
     import neuron_methods.sharing.publishing  # noqa: F401
     from neuron_methods.cli import SUBCOMMANDS, main
@@ -247,7 +261,7 @@ def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list
             how, status = f"at operation {at} of {events}", forked(arguments, place, at=at)
         how += "" if status == -signal.SIGKILL else f" (it had ended, {status})"
         wrong = broken(place, reference, earlier)
-        there = (place / "s.json", *([] if command == "tune" else [place / "out"]))
+        there = (place / "s.json", place / "labels.json", *([] if command == "tune" else [place / "out"]))
         finished = status == 0 or any(path.exists() for path in there)
         again = forked(arguments if not finished else (*arguments, *_anew(arguments)), place)
         if again:

@@ -20,7 +20,7 @@ from neuron_methods.adapters.patterns import check_patterns
 from neuron_methods.adapters.placement import target_names
 from neuron_methods.adapters.updates import Layout, dora_factors, low_rank_delta
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeights, adapter_directory
-from neuron_methods.models.loading import placed_weights
+from neuron_methods.models.loading import input_device, placed_weights
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName
 from neuron_methods.support.documents import read_object
@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_model(
-    name: ModelName, dtype: str, max_memory: dict[Any, int | str] | None = None, *, merged: bool = False
+    name: ModelName,
+    dtype: str,
+    max_memory: dict[Any, int | str] | None = None,
+    *,
+    merged: bool = False,
+    device: str | None = None,
 ) -> Iterator[tuple[Any, torch.device]]:
     """Load a model with its adapter, if it has one, for as long as the block lasts.
 
@@ -47,6 +52,7 @@ def opened_model(
         dtype: as for `models.loading.load_weights`.
         max_memory: accelerate's bounds per device, by default what is free.
         merged: merge the adapter, so that the model's modules are those of its base.
+        device: as for `models.loading.placed_weights`.
 
     Yields:
         The model as transformers makes it, all weights frozen, and the device where its inputs go.
@@ -55,7 +61,7 @@ def opened_model(
         UserError: the model or the adapter cannot be loaded, or they do not fit each other.
     """
     where = f"model {name.shown}"
-    with placed_weights(name.base, where, dtype, max_memory) as model:
+    with placed_weights(name.base, where, dtype, max_memory, device) as model:
         if name.adapter is not None:
             if "disk" in getattr(model, "hf_device_map", {}).values():  # peft 0.21 fails there
                 raise UserError(
@@ -67,7 +73,7 @@ def opened_model(
             adapted = load_adapters(model, {"default": directory}, labels, allow_pickle=True)
             if merged:
                 model = merge_in_memory(adapted)
-        yield model.eval().requires_grad_(False), process_state().device
+        yield model.eval().requires_grad_(False), process_state().device if device is None else input_device(model)
 
 
 def merge_in_memory(adapted: Any) -> Any:

@@ -28,6 +28,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "merge": Subcommand("neuron_methods.cli.merge", "Merge models as a mergekit YAML says, and verify."),
     "profile": Subcommand("neuron_methods.cli.profile", "Measure what each MLP neuron does on data; show it."),
     "groups": Subcommand("neuron_methods.cli.groups", "Find the functional group of every MLP neuron."),
+    "describe": Subcommand("neuron_methods.cli.describe", "Let a language model say what each MLP neuron is for."),
     "linearity": Subcommand("neuron_methods.cli.linearity", "Measure how linearly outputs follow merged weights."),
     "route": Subcommand("neuron_methods.cli.route", "Make a routed model: a router over adapters."),
     "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with a routed model; show the routing."),

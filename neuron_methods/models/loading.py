@@ -171,7 +171,11 @@ def _check_fits(directory: str, where: str, dtype: str, placement: Mapping[str, 
 
 @contextlib.contextmanager
 def placed_weights(
-    place: Place, where: str, dtype: str, max_memory: dict[Any, int | str] | None = None
+    place: Place,
+    where: str,
+    dtype: str,
+    max_memory: dict[Any, int | str] | None = None,
+    device: str | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Load a model as `load_weights` does and let accelerate place it, for as long as the block lasts.
 
@@ -183,8 +187,12 @@ def placed_weights(
         where: for messages.
         dtype: as for `load_weights`.
         max_memory: accelerate's bounds per device, by default what is free.
+        device: as for `device_map`, which places it instead; None: as said above.
     """
     state = process_state()
+    if device is not None:
+        yield load_weights(place, where, dtype=dtype, device_map=device_map(device))
+        return
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-offload-") as offload:
         placement: dict[str, Any] = {"device_map": {"": state.device}}
         if state.num_processes == 1 and not (state.device.type == "cpu" and torch.accelerator.is_available()):

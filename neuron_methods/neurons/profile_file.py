@@ -12,6 +12,7 @@ is one exemplar, a token in its context or a patch of an image; many neurons sha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -203,6 +204,16 @@ class NeuronProfile:
     def layers(self) -> dict[str, int]:
         """Key of each layer -> its number of neurons."""
         return self.info.layers
+
+    @property
+    def digest(self) -> str:
+        """Tell this profile from others: what it is of, and which exemplars its neurons have."""
+        digest = hashlib.sha256(json.dumps(asdict(self.info), sort_keys=True).encode())
+        for source in self.sources:
+            for layer in self.layers:
+                for name in (TOP_ACTIVATION, TOP_EXEMPLAR):
+                    digest.update(self._tensor(source, layer, name).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def find_layer(self, name: Any, where: str) -> str:
         """Find the key of a layer given by its key, or by its number where only one layer has that number.

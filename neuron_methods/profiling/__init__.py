@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Exemplar", "InputSettings", "NeuronProfile", "Settings", "measure_inputs", "measure_profile"]
 
+#: How `groups` classifies by activations unless it is told otherwise: the share of its top activations that makes a
+#: neuron a domain's, and the share of the domain's tokens that it has to fire on.
+THRESHOLD, MIN_FIRING = 0.6, 0.001
+
 # Imported on first use: who only reads a profile needs neither datasets nor accelerate.
 __getattr__ = lazily(
     __name__,

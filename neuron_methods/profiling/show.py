@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -44,7 +44,7 @@ def describe_layer(profile: NeuronProfile, layer: str, count: int = 10) -> Itera
         for neuron in mean.topk(min(count, len(mean))).indices.tolist():
             values = [f"{profile.statistic(name, source, layer)[neuron]:.4g}" for name in profile.info.statistics]
             best = profile.exemplars(source, layer, neuron)[:1]
-            rows.append([str(neuron), *values, _in_context(best[0]) if best else ""])
+            rows.append([str(neuron), *values, _shown(best[0]) if best else ""])
         yield from columns(rows, left=(0, len(rows[0]) - 1))
         yield ""
 
@@ -65,7 +65,7 @@ def describe_neuron(profile: NeuronProfile, layer: str, neuron: int) -> Iterator
         yield f"{source}:" if found else f"{source}: no token activates it"
         for exemplar in found:
             place = "" if "image" in exemplar.text else f", position {exemplar.position}"
-            yield f"  {exemplar.activation:>10.4g}  {_in_context(exemplar)}  (row {exemplar.row}{place})"
+            yield f"  {exemplar.activation:>10.4g}  {_shown(exemplar)}  (row {exemplar.row}{place})"
 
 
 def opened_inputs(path: Path) -> InputsFile | None:
@@ -103,11 +103,14 @@ def describe_inputs(file: InputsFile) -> Iterator[str]:
     yield from columns(rows, left=(0, len(rows[0]) - 1))
 
 
-def _in_context(exemplar: Exemplar) -> str:
-    text = exemplar.text
-    if "image" in text:
-        return f"{text['image']}, patch {exemplar.position}"
+def in_context(text: Mapping[str, str]) -> str:
+    """Show a token in its text, marked »so«, in one line; `text` is an exemplar's."""
     token = text["token"].lstrip(" ") or text["token"]
     blank = " " * (len(text["token"]) - len(token))
     shown = f"{text['before']}{blank}»{token}«{text['after']}"
     return shown.replace("\n", "⏎").replace("\t", " ")
+
+
+def _shown(exemplar: Exemplar) -> str:
+    text = exemplar.text
+    return f"{text['image']}, patch {exemplar.position}" if "image" in text else in_context(text)

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_killed_commands_leave_nothing_wrong(tmp_path):
-    """Eight kills, one of each command; more of them: python examples/benchmarks/kills.py."""
+    """Nine kills, one of each command; more of them: python examples/benchmarks/kills.py."""
     script, found = ROOT / "examples" / "benchmarks" / "kills.py", tmp_path / "found.json"
     done = subprocess.run(
-        [sys.executable, script, "--kills", "8", "--seed", "3", "--json", found],
+        [sys.executable, script, "--kills", "9", "--seed", "3", "--json", found],
         env=environment(),
         capture_output=True,
         text=True,
@@ -23,5 +23,5 @@ def test_killed_commands_leave_nothing_wrong(tmp_path):
     assert found.exists(), done.stderr
     content = json.loads(found.read_text())
     assert content["faults"] == []
-    assert sum(content["kills"].values()) == 8
+    assert sum(content["kills"].values()) == 9
     assert done.returncode == 0

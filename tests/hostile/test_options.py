@@ -89,6 +89,8 @@ def test_no_terminal_obeys_a_name(tmp_path, monkeypatch):
         ["profile", "x", "--data", f"a={name}:{name}", "-o", "x.safetensors"],
         ["profile", "show", name],
         ["groups", name, "-o", "x"],
+        ["describe", name, "--describer", name, "-o", f"{name}.json", "--layers", name],
+        ["describe", name, "--import-answers", name, "-o", "x.json"],
         ["route", name, "x"],
         ["generate", name, "--prompt", "x"],
         ["tune", name, "--task", name, "--search", f"{name}=1:2:3", "-o", "x"],

@@ -47,7 +47,7 @@ def models(tmp_path_factory):
     here = os.getcwd()
     os.chdir(folder)
     try:
-        for name in ("profile", "groups", "linearity", "evaluate", "recipe", "merge"):
+        for name in ("profile", "groups", "prompts", "linearity", "evaluate", "recipe", "merge"):
             run(COMMANDS[name], OUT[name])
     finally:
         os.chdir(here)
@@ -66,6 +66,7 @@ _DATA = ("--data", "a=texts.jsonl:text", "--data", "b=others.jsonl:text")
 COMMANDS = {
     "profile": ("profile", "base", *_DATA, "--samples", "4", "--top", "2", "-o"),
     "groups": ("groups", "profile.safetensors", "-o"),
+    "prompts": ("describe", "profile.safetensors", "--describer", "base", "--limit", "2", "--export-prompts"),
     "linearity": ("linearity", "grouped.yml", "--tokens", "8", "-o"),
     "evaluate": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o"),
     "recipe": ("recipes", "new", "llama", "neuro_merging", "--base", "base", "--expert", "expert-a", "-o"),
@@ -74,6 +75,7 @@ COMMANDS = {
 OUT = {
     "profile": "profile.safetensors",
     "groups": "groups.json",
+    "prompts": "prompts.jsonl",
     "linearity": "linearity.json",
     "evaluate": "scores.json",
     "recipe": "recipe.yml",
@@ -111,6 +113,7 @@ def everything():
 _READ = {
     "profile": ["texts.jsonl", "base/model.safetensors"],
     "groups": ["profile.safetensors", "profile.exemplars.jsonl"],
+    "prompts": ["profile.safetensors", "profile.exemplars.jsonl"],
     "linearity": ["grouped.yml", "base/config.json", "expert-a/model.safetensors"],
     "evaluate": ["tasks.yml", "texts.jsonl", "base/model.safetensors"],
     "recipe": ["base/config.json", "expert-a/model.safetensors"],

@@ -15,6 +15,7 @@ from neuron_methods.sharing.report.figures import MODEL_FIGURES
 from neuron_methods.sharing.report.method_figures import METHOD_FIGURES
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after, write_json, write_text
+from neuron_methods.support.pages import page, table_of_facts
 from neuron_methods.support.targets import json_of
 
 FIGURES: tuple[FigureSpec, ...] = (*MODEL_FIGURES, *METHOD_FIGURES)
@@ -98,20 +99,6 @@ def markdown_section(document: Document, drawn: Sequence[Drawn]) -> str:
     return "\n".join(lines)
 
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --page: #ffffff; --line: #d0d7de; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #9aa4af; --page: #15191f; --line: #3a424d; } }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; font: 16px/1.5 system-ui, sans-serif; color: var(--text);
-  background: var(--page); }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-figure { margin: 0; } img { max-width: 100%; height: auto; display: block; }
-figcaption { max-width: 46rem; color: var(--text); margin-top: .5rem; }
-details { color: var(--soft); margin-top: .25rem; max-width: 46rem; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem 1rem .25rem 0;
-  border-bottom: 1px solid var(--line); font-weight: normal; vertical-align: top; } th { color: var(--soft); }
-"""
-
-
 def html_page(document: Document, drawn: Sequence[Drawn], title: str) -> str:
     """Write a page with the pictures in it; light or dark as the reader's system is."""
     facts = {
@@ -120,28 +107,8 @@ def html_page(document: Document, drawn: Sequence[Drawn], title: str) -> str:
         "experts": ", ".join(document["experts"]),
         "numbers": measured_on(document),
     }
-    rows = "\n".join(f"<tr><th scope=row>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    figures = "\n".join(map(_html_figure, drawn))
-    shown = html.escape(title)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{shown}: what the merge does to the neurons</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{shown}: what the merge does to the neurons</h1>
-<table>
-{rows}
-</table>
-{figures}
-</main>
-</body>
-</html>
-"""
+    body = "\n".join((table_of_facts(facts), *map(_html_figure, drawn)))
+    return page(f"{title}: what the merge does to the neurons", body)
 
 
 def _html_figure(one: Drawn) -> str:
