@@ -75,20 +75,21 @@ def groups(
     """
     from neuron_methods.profiling import NeuronProfile
     from neuron_methods.profiling.agreement import by_activations, describe_agreement
-    from neuron_methods.profiling.grouping import check_place, classify, describe_groups, import_labels
+    from neuron_methods.profiling.grouping import check_place, classify, describe_groups, groups_of_labels
+    from neuron_methods.profiling.labels_file import read_labels
     from neuron_methods.support.runs import claimed
 
     if labels is None and (by == "labels" or min_confidence):
         raise click.UsageError(f"{'--by labels' if by else '--min-confidence'} needs --import FILE")
     place = check_place(output, force, profile, labels)
     measured = NeuronProfile.load(profile)
-    imported = import_labels(measured, labels, min_confidence) if labels else None
+    imported = read_labels(measured, labels) if labels else None
     if imported is None or by == "activations":
         found = classify(measured, threshold, min_firing)
     else:
-        found, _ = imported
+        found = groups_of_labels(measured, imported, min_confidence)
     with claimed(place, f"-o {output}"):
         found.write(place)
     say("\n".join(describe_groups(found)))
     if imported is not None:
-        say(describe_agreement(imported[1], by_activations(measured, imported[1], threshold, min_firing)))
+        say(describe_agreement(imported, by_activations(measured, imported, threshold, min_firing)))

@@ -61,23 +61,27 @@ def classify(profile: NeuronProfile, threshold: float, min_firing: float) -> Neu
     return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from, domains)
 
 
-def import_labels(
-    profile: NeuronProfile, path: str | os.PathLike[str], min_confidence: float = 0.0
-) -> tuple[NeuronGroups, NeuronLabels]:
+def import_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> NeuronGroups:
     """Take labels made elsewhere; a neuron without one is general.
 
     Args:
         profile: of the base; says which neurons there are.
         path: of `mergekit-neuron describe`, or another form that `labels_file.read_labels` reads.
-        min_confidence: a label of lower confidence makes its neuron general; one that tells no confidence counts.
-
-    Returns:
-        The groups, and the labels as they were read.
 
     Raises:
         UserError: as `labels_file.read_labels`.
     """
-    found = read_labels(profile, path)
+    return groups_of_labels(profile, read_labels(profile, path))
+
+
+def groups_of_labels(profile: NeuronProfile, found: NeuronLabels, min_confidence: float = 0.0) -> NeuronGroups:
+    """Make groups of labels; a neuron without one is general.
+
+    Args:
+        profile: of the base; says which neurons there are.
+        found: the labels.
+        min_confidence: a label of lower confidence makes its neuron general; one that tells no confidence counts.
+    """
     labels = {layer: [GENERAL] * count for layer, count in profile.layers.items()}
     for label in found.labels:
         if label.confidence is None or label.confidence >= min_confidence:
@@ -85,7 +89,7 @@ def import_labels(
     made_from = {**found.made_from, "labelled": len(found.labels), "weights": profile.info.weights}
     if min_confidence:
         made_from["min_confidence"] = min_confidence
-    return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from, found.groups), found
+    return groups_from_labels(profile.info.model, profile.info.model_type, labels, made_from, found.groups)
 
 
 def describe_groups(groups: NeuronGroups) -> Iterator[str]:

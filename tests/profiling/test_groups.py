@@ -93,7 +93,7 @@ LABELS = {
 @pytest.mark.parametrize("name", LABELS)
 def test_labels_made_elsewhere_are_taken(profile: NeuronProfile, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(LABELS[name])
-    groups, _ = import_labels(profile, tmp_path / name)
+    groups = import_labels(profile, tmp_path / name)
     assert groups.groups == ("general", "code", "math")
     assert groups.neurons_of("math", "layers.0").tolist() == [0]
     assert groups.neurons_of("code", "layers.0").tolist() == [23]
