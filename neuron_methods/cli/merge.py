@@ -82,6 +82,8 @@ def _sharpened(command: click.Command) -> click.Command:
             option.opts = ["-q", *option.opts]
         elif option.name == "device":
             option.help = "Compute on this device: auto, cpu, cuda, cuda:1, mps"
+        elif option.name == "async_write":
+            option.help = "With --no-safe-serialization; safetensors are written while the next tensor is merged anyway"
         elif option.name == "lora_merge_cache":
             option.help = "Not needed: adapters are applied as they are read"
     return command

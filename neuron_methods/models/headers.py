@@ -34,6 +34,14 @@ _DTYPES = {
 }
 
 
+_SPELLED = {dtype: spelled for spelled, dtype in _DTYPES.items()}
+
+
+def spelled_dtype(dtype: torch.dtype) -> str:
+    """Spell a dtype that a merge can take as safetensors does."""
+    return _SPELLED[dtype]
+
+
 class IndexFile(Foreign):
     """What is read of a *.index.json."""
 

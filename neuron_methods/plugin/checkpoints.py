@@ -8,7 +8,7 @@ one of a name. It reads names as they stand; here what `torch.compile` and `Dist
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,10 @@ class CheckpointLoader(LazyTensorLoader):
 
     Attributes:
         wrappers: what was taken out of all names, in words; empty where nothing was.
+        on_read: called with this loader and the name of a tensor before it is read.
     """
+
+    on_read: Callable[[CheckpointLoader, str], None] | None = None
 
     def __init__(self, index: ShardedTensorIndex, spelled: Mapping[str, str], lazy_unpickle: bool = True) -> None:
         super().__init__(index, lazy_unpickle)
@@ -59,6 +62,10 @@ class CheckpointLoader(LazyTensorLoader):
         """Give the name of a tensor within its file."""
         return self._spelled.get(name, name)
 
+    def file_of(self, name: str) -> Path:
+        """Give the file that a tensor lies in."""
+        return Path(self.index.base_path, self.index.tensor_paths[name])
+
     def get_tensor(
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
     ) -> Tensor | None:
@@ -69,7 +76,9 @@ class CheckpointLoader(LazyTensorLoader):
             if raise_on_missing:
                 raise KeyError(key)
             return None
-        file = os.path.join(self.index.base_path, paths[key])
+        file = str(self.file_of(key))
+        if self.on_read is not None:
+            self.on_read(self, key)
         with self.lock:
             if self._open_file != paths[key]:
                 self.current_shard, self._open_file = None, None

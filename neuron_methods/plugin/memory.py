@@ -16,6 +16,7 @@ from neuron_methods.methods.contract import PreparedMerge
 from neuron_methods.methods.footprint import bytes_of_method
 from neuron_methods.models.headers import Header
 from neuron_methods.plugin.seam import stored_name
+from neuron_methods.plugin.shards import WAITING
 from neuron_methods.support.memory import check_memory
 
 # Process with mergekit, torch and transformers loaded, before any tensor.
@@ -27,7 +28,8 @@ class MergeMemory:
     """Memory of a merge beyond the input files that are mapped, in bytes.
 
     Attributes:
-        shard: that a shard of the output may take before it is written; all of the output where others write it.
+        shard: that a shard of the output may take before it is written; all of the output where others write it. None
+            where each tensor is written at once: then as many of the largest wait as `ShardWriter` holds.
         measuring: what the pass before the merge takes.
         kept: what it leaves until the end.
         work: {tensor: (inputs, beyond what lies in files; scratch; the result)}, for those that are merged. Those that
@@ -36,7 +38,7 @@ class MergeMemory:
         on_device: what the largest of them takes there.
     """
 
-    shard: int = 0
+    shard: int | None = None
     measuring: int = 0
     kept: int = 0
     work: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -46,8 +48,10 @@ class MergeMemory:
     @property
     def peak(self) -> int:
         """What is taken at most."""
-        written = sum(size for _, _, size in self.work.values())
-        merging = max((sum(parts) + min(written - parts[2], self.shard) for parts in self.work.values()), default=0)
+        results = [size for _, _, size in self.work.values()]
+        waiting = WAITING * max(results, default=0) if self.shard is None else self.shard
+        written = sum(results)
+        merging = max((sum(parts) + min(written - parts[2], waiting) for parts in self.work.values()), default=0)
         inputs = max((inputs for inputs, _, _ in self.work.values()), default=0) if self.measuring else 0
         return max(inputs + self.measuring, self.kept + merging)
 
@@ -90,7 +94,8 @@ class MergeMemory:
         Raises:
             UserError: naming what is needed and what is free.
         """
-        advice = "smaller shards (--out-shard-size 1B), fewer models at a time, or a method that works in blocks help"
+        shards = "" if self.shard is None else "smaller shards (--out-shard-size 1B), "
+        advice = f"{shards}fewer models at a time, or a method that works in blocks help"
         check_memory(self.peak, f"{name}: the merge", advice)
         if self.on_device:
             check_memory(self.on_device, f"{name}: the merge", "--device cpu may do", self.device)

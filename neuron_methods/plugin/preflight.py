@@ -137,8 +137,9 @@ def inspect_plan(planner: Any) -> MergePlan:
 
 
 def _memory_of(options: MergeOptions) -> MergeMemory:
-    # A shard that others write is held while the next ones fill, however many they are.
-    return MergeMemory(sys.maxsize if options.async_write else options.out_shard_size, device=options.device or "cpu")
+    # Of pickles mergekit holds a shard, and where others write them the next ones, too, however many they are.
+    pickled = sys.maxsize if options.async_write else options.out_shard_size
+    return MergeMemory(None if options.safe_serialization else pickled, device=options.device or "cpu")
 
 
 class _Headers:

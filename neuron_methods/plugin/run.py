@@ -23,8 +23,10 @@ from neuron_methods.plugin.heads import Heads, heads_of_merge
 from neuron_methods.plugin.inputs import opened_models
 from neuron_methods.plugin.patches import arm
 from neuron_methods.plugin.preflight import MergePlan, inspect_plan
+from neuron_methods.plugin.reading import reading_ahead
 from neuron_methods.plugin.seam import any_dtype_name, models_in_order, quiet_mergekit
 from neuron_methods.plugin.session import MergeSession, SessionOptions
+from neuron_methods.plugin.shards import PlannedShape, streamed_shards
 from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import Unknown, check_structure, unknown_tensors
 from neuron_methods.plugin.token_maps import compare_token_maps
@@ -187,7 +189,12 @@ class MergeRun:
         session.architecture = self.architecture
         options = SessionOptions.of(self.options.model_copy(update=update), session)
         try:
-            with quiet_mergekit(), any_dtype_name():
+            with (
+                quiet_mergekit(),
+                any_dtype_name(),
+                streamed_shards(self._shapes_written),
+                reading_ahead(self._passes),
+            ):
                 mergekit.merge.run_merge(configuration, str(staging), options)
         except (RuntimeError, ValueError) as error:
             if session.planned_tensors:
@@ -196,6 +203,17 @@ class MergeRun:
             raise UserError(f"{self.name}: {self._cured(first_line(error))}") from error
         finally:
             session.close()
+
+    def _shapes_written(self) -> list[PlannedShape]:
+        """What will be written, in the order in which mergekit merges, which is that of the names."""
+        written = [(weight.name, inputs, size) for weight, inputs, size in self.plan.tensors if inputs]
+        shapes = [PlannedShape(name, next(iter(inputs.values())).shape, size) for name, inputs, size in written]
+        return sorted(shapes, key=lambda tensor: tensor.name)
+
+    def _passes(self) -> list[list[str]]:
+        """The tensors in the orders in which they are measured (as planned) and merged (by name), once planned."""
+        names = [weight.name for weight, _, _ in self.plan.tensors]
+        return [[name for name in names if name in self.plan.measured], sorted(names)] if names else []
 
     def _cured(self, said: str) -> str:
         """What mergekit says of a configuration, with what to do about a base that lacks a parameter."""
