@@ -70,19 +70,22 @@ def test_no_network_is_asked_about_what_is_here(checkpoints, tmp_path):
 
 PAUSING = """
     import sys, time
-    from mergekit.io.tensor_writer import TensorWriter
+    from pathlib import Path
     from neuron_methods.cli import main
+    from neuron_methods.plugin.shards import ShardWriter
 
-    save, saved = TensorWriter.save_tensor, []
+    save, saved = ShardWriter.save_tensor, []
 
     def pause(self, name, tensor, clone=False):
         save(self, name, tensor, clone)
         saved.append(name)
         if len(saved) == 5:
+            while not list(Path(self.out_path).glob("*.safetensors")):
+                time.sleep(0.01)
             print("merging", flush=True)
             time.sleep(60)
 
-    TensorWriter.save_tensor = pause
+    ShardWriter.save_tensor = pause
     main(["merge", "merge.yaml", "parent/out", "--force", "--out-shard-size", "3K"], prog_name="mergekit-neuron")
 """
 

@@ -122,15 +122,15 @@ def test_a_run_again_gives_the_same_bytes_in_any_order_of_the_experts_nearly(wor
 
 def test_the_verification_is_of_what_was_written(workspace, monkeypatch):
     folder = workspace("llama-tied")
-    from mergekit.io.tensor_writer import TensorWriter
+    from neuron_methods.plugin.shards import ShardWriter
 
-    original = TensorWriter.save_tensor
+    original = ShardWriter.save_tensor
 
     def forgetful(self, name, tensor, clone=False):
         if name != UP:
             original(self, name, tensor, clone)
 
-    monkeypatch.setattr(TensorWriter, "save_tensor", forgetful)
+    monkeypatch.setattr(ShardWriter, "save_tensor", forgetful)
     with pytest.raises(UserError, match=f"verification failed: tensor {UP} is missing"):
         merge()
     assert sorted(os.listdir(folder)) == ["base", *EXPERTS]
