@@ -66,7 +66,7 @@ _GROUPS = (
     "the answers, which its decoder reads"
 )
 _RECIPE = "for want of validation data, as TIES-Merging (arXiv:2306.01708) compares: λ 0.4; the top 20 %, λ 1"
-_ACTMAT = "the closed form that is published as ACTMat (arXiv:2604.01329): loudness own, ridge 0, toward zero, all rows"
+_ACTMAT = "the closed form of ACTMat (arXiv:2604.01329): loudness own, ridge 0, toward zero, all rows"
 _HALVES = "half of the inputs are measured on so many samples of each expert's task, half are its update's"
 #: Scales for an update that averages experts.
 _MEANS = (0.5, 0.75, 1.0, 1.4, 1.9, 2.5, 3.2, 4.0)
@@ -82,7 +82,7 @@ def ablations(experts: int) -> list[Candidate]:
 
     untouched = {"weight": 1.0, "density": 0.15, "gamma": 0.0}
     return [
-        row("the published steps"),
+        row("the steps as they are"),
         row("trimmed per tensor", trim="tensor"),
         row("density 0.5", density=0.5),
         row("nothing trimmed", density=1.0),
@@ -131,7 +131,7 @@ def candidates(experts: int) -> list[Candidate]:
     shares = {"threshold": 0.3, "general": 1.0, "out_group": 1.0}
     groups = tuple({"in_group": value, **shares} for value in (experts / 2, float(experts)))
     ours = [
-        Candidate("neuro_merging", "ours", "neuro_merging", note="as published: density 0.15, automatic λ₂"),
+        Candidate("neuro_merging", "ours", "neuro_merging", note="at its defaults: density 0.15, automatic λ₂"),
         Candidate("neuro_merging, density 0.5", "ours", "neuro_merging", densities(0.5), note="automatic λ₂"),
         Candidate("neuro_merging, norm", "ours", "neuro_merging", densities(0.5, lambda_orthogonal="norm"), note=_NORM),
         Candidate(
@@ -180,7 +180,7 @@ def untuned() -> list[Candidate]:
             "ours",
             "neuro_merging",
             ({"density": 0.1, "lambda_orthogonal": 2.7},),
-            note="as the authors' scripts evaluate it: the top 10 %, λ₂ 2.7 (others have 2.9)",
+            note="as a published script has it (Fang et al., eval.sh): the top 10 %, λ₂ 2.7, and 2.9 in a second run",
         ),
         Candidate("min_merging, untuned", "ours", "min_merging", note="at its defaults, which are ours"),
         Candidate("neuron_merge, untuned", "ours", "neuron_merge", (at_once,), note=f"at its defaults; {_GROUPS}"),

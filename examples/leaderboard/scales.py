@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 #: The rule that `neuro_merging` has by the name of ``auto``, and the one it has by the name of ``norm``.
-PUBLISHED = "published: 1 / (1 - sigma)"
+AUTO = "auto: 1 / (1 - sigma)"
 NORM = "norm of ψ = mean norm of τ, per neuron"
 
 
@@ -73,7 +73,7 @@ def rules(psi: torch.Tensor, task_vectors: list[torch.Tensor], density: float) -
     projection = sum((psi @ t).item() / (t @ t).item() for t in task_vectors) / count
     rms = math.sqrt(sum(x * x for x in whole) / count)
     return {
-        PUBLISHED: 1 / (1 - sigma),
+        AUTO: 1 / (1 - sigma),
         "norm of ψ = mean norm of trimmed": sum(parts) / count / norm,
         "norm of ψ = mean norm of τ": sum(whole) / count / norm,
         "norm of ψ = rms norm / sqrt(2)": rms / math.sqrt(2) / norm,
@@ -127,7 +127,7 @@ def explore(models: ZooModels, say: Callable[[str], None]) -> dict[str, Any]:
         curve = {scale: score(scaled(base, merged, scale)) for scale in GRID}
         scales = rules(flat(merged, base), task_vectors, settings["density"])
         ruled = {rule: (scale, interpolate(curve, scale)) for rule, scale in scales.items()}
-        ruled[PUBLISHED] = (scales[PUBLISHED], score(scaled(base, merged, scales[PUBLISHED])))
+        ruled[AUTO] = (scales[AUTO], score(scaled(base, merged, scales[AUTO])))
         for whole, of in ((True, "τ"), (False, "trimmed")):
             for unit in ("tensor", "neuron"):
                 weights = matched(merged, base, changed, 1.0 if whole else settings["density"], unit == "neuron")
@@ -135,8 +135,8 @@ def explore(models: ZooModels, say: Callable[[str], None]) -> dict[str, Any]:
         best = max(curve, key=curve.__getitem__)
         found[name] = {"best": (best, curve[best]), "rules": ruled, "curve": curve}
         say(
-            f"  {name}: best λ {best} scores {100 * curve[best]:.1f}, the published {scales[PUBLISHED]:.2f} "
-            f"{100 * ruled[PUBLISHED][1]:.1f}, norm {100 * ruled[NORM][1]:.1f}"
+            f"  {name}: best λ {best} scores {100 * curve[best]:.1f}, the automatic {scales[AUTO]:.2f} "
+            f"{100 * ruled[AUTO][1]:.1f}, norm {100 * ruled[NORM][1]:.1f}"
         )
     size = torch.cat([weights.flatten() for weights in base.values()]).norm().item()
     length = sum(tau.norm().item() for tau in task_vectors) / len(task_vectors) / size

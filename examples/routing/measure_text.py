@@ -37,7 +37,7 @@ CAPITALS = {
     **{"Russia": "Moscow", "China": "Beijing", "Kenya": "Nairobi", "Poland": "Warsaw", "Austria": "Vienna"},
     **{"Portugal": "Lisbon", "Sweden": "Stockholm", "Finland": "Helsinki", "Ireland": "Dublin"},
 }
-# The published defaults, and ties and task arithmetic over a small grid of their scale.
+# The defaults of ours, and ties and task arithmetic over a small grid of their scale.
 STATIC: list[tuple[str, dict[str, Any]]] = [
     ("neuro_merging", {}),
     ("min_merging", {}),

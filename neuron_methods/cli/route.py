@@ -56,7 +56,7 @@ Further keys, with their defaults
     hidden: 256
     top_k: 2
     temperature: 1.0
-    ood_score: combined  or probability (the paper's), energy, distance
+    ood_score: combined  or probability, energy, distance
     in_domain_share: 0.95   of calibration inputs that pass as in domain
     ood_margin: 0.0      lowers the threshold by so many times its gap to their median
     samples: 400         of each expert
@@ -99,9 +99,10 @@ def route(
 ) -> None:
     """Make OUT, a routed model, as the YAML CONFIG says: adapters, a router, layers merged per input.
 
-    Three stages of MIN-Merging (arXiv:2510.17890): every expert is stripped of what its own calibration data do not
-    miss; a router is trained to tell whose an input is; at run time an expert's core layers come from it alone, its
-    redundant ones from the other chosen experts, and an input that is nobody's is left to the base.
+    Three stages after MIN-Merging, arXiv:2510.17890 (Liang, reviews); their details are ours. Every expert is stripped
+    of what its own calibration data do not miss; a router is trained to tell whose an input is; at run time an expert's
+    core layers come from it alone, its redundant ones from the other chosen experts, and an input that is nobody's is
+    left to the base.
 
     With --static OUT is one plain checkpoint instead, to see how close it comes: the adapters merged by
     neuron_response, with what each expert's layers are given on 40 samples of its data, which is kept in OUT.inputs.

@@ -33,7 +33,7 @@ def reduce_elected(values: Tensor, signs: Tensor, consensus: str = "mean") -> Te
     Args:
         values: shape (experts, ..., row).
         signs: elected signs, shape (..., row), every tie already resolved.
-        consensus: `mean` of the nonzero values with the elected sign (the paper), or their `sum` (ours).
+        consensus: `mean` of the nonzero values with the elected sign, or their `sum` (ours).
 
     Returns:
         Shape (..., row), dtype of `values`; 0 where no expert carries the elected sign.

@@ -39,9 +39,10 @@ _STANDARD_ERRORS = 4.0
 
 
 def kept_rank(entries: int, density: float) -> int:
-    """Compute the threshold's rank of n entries: ⌊n·(1 − density)⌋, in floating point as the published code does.
+    """Compute the threshold's rank of n entries: ⌊n·(1 − density)⌋, in floating point.
 
-    It counts from 1 in ascending order of the magnitudes; 0 where everything is kept. `density` is in (0, 1].
+    The published code computes it so (Fang et al., merging_methods.py). It counts from 1 in ascending order of the
+    magnitudes; 0 where everything is kept. `density` is in (0, 1].
     """
     return int(entries * (1 - density))
 

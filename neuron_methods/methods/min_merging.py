@@ -1,7 +1,8 @@
 """MIN-Merging, static: every expert keeps its most important neurons, and neurons several want are shared out.
 
 Liang, "MIN-Merging: Merge the Important Neurons for Model Merging", arXiv:2510.17890; the plain checkpoint for those
-who do not want the router. The paper gives no closed formula, so this one is explicit:
+who do not want the router. That it is one, and its formula, are ours: MIN-Merging itself has a router (Liang,
+abstract), and its equations were not to be had.
 
 1. Importance  of neuron i to expert t, over all slices of tensors the neuron owns:    kernels/select.py
                `magnitude`   ‖τ_t,i‖ / ‖θ₀,i‖
@@ -30,6 +31,7 @@ from neuron_methods.methods.neuron_importance import NeuronNorms, measure_norms,
 from neuron_methods.methods.neuron_layout import Slices
 from neuron_methods.methods.parameters import choice, method_spec, number, text
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.sources import LIANG, ours
 
 NAME = "min_merging"
 
@@ -42,7 +44,7 @@ class MinMerging(DelegatingMethod):
     spec = method_spec(
         NAME,
         "MIN-Merging",
-        "https://arxiv.org/abs/2510.17890",
+        LIANG,
         number("weight", 0, default=1.0, of="expert", about="its say where several want a neuron, its factor in a sum"),
         number("density", 0, 1, low_open=True, default=0.5, of="expert", about="share of neurons the expert keeps"),
         choice("importance", "magnitude", "activation", "taylor", of="expert", about="what makes a neuron important"),
@@ -54,6 +56,17 @@ class MinMerging(DelegatingMethod):
         choice("attention", "rows", "keep", "drop", about="its rows: selected by magnitude, all kept, or the base's"),
         method_of("rest", "base", default="linear", about="merge method for embeddings, norms and heads, or base"),
         choice("embeddings", "rest", "mean", about="token embeddings: as rest has it, or the mean of the updates"),
+        ours=(
+            ours(
+                "that it is one plain checkpoint: MIN-Merging is a framework with a router (Liang, abstract), which "
+                "`mergekit-neuron route` makes"
+            ),
+            ours(
+                "how importance is measured, what share of the neurons is kept, and who gets a neuron that several "
+                "experts keep: no equation of the method was at hand"
+            ),
+            ours("that attention goes by its rows, and what belongs to no neuron by an ordinary merge method"),
+        ),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMinMerging:

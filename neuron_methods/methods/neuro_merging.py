@@ -11,20 +11,23 @@ together for a tensor:
 5. Points   0-D and 1-D tensors: elect and average entry by entry                         kernels/elect.py
 6. Scale    θ₀ + λ₁ ψ_∥ + λ₂ ψ_⊥; points with λ₂. Without validation data λ₁ = 0 and λ₂ = 1 / (1 − σ)
 
-Four choices are ours, and off by default:
+Of what is ours, the list in the method's spec tells everything; four forms need more words, and are off by default:
 
 - `lambda_orthogonal: norm`: λ₂ differs by neuron. It makes ψ_⊥ as long as the experts' updates of that neuron are on
-  average before trimming (of the whole tensor for points): data-free as the published one, but of a size that neither
+  average before trimming (of the whole tensor for points): data-free as 1 / (1 − σ) is, but of a size that neither
   the number of experts nor the kind of consensus changes.
 - `spectral_exponent` p below 1: λ₂ ψ_⊥ of all neurons of a tensor together, as a matrix U S Vᵀ, becomes c U Sᵖ Vᵀ of
   the same length (kernels/spectrum.py), and what is then parallel to a neuron's base weights is taken out again.
 - `embeddings: mean`: tables of token embeddings, which are no linear layers, become the mean of the experts' tables
-  by weight, without trimming. The published code merges them row by row, as any matrix.
+  by weight, without trimming. The published code merges them row by row, as any matrix (Fang et al., merge_7b.py).
 - `trim: differing`: step 1 keeps the entries of a tensor in which the experts differ most, the same for all experts,
   instead of each expert's largest (kernels/trim.py).
 
-The published code multiplies the reduced coefficients of step 3 by w / ‖w‖; the paper's definition of the projection
-asks for w, and w is what is done here. It matters only where λ₁ ≠ 0.
+In step 3 the published code multiplies the reduced coefficients by w / ‖w‖ (Fang et al., NeuroMerging.py). The
+definition of the projection asks for w (Fang et al., section 3), and w is what is done here; it matters only where
+λ₁ ≠ 0. In step 6 the published code has two modes: without λ₁ points are scaled by λ₂ (Fang et al., inference.py);
+with both scales one half of ψ goes with each, so that points are scaled by (λ₁ + λ₂) / 2, and by λ₂ / 2 where λ₁ is 0
+(Fang et al., merging_methods.py). `lambda_points: mean` is the second one.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ from neuron_methods.methods.contract import (
 from neuron_methods.methods.parameters import choice, method_spec, number, text
 from neuron_methods.methods.trim_profile import TrimProfile, measure_model, measure_tensor, measure_tensors
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.sources import FANG, ours
 
 
 def is_packed(name: str) -> bool:
@@ -65,7 +69,7 @@ class NeuroMerging(PlannedMethod):
     spec = method_spec(
         "neuro_merging",
         "NeuroMerging",
-        "https://arxiv.org/abs/2503.05320",
+        FANG,
         number("weight", default=1.0, of="expert", about="multiplies the expert's task vector after trimming"),
         number("density", 0, 1, low_open=True, default=0.15, of="expert", about="share of the update's entries kept"),
         choice("trim", "model", "tensor", "differing", about="keep what is largest, or what experts differ in most"),
@@ -81,9 +85,48 @@ class NeuroMerging(PlannedMethod):
         ),
         number("rank_energy", 0, 1, low_open=True, default=1.0, about="cumulative energy of the singular vectors kept"),
         number("spectral_exponent", 0, 1, default=1.0, about="power of the singular values of the orthogonal part"),
-        choice("consensus", "mean", "sum", about="mean of the values of the elected sign (the paper), or their sum"),
-        choice("embeddings", "rows", "mean", about="token embeddings: row by row (the paper), or their mean"),
+        choice("consensus", "mean", "sum", about="mean of the values of the elected sign, or their sum"),
+        choice("embeddings", "rows", "mean", about="token embeddings: row by row, or their mean"),
         text("profile", about="file written by --profile-out: thresholds and sigma are read instead of measured"),
+        ours=(
+            ours(
+                "the share of an update that is kept, 15 %, is the default here; that of the published code is 20 % "
+                "(Fang et al., merge_7b.py)",
+                density=lambda share: share == 0.15,
+            ),
+            ours("each expert's trimmed update is multiplied by a weight", weight=lambda weight: weight != 1),
+            ours("each expert's update is trimmed in every tensor by itself", trim="tensor"),
+            ours(
+                "instead of each expert's largest entries, those are kept in which the experts differ most",
+                trim="differing",
+            ),
+            ours(
+                "the merged coefficient of the parallel parts multiplies the neuron's base weights, by the definition "
+                "of the projection (Fang et al., section 3), where the published code multiplies them at length 1 "
+                "(Fang et al., NeuroMerging.py)",
+                lambda_parallel=lambda scale: scale != 0,
+            ),
+            ours(
+                "norms and biases are scaled by λ₂ alone, where the published code for tuning both scales takes their "
+                "mean (Fang et al., merging_methods.py)",
+                lambda_parallel=lambda scale: scale != 0,
+                lambda_points="orthogonal",
+            ),
+            ours(
+                "every neuron's merged update is made as long as the experts' are on average", lambda_orthogonal="norm"
+            ),
+            ours(
+                "the singular values of every tensor's merged update are raised to a power below 1, and its length is "
+                "kept",
+                spectral_exponent=lambda power: power < 1,
+            ),
+            ours("values that carry the elected sign are added up, not averaged", consensus="sum"),
+            ours(
+                "token embeddings are the mean of the experts', untrimmed, where the published code merges them row by "
+                "row as any matrix (Fang et al., merge_7b.py)",
+                embeddings="mean",
+            ),
+        ),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuroMerging:

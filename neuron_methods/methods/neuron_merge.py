@@ -31,6 +31,7 @@ from neuron_methods.methods.groups_file import GENERAL, NeuronGroups
 from neuron_methods.methods.neuron_layout import Slices
 from neuron_methods.methods.parameters import method_spec, number, text
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.sources import GU, ours
 
 NAME = "neuron_merge"
 # The default of `within`. Its formula is a sum of task vectors, which needs no detour over another method.
@@ -47,7 +48,7 @@ class NeuronMerge(DelegatingMethod):
     spec = method_spec(
         NAME,
         "NeuronMerge",
-        "https://aclanthology.org/2025.findings-acl.471/",
+        GU,
         text("groups", about="file of mergekit-neuron groups, of the base model"),
         text("group", of="expert", about="functional group the expert was trained for"),
         number("weight", default=1.0, of="expert", about="multiplies the expert's task vector in all groups"),
@@ -57,6 +58,18 @@ class NeuronMerge(DelegatingMethod):
         number("lambda", default=1.0, about="scale of the merged update, and of rest's where its method has a lambda"),
         method_of("within", default=PLAIN, about="merge method within a group"),
         method_of("rest", "base", default=PLAIN, about="merge method for everything that is no MLP neuron's, or base"),
+        ours=(
+            ours(
+                "how neurons come into groups: unless labels were imported, by the domain that has the largest share "
+                "of a neuron's top activations, from a threshold of 0.6 on, where descriptions of neurons decide (Gu "
+                "et al., abstract); and how `mergekit-neuron describe` asks a language model for those"
+            ),
+            ours(
+                "the factors of an expert in its own group, in general neurons and in others' groups: 1, 0.5 and 0 "
+                "unless they are set"
+            ),
+            ours("that any merge method may work within a group, and merges everything that is no MLP neuron's"),
+        ),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuronMerge:

@@ -42,6 +42,7 @@ from neuron_methods.methods.contract import (
 from neuron_methods.methods.parameters import choice, method_spec, number, text
 from neuron_methods.methods.response_inputs import MeasuredInputs
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.sources import ACTMAT, FANG, REGMEAN, WUDI, Kin, ours
 
 NAME = "neuron_response"
 
@@ -54,7 +55,7 @@ class NeuronResponse(PlannedMethod):
     spec = method_spec(
         NAME,
         "merging by response",
-        "https://arxiv.org/abs/2503.08099",
+        None,
         number("weight", 0, default=1.0, of="expert", about="how much the expert's inputs count; ratios matter"),
         number(
             "ridge",
@@ -80,6 +81,19 @@ class NeuronResponse(PlannedMethod):
         number("lambda", default=1.0, about="scale of the merged update, times what undoes the ridge's shrinking"),
         choice("points", "mean", "sum", about="how norms and biases are merged"),
         choice("embeddings", "mean", "rows", about="token embeddings: mean of the updates, or by response"),
+        ours=(
+            ours(
+                "that experts count alike, by dividing the inputs of each by their energy; the ridge, and that its "
+                "shrinking is undone; what holds where no inputs say anything; adapters that stay in their factors; "
+                "token embeddings, norms and biases by their mean"
+            ),
+        ),
+        kin=(
+            Kin(WUDI, "the objective, to which it descends step by step; here it is solved, with a ridge"),
+            Kin(ACTMAT, "the closed form without data, at ridge 0, toward zero, with experts as loud as their updates"),
+            Kin(REGMEAN, "the closed form with measured inputs, at ridge 0"),
+            Kin(FANG, "the split of a neuron's update at its base weights, which `subspace: orthogonal` takes over"),
+        ),
     )
 
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedNeuronResponse:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from mergekit.merge_methods.base import (
@@ -20,19 +21,45 @@ from mergekit.merge_methods.base import (
 from pydantic import PlainValidator
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.sources import Kin, OwnChoice, Source
 
 Of = Literal["merge", "expert"]
 
 
-def method_spec(name: str, pretty_name: str, url: str, *parameters: ParameterSpec) -> MergeMethodSpec:
+@dataclass(frozen=True)
+class OwnMethodSpec(MergeMethodSpec):
+    """What mergekit knows of a method, and what of it is whose.
+
+    Attributes:
+        source: what it is after; None where it is ours altogether.
+        ours: what it does otherwise than its source, or where no source says what to do.
+        kin: methods of others that resemble it.
+    """
+
+    source: Source | None = None
+    ours: tuple[OwnChoice, ...] = ()
+    kin: tuple[Kin, ...] = ()
+
+
+def method_spec(
+    name: str,
+    pretty_name: str,
+    source: Source | None,
+    *parameters: ParameterSpec,
+    ours: tuple[OwnChoice, ...],
+    kin: tuple[Kin, ...] = (),
+) -> OwnMethodSpec:
     """Describe a method of ours to mergekit: all of them take a base and at least one expert.
 
-    `pretty_name` and `url` are the paper's; users see the parameters in this order.
+    `source`, `ours` and `kin` are as in `OwnMethodSpec`; users see the parameters in this order.
     """
-    return MergeMethodSpec(
+    return OwnMethodSpec(
         name=name,
         pretty_name=pretty_name,
-        reference_url=url,
+        reference_url=source.url if source is not None else None,
+        source=source,
+        ours=ours,
+        kin=kin,
         parameters=parameters,
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,

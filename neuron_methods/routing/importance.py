@@ -1,7 +1,7 @@
 """How important the layers and neurons of one expert's update are: stage 1's order of trial, and what it keeps.
 
-A neuron is an MLP neuron with all that it owns (`neurons`), or one row of any other module that carries LoRA. MIN-
-Merging (arXiv:2510.17890) names no formula; these are ours, in the notation of the static `min_merging`:
+A neuron is an MLP neuron with all that it owns (`neurons`), or one row of any other module that carries LoRA. These
+formulas are ours, as none of MIN-Merging (arXiv:2510.17890) was at hand, in the notation of the static `min_merging`:
 
 - ``magnitude``: ‖τ_n‖ / ‖θ₀_n‖ over all weights that neuron n owns and the expert updates;
 - ``activation``: mean |a_n| · ‖outgoing weights of n‖ with the expert's weights, on its calibration data;

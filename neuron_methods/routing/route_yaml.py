@@ -131,8 +131,8 @@ class RouterSettings(_Section):
         hidden: width of the MLP.
         top_k: experts chosen per input.
         temperature: divides the logits.
-        ood_score: what tells whether an input is in domain: largest ``probability`` (the paper's), ``energy`` of the
-            logits, ``distance`` to the nearest expert's inputs, or the lower of the last two, ``combined``.
+        ood_score: what tells whether an input is in domain: largest ``probability``, ``energy`` of the logits,
+            ``distance`` to the nearest expert's inputs, or the lower of the last two, ``combined``.
         in_domain_share: of in-domain calibration inputs, that pass the threshold.
         ood_margin: lowers the threshold by so many times its gap to the calibration inputs' median score.
         samples: of each expert's data.

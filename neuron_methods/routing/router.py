@@ -3,10 +3,10 @@
 The MLP has one output per expert and one for *nobody*: beside the experts' inputs it is trained on outliers, made from
 the inputs themselves (`router_training`) or given as background data. Probabilities are over the experts alone.
 
-The paper sends an input to the plain base when no expert's probability reaches a threshold. There are more scores to
-choose from:
+An input goes to the plain base when its score does not reach a threshold. That, nobody's class, and the choice of
+scores are ours:
 
-- ``probability``: the largest p_e over experts and nobody, the paper's;
+- ``probability``: the largest p_e over experts and nobody;
 - ``energy``: T · log Σ_e exp(z_e / T) of the experts' logits z at temperature T (Liu et al., arXiv:2010.03759);
 - ``distance``: minus the root mean square distance to the nearest expert's mean in the pooled hidden states, measured
   in the metric of the scatter within experts (after Lee et al., arXiv:1807.03888): axes of large scatter count little.

@@ -3,7 +3,7 @@
 Input b has probabilities p over experts. The `top_k` largest are chosen, and their weights w are p renormalised over
 them. Let e be the first of them. A layer that is core to e gets e's update alone; a layer that is redundant for e gets
 Σ_{j≠e} w_j τ_j over the other chosen experts: w is not blown up to sum to 1 over them, so that an input the router is
-sure of is left alone by experts that have no say in it (the paper leaves this open). An input out of domain gets
+sure of is left alone by experts that have no say in it (ours: no source was found). An input out of domain gets
 nobody's update.
 """
 

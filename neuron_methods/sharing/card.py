@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +22,13 @@ from mergekit.merge_methods import registry
 from pydantic import Field
 
 from neuron_methods import __version__
+from neuron_methods.methods.parameters import OwnMethodSpec
 from neuron_methods.plugin.seam import models_in_order
-from neuron_methods.sharing.card_sections import card_text, markdown, with_section
+from neuron_methods.sharing.card_sections import card_text, markdown, own_section, with_section
 from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.licences import Licences, find_licences
 from neuron_methods.sharing.model_names import ModelNames, parts_of, reduced_yaml
-from neuron_methods.sharing.settings import profiled_datasets, variants_of
+from neuron_methods.sharing.settings import own_choices, profiled_datasets
 from neuron_methods.sharing.snippets import heads_section, loading_snippet, pipeline_tag
 from neuron_methods.support.documents import Foreign, front_matter, read_json, validated
 from neuron_methods.support.errors import UserError
@@ -126,7 +127,7 @@ def make_card(
         f"# {markdown(name)}",
         _opening(configuration, names, models, adapter),
         *_licence_section(licences),
-        _method_section(citation, variants_of(configuration)),
+        _method_section(citation, configuration),
         *([options.report_section.strip()] if options.report_section else []),
         *([_evaluation_section(options.evaluation)] if options.evaluation else []),
         f"## How to load it\n\n{loading_snippet(place)}",
@@ -182,12 +183,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def citation_of(method: str) -> Citation:
-    """Find the method's paper; of a method that is not in our table, what mergekit knows of it."""
+    """Find what there is to say of a method; of one that is not in our table, what mergekit knows of it."""
     if method in CITATIONS:
         return CITATIONS[method]
     spec = registry.get(method).spec
-    name = spec.pretty_name or spec.name
-    return Citation(name, "It is described where the link leads.", "", spec.reference_url or "", "")
+    return Citation(spec.pretty_name or spec.name, "It is described where the link leads.", None, "")
 
 
 def with_model_id(card: str, repository: str) -> str:
@@ -219,7 +219,8 @@ def with_evaluation(card: str, evaluation: dict[str, Any], name: str) -> str:
 
 def _opening(configuration: MergeConfiguration, names: ModelNames, models: list[ModelReference], adapter: bool) -> str:
     method = citation_of(configuration.merge_method)
-    linked = f"[{method.name}]({method.url})" if method.url else method.name
+    url = _url_of(configuration.merge_method)
+    linked = f"[{method.name}]({url})" if url else method.name
     what = "This LoRA adapter is the update of a merge" if adapter else "This is a merge of fine-tuned models"
     base = configuration.base_model
     on_base = f" on the base {names.markdown(base)}" if base is not None else ""
@@ -237,10 +238,21 @@ def _licence_section(licences: Licences) -> list[str]:
     ]
 
 
-def _method_section(citation: Citation, variants: Sequence[str]) -> str:
-    paper = f"\n\n[{citation.paper}]({citation.url})" if citation.paper else f"\n\n{citation.url}".rstrip()
-    ours = f" Not as in the paper: {'; '.join(variants)}." if variants else ""
-    return f"## Method: {citation.name}\n\n{citation.text}{ours}{paper}"
+def _url_of(method: str) -> str:
+    source = citation_of(method).source
+    return source.url if source is not None else registry.get(method).spec.reference_url or ""
+
+
+def _method_section(citation: Citation, configuration: MergeConfiguration) -> str:
+    spec = registry.get(configuration.merge_method).spec
+    parts = [f"## Method: {citation.name}", citation.text]
+    if citation.source is not None:
+        parts.append(f"[{citation.source.line}]({citation.source.url})")
+    elif spec.reference_url:
+        parts.append(spec.reference_url)
+    if isinstance(spec, OwnMethodSpec):
+        parts.append(own_section(own_choices(configuration, spec), spec.source, spec.kin))
+    return "\n\n".join(filter(None, parts))
 
 
 def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult]:

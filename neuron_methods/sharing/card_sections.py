@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from huggingface_hub import ModelCardData
 
+from neuron_methods.support.sources import Kin, Source
 from neuron_methods.support.text import shortened
 
 
@@ -24,6 +25,22 @@ def markdown(name: str) -> str:
 def code(name: str) -> str:
     """Write a name as code."""
     return f"`{name}`" if re.fullmatch(r"[\w .,:@+/-]+", name) else f"<code>{markdown(name)}</code>"
+
+
+def own_section(own: Sequence[str], source: Source | None, kin: Sequence[Kin] = ()) -> str:
+    """Tell what of a method is ours, and which methods of others it resembles; empty where there is neither.
+
+    Args:
+        own: clauses.
+        source: what it is after; None where the method is ours.
+        kin: methods of others.
+    """
+    whose = "Ours, where its paper or the code beside it does otherwise, or no source was found:"
+    if source is None:
+        whose = "A method of mergekit-neuron, which no paper describes. Ours beside what it shares with its kin:"
+    parts = ["\n".join([whose, "", *(f"- {clause}" for clause in own)])] if own else []
+    shared = [f"- [{one.source.line}]({one.source.url}): {one.shares}" for one in kin]
+    return "\n\n".join([*parts, *(["\n".join(["Its kin:", "", *shared])] if shared else [])])
 
 
 def with_section(card: str, section: str, before: str = "## How to load it") -> str:

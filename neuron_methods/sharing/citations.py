@@ -1,26 +1,27 @@
-"""What a merge method does in three sentences, its paper, and how to cite it."""
+"""What a merge method does in three sentences, where it is from, and how to cite it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from neuron_methods.support import sources
+from neuron_methods.support.sources import Source
+
 
 @dataclass(frozen=True)
 class Citation:
-    """A method's name and what it does, in three sentences; its paper, in one line, where to read it, its BibTeX."""
+    """A method's name and what it does, in three sentences; its source, None where it is ours; BibTeX."""
 
     name: str
     text: str
-    paper: str
-    url: str
+    source: Source | None
     bibtex: str
 
 
 MERGEKIT = Citation(
     name="mergekit",
     text="",
-    paper="Goddard et al., Arcee's MergeKit: A Toolkit for Merging Large Language Models, EMNLP 2024 (Industry Track)",
-    url="https://arxiv.org/abs/2403.13257",
+    source=sources.MERGEKIT,
     bibtex="""@inproceedings{goddard-etal-2024-arcees,
   title     = {Arcee's {M}erge{K}it: A Toolkit for Merging Large Language Models},
   author    = {Goddard, Charles and Siriwardhana, Shamane and Ehghaghi, Malikeh and Meyers, Luke and
@@ -35,8 +36,7 @@ _TASK_ARITHMETIC = Citation(
     name="Task Arithmetic",
     text="A task vector is the difference between an expert's weights and the base's. The task vectors of all experts "
     "are weighted and summed. The sum, times a scale, is added to the base.",
-    paper="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023",
-    url="https://arxiv.org/abs/2212.04089",
+    source=sources.TASK_ARITHMETIC,
     bibtex="""@inproceedings{ilharco2023editing,
   title     = {Editing Models with Task Arithmetic},
   author    = {Ilharco, Gabriel and Ribeiro, Marco Tulio and Wortsman, Mitchell and Gururangan, Suchin and
@@ -50,8 +50,7 @@ _TIES = Citation(
     name="TIES",
     text="Each task vector keeps only its largest entries. Every entry elects a sign by the sum over the experts. The "
     "values that carry the elected sign are averaged and added to the base.",
-    paper="Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023",
-    url="https://arxiv.org/abs/2306.01708",
+    source=sources.TIES,
     bibtex="""@inproceedings{yadav2023ties,
   title     = {{TIES}-Merging: Resolving Interference When Merging Models},
   author    = {Yadav, Prateek and Tam, Derek and Choshen, Leshem and Raffel, Colin and Bansal, Mohit},
@@ -64,9 +63,7 @@ _DARE = Citation(
     name="DARE",
     text="Each task vector loses a random share of its entries. What is left is scaled up to make good for it. The "
     "sparse task vectors are merged and added to the base.",
-    paper="Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, "
-    "ICML 2024",
-    url="https://arxiv.org/abs/2311.03099",
+    source=sources.DARE,
     bibtex="""@inproceedings{yu2024language,
   title     = {Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch},
   author    = {Yu, Le and Yu, Bowen and Yu, Haiyang and Huang, Fei and Li, Yongbin},
@@ -79,9 +76,7 @@ _SOUPS = Citation(
     name="Linear",
     text="The weights of all models are averaged entry by entry. Each model has a weight of its own. The average is "
     "taken in weight space, so that the result costs no more than one model to run.",
-    paper="Wortsman et al., Model Soups: Averaging Weights of Multiple Fine-tuned Models Improves Accuracy without "
-    "Increasing Inference Time, ICML 2022",
-    url="https://arxiv.org/abs/2203.05482",
+    source=sources.SOUPS,
     bibtex="""@inproceedings{wortsman2022model,
   title     = {Model Soups: Averaging Weights of Multiple Fine-tuned Models Improves Accuracy without Increasing
                Inference Time},
@@ -93,22 +88,6 @@ _SOUPS = Citation(
 }""",
 )
 
-#: Forms of `neuro_merging` that are not the paper's, by parameter and value; of a number, by whether it is below 1.
-VARIANTS: dict[str, dict[str, str]] = {
-    "trim": {
-        "tensor": "each expert's update is trimmed in every tensor by itself",
-        "differing": "instead of each expert's largest entries, those are kept in which the experts differ most",
-    },
-    "consensus": {"sum": "values that carry the elected sign are added up, not averaged"},
-    "lambda_orthogonal": {
-        "norm": "every neuron's merged update is made as long as the experts' are on average",
-    },
-    "spectral_exponent": {
-        "below 1": "the singular values of every tensor's merged update are raised to a power below 1, and its length "
-        "is kept"
-    },
-}
-
 CITATIONS: dict[str, Citation] = {
     "neuro_merging": Citation(
         name="NeuroMerging",
@@ -117,9 +96,7 @@ CITATIONS: dict[str, Citation] = {
         "the neuron is to the input it already reads, and the part orthogonal to them, which makes it read something "
         "new. The two parts are merged apart, the orthogonal one along its singular vectors, by electing a sign and "
         "averaging the values that carry it.",
-        paper="Fang et al., To See a World in a Spark of Neuron: Disentangling Multi-Task Interference for "
-        "Training-Free Model Merging, EMNLP 2025",
-        url="https://arxiv.org/abs/2503.05320",
+        source=sources.FANG,
         bibtex="""@inproceedings{fang-etal-2025-neuromerging,
   title     = {To See a World in a Spark of Neuron: Disentangling Multi-Task Interference for Training-Free Model
                Merging},
@@ -136,8 +113,7 @@ CITATIONS: dict[str, Citation] = {
         text="Every expert ranks the neurons of its update by importance and keeps the top share of them; the rest of "
         "its update is dropped. A neuron that several experts keep is shared out by weight and importance, or goes to "
         "the one that wants it most. A neuron is merged whole, over all the weights that it owns.",
-        paper="Liang, MIN-Merging: Merge the Important Neurons for Model Merging, 2025",
-        url="https://arxiv.org/abs/2510.17890",
+        source=sources.LIANG,
         bibtex="""@misc{liang2025minmerging,
   title  = {{MIN}-Merging: Merge the Important Neurons for Model Merging},
   author = {Liang, Yunfei},
@@ -152,8 +128,7 @@ CITATIONS: dict[str, Citation] = {
         "Neurons of one group are merged by task arithmetic with coefficients of their own: an expert counts in the "
         "group it was trained for, less in general neurons, and little or not at all in the groups of others. "
         "Everything that is no MLP neuron's is merged by an ordinary method.",
-        paper="Gu et al., NeuronMerge: Merging Models via Functional Neuron Groups, Findings of ACL 2025",
-        url="https://aclanthology.org/2025.findings-acl.471/",
+        source=sources.GU,
         bibtex="""@inproceedings{gu-etal-2025-neuronmerge,
   title     = {{N}euron{M}erge: Merging Models via Functional Neuron Groups},
   author    = {Gu, Wangyun and Gao, Qianghua and Li-Xin, Zhang and Shen, Xu and Ye, Jieping},
@@ -169,14 +144,18 @@ CITATIONS: dict[str, Citation] = {
         "trained on, unless they are measured. Every neuron gets the update that answers each expert's inputs as that "
         "expert's neuron does, by least squares with a ridge whose shrinking is undone. Norms, biases and token "
         "embeddings are averaged.",
-        paper="A method of this package; its objective is that of Cheng et al., Whoever Started the Interference "
-        "Should End It: Guiding Data-Free Model Merging via Task Vectors, ICML 2025",
-        url="https://arxiv.org/abs/2503.08099",
+        source=None,
         bibtex="""@inproceedings{cheng2025whoever,
   title     = {Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors},
   author    = {Cheng, Runxi and Xiong, Feng and Wei, Yongxian and Zhu, Wanyun and Yuan, Chun},
   booktitle = {International Conference on Machine Learning},
   year      = {2025},
+}
+@inproceedings{jin2023dataless,
+  title     = {Dataless Knowledge Fusion by Merging Weights of Language Models},
+  author    = {Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2023},
 }""",
     ),
     "linear": _SOUPS,

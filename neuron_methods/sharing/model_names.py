@@ -1,7 +1,7 @@
 """What models are called where others read it: repositories of the Hub by id, local directories by a short name.
 
 A path of this machine says nothing to others and may say too much, and `experts/math` on a card would pass for a
-repository. So whatever is published shows of a local path only the last component that tells it from the others, and
+repository. So whatever is uploaded shows of a local path only the last component that tells it from the others, and
 in a YAML with `./` before it, which no repository's id begins with.
 """
 

@@ -118,7 +118,7 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
         raise UserError(f"no recipe for {family} by {method}; there are: {', '.join(methods)}")
     adapters = "+" in experts[0]
     fitting = [r for r in of_family if r.method == method]
-    # One that asks for no data and takes the same kind of experts, and rather a published set-up than the small one.
+    # One that asks for no data and takes the same kind of experts, and rather a known set-up than the small one.
     recipe = min(
         fitting,
         key=lambda r: (r.has_all("profile"), ("+" in str(r.stages[0]["models"])) != adapters, "small" in r.name),

@@ -1,4 +1,4 @@
-"""What a merge's YAML sets, as far as a card tells it: forms that are not the paper's, and the profiles' data."""
+"""What a merge's YAML sets, as far as a card tells it: what of the method is ours, and the profiles' data."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from mergekit.config import MergeConfiguration
 
-from neuron_methods.sharing.citations import VARIANTS
+from neuron_methods.methods.parameters import OwnMethodSpec
 from neuron_methods.support.errors import UserError
 
 # HUB-ID[@CONFIG]:SPLIT[:COLUMNS], as `mergekit-neuron profile --data` takes it.
 _OF_THE_HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(@[^:]*)?:.+")
 
 
-def variants_of(configuration: MergeConfiguration) -> list[str]:
-    """Tell what the merge does otherwise than the paper, a clause each, by what its YAML sets anywhere."""
-    found: list[str | None] = []
+def own_choices(configuration: MergeConfiguration, spec: OwnMethodSpec) -> list[str]:
+    """Tell what of the merge is ours, a clause each, by what its YAML sets anywhere, else by the defaults."""
+    values: dict[str, list[Any]] = {parameter.name: [] for parameter in spec.parameters}
     for name, value in _settings(configuration.model_dump(exclude_none=True)):
-        below = isinstance(value, int | float) and value < 1
-        if configuration.merge_method == "neuro_merging" and name in VARIANTS:
-            found.append(VARIANTS[name].get("below 1" if below else str(value)))
-    return list(dict.fromkeys(filter(None, found)))
+        values.setdefault(name, []).append(value)
+    for parameter in spec.parameters:
+        values[parameter.name] = values[parameter.name] or [parameter.default]
+    return [own.text for own in spec.ours if own.holds(values)]
 
 
 def profiled_datasets(configuration: MergeConfiguration) -> list[str]:

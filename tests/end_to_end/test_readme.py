@@ -253,7 +253,7 @@ def test_defaults_told_in_sentences():
     neuron_methods.register()
     own = {parameter.name: parameter.default for parameter in registry.get("neuro_merging").spec.parameters}
     benchmarks = " ".join(DOCUMENTS[ROOT / "examples/benchmarks/README.md"].split())
-    assert f"the published defaults (density {own['density']}, automatic λ₂)" in benchmarks
+    assert f"its defaults (density {own['density']}, automatic λ₂)" in benchmarks
     assert own["lambda_orthogonal"] == "auto"
     routing = " ".join(DOCUMENTS[ROOT / "examples/routing/README.md"].split())
     assert f"(`{RouterSettings.model_fields['ood_score'].default}` is the default)" in routing

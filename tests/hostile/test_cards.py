@@ -138,7 +138,7 @@ PARTS = {
     "licences": (card, "find_licences", False),
     "datasets": (card, "profiled_datasets", False),
     **{name: (card, name, True) for name in ("citation_of", "pipeline_tag", "loading_snippet", "heads_section")},
-    **{name: (card, name, True) for name in ("reduced_yaml", "variants_of", "card_text", "_versions")},
+    **{name: (card, name, True) for name in ("reduced_yaml", "_method_section", "card_text", "_versions")},
 }
 
 

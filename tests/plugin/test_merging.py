@@ -47,7 +47,7 @@ def test_a_family_merges_whole_and_loads(workspace, family, method):
 
 
 @pytest.mark.parametrize("family", ["llama-untied", "t5-ungated"])
-def test_the_merge_is_the_papers(workspace, family):
+def test_the_merge_is_the_oracles(workspace, family):
     folder = workspace(family)
     summary = merge(configuration(parameters={"lambda_parallel": 0.3}))
     base, experts = read(folder / "base"), [read(folder / name) for name in EXPERTS]

@@ -165,7 +165,7 @@ def test_background_data_need_one_column(workspace):
     assert "'background-0' (other.jsonl): it is empty" in refused(content, "--force")
 
 
-def test_random_assignment_and_the_papers_score_are_stored(workspace):
+def test_random_assignment_and_the_score_by_probability_are_stored(workspace):
     workspace("llama")
     route(settings("llama", merging={"redundant": "random", "seed": 3}, router={"ood_score": "probability"}))
     stored = json.loads(Path("new/routed_config.json").read_text())

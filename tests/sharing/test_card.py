@@ -10,13 +10,18 @@ import huggingface_hub
 import pytest
 import yaml
 from mergekit.common import ModelPath
+from mergekit.merge_methods import registry
 
 import neuron_methods
 from neuron_methods.cli import main
 from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.routing.own_choices import OURS
+from neuron_methods.routing.routed_files import RoutedConfig, RoutedExpert, RouterShape
 from neuron_methods.sharing.card import CardOptions, make_card, with_model_id
-from neuron_methods.sharing.citations import CITATIONS, VARIANTS
+from neuron_methods.sharing.citations import CITATIONS
 from neuron_methods.sharing.licences import Licence, find_licences, read_licence
+from neuron_methods.sharing.routed_card import make_routed_card
+from neuron_methods.support.sources import LIANG
 from tests.support.checkpoints import configuration
 
 HUB = """merge_method: neuro_merging
@@ -59,45 +64,83 @@ def test_local_models_leave_no_trace_in_the_front_matter():
 
 
 @pytest.mark.parametrize("method", ["neuro_merging", "min_merging", "neuron_merge", "ties", "linear", "slerp"])
-def test_the_method_is_told_with_its_paper(method):
+def test_the_method_is_told_with_its_source(method):
     source = f"merge_method: {method}\nbase_model: org/base\nmodels:\n  - model: org/a\n"
     parameters = {"slerp": "parameters: {t: 0.5}\n", "linear": "parameters: {weight: 1}\n"}.get(method, "")
     read, _ = card(source + parameters)
     if method in CITATIONS:
-        assert CITATIONS[method].url in read.text and CITATIONS[method].bibtex in read.text
+        assert CITATIONS[method].source.line in read.text and CITATIONS[method].source.url in read.text
+        assert CITATIONS[method].bibtex in read.text
         assert CITATIONS[method].text.count(". ") == 2, "three sentences"
     assert "goddard-etal-2024-arcees" in read.text
     assert f"merge_method: {method}" in read.text
 
 
-def test_what_is_not_as_in_the_paper_is_told():
-    read, _ = card(HUB)
-    assert "Not as in the paper" not in read.text
-    read, _ = card(HUB + "parameters: {density: 0.5, lambda_orthogonal: 1.5, spectral_exponent: 1.0}\n")
-    assert "Not as in the paper" not in read.text
-    filtered = "[{filter: mlp, value: 0.5}, {value: 1.0}]"
-    read, _ = card(HUB + f"parameters: {{trim: differing, lambda_orthogonal: norm, spectral_exponent: {filtered}}}\n")
-    told = [
-        VARIANTS["trim"]["differing"],
-        VARIANTS["lambda_orthogonal"]["norm"],
-        *VARIANTS["spectral_exponent"].values(),
-    ]
-    assert f"Not as in the paper: {'; '.join(told)}." in read.text
+def clauses(source: str) -> list[str]:
+    """What the card's section of the method lists, after saying whose it is."""
+    section = card(source)[0].text.split("## Method: ")[1].split("\n## ")[0]
+    return [line[2:] for line in section.splitlines() if line.startswith("- ")]
 
 
-def test_variants_are_values_that_the_method_takes():
-    from neuron_methods.methods.neuro_merging import NeuroMerging
+def own(method: str, *beginnings: str) -> list[str]:
+    """The clauses of a method that begin so, in their order."""
+    found = [choice.text for choice in registry.get(method).spec.ours if choice.text.startswith(beginnings)]
+    assert len(found) == len(beginnings)
+    return found
 
-    described = {parameter.name: parameter.description for parameter in NeuroMerging.spec.parameters}
-    assert VARIANTS.keys() <= described.keys()
 
-
-def test_every_method_of_ours_has_its_paper():
-    from mergekit.merge_methods import registry
-
+def test_what_is_ours_is_told_by_what_the_merge_does():
     neuron_methods.register()
-    ours = [m.spec for m in registry.registered_methods() if type(m).__module__.startswith("neuron_methods")]
-    assert {spec.name: spec.reference_url for spec in ours} == {spec.name: CITATIONS[spec.name].url for spec in ours}
+    assert clauses(HUB) == own("neuro_merging", "the share of an update that is kept, 15 %")
+    plain = "density: 0.1, lambda_orthogonal: 2.7, spectral_exponent: 1.0, weight: 1"
+    assert clauses(HUB + f"parameters: {{{plain}}}\n") == []
+    assert "Ours" not in card(HUB + f"parameters: {{{plain}}}\n")[0].text
+    both = "density: 0.1, lambda_parallel: -0.5, lambda_orthogonal: 2"
+    of_both = ("the merged coefficient", "norms and biases are scaled by λ₂ alone")
+    assert clauses(HUB + f"parameters: {{{both}}}\n") == own("neuro_merging", *of_both)
+    assert clauses(HUB + f"parameters: {{{both}, lambda_points: mean}}\n") == own("neuro_merging", of_both[0])
+    filtered = "[{filter: mlp, value: 0.5}, {value: 1.0}]"
+    forms = f"trim: differing, lambda_orthogonal: norm, spectral_exponent: {filtered}, density: 0.25, embeddings: mean"
+    told = (
+        "instead of each expert's largest",
+        "every neuron's merged update",
+        "the singular values",
+        "token embeddings",
+    )
+    assert clauses(HUB + f"parameters: {{{forms}}}\n") == own("neuro_merging", *told)
+
+
+@pytest.mark.parametrize("method", ["min_merging", "neuron_merge"])
+def test_what_is_ours_is_told_where_the_source_leaves_much_open(method):
+    neuron_methods.register()
+    assert clauses(HUB.replace("neuro_merging", method)) == [choice.text for choice in registry.get(method).spec.ours]
+
+
+def test_a_method_of_our_own_names_its_kin_and_leads_to_no_paper():
+    text = card(HUB.replace("neuro_merging", "neuron_response"))[0].text
+    assert "merge of fine-tuned models by Merging by response on the base" in text
+    assert "A method of mergekit-neuron, which no paper describes." in text
+    for kin in registry.get("neuron_response").spec.kin:
+        assert f"- [{kin.source.line}]({kin.source.url}): {kin.shares}" in text
+
+
+def test_the_card_of_a_routed_model_tells_what_is_ours(tmp_path):
+    shape = {"layers": (0,), "width": 4, "hidden": 2, "axes": 1, "top_k": 1, "temperature": 1.0}
+    told = {}
+    for pooling, score in (("moments", "combined"), ("mean", "probability")):
+        router = RouterShape(**shape, pooling=pooling, ood_score=score)
+        RoutedConfig("org/base", (RoutedExpert("math"),), router).write(tmp_path)
+        text = make_routed_card(tmp_path, "routed", "org/base")
+        assert f"[{LIANG.line}]({LIANG.url})" in text
+        told[score] = [choice.text for choice in OURS if f"- {choice.text}\n" in text]
+    assert told["combined"] == [choice.text for choice in OURS]
+    assert [text for text in told["combined"] if text not in told["probability"]] == [OURS[1].text, OURS[4].text]
+
+
+def test_methods_of_mergekit_that_we_have_no_words_for_lead_to_its_reference():
+    text = card(HUB.replace("neuro_merging", "della"))[0].text
+    url = registry.get("della").spec.reference_url
+    assert f"by [DELLA]({url})" in text and text.count(url) == 2 and "Ours" not in text
 
 
 def test_the_licence_comes_from_the_base(tmp_path):

@@ -1,0 +1,28 @@
+"""What of a routed model is ours: its card tells it, and examples/routing/README.md."""
+
+from __future__ import annotations
+
+from neuron_methods.routing.routed_files import RoutedConfig
+from neuron_methods.support.sources import ours
+
+OURS = (
+    ours(
+        "how each of the three stages (Liang, reviews) goes in detail, as no equation was at hand: which layers an "
+        "expert loses and which neurons it keeps, what the router reads and how it learns, and what fills the layers "
+        "that are lost"
+    ),
+    ours("the router reads the mean and the standard deviation of the base's hidden states", pooling="moments"),
+    ours("the router has a class for nobody's inputs, and learns it from outliers made of the experts' inputs"),
+    ours("an input that no expert claims, by a threshold from calibration data, is left to the base"),
+    ours(
+        "the score that is held against that threshold is the lower of the energy of the router's logits and the "
+        "distance to the nearest expert's inputs",
+        ood_score="combined",
+    ),
+)
+
+
+def own_choices(config: RoutedConfig) -> list[str]:
+    """Tell what of a routed model is ours, a clause each."""
+    values = {"pooling": [config.router.pooling], "ood_score": [config.router.ood_score]}
+    return [own.text for own in OURS if own.holds(values)]
