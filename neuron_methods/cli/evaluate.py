@@ -32,12 +32,23 @@ batch_size, limit:
   image-classification             image, label     labels
   zero-shot-image-classification   image, label     labels, prompts    CLIP
   text-to-text                     input, target    max_new_tokens, stop, max_length
-  generation                       input, target    the same
-  multiple-choice                  input, choices, label   normalize (none, tokens), separator
-  perplexity                       text             max_length
+  generation                       input, target    the same, and those of a chat
+  multiple-choice                  input, choices, label   normalize (none, tokens), separator, chat
+  perplexity                       text (input)     max_length, chat
   text-classification              text, label (pair)      labels, max_length
-  lm-eval                          -                task, num_fewshot  (extra lm-eval)
-metrics: accuracy; exact_match or token_f1 for texts; perplexity.
+  lm-eval                          -                task, num_fewshot, chat  (extra lm-eval)
+
+\b
+Metrics of texts: exact_match, token_f1, numeric_match (the last number), rouge_l, bleu and chrf
+(extra metrics), pass_at_1 (target holds Python tests; needs --allow-code-execution). extract: a
+regular expression; its group, or all it finds, is the answer. Else accuracy, or perplexity.
+few_shot: N shows N examples of the validation split first (separator stands before an answer).
+
+\b
+Chat models: chat: true sends prompts through the model's chat template, as its user's turn; an
+answer ends where the model's turn does. system: TEXT is said before, template: FILE is used instead
+of the model's. Without them prompts go as the data has them, which lm-evaluation-harness does, too:
+these are different scores, and the table and OUT.json say which.
 
 \b
 Examples:
@@ -58,6 +69,7 @@ task_options = options(
     click.option("--limit", type=Count(), help="Examples per task at most."),
     click.option("--batch-size", type=Count(), help="Instead of the tasks' own."),
     click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: as stored; float32 on a CPU."),
+    click.option("--allow-code-execution", is_flag=True, help="Run programs that the model writes (metric pass_at_1)."),
     click.option("--seed", type=SEED, default=0, show_default=True, help="Of draws, intervals and searches."),
     quiet_option(),
 )
@@ -75,6 +87,7 @@ def evaluate(
     tasks: Path,
     only: tuple[str, ...],
     batch_size: int | None,
+    allow_code_execution: bool,
     output: Path | None,
     force: bool,
     quiet: bool,
@@ -88,7 +101,7 @@ def evaluate(
     from neuron_methods.models.reference import ModelName
     from neuron_methods.support.runs import claimed
 
-    chosen = choose_tasks(load_tasks(tasks), only, batch_size)
+    chosen = choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution)
     name = ModelName.parse(model)
     shown = output or Path(f"{name.shown.replace('/', '--')}.scores.json")
     if not process_state().is_main_process:

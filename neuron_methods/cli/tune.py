@@ -69,6 +69,7 @@ def tune(
     out: Path,
     only: tuple[str, ...],
     batch_size: int | None,
+    allow_code_execution: bool,
     merge_every_point: bool,
     quiet: bool,
     **settings: Any,
@@ -79,7 +80,7 @@ def tune(
     from neuron_methods.evaluation.tuning.study import tune as search_best
     from neuron_methods.support.documents import read_text
 
-    chosen = choose_tasks(load_tasks(tasks), only, batch_size)
+    chosen = choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution)
     result = search_best(
         read_text(config),
         chosen,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neuron_methods.data.sources import DataSource, Sample, SourceReader, is_empty
@@ -42,6 +42,8 @@ class Examples:
         samples: the rows; values in the order of `roles`.
         roles: the task's columns by role.
         skipped: rows left out because a column was empty.
+        shots: examples of the validation split that are shown before each, one more than the task asks for.
+        overlaps: whether one of them may be an example itself.
     """
 
     task: Task
@@ -50,6 +52,16 @@ class Examples:
     samples: list[Sample]
     roles: list[str]
     skipped: int = 0
+    shots: Examples | None = None
+    overlaps: bool = False
+
+    def shots_before(self, index: int) -> list[int]:
+        """List the places in `shots` of those that are shown before an example, which is none of them."""
+        if self.shots is None:
+            return []
+        own = self.samples[index].row if self.overlaps else None
+        others = [place for place, sample in enumerate(self.shots.samples) if sample.row != own]
+        return others[: self.task.settings["few_shot"]]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,8 +106,21 @@ def read_examples(task: Task, split: str = "test", seed: int = 0, limit: int | N
         limit: instead of the task's, where it is lower; None: the task's.
 
     Raises:
-        UserError: the data cannot be read, a column is missing, or nothing is left.
+        UserError: the data cannot be read, a column is missing, or nothing is left; there are too few examples to show.
     """
+    read = _read(task, split, seed, limit)
+    if count := task.settings.get("few_shot", 0):
+        # One more, as an example of the same split is not shown before itself.
+        read.shots = _read(replace(task, limit=0), "validation", seed, count + 1)
+        read.overlaps = task.rows(split).overlaps(task.rows("validation"))
+        if len(read.shots) < count + read.overlaps:
+            raise UserError(
+                f"task {task.name!r}: few_shot: {count} asked for, and its validation split has {len(read.shots)} rows"
+            )
+    return read
+
+
+def _read(task: Task, split: str, seed: int, limit: int | None) -> Examples:
     rows = task.rows(split)
     roles = sorted(task.columns, key="label".__eq__)  # last: the reader knows the names of the last column's labels
     columns = tuple(task.columns[role] for role in roles)

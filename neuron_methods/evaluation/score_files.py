@@ -44,7 +44,7 @@ def table(evaluation: Evaluation) -> list[str]:
 def task_record(result: TaskResult) -> dict[str, Any]:
     """Turn a result into what JSON holds of it: all but its outcomes."""
     record = {key: value for key, value in asdict(result).items() if key != "outcomes"}
-    return {key: value for key, value in record.items() if key != "notes" or value}
+    return {key: value for key, value in record.items() if key not in ("notes", "prompts") or value}
 
 
 def check_place(output: Path, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
 
 import numpy as np
+
+from neuron_methods.evaluation.examples import Outcome
+from neuron_methods.evaluation.tasks import Task
+from neuron_methods.support.errors import UserError
 
 #: Resamples of a bootstrap interval.
 RESAMPLES = 2000
@@ -39,8 +47,90 @@ def _f1(predicted: Counter[str], target: Counter[str]) -> float:
     return 2 * common / (predicted.total() + target.total())
 
 
+def numeric_match(prediction: str, targets: Sequence[str]) -> float:
+    """Give 1.0 if the last number of the prediction is the last number of one of the targets, else 0.0.
+
+    As the filter ``flexible-extract`` that lm-evaluation-harness has for GSM8K; numbers are compared by value, with no
+    regard to thousands separators, currency signs and the full stop of a sentence.
+    """
+    said = _last_number(prediction)
+    return float(said is not None and said in [_last_number(target) for target in targets])
+
+
+_NUMBER = re.compile(r"(?:(?<![\d.])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
+
+
+def rouge_l(prediction: str, targets: Sequence[str]) -> float:
+    """Find the best F-measure of the longest common subsequence (Lin, 2004), by rouge-score without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"]).score_multi(list(targets), prediction)["rougeL"].fmeasure)
+
+
+def bleu(prediction: str, targets: Sequence[str]) -> float:
+    """Compute the BLEU of one sentence, 0 to 1, by sacrebleu (Post, 2018, arXiv:1804.08771)."""
+    return _of_corpus("bleu", sentence=True).sentence_score(prediction, list(targets)).score / 100
+
+
+def chrf(prediction: str, targets: Sequence[str]) -> float:
+    """Compute the chrF of one sentence, 0 to 1, by sacrebleu (Popović, 2015)."""
+    return _of_corpus("chrf").sentence_score(prediction, list(targets)).score / 100
+
+
+def _of_corpus(metric: str, sentence: bool = False) -> Any:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    return BLEU(effective_order=sentence) if metric == "bleu" else CHRF()
+
+
 #: Metrics of a text that is to be said.
-TEXT_METRICS = {"exact_match": exact_match, "token_f1": token_f1}
+TEXT_METRICS = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "numeric_match": numeric_match,
+    "rouge_l": rouge_l,
+    "bleu": bleu,
+    "chrf": chrf,
+}
+#: Those of them whose score is of all texts together, and not the mean of the texts' own.
+CORPUS_METRICS = ("bleu", "chrf")
+_PACKAGES = {"rouge_l": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+
+
+def check_metric(task: Task) -> None:
+    """Refuse a metric whose package is missing.
+
+    Raises:
+        UserError: naming what to install.
+    """
+    package = _PACKAGES.get(task.metric)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"task {task.name!r}: metric {task.metric} needs the package {package}: "
+            "pip install 'mergekit-neuron[metrics]'"
+        )
+
+
+def score_and_interval(outcomes: Sequence[Outcome], metric: str, seed: int = 0) -> tuple[float, float, float]:
+    """Add up to a task's score, with its 95 % bootstrap interval; (score, low, high).
+
+    BLEU and chrF are of all texts together; their interval is sacrebleu's, by resamples of texts, too.
+    """
+    scores, weights = [outcome.score for outcome in outcomes], [outcome.weight for outcome in outcomes]
+    if metric not in CORPUS_METRICS:
+        return mean_score(scores, weights, metric), *bootstrap_interval(scores, weights, metric, seed)
+    targets = [outcome.target if isinstance(outcome.target, list) else [outcome.target] for outcome in outcomes]
+    most = max(map(len, targets))
+    references = [[own[place] if place < len(own) else None for own in targets] for place in range(most)]
+    said = [outcome.prediction for outcome in outcomes]
+    found = _of_corpus(metric).corpus_score(said, references, n_bootstrap=1000 if len(said) > 1 else 1)
+    mean, half = (found.score, 0.0) if len(said) == 1 else (found._mean, found._ci)  # sacrebleu 2.6 shows them alone
+    return found.score / 100, max(mean - half, 0.0) / 100, min(mean + half, 100.0) / 100
 
 
 def mean_score(scores: Sequence[float], weights: Sequence[float], metric: str) -> float:

@@ -15,9 +15,10 @@ from neuron_methods.data.batching import batched, by_length
 from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.harness import run_harness
+from neuron_methods.evaluation.kinds.prompting import chats
 from neuron_methods.evaluation.kinds.scorer import processor_part
 from neuron_methods.evaluation.models import ModelSpec, OpenedModel, architecture_of, open_model
-from neuron_methods.evaluation.scores import bootstrap_interval, mean_score
+from neuron_methods.evaluation.scores import bootstrap_interval, score_and_interval
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.processes import process_state
 from neuron_methods.support.errors import UserError
@@ -30,7 +31,7 @@ class TaskResult:
     """How a model did on one task.
 
     `score` and the ends of its 95 % interval, `low` and `high`, are 0 to 1, or a perplexity; `outcomes` are in the
-    order of their rows; `notes` are what the user should know.
+    order of their rows; `notes` are what the user should know, `prompts` is how prompts were made: `chat`, `few_shot`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TaskResult:
     seconds: float = 0.0
     outcomes: list[Outcome] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
+    prompts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,8 @@ class RunningTask:
             outcomes = gather_object(outcomes)
         outcomes.sort(key=lambda outcome: outcome.row)
         task = self.task
-        scores, weights = [o.score for o in outcomes], [o.weight for o in outcomes]
-        low, high = bootstrap_interval(scores, weights, task.metric, self.seed)
-        notes = []
+        score, low, high = score_and_interval(outcomes, task.metric, self.seed)
+        notes = [*self.scorer.notes]
         if self.examples.skipped:
             notes.append(f"{self.examples.skipped} rows with an empty column left out")
         if truncated := sum(o.truncated for o in outcomes):
@@ -164,7 +165,7 @@ class RunningTask:
             name=task.name,
             kind=task.kind,
             metric=task.metric,
-            score=mean_score(scores, weights, task.metric),
+            score=score,
             low=low,
             high=high,
             count=len(outcomes),
@@ -173,6 +174,7 @@ class RunningTask:
             seconds=round(time.perf_counter() - started, 3),
             outcomes=outcomes,
             notes=notes,
+            prompts=self.scorer.prompting,
         )
 
 
@@ -234,6 +236,7 @@ class HarnessTask:
             split="test",
             seconds=round(time.perf_counter() - started, 3),
             outcomes=outcomes,
+            prompts={"chat": chats(self.task.settings), "few_shot": self.task.settings.get("num_fewshot")},
         )
 
 

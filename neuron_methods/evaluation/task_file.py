@@ -27,6 +27,7 @@ from typing import Any
 
 from neuron_methods.data.files import format_of
 from neuron_methods.evaluation.kinds import KINDS
+from neuron_methods.evaluation.kinds.code import PASS_AT_1
 from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.setting_checks import whole_number
 from neuron_methods.evaluation.tasks import Rows, Task
@@ -67,17 +68,28 @@ def load_tasks(path: str | Path) -> list[Task]:
     return list(tasks.values())
 
 
-def choose_tasks(tasks: Sequence[Task], only: Sequence[str] = (), batch_size: int | None = None) -> list[Task]:
+def choose_tasks(
+    tasks: Sequence[Task],
+    only: Sequence[str] = (),
+    batch_size: int | None = None,
+    allow_code_execution: bool = False,
+) -> list[Task]:
     """Choose the tasks called so, all if `only` is empty, with another batch size if one is given.
 
     Raises:
-        UserError: there is no task of that name.
+        UserError: there is no task of that name, or one runs what a model writes and that is not allowed.
     """
     names = [task.name for task in tasks]
     for name in only:
         if name not in names:
             raise UserError(f"--only: {unknown('task', name, names)}")
     chosen = [task for task in tasks if not only or task.name in only]
+    for task in chosen:
+        if task.metric == PASS_AT_1 and not allow_code_execution:
+            raise UserError(
+                f"task {task.name!r}: metric {PASS_AT_1} runs programs that the model writes; --allow-code-execution "
+                "lets it, in a process with limits"
+            )
     return [replace(task, batch_size=batch_size) for task in chosen] if batch_size is not None else chosen
 
 
@@ -127,6 +139,9 @@ def _settings(entry: Mapping[str, Any], scorer: type[Scorer], folder: Path, plac
             settings[key] = str(folder / str(settings[key]))
             if not os.path.exists(settings[key]):
                 raise place.error(f"{key}: there is no file or folder {entry[key]!r}", key)
+    if (found := scorer.check_settings(settings)) is not None:
+        key, problem = found
+        raise place.error(f"{key}: {problem}", key)
     return settings
 
 

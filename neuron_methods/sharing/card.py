@@ -148,6 +148,15 @@ def minimal_card(name: str, adapter: bool) -> str:
 _Score = Annotated[float, Field(ge=float("-inf"))]  # a perplexity may be infinite, no score is NaN
 
 
+class _Prompts(Foreign):
+    """How a task's prompts were made."""
+
+    chat: bool = False
+    template: str | None = None
+    system: str | None = None
+    few_shot: int | None = Field(None, ge=0)
+
+
 class _Task(Foreign):
     """What a card tells of a task."""
 
@@ -161,6 +170,7 @@ class _Task(Foreign):
     source: str | None = None
     split: str | None = None
     hub: bool | None = None
+    prompts: _Prompts | None = None
 
 
 class _Evaluation(Foreign):
@@ -264,6 +274,8 @@ def _eval_results(evaluation: dict[str, Any]) -> list[huggingface_hub.EvalResult
             dataset_split=task.get("split"),
             metric_type=task["metric"],
             metric_value=round(float(task["score"]), 6),
+            dataset_args={key: value for key, value in (task.get("prompts") or {}).items() if value is not None}
+            or None,
         )
         for task in evaluation["tasks"]
     ]
@@ -289,9 +301,21 @@ def _evaluation_section(evaluation: dict[str, Any]) -> str:
         )
         interval = f"{low} to {high}" if low and high else ""
         count = "" if task.get("count") is None else task["count"]
-        rows.append(f"| {markdown(task['name'])} | {markdown(task['metric'])} | {score} | {interval} | {count} |")
-    head = "| task | metric | score | 95 % interval | examples |\n|---|---|---|---|---|"
+        how = _prompts_shown(task.get("prompts") or {})
+        rows.append(
+            f"| {markdown(task['name'])} | {markdown(task['metric'])} | {score} | {interval} | {count} | {how} |"
+        )
+    head = "| task | metric | score | 95 % interval | examples | prompts |\n|---|---|---|---|---|---|"
     return f"## Evaluation\n\n{head}\n" + "\n".join(rows)
+
+
+def _prompts_shown(prompts: dict[str, Any]) -> str:
+    said = []
+    if prompts.get("chat"):
+        said.append("chat template" + (", system prompt" if prompts.get("system") else ""))
+    if count := prompts.get("few_shot"):
+        said.append(f"{count} shown")
+    return ", ".join(said)
 
 
 def _versions() -> str:

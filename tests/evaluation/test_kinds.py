@@ -83,6 +83,20 @@ def test_generation_counts_exact_answers(model, folder):
     assert (result.count, result.metric, result.split) == (30, "exact_match", "all")
 
 
+def test_what_is_extracted_is_scored(model, folder):
+    (plain,) = cases.tasks_of(folder, GENERATION)
+    said = [outcome.prediction for outcome in score(model("llama"), plain)[0].outcomes]
+    cases.questions(
+        folder,
+        [{**q, "answer": s.split()[-1] if s.split() else ""} for q, s in zip(cases.QUESTIONS, said, strict=True)],
+    )
+    for extract in (r"(\S+)$", r"\S+$"):
+        (task,) = cases.tasks_of(folder, {**GENERATION, "extract": extract})
+        result, _ = score(model("llama"), task)
+        assert [outcome.score for outcome in result.outcomes] == [1.0] * 30
+        assert [outcome.prediction for outcome in result.outcomes] == said  # shown whole
+
+
 def test_an_answer_ends_before_stop(model, folder):
     (plain,) = cases.tasks_of(folder, GENERATION)
     said = [outcome.prediction for outcome in score(model("llama"), plain)[0].outcomes]
@@ -209,7 +223,8 @@ def test_a_token_that_changes_where_the_choice_follows():
     scorer = MultipleChoice.__new__(MultipleChoice)
     scorer.encodes, scorer.longest, scorer.tokenizer, scorer.truncated = False, None, Greedy(), [False]
     scorer.examples = type("E", (), {"text": lambda self, i, role: "ab"})()
-    scorer.task = type("T", (), {"settings": {}})()
+    scorer.separator = " "
+    scorer.asked = type("P", (), {"text": lambda self, i: "ab", "tokenize": lambda self, t: Greedy()(t)["input_ids"]})()
     assert scorer._pair(0, "c") == ([1], [3, 4])
 
 

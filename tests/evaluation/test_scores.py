@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from neuron_methods.evaluation.scores import bootstrap_interval, exact_match, mean_score, token_f1
+from neuron_methods.evaluation.examples import Outcome
+from neuron_methods.evaluation.scores import (
+    TEXT_METRICS,
+    bootstrap_interval,
+    exact_match,
+    mean_score,
+    numeric_match,
+    rouge_l,
+    score_and_interval,
+    token_f1,
+)
 
 
 def test_exact_match_ignores_blanks_around_and_nothing_else():
@@ -30,6 +40,48 @@ def test_exact_match_ignores_blanks_around_and_nothing_else():
 )
 def test_token_f1(said, targets, value):
     assert token_f1(said, targets) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "right"),
+    [
+        ("so 3 + 4 is 7.", "#### 7", True),
+        ("It costs $1,234.50", "1234.5", True),
+        ("7, then 8", "7", False),
+        ("-3", "3", False),
+        ("10-3", "3", True),
+        ("none", "3", False),
+        ("none", "none", False),
+        (".5", "0.50", True),
+    ],
+)
+def test_the_last_number_is_the_answer(said, target, right):
+    assert numeric_match(said, ["x", target]) == float(right)
+
+
+def test_rouge_l_by_hand():
+    """Longest common subsequence `the cat the mat`: 4 words of 6 said and of 5 wanted."""
+    precision, recall = 4 / 6, 4 / 5
+    said, wanted = "the cat sat on the mat", "the cat is the mat"
+    assert rouge_l(said, ["x", wanted]) == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_bleu_and_chrf_are_of_all_texts_together(metric):
+    import sacrebleu
+
+    said = ["the cat sat on the mat today", "two dogs run", "a tree stands there in the rain"]
+    wanted = [["the cat sat on a mat today"], ["two dogs run fast", "two dogs run"], ["a tree stood there in the rain"]]
+    outcomes = [
+        Outcome(row, TEXT_METRICS[metric](s, w), s, w[0] if len(w) == 1 else w)
+        for row, (s, w) in enumerate(zip(said, wanted, strict=True))
+    ]
+    score, low, high = score_and_interval(outcomes, metric)
+    streams = [[w[0] for w in wanted], [None, "two dogs run", None]]
+    assert score == pytest.approx(getattr(sacrebleu, f"corpus_{metric}")(said, streams).score / 100)
+    assert score != pytest.approx(sum(o.score for o in outcomes) / 3)
+    assert low < score < high and (low, high) == score_and_interval(outcomes, metric)[1:]
+    assert score_and_interval(outcomes[:1], metric)[1:] == (pytest.approx(outcomes[0].score),) * 2
 
 
 def test_perplexity_weighs_by_tokens():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from neuron_methods.evaluation.kinds.prompting import CHAT, chat_template, chats, check_chat
 from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.setting_checks import string, whole_number
 from neuron_methods.evaluation.tasks import Task
@@ -19,10 +22,16 @@ class Harness(Scorer):
         "task": string("the name of a task of lm-evaluation-harness"),
         "num_fewshot": whole_number(0),
         "include_path": string("a folder"),
+        **CHAT,
     }
     required = ("task",)
-    path_settings = ("include_path",)
+    path_settings = ("include_path", "template")
     reads_data = False
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Find what has no effect."""
+        return check_chat(settings)
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
@@ -47,7 +56,10 @@ def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> tuple[floa
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    name = task.settings["task"]
+    name, chat = task.settings["task"], chats(task.settings)
+    if chat:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = chat_template(tokenizer, task)
     try:
         manager = TaskManager(include_path=task.settings.get("include_path"))
         found = lm_eval.simple_evaluate(
@@ -55,6 +67,9 @@ def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> tuple[floa
             tasks=[name],
             num_fewshot=task.settings.get("num_fewshot"),
             limit=task.limit or None,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            system_instruction=task.settings.get("system"),
             task_manager=manager,
             log_samples=True,
             random_seed=seed,

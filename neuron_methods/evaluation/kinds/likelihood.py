@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from neuron_methods.data.batching import batched, by_length, pad
 from neuron_methods.evaluation.examples import Examples, Outcome
+from neuron_methods.evaluation.kinds.prompting import CHAT, FEW_SHOT, Prompts, chats, check_chat
 from neuron_methods.evaluation.kinds.scorer import Scorer, longest_input, shortened
 from neuron_methods.evaluation.kinds.setting_checks import one_of, string, whole_number
+from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 
 #: Tokens of a window of perplexity, unless the task or the model sets another bound.
@@ -22,7 +24,7 @@ class MultipleChoice(Scorer):
     """The choice that is likeliest after the input, for a causal or a text-to-text model.
 
     `normalize: tokens` compares log-likelihoods per token, so that long choices are not at a disadvantage;
-    `normalize: none` compares their sums.
+    `normalize: none` compares their sums. In a chat a choice is what the model says, with no separator unless given.
     """
 
     columns: ClassVar[Mapping[str, str]] = {"input": "input", "choices": "choices", "label": "label"}
@@ -30,7 +32,10 @@ class MultipleChoice(Scorer):
         "normalize": one_of("none", "tokens"),
         "separator": string(empty=True),
         "max_length": whole_number(2),
+        **FEW_SHOT,
+        **CHAT,
     }
+    path_settings = ("template",)
     batch_size = 16
 
     def __init__(self, *arguments: Any) -> None:
@@ -39,6 +44,11 @@ class MultipleChoice(Scorer):
         self.encodes = bool(getattr(self.model.config, "is_encoder_decoder", False))
         self.longest = longest_input(self.task, self.model.config)
         self.choices, self.targets = read_choices(self.examples)
+        self.separator = self.task.settings.get("separator", "" if chats(self.task.settings) else " ")
+        shots = read_choices(self.examples.shots) if self.examples.shots is not None else ([], [])
+        right = [choices[place] for choices, place in zip(*shots, strict=True)]
+        self.asked = Prompts(self.tokenizer, self.examples, lambda _, i: right[i], separator=self.separator)
+        self.prompting, self.notes = self.asked.account(), [] if self.encodes else self.asked.notes()
         self.truncated = [False] * len(self.examples)
         self.pairs = [[self._pair(i, choice) for choice in choices] for i, choices in enumerate(self.choices)]
 
@@ -46,6 +56,18 @@ class MultipleChoice(Scorer):
     def check_examples(cls, examples: Examples, config: Any) -> None:
         """Refuse an example without choices, or without a label among them."""
         read_choices(examples)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Find what has no effect."""
+        return check_chat(settings)
+
+    @classmethod
+    def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
+        """Refuse a chat with a text-to-text model, too."""
+        super().check_model(task, config, architecture, shown)
+        if chats(task.settings) and getattr(config, "is_encoder_decoder", False):
+            raise UserError(f"task {task.name!r}: chat: model {shown} is text-to-text; chats are for causal models")
 
     def length(self, index: int) -> int:
         """Count the tokens of the input and the longest choice."""
@@ -70,17 +92,11 @@ class MultipleChoice(Scorer):
 
     def _pair(self, index: int, choice: str) -> tuple[list[int], list[int]]:
         """Split into tokens that are given and tokens that are scored."""
-        text = self.examples.text(index, "input")
-        before = self.tokenizer(text)["input_ids"]
+        text = self.asked.text(index)
         if self.encodes:
-            before, self.truncated[index] = shortened(before, self.longest, keep_end=False)
+            before, self.truncated[index] = shortened(self.asked.tokenize(text), self.longest, keep_end=False)
             return before, self.tokenizer(text_target=choice)["input_ids"]
-        whole = self.tokenizer(text + self.task.settings.get("separator", " ") + choice)["input_ids"]
-        same = 0  # the last token of the input may become another one where the choice follows
-        while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
-            same += 1
-        same = max(same, 1)
-        before, after = whole[:same], whole[same:]
+        before, after = given_and_said(self.asked.tokenize, text, self.separator + choice)
         room = None if self.longest is None else self.longest - len(after)
         if room is not None and room < 1:
             raise self.examples.wrong(index, "choices", f"at most {self.longest - 1} tokens per choice")
@@ -120,27 +136,44 @@ class Perplexity(Scorer):
     """exp of the mean negative log-likelihood of a token, over the tokens of all texts.
 
     A text longer than the window (`max_length`, by default 1024 or what the model reads) is read window after window,
-    each beginning with the last token of the one before, so that every token but the first is scored once.
+    each beginning with the last token of the one before, so that every token but the first is scored once. In a chat
+    the text is what the model says to the column `input`, and scored alone.
     """
 
     columns: ClassVar[Mapping[str, str]] = {"text": "text"}
+    optional_columns = ("input",)
     metrics = ("perplexity",)
     models = ("causal",)
     needed = "a causal language model"
-    settings: ClassVar = {"max_length": whole_number(2)}
+    settings: ClassVar = {"max_length": whole_number(2), **CHAT}
+    path_settings = ("template",)
     batch_size = 8
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         width = longest_input(self.task, self.model.config, unless_set=WINDOW)
-        tokenizer = self.part("tokenizer")
-        texts = [tokenizer(self.examples.text(i, "text"))["input_ids"] for i in range(len(self.examples))]
-        self.tokens = [max(len(tokens) - 1, 0) for tokens in texts]
-        self.windows = [
-            [tokens[start : start + width] for start in range(0, len(tokens) - 1, width - 1)] for tokens in texts
-        ]
+        asked = Prompts(self.part("tokenizer"), self.examples, lambda _e, _i: "")
+        self.prompting, self.notes = asked.account(), asked.notes()
+        if ("input" in self.task.columns) != asked.chat:
+            problem = "the column input is what the user says" if asked.chat else "the column input is of a chat alone"
+            raise UserError(f"task {self.task.name!r}: columns: {problem}; give both, chat: true and input, or neither")
+        self.tokens, self.windows = [], []
+        for index in range(len(self.examples)):
+            text = self.examples.text(index, "text")
+            if asked.chat:
+                before, after = given_and_said(asked.tokenize, asked.text(index), text)
+            else:
+                tokens = asked.tokenize(text)
+                before, after = tokens[:1], tokens[1:]
+            self.tokens.append(len(after))
+            self.windows.append(windows(before + after, len(before), width))
         if not any(self.tokens):
             raise UserError(f"task {self.task.name!r}: no text has a second token to predict")
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Find what has no effect."""
+        return check_chat(settings)
 
     def length(self, index: int) -> int:
         """Count the tokens of the text."""
@@ -151,10 +184,37 @@ class Perplexity(Scorer):
         flat = [(i, window) for i in indices for window in self.windows[i]]
         sums = dict.fromkeys(indices, 0.0)
         for batch in batched(flat, self.task.batch_size):
-            found = causal_log_likelihoods(self.model, [w for _, w in batch], [1] * len(batch), self.device)
+            tokens, starts = [window for _, (window, _) in batch], [start for _, (_, start) in batch]
+            found = causal_log_likelihoods(self.model, tokens, starts, self.device)
             for (i, _), value in zip(batch, found, strict=True):
                 sums[i] -= value
         return [Outcome(self.examples.samples[i].row, sums[i], weight=self.tokens[i]) for i in indices]
+
+
+def given_and_said(tokenize: Callable[[str], list[int]], given: str, said: str) -> tuple[list[int], list[int]]:
+    """Split the tokens of a text into those that are given, one at least, and those that are scored.
+
+    The last token of what is given may become another one where more follows; it is scored, then.
+    """
+    before, whole = tokenize(given), tokenize(given + said)
+    same = 0
+    while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
+        same += 1
+    same = max(same, 1)
+    return whole[:same], whole[same:]
+
+
+def windows(tokens: list[int], given: int, width: int) -> list[tuple[list[int], int]]:
+    """Cut tokens into windows that share one token each; with the place in each from which on tokens are scored.
+
+    Args:
+        tokens: of a text.
+        given: how many of them, one at least, are not scored.
+        width: of a window.
+    """
+    starts = range(0, len(tokens) - 1, width - 1)
+    cut = [(tokens[start : start + width], max(1, given - start)) for start in starts]
+    return [(window, start) for window, start in cut if start < len(window)]
 
 
 def causal_log_likelihoods(

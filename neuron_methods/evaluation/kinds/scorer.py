@@ -48,6 +48,9 @@ class Scorer(ABC):
         """Get ready to score; the processor is a tokenizer, an image processor, or holds both."""
         self.model, self.processor, self.examples, self.device = model, processor, examples, device
         self.task = examples.task
+        #: How prompts were made, and what the user should know of it.
+        self.prompting: dict[str, Any] = {}
+        self.notes: list[str] = []
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
@@ -61,6 +64,11 @@ class Scorer(ABC):
     def fits(cls, architecture: str, config: Any) -> bool:
         """Tell whether a model of this class is one for this kind of task."""
         return model_kind(architecture, config) in cls.models
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Find settings that do not go together; (key, what is wrong), None if all is well."""
+        return None
 
     @classmethod  # noqa: B027 - optional
     def check_examples(cls, examples: Examples, config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,27 @@ def one_of(*words: str) -> Check:
     return lambda value: None if value in words else " or ".join(words)
 
 
+def truth() -> Check:
+    """Expect true or false."""
+    return lambda value: None if isinstance(value, bool) else "true or false"
+
+
 def string(what: str = "text", *, empty: bool = False) -> Check:
     """Expect a text, which messages call `what`; `empty`: it may hold nothing."""
     return lambda value: None if isinstance(value, str) and (value or empty) else what
+
+
+def pattern() -> Check:
+    """Expect a regular expression with one group at most."""
+
+    def check(value: Any) -> str | None:
+        try:
+            sound = isinstance(value, str) and value and re.compile(value).groups <= 1
+        except (re.error, RecursionError, OverflowError):
+            sound = False
+        return None if sound else "a regular expression with one group at most"
+
+    return check
 
 
 def different_labels(*types: type) -> Check:

@@ -1,0 +1,262 @@
+"""Prompts through chat templates and behind worked examples, against transformers' own conversations."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+from neuron_methods.evaluation import evaluate_model, open_model, read_examples
+from neuron_methods.evaluation.kinds.generation import Generation
+from neuron_methods.evaluation.kinds.likelihood import windows
+from neuron_methods.support.errors import UserError
+from tests.evaluation import cases
+from tests.evaluation.test_kinds import greedy, likelihood, score
+from tests.evaluation.test_run import run
+from tests.support import tiny
+
+# Turns between <s> and </s>: what a role is called is a word that the tokenizer does not know.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and m.content == 'refused' %}{{ raise_exception('no system') }}"
+    "{% endif %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+ROWS = [{**question, "text": "red cat", "choices": ["cat dog", "red", "two"]} for question in cases.QUESTIONS]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    cases.questions(tmp_path, ROWS)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A model whose tokenizer puts <s> before every text by itself, and has a chat template."""
+    place = tiny.save_model("llama", tmp_path_factory.mktemp("chatty") / "model", bos=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def conversation(place, messages, answers=True):
+    """Token ids by transformers alone."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=answers, tokenize=True, return_dict=False)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+GENERATION = {
+    "name": "a",
+    "kind": "generation",
+    "data": {"source": "questions.jsonl", "split": "[:9]", "validation_split": "[9:]"},
+    "columns": {"input": "prompt", "target": "answer"},
+    "max_new_tokens": 5,
+    "batch_size": 4,
+}
+
+
+@pytest.mark.parametrize("system", [None, "two red"])
+def test_a_prompt_is_the_users_turn(chatty, folder, system):
+    (task,) = cases.tasks_of(folder, {**GENERATION, **({"system": system} if system else {"chat": True})})
+    result, loaded = score(chatty, task)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatty)
+    for outcome, row in zip(result.outcomes, ROWS, strict=False):
+        said = [{"role": "system", "content": system}] if system else []
+        tokens = conversation(chatty, [*said, user(row["prompt"])])
+        assert outcome.prediction == tokenizer.decode(greedy(loaded, tokens, 5), skip_special_tokens=True)
+    assert result.prompts["chat"] is True and result.prompts.get("system") == system
+    assert result.notes == ["prompts through the model's chat template"]
+
+
+def test_without_chat_prompts_go_as_they_are_and_that_is_said(chatty, model, folder):
+    silent, off = cases.tasks_of(folder, GENERATION, {**GENERATION, "name": "b", "chat": False})
+    result, loaded = score(chatty, silent)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatty)
+    for outcome, row in zip(result.outcomes, ROWS, strict=False):
+        tokens = tokenizer(row["prompt"])["input_ids"]
+        assert outcome.prediction == tokenizer.decode(greedy(loaded, tokens, 5), skip_special_tokens=True)
+    assert result.prompts == {"chat": False, "few_shot": 0}
+    assert "which chat: true uses" in result.notes[0]
+    again, _ = score(chatty, off)
+    assert (again.notes, [o.prediction for o in again.outcomes]) == ([], [o.prediction for o in result.outcomes])
+    assert score(model("llama"), silent)[0].notes == []  # there is no template to tell of
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(chatty, folder):
+    """Even where neither checkpoint nor tokenizer would end there."""
+    template = folder / "other.jinja"
+    template.write_text(TEMPLATE.replace("</s>", "<pad>"))
+    task, plain = cases.tasks_of(
+        folder, {**GENERATION, "template": "other.jinja", "max_new_tokens": 30}, {**GENERATION, "name": "b"}
+    )
+    with open_model(str(chatty)) as opened:
+        ends = [
+            Generation(
+                opened.model, opened.processor, read_examples(t), opened.device
+            ).settings_of_generate.eos_token_id
+            for t in (task, plain)
+        ]
+        result = evaluate_model(opened.model, opened.processor, task)
+    assert (ends[0], ends[1]) == ([2, 0], 2)
+    assert result.prompts["template"] == "of the task"
+
+
+def test_examples_are_shown_first_never_the_one_that_is_asked(chatty, folder):
+    tasks = [
+        {**GENERATION, "few_shot": 2},
+        {**GENERATION, "name": "b", "few_shot": 2, "separator": " and "},
+        {**GENERATION, "name": "c", "few_shot": 2, "chat": True},
+    ]
+    joined, apart, chat = cases.tasks_of(folder, *tasks)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatty)
+    for split in ("test", "validation"):
+        shown_before = read_examples(joined, split)
+        assert len({*map(tuple, map(shown_before.shots_before, range(len(shown_before))))}) == (
+            1 if split == "test" else 3
+        )
+        results = [score(chatty, task, split=split)[0] for task in (joined, apart, chat)]
+        with open_model(str(chatty)) as opened:
+            for place in range(len(shown_before)):
+                shots = [ROWS[shown_before.shots.samples[i].row] for i in shown_before.shots_before(place)]
+                row = shown_before.samples[place].row
+                asked = ROWS[row]["prompt"]
+                assert len(shots) == 2 and ROWS[row] not in shots and all(ROWS.index(s) >= 9 for s in shots)
+                texts = [
+                    "\n\n".join([*(f"{s['prompt']}{sep}{s['answer']}" for s in shots), asked]) for sep in (" ", " and ")
+                ]
+                turns = [turn for s in shots for turn in (user(s["prompt"]), assistant(s["answer"]))]
+                expected = [tokenizer(text)["input_ids"] for text in texts]
+                expected.append(conversation(chatty, [*turns, user(asked)]))
+                for result, tokens in zip(results, expected, strict=True):
+                    said = greedy(opened.model, tokens, 5)
+                    assert result.outcomes[place].prediction == tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_a_choice_is_what_the_model_says(chatty, folder):
+    (task,) = cases.tasks_of(folder, cases.choice_task(chat=True, few_shot=1))
+    result, loaded = score(chatty, task)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatty)
+    examples = read_examples(task)
+    shown = ROWS[examples.shots.samples[0].row]
+    turns = [user(shown["prompt"]), assistant(shown["choices"][shown["right"]])]
+    for outcome, row in zip(result.outcomes, ROWS, strict=False):
+        given = conversation(chatty, [*turns, user(row["prompt"])])
+        values = [
+            likelihood(loaded, given, tokenizer(choice, add_special_tokens=False)["input_ids"])
+            for choice in row["choices"]
+        ]
+        assert outcome.prediction == row["choices"][max(range(3), key=values.__getitem__)]
+
+
+def test_perplexity_of_what_the_model_says_alone(chatty, folder):
+    columns = {"text": "answer", "input": "prompt"}
+    (task,) = cases.tasks_of(folder, cases.perplexity_task(chat=True, columns=columns))
+    result, loaded = score(chatty, task)
+    tokenizer, total, count = transformers.AutoTokenizer.from_pretrained(chatty), 0.0, 0
+    for row in ROWS[:12]:
+        said = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+        total -= likelihood(loaded, conversation(chatty, [user(row["prompt"])]), said)
+        count += len(said)
+    assert result.score == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_windows_score_every_token_that_is_said_once():
+    for length, given, width in [(10, 1, 4), (10, 5, 4), (10, 9, 3), (7, 3, 20), (9, 4, 2)]:
+        tokens = list(range(length))
+        scored = [token for window, start in windows(tokens, given, width) for token in window[start:]]
+        assert scored == tokens[given:]
+        assert all(len(window) <= width for window, _ in windows(tokens, given, width))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chat": "yes"}, "chat: expected true or false, found 'yes'"),
+        ({"chat": False, "system": "two"}, "system: has no effect with chat: false"),
+        ({"template": "none.jinja"}, "template: there is no file or folder 'none.jinja'"),
+        ({"few_shot": -1}, "few_shot: expected a whole number from 0"),
+        ({"separator": "-"}, "separator: stands between .* give few_shot"),
+        ({"extract": "("}, "extract: expected a regular expression"),
+        ({"extract": "(a)(b)"}, "extract: expected a regular expression with one group"),
+        ({"kind": "text-to-text", "chat": True}, "unknown key 'chat'"),
+    ],
+)
+def test_settings_that_say_nothing(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        cases.tasks_of(folder, {**GENERATION, **changes})
+
+
+def test_a_chat_that_cannot_be(chatty, model, folder):
+    (folder / "broken.jinja").write_text("{% for %}")
+    task, refused, broken, hungry, single = cases.tasks_of(
+        folder,
+        {**GENERATION, "chat": True},
+        {**GENERATION, "name": "b", "system": "refused"},
+        {**GENERATION, "name": "c", "template": "broken.jinja"},
+        {**GENERATION, "name": "d", "few_shot": 40},
+        {**GENERATION, "name": "e", "few_shot": 1, "data": "questions.jsonl"},
+    )
+    with pytest.raises(UserError, match="task 'a': chat: the model's tokenizer has no chat template"):
+        score(model("llama"), task)
+    with pytest.raises(UserError, match="task 'b': the chat template: no system"):
+        score(chatty, refused)
+    with pytest.raises(UserError, match="task 'c': the chat template: "):
+        score(chatty, broken)
+    with pytest.raises(UserError, match="task 'd': few_shot: 40 asked for, and its validation split has 21 rows"):
+        score(chatty, hungry)
+    with pytest.raises(UserError, match="task 'e': data: there is no validation_split"):
+        score(chatty, single)
+    (t5,) = cases.tasks_of(folder, cases.choice_task(chat=True))
+    with pytest.raises(UserError, match="chat: model t5 is text-to-text"):
+        score(model("t5"), t5)
+
+
+def test_the_command_says_which_scores_these_are(chatty, folder):
+    tasks = cases.write_tasks(folder, {**GENERATION, "chat": True, "system": "one", "few_shot": 1})
+    done = run(chatty, "--task", tasks, "-o", folder / "scores.json")
+    assert done.exit_code == 0, done.stderr
+    assert "a: prompts through the model's chat template" in done.stderr + done.stdout
+    (record,) = json.loads((folder / "scores.json").read_text())["tasks"]
+    assert record["prompts"] == {"chat": True, "few_shot": 1, "template": "of the model", "system": "one"}
+
+    from neuron_methods.sharing.card import read_evaluation, with_evaluation
+
+    card = with_evaluation("---\nlicense: mit\n---\n# x\n", read_evaluation(folder / "scores.json"), "x")
+    assert "num_few_shot" not in card and "few_shot: 1" in card and "| chat template, system prompt, 1 shown |" in card
+
+
+def test_the_harness_is_given_the_chat(folder, monkeypatch):
+    """lm-evaluation-harness itself is no package of the tests: what it is asked for is what its documents name."""
+    import sys
+    import types
+
+    from neuron_methods.evaluation.kinds import harness
+
+    asked = {}
+    package, models, tasks = (types.ModuleType(name) for name in ("lm_eval", "models", "tasks"))
+    package.simple_evaluate = lambda **given: (
+        asked.update(given) or {"results": {"x": {"acc,none": 1.0}}, "samples": {}}
+    )
+    models.HFLM = lambda **given: given
+    tasks.TaskManager = lambda **given: given
+    for name, module in (("lm_eval", package), ("lm_eval.models.huggingface", models), ("lm_eval.tasks", tasks)):
+        monkeypatch.setitem(sys.modules, name, module)
+    (folder / "mine.jinja").write_text(TEMPLATE)
+    given = {"name": "a", "kind": "lm-eval", "task": "x", "system": "two", "template": "mine.jinja"}
+    (task,) = cases.tasks_of(folder, given)
+    tokenizer = tiny.build_tokenizer()
+    harness.run_harness(torch.nn.Module(), tokenizer, task, 0)
+    assert (asked["apply_chat_template"], asked["system_instruction"]) == (True, "two")
+    assert asked["model"]["tokenizer"].chat_template == TEMPLATE and tokenizer.chat_template is None
