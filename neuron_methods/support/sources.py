@@ -166,6 +166,8 @@ PARTS = (
     Source("Zhou et al.", "Batch Calibration", "2023", "2309.17249"),
     Source("Hansen", "The CMA Evolution Strategy: A Tutorial", "2016", "1604.00772"),
     Source("Rajpurkar et al.", "SQuAD", "EMNLP 2016", "1606.05250"),
+    Source("Chen et al.", "pass@1 of programs", "2021", "2107.03374"),
+    Source("Post", "BLEU as sacrebleu computes it", "WMT 2018", "1804.08771"),
     Source("Radford et al.", "Learning Transferable Visual Models", "ICML 2021", "2103.00020"),
 )
 SOURCES = (FANG, LIANG, GU, WUDI, ACTMAT, REGMEAN, MERGEKIT, TASK_ARITHMETIC, TIES, DARE, SOUPS, *PARTS)
