@@ -29,14 +29,15 @@ TASKS.yml:
       limit: 100
 kinds and what they read (columns) and take (settings); each: name, kind, data, columns, metric,
 batch_size, limit:
-  image-classification             image, label     labels
+  image-classification             image, label     labels, head
   zero-shot-image-classification   image, label     labels, prompts    CLIP
   text-to-text                     input, target    max_new_tokens, stop, max_length
   generation                       input, target    the same, and those of a chat
   multiple-choice                  input, choices, label   normalize (none, tokens), separator, chat
   perplexity                       text (input)     max_length, chat
-  text-classification              text, label (pair)      labels, max_length
+  text-classification              text, label (pair)      labels, head, max_length
   lm-eval                          -                task, num_fewshot, chat  (extra lm-eval)
+head: the expert of a routed model whose numbers the labels are, where the data does not name them
 
 \b
 Metrics of texts: exact_match, token_f1, numeric_match (the last number), rouge_l, bleu and chrf

@@ -20,7 +20,6 @@ Examples:
   mergekit-neuron merge merge.yaml ./merged --dry-run
   mergekit-neuron merge merge.yaml ./merged --device auto --profile-out thresholds.json
   mergekit-neuron merge merge.yaml ./merged --force --out-shard-size 1B
-  mergekit-neuron merge merge.yaml ./merged --resume
   mergekit-neuron merge merge.yaml ./merged --head keep
   mergekit-neuron merge merge.yaml ./adapter --as-adapter --energy 0.99
   mergekit-neuron merge merge.yaml ./merged --report --push-to-hub me/my-merge --private
@@ -47,11 +46,6 @@ A merge.yaml by neuro_merging, with every parameter at its default:
 neuro_merging measures one trim threshold per expert over the whole model first.
 A file of --profile-out spares that pass in a later merge of the same models:
   parameters: {profile: thresholds.json}
-
-\b
-A merge that is killed or interrupted leaves its finished shards in .OUT.unfinished, beside OUT. The same command with
---resume keeps them if models, YAML, options and versions are what they were, and merges what is missing: the bytes
-are those of a merge in one run. Without --resume it stops and says so; --force begins anew.
 
 \b
 Weights are read from safetensors; pickled ones (pytorch_model.bin) only with --lazy-unpickle.
@@ -100,7 +94,6 @@ def _sharpened(command: click.Command) -> click.Command:
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path())
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new output is verified.")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished merge of the same plan, where there is one.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and what parameters resolve to; write nothing.")
 @click.option("--profile-out", type=click.Path(dir_okay=False), help="Write trim thresholds and sigma to this JSON.")
 @click.option(
@@ -137,7 +130,6 @@ def merge(
     config: str,
     out: str,
     force: bool,
-    resume: bool,
     dry_run: bool,
     profile_out: str | None,
     head: str | None,
@@ -191,7 +183,6 @@ def merge(
         config_name=config,
         head=head,
         witness=merge_witness(report, evaluation),
-        resume=resume or None,
     )
     if not options.quiet:
         say(str(summary))

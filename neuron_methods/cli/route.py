@@ -29,8 +29,15 @@ Example: routed.yaml, whose relative paths are relative to itself
 
 \b
 Sources are json, jsonl, parquet, csv, tsv files, image folders, directories of data sets, and
-hub ids. Columns: input and target (or text alone) for text, image and label for images.
+hub ids. Columns: input and target (or text alone) for text, image and label for images, text
+(with a second text as pair) and label for classifiers of texts.
 labels: [0, 1, 2] names the classes of an expert's task, if the head has more.
+
+\b
+Adapters may have heads of their own (modules_to_save: classifier, score): the head of the first
+expert answers, or the base's where no expert claims the input (the nearest expert's where the
+base has none). Its labels are those of the expert's data, or
+      head_labels: [cat, dog]   under the expert, in the head's order
 
 \b
 Further keys, with their defaults

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from neuron_methods.data.classes import ClassFeeder
 from neuron_methods.data.feeders import Batch, Feeder, orders_and_rows
 from neuron_methods.data.sources import Sample, SourceReader
 from neuron_methods.data.texts import TextFeeder
@@ -28,7 +29,7 @@ MOST_BYTES = 1 << 30  # of a file, more of which is not looked at
 LONGEST = 200  # sides, one to the other; resizing the shorter one to what a model reads makes the longer one so large
 
 
-class ImageFeeder(Feeder):
+class ImageFeeder(ClassFeeder):
     """Vision models; the loss is that of image classification, from the second column."""
 
     columns = ("image", "label")
@@ -59,15 +60,6 @@ class ImageFeeder(Feeder):
         images = [self._open(sample) for sample in samples]
         return self.processor(images, return_tensors="pt")["pixel_values"]
 
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Measure how well the image's class is told, among those that count."""
-        logits = output.logits.float()
-        if self.classes is not None:
-            others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-            others[list(self.classes)] = False
-            logits = logits.masked_fill(others, float("-inf"))
-        return cross_entropy(logits, batch.targets, reduction="sum")
-
     def describe(self, stream: str, payloads: Tensor) -> list[dict[str, str]]:
         """Tell the image's name."""
         return [{"image": "".join(map(chr, filter(None, name)))} for name in payloads.tolist()]
@@ -84,17 +76,6 @@ class ImageFeeder(Feeder):
             raise self.wrong_value(sample, 0, "an image")
         where = f"{self.reader.label}: image {shortened(image_name(sample), quote=False)} of row {sample.row}"
         return read_image(content or path, where)
-
-    def class_of(self, sample: Sample) -> int:
-        """Find the model's number of a sample's label; raises UserError if it has no such class."""
-        label, names = sample.values[1], self.reader.labels
-        index = class_index(label, names, self.config)
-        if index is None:
-            shown = names[label] if isinstance(label, int) and names and 0 <= label < len(names) else label
-            raise self.wrong_value(sample, 1, f"one of the model's {self.config.num_labels} labels, not {shown!r}")
-        if self.classes is not None and index not in self.classes:
-            raise UserError(f"{self.reader.label}: class {index} of row {sample.row} is none of the labels that count")
-        return index
 
 
 class ImageTextFeeder(Feeder):
@@ -183,24 +164,6 @@ def read_image(source: str | os.PathLike[str] | bytes, where: str) -> Any:
         raise
     except Exception as error:  # PIL's readers raise whatever the bytes make them stumble over
         raise UserError(f"{where}: cannot be read as an image ({first_line(error)})") from None
-
-
-def class_index(label: Any, names: list[str] | None, config: Any) -> int | None:
-    """Find the number of a label among a model's classes: by its name if both know names, else as it stands.
-
-    `names` are the data set's of its numbers, if it has any. None where the model has no such class.
-    """
-    known = config.label2id or {}
-    model_knows_names = any(not name.startswith("LABEL_") for name in known)  # transformers' placeholders
-    if isinstance(label, int) and names and 0 <= label < len(names):
-        if model_knows_names:
-            label = names[label]
-        elif all(name.isdecimal() for name in names):  # folders named 3 and 7 hold the classes 3 and 7
-            label = int(names[label])
-    if isinstance(label, str) and label in known:
-        number = str(known[label])  # a text where one of transformers' own examples trained the model
-        label = int(number) if number.isdecimal() else None
-    return label if isinstance(label, int) and 0 <= label < config.num_labels else None
 
 
 def image_name(sample: Sample) -> str:

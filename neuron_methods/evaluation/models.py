@@ -21,6 +21,7 @@ from neuron_methods.models.loading import (
 )
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName, Place
+from neuron_methods.routing.heads import Classes
 from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
 from neuron_methods.support.quiet import quiet_transformers
@@ -59,7 +60,7 @@ class ModelSpec:
     Attributes:
         name: of the model; of the base, if routed.
         routed: directory of a routed model; None: it is none.
-        config: of the model (of the base, if routed).
+        config: of the model (of the base, if routed, with the classes of all heads).
         architecture: class of transformers.
     """
 
@@ -72,11 +73,15 @@ class ModelSpec:
     def parse(cls, text: str) -> ModelSpec:
         """Find out what MODEL is; raises UserError where there is no such model."""
         routed = Path(text) if is_routed(text) else None
-        if routed is not None:
-            name = ModelName(Place.parse(RoutedConfig.read(routed).base_reference(routed)))
+        stored = None if routed is None else RoutedConfig.read(routed)
+        if routed is not None and stored is not None:
+            name = ModelName(Place.parse(stored.base_reference(routed)))
         else:
             name = ModelName.find(text)
         config = read_config(name.base, f"model {name.shown}")
+        if stored is not None and stored.architecture is not None:
+            classes = Classes.of(stored.experts, stored.architecture, config, text)
+            return cls(name, routed, classes.config(config), stored.architecture)
         return cls(name, routed, config, read_architecture(config, f"model {name.shown}"))
 
     @property

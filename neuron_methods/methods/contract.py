@@ -17,7 +17,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -169,21 +168,6 @@ class PreparedMerge(ABC):
 
     settings = MergeSettings()
     low_rank: dict[str, LowRankUpdate] | None = None
-
-    @cached_property
-    def told(self) -> dict[str, dict[str, float]]:
-        """What `merge` found, in figures, tensor by tensor: here, or in another process or run."""
-        return {}
-
-    def tell(self, name: str, **figures: float) -> None:
-        """Add to what is told of a tensor."""
-        told = self.told.setdefault(name, {})
-        for figure, value in figures.items():
-            told[figure] = told.get(figure, 0.0) + value
-
-    def total(self, figure: str) -> float:
-        """Add up a figure over the tensors, in the order of their names: the same sum whoever merged them, and when."""
-        return sum(self.told[name].get(figure, 0.0) for name in sorted(self.told))
 
     def reads(self) -> set[str]:
         """Name the tensors that `measure` will read; empty where it reads none."""

@@ -78,7 +78,7 @@ class ExpertTrim:
 
 @dataclass
 class TrimProfile:
-    """Thresholds and σ of all experts.
+    """Thresholds and σ of all experts, and what the merge adds to them.
 
     Attributes:
         trim: `model` or `tensor`.
@@ -87,6 +87,8 @@ class TrimProfile:
         tensor_thresholds: under `trim: tensor`, {tensor name: {expert id: threshold}} as far as measured.
         fingerprint: of the names of the tensors measured.
         base_weights: digest of the base's weights; "" where they are not in files.
+        parallel_energy: Σ ‖τ_∥‖² over all merged neurons so far.
+        orthogonal_energy: Σ ‖τ_⊥‖² likewise.
     """
 
     trim: str
@@ -95,6 +97,8 @@ class TrimProfile:
     tensor_thresholds: dict[str, dict[Hashable, float]] = field(default_factory=dict)
     fingerprint: str = ""
     base_weights: str = ""
+    parallel_energy: float = 0.0
+    orthogonal_energy: float = 0.0
 
     @property
     def sigma(self) -> float | None:

@@ -88,13 +88,16 @@ def refuse_oversized(model: Any, config: PretrainedConfig, directory: Path, wher
         )
 
 
-def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: Any) -> PreTrainedModel:
+def load_weights(
+    place: Place, where: str, *, dtype: str = "auto", architecture: str | None = None, **placement: Any
+) -> PreTrainedModel:
     """Load a model by the class that its config names, in evaluation mode, all weights frozen.
 
     Args:
         place: of the model; an adapter is no model, see `adapters.live`.
         where: for messages.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        architecture: another class of transformers, of which only the body has to be stored: its head has any values.
         **placement: `device_map` and what goes with it, as transformers takes them.
 
     Raises:
@@ -102,7 +105,9 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
             them are missing or of another shape than its config says.
     """
     config = read_config(place, where)
-    architecture = read_architecture(config, where)
+    named = read_architecture(config, where)
+    headless = architecture not in (None, named)
+    architecture = architecture or named
     with foreign_reading(f"{where}: cannot load it"):
         directory = local_copy(place.path, place.revision)
         if quantised_with(config) is None:
@@ -125,9 +130,13 @@ def load_weights(place: Place, where: str, *, dtype: str = "auto", **placement: 
                     "from, in bfloat16"
                 ) from error
             raise
-    if found["missing_keys"]:  # transformers would go on with random numbers in their place
-        missing = listed(sorted(found["missing_keys"]))
-        raise UserError(f"{where}: its files lack weights of {architecture}, which its config names: {missing}")
+    missing = set(found["missing_keys"])
+    if missing and headless:
+        skeleton = Skeleton(model)
+        missing = {path for path in missing if skeleton.in_body(path) is not None}
+    if missing:  # transformers would go on with random numbers in their place
+        by = "which the adapters' heads are of" if headless else "which its config names"
+        raise UserError(f"{where}: its files lack weights of {architecture}, {by}: {listed(sorted(missing))}")
     check_finite(model.named_parameters(), where)  # buffers may be masks of -Inf
     return model.eval().requires_grad_(False)
 

@@ -21,6 +21,8 @@ from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import first_line, format_bytes, one_line, shortened
 
 CONFIG_NAME, GENERATION_CONFIG = "config.json", "generation_config.json"
+#: Folder of heads that go with a model, within its directory: NAME.safetensors, and the config to load it with.
+HEADS = "heads"
 # Configs that transformers and peft read along with a model, an adapter or a tokenizer.
 _OF_PROCESSORS = (
     "tokenizer_config.json",

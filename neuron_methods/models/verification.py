@@ -28,16 +28,13 @@ from neuron_methods.models.headers import (
     stored_names,
     weight_files,
 )
-from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_reading, read_model_config
+from neuron_methods.models.model_files import CONFIG_NAME, HEADS, check_files, foreign_reading, read_model_config
 from neuron_methods.models.skeleton import Skeleton, cannot_be_built, model_class
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.quiet import quiet_transformers
 from neuron_methods.support.text import listed
-
-#: Folder of heads that go with a model, within its directory: NAME.safetensors, and the config to load it with.
-HEADS = "heads"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from neuron_methods.models.verification import HEADS
+from neuron_methods.models.model_files import HEADS
 from neuron_methods.plugin.head_members import Member, class_name, find_member, named_member, own_head, path_of
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.session import MergeSession

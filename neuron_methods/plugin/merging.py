@@ -26,9 +26,7 @@ from neuron_methods.models.states import watched
 from neuron_methods.plugin.output import ModelOutput, Output
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.run import MergeRun
-from neuron_methods.plugin.seam import planned_tasks, replan
 from neuron_methods.plugin.session import MergeSession
-from neuron_methods.plugin.work import Work
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import check_space, file_in_place_after, is_disk_full, staging_directory, write_text
 from neuron_methods.support.runs import claimed
@@ -72,6 +70,10 @@ class MergeSummary:
             if self.profile.sigma is not None:
                 scale = self.profile.automatic_lambda("mean")
                 lines.append(f"  sigma {self.profile.sigma:.4f}, automatic lambda_orthogonal {scale:.4f}")
+            energy = self.profile.parallel_energy + self.profile.orthogonal_energy
+            if energy > 0:
+                share = 100 * self.profile.parallel_energy / energy
+                lines.append(f"  update energy: {share:.2f} % parallel, {100 - share:.2f} % orthogonal to the neurons")
         if self.adapter is not None:
             lines += [f"  {line}" for line in str(self.adapter).splitlines()]
         lines += [f"  {line}" for line in (*self.findings, *self.notes)]
@@ -85,10 +87,7 @@ class MergeWitness:
 
     Attributes:
         on_plan: called with the run and mergekit's planner once the plan stands, before any tensor is merged.
-        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied, in
-            whichever run it is; returns what it has seen, for JSON.
-        recall: called with (name, what `on_tensor` has seen) for all these tensors, in an order of the plan's, before
-            `finish`.
+        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
         finish: called with the run, the written and verified directory before it is moved into place, its name, and
             the merge by a method of ours, if it is one; writes README.md and what else goes beside the weights, and
             returns notes.
@@ -96,8 +95,7 @@ class MergeWitness:
 
     finish: Callable[[MergeRun, Path, str, Any], list[str]]
     on_plan: Callable[[MergeRun, Any], None] | None = None
-    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], Any] | None = None
-    recall: Callable[[str, Any], None] | None = None
+    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
 
 
 def merge_to_directory(
@@ -113,7 +111,6 @@ def merge_to_directory(
     config_name: str = "the configuration",
     head: str | None = None,
     witness: MergeWitness | None = None,
-    resume: bool | None = None,
 ) -> MergeSummary:
     """Run any mergekit configuration and leave a complete, verified directory, or nothing.
 
@@ -129,8 +126,6 @@ def merge_to_directory(
         config_name: file name for messages.
         head: what becomes of the models' heads; see `heads.heads_of_merge`.
         witness: writes the card, and more; without one mergekit's own card is written.
-        resume: go on with an unfinished merge of this plan, where there is one; False: begin anew; None: refuse, unless
-            by `force`.
 
     Returns:
         What was done, printable.
@@ -145,41 +140,32 @@ def merge_to_directory(
     target = check_target(out_path, force, inputs)
     profile_place = _profile_place(profile_out, target, force, inputs)
     output.configure(run)
-    watch, work = watched(inputs), Work(target)
+    watch = watched(inputs)
 
     def check(planner: Any) -> None:
         run.inspect(planner)
-        output.plan(run, planner, work)
+        output.plan(run, planner)
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.prepared)
         check_space(target.parent, run.plan.bytes_to_write)
         run.plan.memory.check(config_name)
         if witness is not None and witness.on_plan is not None:
             witness.on_plan(run, planner)
-        made_from = {**watch.before, **run.made_from(), **output.made_from(), "--allow-nonfinite": allow_nonfinite}
-        work.open(made_from, out_path, resume=bool(resume), anew=force or resume is False)
-        missing = [[name for name in names if name not in work.pieces] for names in work.groups]
-        session.seed = run.options.random_seed if run.options.random_seed is not None else work.seed
-        work.start(filter(None, missing))
-        wanted = {name for names in missing for name in names}
-        replan(planner, [(weight, task) for weight, task in planned_tasks(planner) if weight.name in wanted])
-        session.planned_tensors = len(wanted)
 
     on_tensor = witness.on_tensor if witness is not None else None
-    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress, traces=work.told)
+    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress)
     with (
         claimed(target, out_path),
         _claimed_apart(profile_place, target),
         run.opened(),
-        _left_behind(work),
         staging_directory(target) as staging,
     ):
         try:
             output.begin(run, staging)
             run.execute(staging, session)
-            output.finish(run, staging, work)
+            output.finish(run, staging)
             output.verify(run, staging)
-            notes = _recalled(run, session, work, witness)
+            notes = _notes(run, session)
             if witness is None:
                 run.write_card(staging, target.name, output.library)
             else:
@@ -219,38 +205,15 @@ def plan_merge(
         UserError: what the merge itself would refuse before it starts.
     """
     run, output = MergeRun(config_source, config_name, options, head), ModelOutput()
-    run.plan_only(lambda planner: output.plan(run, planner, Work(Path(os.devnull))))
+    run.plan_only(lambda planner: output.plan(run, planner))
     return run.plan
 
 
-@contextmanager
-def _left_behind(work: Work) -> Iterator[None]:
-    """Within the block a merge is made; finished pieces of one that is broken off by no fault of its own are kept."""
-    keep = False
-    try:
-        yield
-    except BaseException as error:
-        keep = not isinstance(error, UserError)
-        raise
-    finally:
-        work.leave(keep=keep)
-
-
-def _recalled(run: MergeRun, session: MergeSession, work: Work, witness: MergeWitness | None) -> list[str]:
-    """Tell method and witness what the merges of all tensors told, whichever run they were made in.
-
-    Returns:
-        What the user should know: the plan's notes, and where NaN or Inf was let through.
-    """
-    notes, traces = list(run.plan.notes), work.traces()
-    if session.prepared is not None:
-        session.prepared.told.update({name: trace["told"] for name, trace in traces.items() if "told" in trace})
-    if witness is not None and witness.recall is not None:
-        for name, trace in traces.items():
-            if "seen" in trace:
-                witness.recall(name, trace["seen"])
-    if nonfinite := [name for name, trace in traces.items() if "nonfinite" in trace]:
-        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(nonfinite)}")
+def _notes(run: MergeRun, session: MergeSession) -> list[str]:
+    """What the user should know: the plan's notes, and where NaN or Inf was let through."""
+    notes = list(run.plan.notes)
+    if session.nonfinite:
+        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(session.nonfinite)}")
     return notes
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-import neuron_methods
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.plugin.adapter_planning import untied_notes
 from neuron_methods.plugin.configuration import check_listed_once, read_configuration
@@ -36,16 +33,12 @@ from neuron_methods.plugin.token_maps import compare_token_maps
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models
 from neuron_methods.support.documents import parse_yaml
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.fingerprints import code_digest
 from neuron_methods.support.text import first_line, listed
 
 # The YAML of a merge, beside its output.
 CONFIG_NAME = "mergekit_config.yml"
 
 
-# What the bytes of a merge depend on.
-_VERSIONS = ("mergekit", "torch", "transformers", "safetensors", "peft")
-_DECIDING = ("random_seed", "out_shard_size", "device", "safe_serialization", "trust_remote_code", "lora_merge_dtype")
 # Parameters of our methods that name files.
 _FILES = ("profile", "groups")
 _HEAD_COMMENT = "# mergekit-neuron merge --head "
@@ -172,22 +165,6 @@ class MergeRun:
                 self.plan.notes.append(f"{model}: read without {wrappers} in the names of its tensors")
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
-
-    def made_from(self) -> dict[str, Any]:
-        """Say what the output depends on beside the files read: code, YAML, options, revisions on the Hub; for JSON."""
-        told: dict[str, Any] = {f"the version of {name}": version(name) for name in _VERSIONS}
-        code = code_digest(Path(neuron_methods.__file__).parent)
-        told["the version of mergekit-neuron"] = f"{neuron_methods.__version__} ({code})"
-        told[self.name] = self.recorded
-        for option in _DECIDING:
-            told[f"--{option.replace('_', '-')}"] = getattr(self.options, option)
-        for model in self.configuration.referenced_models():
-            if not os.path.exists(model.model.path):
-                # Its name there is that of the revision.
-                told[str(model)] = Path(model.local_path(self.options.transformers_cache, ignore_lora=True)).name
-        tensors = [(weight.name, size) for weight, _, size in self.plan.tensors]
-        told["what is written"] = hashlib.sha256(repr(tensors).encode()).hexdigest()[:16]
-        return told
 
     def headers_of_donor(self) -> dict[str, Header]:
         """Read the headers of all that the donor stores; models must be open."""

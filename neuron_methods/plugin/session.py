@@ -7,7 +7,6 @@ mergekit's own methods pass through it as well as ours.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,27 +34,24 @@ class MergeSession:
     Attributes:
         on_plan: called with mergekit's planner once the plan stands, before any tensor is merged; it may refuse by
             raising `UserError`.
-        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied;
-            returns something for JSON.
+        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
         allow_nonfinite: go on where a tensor holds NaN or Inf.
         quiet: no progress bars.
         architecture: that mergekit is to plan by, where it has been chosen.
         prepared: the merge by a method of ours, None for mergekit's own methods.
         planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
-        seed: that chance in the merge of a tensor goes by, with the tensor's name; None: it is not set.
-        traces: {tensor: what its merge told; for JSON}, of those that are merged and not yet written.
+        nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
         narrow: float16, where the plan rounds to that as it writes.
     """
 
     on_plan: Callable[[Any], None] = lambda _planner: None
-    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], Any] | None = None
+    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
     allow_nonfinite: bool = False
     quiet: bool = False
     architecture: ModelArchitecture | None = None
     prepared: PreparedMerge | None = None
     planned_tensors: int = 0
-    seed: int | None = None
-    traces: dict[str, dict[str, Any]] = field(default_factory=dict)
+    nonfinite: list[str] = field(default_factory=list)
     narrow: torch.dtype | None = None
     _bar: tqdm | None = field(default=None, repr=False)
 
@@ -87,21 +83,17 @@ class MergeSession:
                 total=self.planned_tensors, what="Merging tensors", unit="tensor", shown=not self.quiet
             )
 
-        if self.seed is not None:  # by tensor, so that it does not matter which was merged before, and where
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big"))
-        trace: dict[str, Any] = {}
-
         def inspect(merged: Tensor | None) -> Tensor | None:
             if merged is not None and not is_finite(merged):
                 if not self.allow_nonfinite:
                     raise _nonfinite_result(name, tensors, merged.dtype)
-                trace["nonfinite"] = True
+                self.nonfinite.append(name)
             elif merged is not None and self.narrow is not None and overflows(merged, self.narrow):
                 if not self.allow_nonfinite:
                     raise _overflow(name, self.narrow, merged)
-                trace["nonfinite"] = True
+                self.nonfinite.append(name)
             if merged is not None and self.on_tensor is not None and len(tensors) > 1:
-                trace["seen"] = self.on_tensor(name, tensors, merged)
+                self.on_tensor(name, tensors, merged)
             return merged
 
         try:
@@ -114,9 +106,6 @@ class MergeSession:
             if any(not tensor.is_floating_point() for tensor in tensors.values()):
                 raise UserError(f"{name}: the models hold integers here, and not the same ones ({error})") from None
             raise
-        if self.prepared is not None and name in self.prepared.told:
-            trace["told"] = self.prepared.told[name]
-        self.traces[name] = trace
         self._bar.update()
 
     def close(self) -> None:

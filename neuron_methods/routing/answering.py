@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,31 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 
 
-def _told(given: str, answered: str, routing: Routing, sample: int, as_json: bool) -> str:
-    """An answer to a prompt or an image, and the routing of that sample of the batch."""
-    if not as_json:
-        return f"{given}\n  answer:  {answered}\n  routing: {routing.describe(sample)}"
-    weights = dict(zip(routing.names, routing.weights[sample].tolist(), strict=True))
-    content = {
-        "input": given,
-        "answer": answered,
-        "experts": {name: round(weights[name], 6) for name in routing.experts[sample]},
-        "in_domain": bool(routing.in_domain[sample]),
-        "score": round(float(routing.scores[sample]), 6),
-        "threshold": round(routing.threshold, 6),
-    }
-    return json.dumps(content, ensure_ascii=False)
+@dataclass(frozen=True)
+class _Answer:
+    """What a sample was answered, how it was routed (a routing of it alone), and whose head it is, if any is."""
+
+    text: str
+    routing: Routing
+    head: str | None = None
+
+    def told(self, given: str, as_json: bool) -> str:
+        """Tell it, behind what was given."""
+        routing = self.routing
+        if not as_json:
+            head = "" if self.head is None else f" (head: {self.head})"
+            return f"{given}\n  answer:  {self.text}{head}\n  routing: {routing.describe(0)}"
+        weights = dict(zip(routing.names, routing.weights[0].tolist(), strict=True))
+        content = {
+            "input": given,
+            "answer": self.text,
+            **({} if self.head is None else {"head": self.head}),
+            "experts": {name: round(weights[name], 6) for name in routing.experts[0]},
+            "in_domain": bool(routing.in_domain[0]),
+            "score": round(float(routing.scores[0]), 6),
+            "threshold": round(routing.threshold, 6),
+        }
+        return json.dumps(content, ensure_ascii=False)
 
 
 def answer(
@@ -63,34 +75,29 @@ def answer(
     own = any((directory / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
     place = Place(str(directory)) if own else Place.parse(model.base_reference)
     processor = load_processor(routable_kind(model.base).processor, place, routed)
+    given: Sequence[Any] = images or prompts
     if model.kind == "image-classification":
         if prompts:
             raise UserError(f"{routed}: classifies images; give --image FILE instead of --prompt")
-        given: Sequence[Any] = images
-        answers, routing = _classify(model, processor, images)
+        opened = [read_image(path, f"--image {path}") for path in images]
+        pixels = processor(opened, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        answers = _classify(model, [{"pixel_values": pixels}])
+    elif images:
+        raise UserError(f"{routed}: reads text; give --prompt TEXT instead of --image")
+    elif model.kind == "text-classification":
+        # One by one: a decoder that knows no padding cannot tell where a padded text ends.
+        encoded = [_tokens(model, processor, prompt) for prompt in prompts]
+        answers = _classify(model, [{k: torch.tensor([v]) for k, v in text.items()} for text in encoded])
     else:
-        if images:
-            raise UserError(f"{routed}: reads text; give --prompt TEXT instead of --image")
-        given = prompts
-        answers, routing = _generate(model, processor, prompts, max_new_tokens, sample, seed)
-    return [_told(str(given[i]), text, routing, i, as_json) for i, text in enumerate(answers)]
+        answers = _generate(model, processor, prompts, max_new_tokens, sample, seed)
+    return [answer.told(str(what), as_json) for what, answer in zip(given, answers, strict=True)]
 
 
 def _generate(
     model: NeuronRoutedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, sample: bool, seed: int
-) -> tuple[list[str], Routing]:
-    limit = text_limit(model.config)
+) -> list[_Answer]:
     for prompt in prompts:
-        if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
-            raise UserError(f"--prompt {prompt!r}: holds what is no character; give it as UTF-8")
-        tokens = len(tokenizer(prompt).input_ids)
-        if not tokens:
-            raise UserError(f"--prompt {prompt!r}: no token in it; give a text")
-        if limit is not None and tokens + max_new_tokens > limit:
-            raise UserError(
-                f"--prompt {prompt[:30]!r}...: {tokens} tokens and --max-new-tokens {max_new_tokens} are more than the "
-                f"context of {limit}; shorten one of them"
-            )
+        _tokens(model, tokenizer, prompt, max_new_tokens)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
@@ -105,13 +112,34 @@ def _generate(
     if model.kind == "causal":
         output = output[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [text.strip() for text in texts], routing
+    return [_Answer(text.strip(), routing[[i]]) for i, text in enumerate(texts)]
 
 
-def _classify(model: NeuronRoutedModel, processor: Any, images: Sequence[Path]) -> tuple[list[str], Routing]:
-    opened = [read_image(path, f"--image {path}") for path in images]
-    pixels = processor(opened, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    with torch.no_grad():
-        output, routing = model(pixel_values=pixels, return_routing=True)
-    labels = model.config.id2label
-    return [str(labels.get(number, number)) for number in output.logits.argmax(1).tolist()], routing
+def _tokens(model: NeuronRoutedModel, tokenizer: Any, prompt: str, room: int = 0) -> dict[str, list[int]]:
+    """Tokenize a prompt, and make sure that it says something and leaves room in the context."""
+    if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+        raise UserError(f"--prompt {prompt!r}: holds what is no character; give it as UTF-8")
+    encoded, limit = tokenizer(prompt), text_limit(model.config)
+    tokens = len(encoded["input_ids"])
+    if not tokens:
+        raise UserError(f"--prompt {prompt!r}: no token in it; give a text")
+    if limit is not None and tokens + room > limit:
+        wanted = f" and --max-new-tokens {room}" if room else ""
+        problem = f"{tokens} tokens{wanted} are more than the context of {limit}"
+        raise UserError(f"--prompt {prompt[:30]!r}...: {problem}; shorten {'one of them' if room else 'it'}")
+    return {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded}
+
+
+def _classify(model: NeuronRoutedModel, batches: Sequence[dict[str, Any]]) -> list[_Answer]:
+    """Name each sample's class, and its head where there are several."""
+    labels, answers = model.config.id2label, []
+    for batch in batches:
+        with torch.no_grad():
+            output, routing = model(**batch, return_routing=True)
+        found = output.logits.argmax(1).tolist()
+        heads = getattr(output, "heads", [None] * len(found))
+        answers += [
+            _Answer(str(labels.get(number, number)), routing[[i]], head)
+            for i, (number, head) in enumerate(zip(found, heads, strict=True))
+        ]
+    return answers

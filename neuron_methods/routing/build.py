@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +19,24 @@ from safetensors.torch import load_file, save_file
 
 from neuron_methods import __version__
 from neuron_methods.adapters.live import save_adapter, stored_dtype
+from neuron_methods.adapters.own_head import OwnHead
 from neuron_methods.models.loading import device_map, load_processor
+from neuron_methods.models.loading import read_config as read_model_config
 from neuron_methods.models.reference import Place
 from neuron_methods.models.states import model_files, watched
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.base import load_base, routable_kind
-from neuron_methods.routing.data import SampleDrawer, Samples, fingerprint_of_samples
+from neuron_methods.routing.data import SampleDrawer, Samples, fingerprint_of_samples, labels_of
 from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import (
     adapter_directories,
     check_adapter,
     check_bases,
+    heads_of,
     load_experts,
+    without_heads,
 )
+from neuron_methods.routing.heads import Classes, HeadBank
 from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.pooling import pooled_states, resolve_layers
@@ -47,7 +53,7 @@ from neuron_methods.routing.router import Router
 from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import check_space, staging_directory, write_json
-from neuron_methods.support.finite import is_finite
+from neuron_methods.support.finite import check_finite, is_finite
 from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.stages import Stage, Stages
@@ -140,19 +146,42 @@ class _Run:
         if config.check_base:
             for note in check_bases(adapters, directories, config.base_model, self.where):
                 report(note)
-        placement = device_map(device)
-        base = load_base(config.base_model, f"{where}: base_model", dtype=config.dtype, device_map=placement)
+        place, base_where = Place.parse(config.base_model), f"{where}: base_model"
+        heads = heads_of(adapters, directories, read_model_config(place, base_where))
+        self.architecture = next((head.model.__name__ for head in heads.values()), None)
+        options = {"dtype": config.dtype, "device_map": device_map(device), "architecture": self.architecture}
+        base = load_base(config.base_model, base_where, **options)
         kind = routable_kind(base)
         self.read = resolve_layers(base, config.router.layer, f"{where}: router.layer")
-        place = Place.parse(config.base_model)
-        self.processor = load_processor(kind.processor, place, f"{where}: base_model")
-        self.peft_model = load_experts(base, directories, self.where)
+        self.processor = load_processor(kind.processor, place, base_where)
+        with without_heads(adapters, directories, heads) as factors:
+            self.peft_model = load_experts(base, factors, self.where)
         self.mixer = AdapterMixer(self.peft_model, list(directories))
         self.base = base
-        drawer = SampleDrawer(config, base, self.processor, kind.kind)
+        self.labels: dict[str, tuple[str, ...]] = {}
+        for expert in config.experts:
+            if expert.name in heads:
+                classes = heads[expert.name].config.num_labels
+                self.labels[expert.name] = tuple(labels_of(expert, kind.kind, classes, self.where))
+            elif expert.head_labels is not None:
+                raise UserError(
+                    f"{where}: expert {expert.name!r}: head_labels: its adapter stores no head; leave it out"
+                )
+        self.heads = self._bank(heads) if heads else None
+        of_experts = {} if self.heads is None else self.heads.configs(base.config)
+        drawer = SampleDrawer(config, base, self.processor, kind.kind, of_experts)
         self.samples = {expert.name: drawer.of_expert(expert) for expert in config.experts}
         self.background = [drawer.of_background(number, data) for number, data in enumerate(config.background)]
         self.models_key = [place.state(), config.dtype]
+
+    def _bank(self, heads: dict[str, OwnHead]) -> HeadBank:
+        """Put the adapters' heads into the base."""
+        experts = [RoutedExpert(name, (), self.labels.get(name)) for name in self.directories]
+        classes = Classes.of(experts, str(self.architecture), self.base.config, self.where)
+        tensors = {name: {path: head.tensor(path) for path in head.keys} for name, head in heads.items()}
+        for name, values in tensors.items():
+            check_finite(values.items(), f"{self.where}: adapter of {name}")
+        return HeadBank(self.base, classes, tensors)
 
     def inputs(self, work: Stages) -> tuple[Inputs, Inputs]:
         """Pool hidden states of all training and all calibration samples."""
@@ -204,12 +233,14 @@ class _Run:
             self.config.text.model_dump(),
             fingerprint_of_samples(self.samples[name]),
             [getattr(part.feeder, "classes", None) for part in self.samples[name].values()],
+            self.labels.get(name),
         ]
 
         def build(place: Path) -> dict[str, Any]:
             if settings.enabled:
                 loss = self.samples[name]["calibration"].loss(settings.samples)
-                enhanced = enhance_expert(self.base, self.mixer, name, loss, settings)
+                with nullcontext() if self.heads is None else self.heads.using(name):
+                    enhanced = enhance_expert(self.base, self.mixer, name, loss, settings)
             else:
                 enhanced = untouched(self.mixer, name)
             paths = kept_paths(self.mixer, enhanced)
@@ -234,14 +265,17 @@ class _Run:
         versions = {name: version(name) for name in ("transformers", "peft", "torch")}
         config = RoutedConfig(
             base_model=reference_to(self.config.base_model, target),
-            experts=tuple(RoutedExpert(name, e.redundant) for name, (e, _) in enhanced.items()),
+            experts=tuple(RoutedExpert(n, e.redundant, self.labels.get(n)) for n, (e, _) in enhanced.items()),
             router=replace(router.shape, ood_threshold=router.threshold),
             redundant=self.config.merging.redundant,
             seed=self.config.merging.seed,
+            architecture=self.architecture,
             report={"router": asdict(figures), "made_with": {"mergekit-neuron": __version__, **versions}},
         )
         for name, (_, adapter) in enhanced.items():
             shutil.copytree(adapter, staging / ADAPTERS / name)
+        if self.heads is not None:
+            self.heads.save(staging)
         save_file(dict(router.state_dict()), staging / ROUTER_NAME, metadata={"format": "pt"})
         trace = {
             "settings": self.config.enhancement.model_dump(),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.live import load_adapters
+from neuron_methods.adapters.own_head import OwnHead
+from neuron_methods.adapters.parting import own_head_of, write_factors
 from neuron_methods.adapters.weights_file import adapter_directory
+from neuron_methods.models.kinds import facts_of
 from neuron_methods.models.reference import Place, same_model
+from neuron_methods.routing.routed_files import CLASSIFIERS
 from neuron_methods.support.errors import UserError
 
 # What changes the model otherwise than by s·B·A on a linear layer, and what to do instead.
 _REFUSED = {
     "use_dora": "DoRA rescales the base weights",
     "lora_bias": "biases in LoRA's B",
-    "modules_to_save": "modules stored whole, such as a head of its own: train all experts on one shared head",
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trained token embeddings",
     "layer_replication": "replicated layers",
@@ -49,6 +56,43 @@ def check_adapter(directory: str, where: str) -> AdapterConfig:
     if reason is not None:
         raise UserError(f"{where}: {reason}, so it cannot be mixed per input; convert it to plain LoRA with peft first")
     return config
+
+
+def heads_of(
+    configs: Mapping[str, AdapterConfig], directories: Mapping[str, str], base: PretrainedConfig
+) -> dict[str, OwnHead]:
+    """Find the heads that adapters store whole: {expert: its head}, of those that have one.
+
+    Raises:
+        UserError: an adapter stores anything else whole, a head is no classifier's, or two are of different classes.
+    """
+    found = {name: own_head_of(config, directories[name], base) for name, config in configs.items()}
+    heads = {name: head for name, head in found.items() if head is not None}
+    first = next(iter(heads), "")
+    for name, head in heads.items():
+        facts = facts_of(head.model.__name__)
+        if facts is None or facts.kind not in CLASSIFIERS:
+            raise UserError(
+                f"{configs[name].where}: it stores the head of a {head.model.__name__} whole (modules_to_save); only "
+                "classifiers' heads can be chosen per input"
+            )
+        if head.model is not heads[first].model:
+            raise UserError(
+                f"{configs[name].where}: its head is that of a {head.model.__name__}, the one of {first} that of a "
+                f"{heads[first].model.__name__}; route experts of one class"
+            )
+    return heads
+
+
+@contextmanager
+def without_heads(
+    configs: Mapping[str, AdapterConfig], directories: Mapping[str, str], heads: Mapping[str, OwnHead]
+) -> Iterator[dict[str, str]]:
+    """Give directories of the adapters' factors alone, which are there within the block; peft wants heads to fit."""
+    with tempfile.TemporaryDirectory(prefix="mergekit-neuron-route-") as folder:
+        for name, head in heads.items():
+            write_factors(configs[name], directories[name], head, Path(folder, name))
+        yield {name: str(Path(folder, name)) if name in heads else directory for name, directory in directories.items()}
 
 
 def check_bases(

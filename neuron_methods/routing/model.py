@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from neuron_methods.adapters.config import CONFIG_NAME
 from neuron_methods.adapters.live import save_adapter
@@ -19,10 +20,12 @@ from neuron_methods.models.kinds import text_limit
 from neuron_methods.models.loading import input_device
 from neuron_methods.routing.base import load_base, routable_kind
 from neuron_methods.routing.experts import load_experts
+from neuron_methods.routing.heads import HeadBank
 from neuron_methods.routing.mixing import AdapterMixer
 from neuron_methods.routing.pooling import pooled_states, resolve_layers
 from neuron_methods.routing.routed_files import (
     ADAPTERS,
+    CLASSIFIERS,
     ROUTER_NAME,
     RoutedConfig,
     reference_to,
@@ -39,7 +42,7 @@ from neuron_methods.support.text import shortened
 # What a router can look at; the rest of a model's inputs (labels, caches, what was generated so far) is not the prompt.
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")
 
-_OF_THE_BASE = ("config", "generation_config", "main_input_name", "dtype", "can_generate")
+_OF_THE_BASE = ("generation_config", "main_input_name", "dtype", "can_generate")
 
 
 class NeuronRoutedModel(nn.Module):
@@ -53,12 +56,16 @@ class NeuronRoutedModel(nn.Module):
         mixer: the seam that mixes them per sample.
         router: the MLP.
         routed_config: what is stored about all of it.
-        kind: ``causal``, ``text-to-text`` or ``image-classification``.
+        heads: of the experts, where they have heads of their own; see `heads`.
+        kind: ``causal``, ``text-to-text``, ``image-classification`` or ``text-classification``.
     """
 
-    def __init__(self, peft_model: Any, router: Router, routed_config: RoutedConfig, base: str) -> None:
-        """Put together what `experts.load_experts` made, a trained router, and where the base came from."""
+    def __init__(
+        self, peft_model: Any, router: Router, routed_config: RoutedConfig, base: str, heads: HeadBank | None = None
+    ) -> None:
+        """Put together what `experts.load_experts` made, a trained router, where the base came from, and its heads."""
         super().__init__()
+        self.heads = heads
         self.peft_model = peft_model
         self.router = router
         self.routed_config = routed_config
@@ -74,6 +81,12 @@ class NeuronRoutedModel(nn.Module):
                 raise UserError(f"expert {expert.name}: {problem}; name the base it was made for")
         self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
         self.router.to(input_device(self.base))
+        self._config = None if heads is None else heads.classes.config(self.base.config)
+
+    @property
+    def config(self) -> Any:
+        """The base's config; where experts have heads of their own, its labels are those of all heads."""
+        return self._config or self.base.config
 
     @property
     def base(self) -> Any:
@@ -119,18 +132,25 @@ class NeuronRoutedModel(nn.Module):
         if states.shape[1] != shape.width:
             raise UserError(f"the router reads {shape.width} numbers, and this base gives it {states.shape[1]}")
         probabilities, scores = self.router(states)
-        weights = chosen_weights(probabilities.float(), shape.top_k, scores >= self.router.threshold)
+        # A base without a head has no answer of its own: then the nearest expert has to give one.
+        inside = scores >= self.router.threshold
+        claimed = inside | (self.heads is not None and self.heads.classes.own is None)
+        weights = chosen_weights(probabilities.float(), shape.top_k, claimed)
         coefficients = layer_coefficients(weights, self._core, self.routed_config.redundant, self.routed_config.seed)
         return Routing(self.experts, probabilities.float(), weights, scores, self.router.threshold, coefficients)
 
     def forward(self, *, routing: Routing | None = None, return_routing: bool = False, **inputs: Any) -> Any:
         """Run the base's forward, each sample with its experts.
 
+        Where experts have heads of their own, ``logits`` are (B, classes of all heads): those of a sample's head at its
+        places, -Inf elsewhere; `config.id2label` names them all. The output has two attributes more, lists of B names:
+        ``heads``, whose head it is, and ``labels``, the likeliest label.
+
         Args:
             routing: of `route`; by default the inputs are routed (all tokens of them: to score an answer behind a
                 prompt, route the prompt and give its routing).
             return_routing: return (output, routing) instead of the output.
-            **inputs: as the base takes them, by keyword.
+            **inputs: as the base takes them, by keyword; ``labels`` are classes of all heads.
 
         Raises:
             UserError: as `route`; or a cache of earlier tokens is given, and no routing that goes with it.
@@ -140,8 +160,19 @@ class NeuronRoutedModel(nn.Module):
                 raise UserError("what follows a prompt is not routed anew: give the prompt's routing=model.route(...)")
             routing = self.route(**inputs)
         with self.mixer.using(routing.coefficients):
-            output = self.base(**inputs)
+            output = self.base(**inputs) if self.heads is None else self._answer(self.heads, routing, inputs)
         return (output, routing) if return_routing else output
+
+    def _answer(self, heads: HeadBank, routing: Routing, inputs: dict[str, Any]) -> Any:
+        """Run the base's forward, each sample through the head of its own."""
+        chosen, labels = heads.classes.chosen(routing.weights), inputs.pop("labels", None)
+        with heads.using(chosen):
+            output = self.base(**{**inputs, "return_dict": True})
+        if labels is not None:
+            output["loss"] = functional.cross_entropy(output.logits.float(), labels.to(output.logits.device))
+        output.heads = [heads.classes.heads[number] for number in chosen.tolist()]
+        output.labels = [heads.classes.names[number] for number in output.logits.argmax(dim=1).tolist()]
+        return output
 
     @torch.no_grad()
     def generate(
@@ -163,8 +194,9 @@ class NeuronRoutedModel(nn.Module):
         Raises:
             UserError: as `route`; or the base does not generate, or the prompt fills the context.
         """
-        if self.kind == "image-classification":
-            raise UserError(f"{type(self.base).__name__} classifies images and generates nothing; call forward")
+        if self.kind in CLASSIFIERS:
+            what = self.kind.partition("-")[0]
+            raise UserError(f"{type(self.base).__name__} classifies {what}s and generates nothing; call forward")
         if inputs is not None:
             options["input_ids"] = inputs
         self._refuse_long(options, room=1)
@@ -174,18 +206,20 @@ class NeuronRoutedModel(nn.Module):
         return (output, routing) if return_routing else output
 
     @torch.no_grad()
-    def as_static(self, weights: Mapping[str, float] | Tensor) -> Any:
+    def as_static(self, weights: Mapping[str, float] | Tensor, *, head: str | None = None) -> Any:
         """Make the plain model of fixed coefficients: θ₀ + Σ_e c_e τ_e; no adapter, no router, no routing.
 
         Args:
             weights: one coefficient per expert, the same in all layers; or float (L, E), one per layer and expert, such
                 as a sample's ``routing.coefficients[i]``.
+            head: whose it has, where experts have heads of their own; by default that of the only expert in it.
 
         Returns:
             A model of transformers, with weights of its own.
 
         Raises:
-            UserError: an expert that is not there, a tensor of another shape, or a quantised base.
+            UserError: an expert that is not there, a tensor of another shape, no head or an unknown one, or a quantised
+                base.
         """
         if isinstance(weights, Mapping):
             unknown = sorted(set(weights) - set(self.experts))
@@ -198,6 +232,9 @@ class NeuronRoutedModel(nn.Module):
             raise UserError(f"as_static: coefficients of shape {tuple(weights.shape)}, expected {expected}")
         if getattr(self.base, "is_quantized", False):
             raise UserError("as_static: the base is quantised; load the routed model with a base that is not")
+        if self.heads is not None and head is None:
+            used = [name for name, share in zip(self.experts, weights.any(dim=0).tolist(), strict=True) if share]
+            head = used[0] if len(used) == 1 else None
         plain = copy.deepcopy(self.peft_model).unload()
         for path in self.mixer.modules:
             target = plain.get_submodule(path).weight
@@ -207,6 +244,8 @@ class NeuronRoutedModel(nn.Module):
                 if delta is not None:
                     merged = merged + value * delta.to(merged.device)
             target.copy_(merged)
+        if self.heads is not None:
+            self.heads.fix(plain, head, "as_static: head")
         return plain.eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, base_model: str | None = None) -> None:
@@ -232,6 +271,8 @@ class NeuronRoutedModel(nn.Module):
                 place.mkdir(exist_ok=True)
                 for file in (staging / name).iterdir():
                     os.replace(file, place / file.name)
+        if self.heads is not None:
+            self.heads.save(target)
         state = {key: value.detach().cpu().contiguous() for key, value in self.router.state_dict().items()}
         with file_in_place_after(target / ROUTER_NAME) as beside:
             save_file(state, beside, metadata={"format": "pt"})
@@ -304,18 +345,20 @@ class NeuronRoutedModel(nn.Module):
                 f"{where}: its base model was the directory {config.base_model}, which is not there; name "
                 "another place: base_model="
             )
-        base = load_base(reference, f"{where}: base {reference}", dtype=dtype, device_map=device_map)
+        options = {"dtype": dtype, "device_map": device_map, "architecture": config.architecture}
+        base = load_base(reference, f"{where}: base {reference}", **options)
         directories = {expert.name: str(within(directory, ADAPTERS, expert.name)) for expert in config.experts}
         for name, file in itertools.product(directories, (CONFIG_NAME, SAFETENSORS_NAME)):
             place = within(directory, ADAPTERS, name, file)
             open_file(place, str(place)).close()  # safetensors waits for a pipe
         resolve_layers(base, config.router.layers, f"{directory / ROUTED_CONFIG}: router.layers")
         router = Router.load(within(directory, ROUTER_NAME), config.router, len(config.experts))
-        model = cls(load_experts(base, directories, where), router.requires_grad_(False), config, reference)
-        return model.eval()
+        peft_model = load_experts(base, directories, where)
+        heads = HeadBank.load(base, config, directory)
+        return cls(peft_model, router.requires_grad_(False), config, reference, heads).eval()
 
     def _mask_of(self, input_ids: Tensor) -> Tensor | None:
-        pad = getattr(self.base.generation_config, "pad_token_id", None)
+        pad = getattr(getattr(self.base, "generation_config", None), "pad_token_id", None)
         pad = getattr(self.config, "pad_token_id", None) if pad is None else pad
         if pad is None or pad == getattr(self.config, "eos_token_id", None) or not bool((input_ids == pad).any()):
             return None

@@ -19,10 +19,16 @@ OURS = (
         "distance to the nearest expert's inputs",
         ood_score="combined",
     ),
+    ours(
+        "an input is answered by the head of its first expert; by the base's own where no expert claims it, and where "
+        "the base has none, by the nearest expert",
+        heads="own",
+    ),
 )
 
 
 def own_choices(config: RoutedConfig) -> list[str]:
     """Tell what of a routed model is ours, a clause each."""
     values = {"pooling": [config.router.pooling], "ood_score": [config.router.ood_score]}
+    values["heads"] = ["base" if config.architecture is None else "own"]
     return [own.text for own in OURS if own.holds(values)]

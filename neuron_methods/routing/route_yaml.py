@@ -50,7 +50,8 @@ class Data(_Section):
         name: the configuration of a data set of the hub.
         split: by default the only one a file has, or ``train``.
         columns: what a sample is made of: ``input`` and ``target`` (or ``text`` alone) for text, ``image`` and
-            ``label`` for images; by default the columns are called so.
+            ``label`` for images, ``text`` (with a second text as ``pair``) and ``label`` for classifiers of texts; by
+            default the columns are called so.
         labels: indices of the classes of this expert's task, if the head has more than those; the others do not count
             in the calibration loss.
     """
@@ -58,7 +59,7 @@ class Data(_Section):
     source: _Location
     name: str | None = None
     split: str | None = None
-    columns: dict[Literal["input", "target", "text", "image", "label"], str] = Field(default_factory=dict)
+    columns: dict[Literal["input", "target", "text", "pair", "image", "label"], str] = Field(default_factory=dict)
     labels: tuple[_Whole, ...] | None = None
 
 
@@ -70,12 +71,14 @@ class Expert(_Section):
         adapter: a LoRA adapter in peft's format, directory or hub id.
         data: samples of the expert's task, for router and calibration.
         calibration: samples for calibration and held-out accuracy alone; by default ``router.holdout`` of `data` is.
+        head_labels: names of the classes of the adapter's own head, in their order; by default those of the data.
     """
 
     name: str
     adapter: _Location
     data: Data
     calibration: Data | None = None
+    head_labels: tuple[Annotated[str, Field(strict=True, min_length=1)], ...] | None = None
 
     @field_validator("name")
     @classmethod

@@ -3,6 +3,7 @@
 routed_config.json       format and its version, base by reference, experts with their redundant layers, settings
 router.safetensors       the router's weights and what its out-of-domain score needs
 adapters/NAME/           each expert's adapter, enhanced
+heads/NAME.safetensors   its head, where it has one of its own
 enhancement.json         every step of the enhancement with its loss
 tokenizer or processor   of the base
 """
@@ -19,6 +20,8 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, mo
 from pydantic.dataclasses import dataclass
 
 from neuron_methods.models.hub import download, hub_answers
+from neuron_methods.models.kinds import facts_of
+from neuron_methods.models.model_files import HEADS
 from neuron_methods.routing.route_yaml import EXPERT_NAME, OodScore, Pooling, Redundant, Seed
 from neuron_methods.support.documents import read_object, validated
 from neuron_methods.support.errors import UserError
@@ -30,8 +33,11 @@ ROUTER_NAME = "router.safetensors"
 ENHANCEMENT_NAME = "enhancement.json"
 ADAPTERS = "adapters"
 FORMAT = "mergekit-neuron-routed"
-FORMAT_VERSION = 1
-_AGAIN = "download it or make the routed model again"
+#: 1 knew no heads.
+FORMAT_VERSIONS = (1, 2)
+#: Kinds of models whose experts may have heads of their own.
+CLASSIFIERS = ("image-classification", "text-classification")
+AGAIN = "download it or make the routed model again"
 
 
 def _no_nan(value: float) -> float:
@@ -48,10 +54,17 @@ _Count = Annotated[StrictInt, Field(ge=1, le=1 << 24)]
 
 @_checked
 class RoutedExpert:
-    """One expert: its name, which its adapter's directory bears, and the layers whose update was dropped."""
+    """One expert.
+
+    Attributes:
+        name: which its adapter's directory bears.
+        redundant_layers: whose update it does without.
+        head_labels: names of the classes of its own head, in their order; None: it has none.
+    """
 
     name: Annotated[StrictStr, Field(pattern=f"^{EXPERT_NAME}$")]
     redundant_layers: tuple[StrictStr, ...] = ()
+    head_labels: Annotated[tuple[StrictStr, ...], Field(min_length=1, max_length=1 << 16)] | None = None
 
 
 @_checked
@@ -84,6 +97,7 @@ class RoutedConfig:
         experts: in the router's order.
         router: see there.
         redundant, seed: how redundant layers are filled; see `route_yaml.Merging`.
+        architecture: class of transformers that the experts' heads are of; None: none has one of its own.
         report: figures from the making: accuracy of the router, number of inputs, versions.
     """
 
@@ -92,6 +106,7 @@ class RoutedConfig:
     router: RouterShape
     redundant: Redundant = "router"
     seed: Seed = 0
+    architecture: StrictStr | None = None
     report: dict[StrictStr, Any] = field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -103,11 +118,17 @@ class RoutedConfig:
             raise ValueError("router.layers: empty; a router reads the states behind one layer at least")
         if self.router.top_k > len(names):
             raise ValueError(f"router.top_k: {self.router.top_k} of {len(names)} experts cannot be chosen")
+        facts = facts_of(self.architecture or "")
+        if self.architecture is not None and (facts is None or facts.kind not in CLASSIFIERS):
+            raise ValueError(f"architecture: {shortened(self.architecture)} is no classifier that is known here")
+        headed = next((expert.name for expert in self.experts if expert.head_labels is not None), None)
+        if headed is not None and self.architecture is None:
+            raise ValueError(f"architecture: missing; the head of {headed} is of some class")
         return self
 
     def write(self, directory: Path) -> None:
         """Write routed_config.json."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format": FORMAT, "format_version": max(FORMAT_VERSIONS), **asdict(self)}
         write_json(directory / CONFIG_NAME, content, indent=2)
 
     @classmethod
@@ -120,14 +141,15 @@ class RoutedConfig:
         if not os.path.lexists(directory / CONFIG_NAME):
             raise UserError(f"{directory}: no {CONFIG_NAME} in it, so this is no routed model")
         path = within(directory, CONFIG_NAME)
-        content = read_object(path, again=_AGAIN)
+        content = read_object(path, again=AGAIN)
         if content.pop("format", None) != FORMAT:
             raise UserError(f"{path}: its format is not {FORMAT!r}, so this is no routed model")
         version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            found = f"format_version {shortened(version)} is not known here (known: {FORMAT_VERSION})"
+        if version not in FORMAT_VERSIONS or isinstance(version, bool):
+            known = ", ".join(map(str, FORMAT_VERSIONS))
+            found = f"format_version {shortened(version)} is not known here (known: {known})"
             raise UserError(f"{path}: {found}; upgrade this package")
-        return validated(content, cls, str(path), _AGAIN)
+        return validated(content, cls, str(path), AGAIN)
 
     def base_reference(self, directory: Path) -> str:
         """Say where the base is: a hub id, or the path of a directory."""
@@ -139,6 +161,11 @@ class RoutedConfig:
     def base_is_local(self) -> bool:
         """Whether the base is a directory, and nobody else's machine has it."""
         return self.base_model.startswith(".") or os.path.isabs(self.base_model)
+
+
+def head_file(directory: Path, expert: str) -> Path:
+    """Find the file of an expert's head; raises UserError where it leads out of the directory."""
+    return within(directory, HEADS, f"{expert}.safetensors")
 
 
 def is_routed(path: str | os.PathLike[str]) -> bool:

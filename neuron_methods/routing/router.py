@@ -21,15 +21,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
 from neuron_methods.routing.route_yaml import OodScore
 from neuron_methods.routing.routed_files import RouterShape
-from neuron_methods.support.documents import open_file
-from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line, shortened
+from neuron_methods.routing.stored import read_tensors
 
 
 class Router(nn.Module):
@@ -64,23 +61,9 @@ class Router(nn.Module):
         Raises:
             UserError: it cannot be read, has other tensors, or holds what is no number.
         """
-        again = "download it or make the routed model again"
         with torch.device("meta"):
             expected = {key: list(value.shape) for key, value in cls(shape, experts).state_dict().items()}
-        open_file(path, str(path)).close()  # safetensors waits for a pipe
-        try:
-            with safe_open(path, "pt") as file:
-                found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
-                wrong = next((key for key in {**expected, **found} if expected.get(key) != found.get(key)), None)
-                if wrong is not None:
-                    problem = f"{shortened(wrong)} is of shape {found.get(wrong)}, expected {expected.get(wrong)}"
-                    raise UserError(f"{path}: {problem}; {again}")
-                state = {key: file.get_tensor(key) for key in expected}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({first_line(error)}); {again}") from None
-        strange = next((key for key, value in state.items() if not bool(value.isfinite().all())), None)
-        if strange is not None:
-            raise UserError(f"{path}: {strange} holds values that are no numbers; {again}")
+        state = read_tensors(path, expected)
         router = cls(shape, experts)
         router.load_state_dict(state)
         return router

@@ -25,7 +25,7 @@ class Routing:
     Attributes:
         names: of the experts, in the order of the other attributes' columns.
         probabilities: float32 (B, E), the router's.
-        weights: float32 (B, E), those of the chosen experts, which sum to 1; all 0 out of domain.
+        weights: float32 (B, E), those of the chosen experts, which sum to 1; all 0 where the base answers alone.
         scores: float32 (B,), how much in domain a sample looks, larger is more.
         threshold: below it a sample is out of domain.
         coefficients: float32 (B, L, E), how much of an expert's update a layer gets.
@@ -41,11 +41,11 @@ class Routing:
     @property
     def in_domain(self) -> Tensor:
         """Bool (B,)."""
-        return self.weights.any(dim=1)
+        return self.scores >= self.threshold
 
     @property
     def experts(self) -> list[list[str]]:
-        """Each sample's chosen experts, the first one first; none out of domain."""
+        """Each sample's chosen experts, the first one first; none where the base answers alone."""
         order = self.weights.argsort(dim=1, descending=True).tolist()
         return [[self.names[e] for e in row if self.weights[b, e] > 0] for b, row in enumerate(order)]
 
@@ -65,7 +65,8 @@ class Routing:
             nearest = self.names[int(self.probabilities[sample].argmax())]
             return f"out of domain, base model alone ({score}; nearest expert {nearest})"
         shares = (f"{name} {self.weights[sample, self.names.index(name)]:.3g}" for name in chosen)
-        return f"{', '.join(shares)} ({score})"
+        outside = "" if self.in_domain[sample] else "out of domain, but the base has no head: "
+        return f"{outside}{', '.join(shares)} ({score})"
 
 
 def chosen_weights(probabilities: Tensor, top_k: int, in_domain: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.data.sources import DataSource
 from neuron_methods.models.loading import read_architecture, read_config
 from neuron_methods.models.reference import Place
@@ -22,8 +23,10 @@ from neuron_methods.plugin.merging import MergeWitness, merge_to_directory, plan
 from neuron_methods.profiling import InputSettings, measure_inputs
 from neuron_methods.routing.base import routable_class
 from neuron_methods.routing.data import PromptFeeder, source_of
+from neuron_methods.routing.experts import adapter_directories
 from neuron_methods.routing.route_yaml import RouteConfig
 from neuron_methods.routing.route_yaml import read_config as read_route
+from neuron_methods.support.errors import UserError
 from neuron_methods.support.targets import check_target
 
 #: Samples of an expert's data that its inputs are measured on.
@@ -53,6 +56,12 @@ def merge_routed(
         UserError: anything is wrong with the configuration, the models, the data or `out`.
     """
     config = read_route(configuration)
+    for name, directory in adapter_directories({e.name: e.adapter for e in config.experts}).items():
+        if AdapterConfig.read(directory).raw.get("modules_to_save"):
+            raise UserError(
+                f"{configuration}: adapter of {name}: it brings a head of its own, and one checkpoint has one head; "
+                "merge the bodies alone: mergekit-neuron merge --head keep"
+            )
     # Everything that needs no inputs is checked before the first is measured.
     plan = plan_merge(_merge_yaml(config, None), config_name=str(configuration))
     sources = _sources(config, f"{configuration}: base_model")
@@ -71,8 +80,7 @@ def merge_routed(
         model, place = f"{config.base_model}+{expert.adapter}", _inputs(folder, expert.name)
         measure_inputs(model, [sources[expert.name]], place, settings, force=force, report=report)
     text = _merge_yaml(config, folder)
-    summary = merge_to_directory(text, out, force=force, config_name=str(configuration), witness=witness, resume=False)
-    report(str(summary))
+    report(str(merge_to_directory(text, out, force=force, config_name=str(configuration), witness=witness)))
 
 
 def _sources(config: RouteConfig, where: str) -> dict[str, DataSource]:

@@ -7,11 +7,12 @@ from pathlib import Path
 import huggingface_hub
 
 from neuron_methods.routing.own_choices import own_choices
-from neuron_methods.routing.routed_files import RoutedConfig
+from neuron_methods.routing.routed_files import RoutedConfig, RoutedExpert
 from neuron_methods.sharing.card_sections import card_text, own_section
 from neuron_methods.sharing.citations import CITATIONS
 from neuron_methods.sharing.snippets import loading_snippet
 from neuron_methods.support.sources import LIANG
+from neuron_methods.support.text import listed
 
 
 def make_routed_card(place: Path, name: str, base_model: str) -> str:
@@ -33,9 +34,16 @@ def make_routed_card(place: Path, name: str, base_model: str) -> str:
         f"A routed model: adapters on [{base_model}](https://huggingface.co/{base_model}), and a router that tells "
         f"from each input which of them it needs, after [{citation.name}]({LIANG.url}); made with mergekit-neuron. An "
         "input that no expert claims goes to the plain base model.",
-        "\n".join(["Experts:", "", *(f"- {e.name}, without {len(e.redundant_layers)} layers" for e in config.experts)]),
+        "\n".join(["Experts:", "", *map(_told, config.experts)]),
         own_section(own_choices(config), LIANG),
         f"## How to load it\n\n{loading_snippet(place)}",
         f"## Citation\n\n[{LIANG.line}]({LIANG.url})\n\n```bibtex\n{citation.bibtex}\n```",
     ]
     return card_text(data, sections)
+
+
+def _told(expert: RoutedExpert) -> str:
+    line = f"- {expert.name}, without {len(expert.redundant_layers)} layers"
+    if expert.head_labels is None:
+        return line
+    return f"{line}, with a head for {len(expert.head_labels)} labels: {listed(expert.head_labels, 10)}"

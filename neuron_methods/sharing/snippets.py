@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods.models.kinds import KindFacts, facts_of
-from neuron_methods.models.verification import HEADS
+from neuron_methods.models.model_files import HEADS
 from neuron_methods.routing.routed_files import is_routed
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.text import listed

@@ -8,7 +8,14 @@ from neuron_methods.adapters.verification import verify_adapter_directory
 from neuron_methods.models.headers import open_safetensors
 from neuron_methods.models.tokenizer_files import check_tokenizer
 from neuron_methods.models.verification import Verified, verify_model
-from neuron_methods.routing.routed_files import ADAPTERS, ROUTER_NAME, RoutedConfig, is_routed
+from neuron_methods.routing.routed_files import (
+    ADAPTERS,
+    ROUTER_NAME,
+    RoutedConfig,
+    RoutedExpert,
+    head_file,
+    is_routed,
+)
 from neuron_methods.support.errors import UserError
 
 
@@ -44,6 +51,21 @@ def _verify_routed(place: Path) -> Verified:
     if not router.is_file():
         raise UserError(f"{router}: missing; route again")
     adapters = [verify_adapter_directory(place / ADAPTERS / expert.name) for expert in config.experts]
-    tensors = len(open_safetensors(router).keys()) + sum(adapter.tensors for adapter in adapters)
+    heads = [_verify_head(place, expert) for expert in config.experts if expert.head_labels is not None]
+    tensors = len(open_safetensors(router).keys()) + sum(adapter.tensors for adapter in adapters) + sum(heads)
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))
-    return Verified("routed", tensors, f"its router and {len(adapters)} adapters", notes)
+    by = f"its router and {len(adapters)} adapters" + (f", {len(heads)} with heads" if heads else "")
+    return Verified("routed", tensors, by, notes)
+
+
+def _verify_head(place: Path, expert: RoutedExpert) -> int:
+    """Make sure that an expert's head has as many classes as labels; returns how many tensors it has."""
+    file = head_file(place, expert.name)
+    if not file.is_file():
+        raise UserError(f"{file}: missing; route again")
+    tensors, classes = open_safetensors(file), len(expert.head_labels or ())
+    shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    if not any(shape[:1] == [classes] for shape in shapes.values()):
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise UserError(f"{file}: {found}, but {expert.name} has {classes} labels in routed_config.json; route again")
+    return len(shapes)

@@ -47,11 +47,6 @@ def beside(target: Path, ending: str) -> Path:
     return target.with_name(f".{_cut(target.name, _LONGEST - len(run) - 2)}.{run}")
 
 
-def hidden(target: Path, ending: str) -> Path:
-    """Name what belongs to a file or directory, whichever run is at it, and lies beside."""
-    return target.with_name(f".{_cut(target.name, _LONGEST - len(ending) - 2)}.{ending}")
-
-
 @contextmanager
 def claimed(
     target: Path, shown: object | None = None, *, inside: bool = False, pair: Path | None = None
@@ -70,7 +65,7 @@ def claimed(
     Raises:
         UserError: another run writes to it, or the place cannot be written to.
     """
-    lock = target / LOCK if inside else hidden(target, "lock")
+    lock = target / LOCK if inside else target.with_name(f".{_cut(target.name, _LONGEST - len('..lock'))}.lock")
     with parents_of(lock), _locked(lock, target if shown is None else shown):
         if not inside:
             for place in filter(None, (target, pair)):
@@ -185,14 +180,14 @@ def remove_leftovers(directory: Path, name: str | None = None) -> None:
             continue
         place = directory / left
         if parts["host"] != _host():
-            note(f"{place}: left by a run on {parts['host']}; remove it if that does not go on")
+            _say(f"{place}: left by a run on {parts['host']}; remove it if that does not go on")
         elif not _lives(int(parts["process"]), int(parts["started"]), parts["boot"]):
             old = next(place.iterdir(), None) if parts["ending"] == "old" and place.is_dir() else None
             if old is not None and not os.path.lexists(directory / old.name):
                 old.rename(directory / old.name)
-                note(f"{directory / old.name}: put back, as a run that was killed had moved it away")
+                _say(f"{directory / old.name}: put back, as a run that was killed had moved it away")
             else:
-                note(f"{place}: removed, as the run that left it is no more")
+                _say(f"{place}: removed, as the run that left it is no more")
             remove(place)
 
 
@@ -212,8 +207,7 @@ def _is_of(found: str, name: str) -> bool:
     )
 
 
-def note(text: str) -> None:
-    """Tell the user something on stderr."""
+def _say(text: str) -> None:
     print(f"note: {printable(text)}", file=sys.stderr)
 
 

@@ -11,8 +11,7 @@ import yaml
 from click.testing import CliRunner
 from torch import Tensor
 
-from neuron_methods.adapters.export import AdapterSummary
-from neuron_methods.adapters.kept import Precision
+from neuron_methods.adapters.export import AdapterSummary, Precision
 from neuron_methods.cli import main
 from neuron_methods.kernels import response
 from neuron_methods.kernels.task_vectors import LowRankTaskVector

@@ -83,15 +83,7 @@ COMPANIONS = {
     "1_Pooling/config.json": "{}",
     "2_Dense/model.safetensors": "weights of a module",
 }
-OTHERS = (
-    "README.md",
-    "training_args.bin",
-    "trainer_state.json",
-    "optimizer.pt",
-    "modeling_own.py",
-    "logs.txt",
-    "a.json",
-)
+OTHERS = ("README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "modeling_own.py", "logs.txt")
 
 
 def with_companions(folder, experts):

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from neuron_methods.adapters.config import AdapterConfig
-from neuron_methods.data.images import class_index
+from neuron_methods.data.classes import class_index
 from tests.support import formats
 from tests.support.formats import instead, run
 from tests.support.mutations import changed

@@ -212,7 +212,7 @@ def test_base_and_routed_model_move_together_and_a_lost_base_is_named(made, tmp_
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"format_version": 2}, "format_version 2 is not known here"),
+        ({"format_version": 3}, "format_version 3 is not known here"),
         ({"format": "other"}, "its format is not 'mergekit-neuron-routed'"),
         ({"experts": [{}]}, r"routed_config.json: experts\[0\].name: missing"),
         (None, "not valid JSON"),

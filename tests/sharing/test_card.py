@@ -127,14 +127,15 @@ def test_a_method_of_our_own_names_its_kin_and_leads_to_no_paper():
 def test_the_card_of_a_routed_model_tells_what_is_ours(tmp_path):
     shape = {"layers": (0,), "width": 4, "hidden": 2, "axes": 1, "top_k": 1, "temperature": 1.0}
     told = {}
-    for pooling, score in (("moments", "combined"), ("mean", "probability")):
+    kind = "ViTForImageClassification"
+    for pooling, score, heads in (("moments", "combined", kind), ("mean", "probability", None)):
         router = RouterShape(**shape, pooling=pooling, ood_score=score)
-        RoutedConfig("org/base", (RoutedExpert("math"),), router).write(tmp_path)
+        RoutedConfig("org/base", (RoutedExpert("math"),), router, architecture=heads).write(tmp_path)
         text = make_routed_card(tmp_path, "routed", "org/base")
         assert f"[{LIANG.line}]({LIANG.url})" in text
         told[score] = [choice.text for choice in OURS if f"- {choice.text}\n" in text]
     assert told["combined"] == [choice.text for choice in OURS]
-    assert [text for text in told["combined"] if text not in told["probability"]] == [OURS[1].text, OURS[4].text]
+    assert [text for text in told["combined"] if text not in told["probability"]] == [OURS[n].text for n in (1, 4, 5)]
 
 
 def test_methods_of_mergekit_that_we_have_no_words_for_lead_to_its_reference():

@@ -322,6 +322,23 @@ def test_a_routed_model_is_pushed_and_loads_again(standin, routed, tmp_path):
     assert (refused.exit_code, "router.safetensors" in refused.stderr) == (1, True)
 
 
+def test_a_routed_model_is_pushed_with_the_heads_of_its_experts(standin, tmp_path):
+    from neuron_methods.routing import NeuronRoutedModel
+    from tests.support.routed import HEADS, headed_settings, make_headed_workspace
+
+    (tmp_path / "made").mkdir()
+    folder, out = make_headed_workspace(tmp_path / "made"), tmp_path / "routed"
+    settings = headed_settings(enhancement={"enabled": False}, router={"epochs": 2})
+    (folder / "routed.yaml").write_text(yaml.safe_dump(settings))
+    assert command("route", str(folder / "routed.yaml"), str(out)).exit_code == 0
+    assert command("push", str(folder / "base"), "alice/base", "--quiet").exit_code == 0
+    done = command("push", str(out), "alice/routed", "--quiet", "--base-model", "alice/base")
+    assert (done.exit_code, done.stdout) == (0, f"{standin.url}/alice/routed\n"), done.output
+    assert "with a head for 3 labels: cat, dog, owl" in standin.files("alice/routed")["README.md"].decode()
+    model = NeuronRoutedModel.from_pretrained("alice/routed", cache_dir=str(tmp_path / "cache"))
+    assert model.heads.classes.heads[:4] == tuple(HEADS)
+
+
 def test_route_checks_the_token_first_and_pushes(standin, tmp_path, monkeypatch):
     from tests.support.routed import make_workspace, settings
 

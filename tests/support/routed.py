@@ -105,3 +105,76 @@ def make_workspace(kind: str, folder: Path) -> Path:
         else:
             write_topic(folder / "data" / f"{name}.jsonl", name, 60, number)
     return folder
+
+
+#: Labels of the experts that have heads of their own: no two heads are of one size.
+HEADS = {
+    "digits": ["nought", "one"],
+    "animals": ["cat", "dog", "owl"],
+    "shapes": ["disc", "ring", "star", "bar"],
+    "colours": ["red", "green", "blue", "grey", "one"],
+}
+
+
+def save_headed(base: Path, folder: Path, labels: int, seed: int, **options: Any) -> Path:
+    """A LoRA adapter with a head of its own for so many labels, trained on any class that the base's config has."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(base)
+    name = options.pop("architecture", config.architectures[0])
+    config.num_labels = labels
+    trained = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = trained.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+        head = options.pop("head", "classifier")
+        targets = ["q_proj", "v_proj"]
+        settings = {"r": 2, "lora_alpha": 4, "target_modules": targets, "modules_to_save": [head], **options}
+        peft_model = get_peft_model(model, LoraConfig(**settings))
+        with torch.no_grad():
+            for key, parameter in peft_model.named_parameters():
+                if ".lora_" in key or f"{head}.modules_to_save" in key:
+                    parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def write_shades(folder: Path, labels: list[str], number: int, count: int) -> Path:
+    """An image folder of these labels, whose brightness tells the number of the task."""
+    from PIL import Image
+
+    generator = random.Random(number)
+    for i in range(count):
+        place = folder / labels[i % len(labels)]
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (8, 8))
+        image.putdata([tuple(generator.randint(64 * number, 64 * number + 20) for _ in range(3)) for _ in range(64)])
+        image.save(place / f"{i}.png")
+    return folder
+
+
+def make_headed_workspace(folder: Path, *, headless: bool = False) -> Path:
+    """base (a ViT; `headless`: a `ViTModel`), adapters/NAME, data/NAME and routed.yaml of `HEADS`, in `folder`."""
+    import yaml
+
+    base = save_base("vit", folder)
+    if headless:
+        import transformers
+
+        transformers.ViTModel.from_pretrained(base).save_pretrained(base)
+    (folder / "data").mkdir()
+    for number, (name, labels) in enumerate(HEADS.items()):
+        architecture = "ViTForImageClassification"
+        save_headed(base, folder / "adapters" / name, len(labels), number, architecture=architecture)
+        write_shades(folder / "data" / name, labels, number, 12 * len(labels))
+    (folder / "routed.yaml").write_text(yaml.safe_dump(headed_settings()))
+    return folder
+
+
+def headed_settings(**changes: Any) -> dict[str, Any]:
+    """The configuration of such a folder; `changes` replace its keys."""
+    content = settings("vit", **{"enhancement": {"samples": 6, "density": 1.0}, **changes})
+    content["experts"] = [
+        {"name": name, "adapter": f"adapters/{name}", "data": {"source": f"data/{name}"}} for name in HEADS
+    ]
+    return content
