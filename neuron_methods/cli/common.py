@@ -61,6 +61,20 @@ def quiet_option(help_text: str = "No progress bars.") -> Callable[[F], F]:
     return click.option("-q", "--quiet", is_flag=True, help=help_text)
 
 
+def _hide_bars(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from neuron_methods.support.progress import without_bars
+
+        context.with_resource(without_bars())
+
+
+def no_bars_option(command: F) -> F:
+    """Give a command the flag `--quiet` that keeps bars from being shown, and that it need not know of."""
+    return click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_hide_bars, help="No progress bars."
+    )(command)
+
+
 def options(*given: Callable[[F], F]) -> Callable[[F], F]:
     """Make one decorator of several options, in the order in which `--help` is to show them."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, say
+from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, no_bars_option, say
 
 EPILOG = """\b
 Examples:
@@ -27,6 +27,7 @@ Examples:
 @click.option("--base-model", help="Another place of the base than the one noted: directory or hub id.")
 @click.option("--device", help="cpu, cuda, auto, ...  [default: an accelerator if any]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@no_bars_option
 @debug_option
 def generate(routed: str, **settings: Any) -> None:
     """Run ROUTED, a directory of `mergekit-neuron route` or a hub id, and print each answer with its routing."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import FILE, Share, debug_option, say
+from neuron_methods.cli.common import FILE, Share, debug_option, no_bars_option, say
 from neuron_methods.profiling import MIN_FIRING, THRESHOLD
 
 EPILOG = """\b
@@ -57,6 +57,7 @@ Neurons without a label are general. How often labels and activations agree is s
     help="What decides.  [default: labels with --import, else activations]",
 )
 @click.option("--min-confidence", type=Share(), default=0.0, help="Labels of lower confidence make a neuron general.")
+@no_bars_option
 @debug_option
 def groups(
     profile: Path,

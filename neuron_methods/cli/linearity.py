@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import FILE, SEED, Count, debug_option, say
+from neuron_methods.cli.common import FILE, SEED, Count, debug_option, no_bars_option, say
 
 EPILOG = """\b
 Examples:
@@ -28,6 +28,7 @@ SOURCE is as in `mergekit-neuron profile --help`.
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of noise and of the order of samples.")
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Write JSON, too.")
 @click.option("--force", is_flag=True, help="Replace the figures in FILE.")
+@no_bars_option
 @debug_option
 def linearity(config: Path, data: tuple[str, ...], output: Path | None, force: bool, **settings: Any) -> None:
     """Measure, per layer, how far the change of the MLP's output is from linear in the change of its weights.

@@ -199,7 +199,7 @@ def _options(merge_options: MergeOptions) -> MergeOptions:
     """Apply logging, seed and threads, and find the device."""
     import torch
 
-    from neuron_methods.plugin.device import check_multi_gpu, resolve_device
+    from neuron_methods.models.devices import check_multi_gpu, resolve_device
 
     # mergekit also sets the number of threads between operations, which torch allows once per process.
     merge_options.model_copy(update={"num_threads": None}).apply_global_options()

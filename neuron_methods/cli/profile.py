@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, say
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, no_bars_option, say
 
 EPILOG = """\b
 `mergekit-neuron profile show FILE [--layer L [--neuron N]]` prints a profile; see its own --help.
@@ -94,6 +94,7 @@ class ProfileCommand(click.Command):
 )
 @click.option("--answers-only", is_flag=True, help="--inputs: of a decoder, only tokens that say the answer count.")
 @click.option("--force", is_flag=True, help="Forget the profile in FILE and start anew.")
+@no_bars_option
 @debug_option
 def profile(
     model: str,

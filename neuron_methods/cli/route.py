@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, debug_option, say
+from neuron_methods.cli.common import PLACE, debug_option, no_bars_option, say
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
 
 EPILOG = """\b
@@ -92,6 +92,7 @@ beside OUT, or in --work-dir, where they also serve the next run with other rout
 @click.option("--work-dir", type=PLACE, help="Keep finished stages here.  [default: beside OUT]")
 @click.option("--push-to-hub", metavar="USER/NAME", help="Upload OUT; the token is checked first.")
 @push_options
+@no_bars_option
 @debug_option
 def route(
     config: Path,

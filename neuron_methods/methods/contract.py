@@ -28,6 +28,7 @@ from neuron_methods.kernels.means import add_updates, mean_factors
 from neuron_methods.kernels.response import LowRank
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.finite import ADVICE
 
 Thing = TypeVar("Thing")
 PREPARED = "prepared"
@@ -356,10 +357,7 @@ def only_value(values: Iterable[Any], varies: str, advice: str) -> Any:
 def nonfinite(name: str, base: Tensor, expert: Hashable) -> UserError:
     """Say that a tensor's update by an expert is not finite, and whose fault that is."""
     culprit = expert if bool(torch.isfinite(base).all()) else "the base model"
-    return UserError(
-        f"{name}: {culprit} holds NaN or Inf; use a sound checkpoint, or --allow-nonfinite to go on without these "
-        "entries"
-    )
+    return UserError(f"{name}: {culprit} holds NaN or Inf; {ADVICE}, without these entries")
 
 
 def grouped(things: Iterable[Thing], by: Callable[[Thing], str]) -> dict[str, list[Thing]]:

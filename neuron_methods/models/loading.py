@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from neuron_methods.models.devices import resolve_device
 from neuron_methods.models.formats import quantised_with, refuse_other_formats
 from neuron_methods.models.headers import header_entries, stored_count, stored_headers, weight_files
 from neuron_methods.models.hub import local_copy
@@ -29,7 +30,7 @@ from neuron_methods.models.tokenizer_files import read_vocabulary
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import check_finite
 from neuron_methods.support.memory import check_memory, free_memory
-from neuron_methods.support.text import first_line, listed, one_line, shortened
+from neuron_methods.support.text import first_line, listed, one_line
 
 _MADE = 1 << 26  # numbers that a model makes as it is built, at most
 
@@ -138,7 +139,25 @@ def load_weights(
         by = "which the adapters' heads are of" if headless else "which its config names"
         raise UserError(f"{where}: its files lack weights of {architecture}, {by}: {listed(sorted(missing))}")
     check_finite(model.named_parameters(), where)  # buffers may be masks of -Inf
+    _watch_tokens(model, where)
     return model.eval().requires_grad_(False)
+
+
+def _watch_tokens(model: PreTrainedModel, where: str) -> None:
+    """Let a model refuse tokens that it has no embedding of, before torch fails on them or an accelerator is lost."""
+
+    def before(embedding: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        count = int(embedding.num_embeddings)
+        if given and given[0].numel() and (largest := int(given[0].max())) >= count:
+            raise UserError(
+                f"{where}: its tokenizer makes token {largest} of a text, and its embeddings hold {count} tokens; "
+                "tokenizer and weights are not of one model: save the two together"
+            )
+
+    count = getattr(model.config.get_text_config(), "vocab_size", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == count:
+            module.register_forward_pre_hook(before)
 
 
 def bytes_in_memory(directory: Path, dtype: str = "auto") -> int:
@@ -223,12 +242,7 @@ def device_map(device: str | None = None) -> Any:
     """
     state = process_state()
     if device is not None and device not in _PLACEMENTS:
-        try:
-            if torch.empty(1, device=device).is_meta:
-                raise UserError(f"--device {device}: holds no numbers; give cpu, cuda, cuda:1 or auto")
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            problem = f"cannot be used here ({first_line(error)})"
-            raise UserError(f"--device {shortened(device, quote=False)}: {problem}; give cpu or auto") from None
+        device = resolve_device(device)
     if device is not None or state.device.type == "cpu":
         return device
     return "auto" if state.num_processes == 1 else {"": state.device}

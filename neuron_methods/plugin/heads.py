@@ -33,7 +33,7 @@ from neuron_methods.plugin.structure import different_architectures
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
-from neuron_methods.support.finite import is_finite
+from neuron_methods.support.finite import ADVICE, is_finite
 from neuron_methods.support.local_names import local_names
 from neuron_methods.support.text import listed
 
@@ -329,4 +329,4 @@ def _plain(config: PretrainedConfig) -> dict[str, Any]:
 
 def _check_finite(model: ModelReference, name: str, tensor: Tensor) -> None:
     if not is_finite(tensor):
-        raise UserError(f"{name}: NaN or Inf in {model}; use a sound checkpoint, or --allow-nonfinite to go on")
+        raise UserError(f"{name}: NaN or Inf in {model}; {ADVICE}")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from neuron_methods.methods.contract import PreparedMerge
 from neuron_methods.plugin.seam import planned_tasks
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.finite import is_finite, largest
+from neuron_methods.support.finite import ADVICE, is_finite, largest
 from neuron_methods.support.progress import progress_bar
 
 
@@ -140,9 +140,7 @@ def _nonfinite_input(name: str, culprits: list[Hashable]) -> UserError:
     stored = [loader.get_tensor(name) for loader in loaders if name in loader.index.tensor_paths]
     if stored and len(stored) == len(culprits) and all(map(is_finite, stored)):  # `dtype` has rounded them
         return _overflow(name, torch.float16, max(stored, key=largest))
-    return UserError(
-        f"{name}: NaN or Inf in {', '.join(map(str, culprits))}; use a sound checkpoint, or --allow-nonfinite to go on"
-    )
+    return UserError(f"{name}: NaN or Inf in {', '.join(map(str, culprits))}; {ADVICE}")
 
 
 def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -7,9 +7,10 @@ folders). What is said about an error never quotes a request, which carries the 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -30,6 +31,7 @@ from neuron_methods.models.hub_session import HubGaveUp, bound_session, sent, wi
 from neuron_methods.sharing.hub_copy import check_base, files_to_upload, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.runs import claimed
 from neuron_methods.support.text import format_bytes, listed, one_line, shortened
 
 # The class that errors of the connection share, whichever HTTP library this huggingface_hub is built on.
@@ -93,8 +95,22 @@ def push_directory(
     """Verify a model, an adapter or a routed model and upload it; run again after an interruption it goes on.
 
     Raises:
-        UserError: the directory is not complete, the token may not write, or the upload did not finish.
+        UserError: another run writes to the directory, it is not complete, the token may not write, or the upload did
+            not finish.
     """
+    with _unchanging(place):
+        return _push(place, repository, options, progress)
+
+
+@contextmanager
+def _unchanging(place: Path) -> Iterator[None]:
+    """Let no run of this package write to a directory meanwhile; where none may write, none has to be kept away."""
+    beside = place.resolve().parent
+    with claimed(place.resolve(), place) if os.access(beside, os.W_OK) else nullcontext():
+        yield
+
+
+def _push(place: Path, repository: str, options: PushOptions, progress: bool) -> Pushed:
     kind = verify_directory(place).kind
     check_base(place, options.base_model)
     files, left = files_to_upload(place, options.include)

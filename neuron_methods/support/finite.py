@@ -10,6 +10,9 @@ from torch import Tensor
 
 from neuron_methods.support.errors import UserError
 
+#: What to do about an input of a merge that holds NaN or Inf. Whatever plans a merge may say so; one command goes on.
+ADVICE = "use a sound checkpoint; mergekit-neuron merge --allow-nonfinite goes on all the same"
+
 
 def largest(tensor: Tensor) -> float:
     """Find the largest magnitude of a tensor; NaN where it holds one, 0 for integers and where it has no entries."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -36,6 +38,19 @@ class _Lines:
         self._stream.flush()
 
 
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no bars while the block lasts, whoever opens them."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None,
     *,
@@ -52,14 +67,14 @@ def progress_bar(
         total: how many units there are, where the iterable does not tell.
         what: is going on.
         unit: what is counted, in the singular.
-        shown: False: nothing is shown.
+        shown: False: nothing is shown; neither is it within `without_bars`.
         leave: whether a terminal keeps the finished bar.
 
     Returns:
         A bar of tqdm, to be closed.
     """
     what = shortened(what, quote=False)
-    if not shown:
+    if not shown or _hidden.get():
         return tqdm(iterable, total=total, disable=True)
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, desc=what, unit=unit, leave=leave)

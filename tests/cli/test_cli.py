@@ -255,6 +255,12 @@ def test_debug_shows_the_traceback_before_the_line(run, args, failure):
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_whatever_may_take_long_can_be_quiet():
+    options = {name: main.get_command(click.Context(main), name).params for name in SUBCOMMANDS}
+    loud = [name for name, given in options.items() if not any("--quiet" in option.opts for option in given)]
+    assert loud == ["recipes", "verify"]
+
+
 def test_debug_by_environment(run, monkeypatch):
     monkeypatch.setenv("MERGEKIT_NEURON_DEBUG", "1")
     assert "Traceback" in run("fake-run", "user").stderr

@@ -25,6 +25,15 @@ def measured(tmp_path_factory):
     return folder / "p.safetensors"
 
 
+def test_quiet_shows_no_bars(measured, tmp_path):
+    for options, shown in (((), True), (("--quiet",), False), ((), True)):
+        data = f"words={measured.parent / 'texts.jsonl'}"
+        result = run(measured.parent / "model", "--data", data, "-o", tmp_path / "p.safetensors", "--force", *options)
+        assert result.exit_code == 0, result.output
+        assert ("words: 0 of " in result.stderr) == shown
+        assert result.stdout.startswith("words: 12 samples, ")
+
+
 def test_the_overview(measured):
     shown = run("show", measured)
     assert shown.exit_code == 0

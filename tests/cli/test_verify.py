@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from neuron_methods.cli import main
 from tests.support.checkpoints import build, edit
@@ -188,3 +188,22 @@ def test_several_directories_and_none(base: Path, adapter: Path, tmp_path: Path)
     assert "no such directory" in refused(tmp_path / "nothing")
     done = verify(tmp_path / "nothing", base, tmp_path / "empty", adapter)
     assert (done.exit_code, len(done.stdout.splitlines()), len(done.stderr.splitlines())) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_prompts_that_were_trained_are_held_against_their_base(kind: type, base: Path, tmp_path: Path) -> None:
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = LlamaForCausalLM.from_pretrained(base)
+    get_peft_model(model, config).save_pretrained(tmp_path / "prompts")
+    done = verify(tmp_path / "prompts")
+    assert done.exit_code == 0, done.output
+    assert "adapter, 1 tensors, complete by peft" in done.stdout
+    file = tmp_path / "prompts" / "adapter_model.safetensors"
+    prompts = load_file(file)["prompt_embeddings"]
+    for stored, said in (
+        ({"prompt_embeddings": prompts[:, 1:].contiguous()}, "peft would take prompt_embeddings of shape"),
+        ({"prompts": prompts}, "peft would not find a place for prompts"),
+        ({"prompt_embeddings": prompts, "more": prompts.clone()}, "peft would not find a place for more"),
+    ):
+        save_file(stored, file, metadata={"format": "pt"})
+        assert said in refused(tmp_path / "prompts")

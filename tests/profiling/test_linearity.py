@@ -17,7 +17,7 @@ from neuron_methods.cli import main
 from neuron_methods.plugin.updates import plan_updates
 from neuron_methods.profiling.linearity import SAME_SIZE, TASK_ARITHMETIC, measure_linearity, relative_error
 from neuron_methods.support.errors import UserError
-from tests.support.checkpoints import FAMILIES, read, save_family
+from tests.support.checkpoints import FAMILIES, edit, read, save_family
 from tests.support.plans import write_groups
 from tests.support.routed import save_adapter
 from tests.support.tiny import build_tokenizer
@@ -100,6 +100,14 @@ def test_updates_are_those_of_the_merge(tmp_path: Path) -> None:
     assert torch.allclose(found.experts["expert-b"], expert - base)
     assert found.weights == {"expert-a": 1.0, "expert-b": 0.5}
     assert torch.allclose(found.merged[2::3], 0.5 * found.experts["expert-b"][2::3], atol=1e-6)
+
+
+def test_what_is_advised_about_nan_is_an_option_of_the_command_named(tmp_path: Path) -> None:
+    (tmp_path / "merge.yaml").write_text(configuration("llama-tied", tmp_path))
+    edit(tmp_path / "expert-a", lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+    result = CliRunner().invoke(main, ["linearity", str(tmp_path / "merge.yaml")])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "expert-a; use a sound checkpoint; mergekit-neuron merge --allow-nonfinite" in result.stderr
 
 
 def test_experts_in_directories_of_one_name_stay_apart(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_an_output_that_is_there_is_replaced_by_force_alone(workspace):
     content = settings("llama", enhancement={"enabled": False})
     route(content)
     assert "new: exists already" in refused_with(content)
-    route(content, "--force")
+    assert route(content, "--force", "--quiet").stderr == ""
     Path("new/mark").touch()
     assert "mark in it is not of mergekit-neuron's making" in refused_with(content, "--force")
     shutil.rmtree("new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 
 from neuron_methods.cli import main
+from neuron_methods.support.runs import _host, claimed
 from neuron_methods.support.targets import MARK
 from tests.sharing.conftest import TOKEN
 from tests.sharing.hub_standin import user
@@ -65,6 +67,18 @@ def test_push_creates_uploads_and_prints_the_address(standin, out):
 def test_a_log_gets_lines_and_no_bars(standin, out):
     done = command("push", str(out), "alice/merged")
     assert (done.exit_code, done.stderr) == (0, f"Uploading {out} to alice/merged\n")
+
+
+def test_nothing_is_uploaded_that_another_run_writes_to(standin, out):
+    with claimed(out):
+        done = command("push", str(out), "alice/merged")
+    assert done.exit_code == 1 and not standin.repositories
+    assert done.stderr == (
+        f"error: {out}: another run (process {os.getpid()} on {_host()}) writes to it now; wait for its end, or choose "
+        "another name\n"
+    )
+    assert command("push", str(out), "alice/merged").exit_code == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
 
 def test_what_was_uploaded_is_downloaded_and_loads(standin, out, tmp_path):

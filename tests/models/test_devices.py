@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neuron_methods.plugin.device import check_multi_gpu, resolve_device
+from neuron_methods.models.devices import check_multi_gpu, resolve_device
 from neuron_methods.support.errors import UserError
 
 
