@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import DTYPES, FILE, SEED, Count, debug_option, say
+from neuron_methods.cli.common import DTYPES, FILE, SEED, Count, debug_option, no_bars_option, say
 
 EPILOG = """\b
 Examples:
@@ -56,6 +56,7 @@ Run again after an interruption, it goes on where it was. Beside LABELS.json the
 @click.option("--import-answers", type=FILE, metavar="FILE", help="Read the answers to that.")
 @click.option("--allow-missing", is_flag=True, help="--import-answers: leave neurons without an answer out.")
 @click.option("--force", is_flag=True, help="Replace the labels in LABELS.json, or the prompts in FILE.")
+@no_bars_option
 @debug_option
 def describe(
     profile: Path,
