@@ -80,7 +80,7 @@ task_options = options(
 @click.argument("model")
 @task_options
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
-@click.option("-o", "--output", type=PLACE, metavar="OUT.json", help="[default: NAME-OF-MODEL.scores.json]")
+@click.option("-o", "--output", type=PLACE, metavar="OUT.json", help="[default: DIRECTORY--OF--MODEL.scores.json]")
 @click.option("--force", is_flag=True, help="Replace the scores in OUT.json.")
 @debug_option
 def evaluate(
@@ -104,7 +104,7 @@ def evaluate(
 
     chosen = choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution)
     name = ModelName.parse(model)
-    shown = output or Path(f"{name.shown.replace('/', '--')}.scores.json")
+    shown = output or Path(f"{name.file_name}.scores.json")
     if not process_state().is_main_process:
         score(model, chosen, progress=not quiet, **settings)
         return

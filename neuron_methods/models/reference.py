@@ -52,6 +52,14 @@ class Place:
         """The name without the directories of a local path."""
         return Path(self.path).resolve().name if os.path.exists(self.path) else str(self)
 
+    @property
+    def file_name(self) -> str:
+        """A name for files: of a directory beneath this one its path from here, of another its last part."""
+        if not os.path.exists(self.path):
+            return str(self).replace("/", "--")
+        whole, here = Path(self.path).resolve(), Path.cwd()
+        return "--".join(whole.relative_to(here).parts if here in whole.parents else [whole.name])
+
     def state(self) -> list[Any]:
         """Say where it is and what it holds: a directory its files, a repository a commit; plain values for JSON."""
         if os.path.isdir(self.path):
@@ -99,6 +107,11 @@ class ModelName:
     def shown(self) -> str:
         """The name without the directories of local paths."""
         return "+".join(place.shown for place in self._places)
+
+    @property
+    def file_name(self) -> str:
+        """A name for files that are made of it, which tells apart models of one name in different directories."""
+        return "+".join(place.file_name for place in self._places)
 
     @property
     def fingerprint(self) -> str:

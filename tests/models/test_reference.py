@@ -53,6 +53,24 @@ def test_the_parts_of_a_name(tmp_path: Path) -> None:
             ModelName.parse(text)
 
 
+def test_names_of_files_tell_models_of_one_name_apart(tmp_path, monkeypatch):
+    for name in ("work/base", "work/german/adapter", "work/python/adapter", "elsewhere/base"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    names = {
+        "base": "base",
+        "./base/": "base",
+        ".": "work",
+        "base+german/adapter": "base+german--adapter",
+        "base+./python/adapter": "base+python--adapter",
+        "german/adapter": "german--adapter",
+        "../elsewhere/base": "base",
+        str(tmp_path / "work" / "python" / "adapter"): "python--adapter",
+        "org/model@v1+org/lora": "org--model@v1+org--lora",
+    }
+    assert {text: ModelName.parse(text).file_name for text in names} == names
+
+
 @pytest.mark.parametrize("named", ["{base}", "base", "./base", "../base"])
 def test_an_adapter_by_itself_stands_on_the_base_it_names(
     named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
