@@ -16,7 +16,7 @@ import yaml
 import neuron_methods
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.local_names import local_names
-from neuron_methods.support.text import did_you_mean
+from neuron_methods.support.text import did_you_mean, shortened
 
 #: How a filled recipe begins.
 FILLED = "# After the recipe "
@@ -130,8 +130,11 @@ def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
     lines = recipe.text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("models:"))
     end = next((i for i in range(start + 1, len(lines)) if re.match(r"[\w#]", lines[i])), len(lines))
-    filled = [*lines[:start], "models:", *_expert_lines(recipe, experts), *lines[end:]]
-    head = [f"{FILLED}{recipe.name}; what it says of models below is about its own.", "#"]
+    # Its first line is the recipe's title, which names other models.
+    filled = [*lines[1:start], "models:", *_expert_lines(recipe, experts), *lines[end:]]
+    count = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
+    title = f"# {recipe.method} of {count} on {shortened(base, quote=False)}."
+    head = [f"{FILLED}{recipe.name}; what it says of models below is about its own.", "#", title]
     text = "\n".join([*head, *filled]) + "\n"
     return re.sub(r"^base_model: .*$", lambda _: f"base_model: {_scalar(base)}", text, flags=re.MULTILINE)
 

@@ -130,6 +130,10 @@ def test_new_fills_in_models_and_keeps_the_comments(tmp_path, monkeypatch):
     assert content["base_model"] == "./zoo-t5/base"
     assert [entry["model"] for entry in content["models"]] == ["mine/sum", "./mine/sort"]
     assert "path/to/your" not in text and "# 1 / (1 - sigma)" in text
+    head = text.splitlines()[:5]
+    assert head[0].startswith("# After the recipe t5/neuro_merging-flan-t5-base;")
+    assert head[1:4] == ["#", "# neuro_merging of 2 experts on ./zoo-t5/base.", "#"]
+    assert "eight tasks of GLUE" not in text
     assert run("merge", "merge.yml", "out", "--quiet").exit_code == 0
     again = run("recipes", "new", "t5", "neuro_merging", *models, "-o", "merge.yml")
     assert (again.exit_code, "exists already" in again.stderr) == (1, True)
