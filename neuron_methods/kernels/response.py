@@ -29,44 +29,26 @@ arXiv:1207.6365), and makes the cost of a matrix n d × rows instead of n d².
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.rows import added_up
+from neuron_methods.kernels.low_rank import LowRank
+from neuron_methods.kernels.moments import add_moment, mirrored, moments_of, wide
+from neuron_methods.kernels.ridge import Solved, Spectrum, System
+from neuron_methods.kernels.rows import added_up, row_blocks
 
-# Without a ridge, singular values of the stacked factors up to this share of the largest, times their number, are taken
-# for 0, as the pseudo-inverse of a float32 matrix takes them.
-ROUNDING = torch.finfo(torch.float32).eps
 # The ridge where rows of updates stand for inputs, and where inputs were measured.
 RIDGE, MEASURED = 0.1, 0.01
-# The condition of a system is at most its width / ridge. Up to this one, and from this ridge on, float32 will do.
-_CONDITION, _RIDGE = 2e5, 0.01
-# Share of an update's length that counts beside what it answers, where it is truncated: directions that no input asks
-# for go by it.
-_LENGTH = 1e-9
+# How much firmer adapters whose A have nothing in common are held, see `automatic_ridge`.
+_APART = 6.0
+# How far a merge may be from exact, in shares of its length.
+_EXACT = 1e-5
 # A d × d matrix is spent on a faster product up to this size, in bytes.
 _SCRATCH = 1 << 28
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An update B·A.
-
-    Attributes:
-        b: (n, r), float32.
-        a: (r, d), float32.
-    """
-
-    b: Tensor
-    a: Tensor
-
-    def dense(self) -> Tensor:
-        """Form B·A, float32 (n, d)."""
-        return self.b @ self.a
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,7 @@ class Expert:
     """One expert's part in a matrix.
 
     Attributes:
-        update: Δ_t of low rank, or what gives it as float32 (n, d); called once.
+        update: Δ_t of low rank, or what gives it as float32 (n, d), anew at each call.
         weight: w_t, at least 0; only ratios matter.
         inputs: factors F_t, each (rows, d) of any float dtype, which count alike; None stands for the update itself.
             What is all zeros says nothing.
@@ -108,9 +90,11 @@ def automatic_ridge(experts: Sequence[Expert], width: int) -> float:
 
     - 0.01 where inputs were measured;
     - 0.1 where the rows of full updates stand for them;
-    - an adapter's factor A has hardly moved from where it was drawn, so its rows say little of the inputs, and nothing
-      of whether two experts share them. ρ is then twice the strength that an expert's inputs have on average in the
-      directions of its A, and what answers is nearer to the mean the more experts there are.
+    - an adapter's factor A has hardly moved from where it was drawn, so its rows say little of the inputs. Where all
+      experts have drawn the same one, what their B make of it tells them apart; where they have drawn, or moved, apart,
+      that says nothing of whether they share inputs. With `overlap` the share that the rows of two experts' A have in
+      common, on average, ρ is then max(0.1, 6 (1 − overlap)) times the strength that an expert's inputs have on average
+      in the directions of its A.
 
     All three were chosen on validation data of the zoos under examples/zoo.
 
@@ -120,11 +104,22 @@ def automatic_ridge(experts: Sequence[Expert], width: int) -> float:
     """
     if any(factor is not None for expert in experts for factor in expert.inputs):
         return MEASURED
-    ranks = [len(expert.update.a) for expert in experts if isinstance(expert.update, LowRank)]
-    touching = [rank for rank in ranks if rank]
-    if len(ranks) < len(experts) or not touching:
+    factors = [expert.update.a for expert in experts if isinstance(expert.update, LowRank)]
+    touching = [a for a in factors if len(a)]
+    if len(factors) < len(experts) or not touching:
         return RIDGE
-    return 2.0 * width * len(touching) / sum(touching)
+    strength = width * len(touching) / sum(map(len, touching))
+    return max(RIDGE, _APART * (1 - _overlap(touching))) * strength
+
+
+def _overlap(factors: Sequence[Tensor]) -> float:
+    """Compute the share that the row spaces of two factors have in common, from 0 to 1, on average over all pairs."""
+    bases = [torch.linalg.qr(wide(a).T).Q for a in factors]
+    shares = [
+        float((one.T @ other).square().sum()) / min(one.shape[1], other.shape[1])
+        for one, other in combinations(bases, 2)
+    ]
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 class Response(NamedTuple):
@@ -154,69 +149,86 @@ def merge_responses(experts: Sequence[Expert], shape: tuple[int, int], options: 
     Raises:
         ValueError: no expert has a weight above 0.
     """
+    taking = _taking(experts)
+    ridge = automatic_ridge(taking, shape[1]) if options.ridge is None else options.ridge
+    system, b = _stacked(taking, shape, options, precise=ridge == 0)
+    found = system.solve(ridge)
+    if found.rounding > _EXACT:
+        del system, found
+        system, b = _stacked(taking, shape, options, precise=True)
+        found = system.solve(ridge)
+    return _response(found, system.energy, b)
+
+
+def decompose_responses(
+    experts: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions
+) -> DecomposedResponse:
+    """Do all of `merge_responses` that does not depend on the ridge, whatever `options` say of it; arguments alike."""
+    taking = _taking(experts)
+    system, b = _stacked(taking, shape, options, precise=True)
+    return DecomposedResponse(system.decompose(), automatic_ridge(taking, shape[1]), b)
+
+
+@dataclass(frozen=True)
+class DecomposedResponse:
+    """The merges of one matrix by all ridges.
+
+    Attributes:
+        spectrum: what their system is made of.
+        automatic: what `automatic_ridge` says.
+        b: the experts' B_t side by side, where all updates are of low rank.
+    """
+
+    spectrum: Spectrum
+    automatic: float
+    b: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        return self.spectrum.nbytes + (0 if self.b is None else self.b.nbytes)
+
+    def merge(self, ridge: float | None) -> Response:
+        """Merge by a ridge, None for the automatic one: products of n × k and k × d, and no system is solved."""
+        found = self.spectrum.solve(self.automatic if ridge is None else ridge)
+        return _response(found, self.spectrum.energy, self.b)
+
+
+def _response(solved: Solved, energy: float, b: Tensor | None) -> Response:
+    update = solved.update.float() if b is None else LowRank(b, solved.update.to(b))
+    return Response(update, energy, solved.missed, solved.moments)
+
+
+def _taking(experts: Sequence[Expert]) -> list[Expert]:
     taking = [expert for expert in experts if expert.weight > 0]
     if not taking:
         raise ValueError("all experts weigh 0")
-    if options.ridge is None:
-        options = replace(options, ridge=automatic_ridge(taking, shape[1]))
-    assert options.ridge is not None
-    wide = options.ridge < _RIDGE or shape[1] > options.ridge * _CONDITION
+    return taking
+
+
+def _stacked(
+    taking: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions, precise: bool
+) -> tuple[System, Tensor | None]:
+    """Stack what the experts ask for to one system; and their B_t side by side, where all are of low rank.
+
+    What has a row per neuron or a column per input is float64 if `precise`, and where all are of low rank. A system of
+    S is float64 in any case: what float32 loses there is felt wherever inputs are weak.
+    """
     low = [expert.update for expert in taking if isinstance(expert.update, LowRank)]
     b = torch.cat([update.b for update in low], dim=1) if len(low) == len(taking) else None
+    height, rows, metric = shape[0], [slice(0, shape[0])] * len(taking), None
     if b is not None:
         ends = list(accumulate(len(update.a) for update in low))
         rows = [slice(end - len(update.a), end) for update, end in zip(low, ends, strict=True)]
-        metric = _wide(b).T @ _wide(b) if wide else b.T @ b
-        system = _System(b.shape[1], shape[1], options, metric)
-    else:
-        rows = [slice(0, shape[0])] * len(taking)
-        system = _System(shape[0], shape[1], options, None)
+        height, metric, precise = b.shape[1], wide(b).T @ wide(b), True
     dense = min(options.rows or shape[0], shape[0])
     own = [len(e.update.a) if isinstance(e.update, LowRank) else dense for e in taking]
     count = sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
-    total = sum(expert.weight for expert in taking)
-    weighing = _Weighing(total, options, formed=b is None, wide=wide)
+    weighing = _Weighing(sum(expert.weight for expert in taking), options, formed=b is None, wide=precise)
     parts = (weighing.part(expert, part) for expert, part in zip(taking, rows, strict=True))
-    found = system.few(parts, count) if count < shape[1] else system.many(parts)
-    if b is not None:
-        return found._replace(update=LowRank(b, found.update.to(b)))
-    return found._replace(update=found.update.float())
-
-
-def truncated(update: LowRank, moments: Tensor, rank: int | None, share: float | None) -> tuple[LowRank, float]:
-    """Find the update of lower rank that answers most alike, on the inputs that were merged by.
-
-    ‖(Δ − Δ') S^½‖ is smallest where Δ' is Δ projected to the strongest left singular vectors of Δ S^½.
-
-    Args:
-        update: Δ = B·A'.
-        moments: A' S A'ᵀ, of `Response`.
-        rank: at most; None for no bound but that of the matrix.
-        share: of ‖Δ S^½‖² to keep at least; None to go by rank alone.
-
-    Returns:
-        Δ', of rank 1 at least, and the share of ‖Δ S^½‖² that it keeps.
-    """
-    most = min(len(update.b), update.a.shape[1])
-    if share is None and len(update.a) <= min(most, rank or most):
-        return update, 1.0
-    directions, triangle = torch.linalg.qr(_wide(update.b))
-    a = update.a.to(triangle)
-    answers = triangle @ moments.to(triangle) @ triangle.T
-    lengths = triangle @ (a @ a.T) @ triangle.T
-    strength = sum(m / m.trace().clamp(min=1e-300) * part for m, part in ((answers, 1.0), (lengths, _LENGTH)))
-    vectors = torch.linalg.eigh(strength).eigenvectors.flip(1)
-    values = (vectors * (answers @ vectors)).sum(dim=0).clamp(min=0)
-    total = float(values.sum())
-    kept = min(rank or most, most, len(values))
-    if share is not None and total > 0:
-        kept = min(kept, int(torch.searchsorted(values.cumsum(0), share * total * (1 - 1e-9))) + 1)
-    chosen = vectors[:, :kept]
-    b, a = directions @ chosen, chosen.T @ triangle @ a
-    # Each factor takes the root of a direction's length, so that neither is lost in a narrow dtype.
-    roots = a.norm(dim=1, keepdim=True).sqrt().clamp(min=1e-30)
-    reduced = LowRank((b * roots.T).to(update.b), (a / roots).to(update.a))
-    return reduced, float(values[:kept].sum()) / total if total > 0 else 1.0
+    toward = _Toward(height, shape[1], options.toward)
+    make = _few if count < shape[1] else _many
+    return make(parts, count, toward, metric), b
 
 
 class _Part(NamedTuple):
@@ -228,117 +240,93 @@ class _Part(NamedTuple):
     share: float
 
 
-@dataclass(frozen=True)
-class _System:
-    """Solves for Y, of `height` rows, where the merge is Y, or B·Y with BᵀB = `metric`."""
+def _few(parts: Iterator[_Part], count: int, toward: _Toward, metric: Tensor | None) -> System:
+    """Stack to `count` equations: those of inputs."""
+    g = m = None
+    start, coefficients = 0, []
+    for part in parts:
+        if g is None or m is None:
+            g, m = part.x.new_zeros(count, toward.width), part.x.new_zeros(toward.height, count)
+        for factor, coefficient in part.factors:
+            block = slice(start, start + len(factor))
+            g[block] = factor
+            m[part.rows, block] = part.x @ factor.T
+            coefficients += [coefficient] * len(factor)
+            start = block.stop
+        toward.add(part)
+    assert g is not None and m is not None
+    # Rows of G stay as they were given: rounding √c F would be felt wherever inputs are weak.
+    g, t = g[:start], toward.settled()
+    gram = moments_of(start, g)
+    for columns in row_blocks(toward.width, 16 * max(start, 1), _SCRATCH):
+        add_moment(gram, g[:, columns].T)
+    roots = gram.new_tensor(coefficients).sqrt()
+    gram.mul_(roots).mul_(roots[:, None])
+    answers = wide(m[:, :start]) * roots
+    energy = float(((answers if metric is None else metric @ answers) * answers).sum())
+    held = None if t is None else wide(t @ g.T) * roots
+    return System(gram, answers, g, roots, held, t, energy, toward.width, g.dtype, metric)
 
-    height: int
-    width: int
-    options: ResponseOptions
-    metric: Tensor | None
 
-    def few(self, parts: Iterator[_Part], count: int) -> Response:
-        """Solve in the span of the inputs: `count` equations."""
-        g = m = toward = None
-        speaking: list[float] = []
-        start = 0
-        for part in parts:
-            if g is None or m is None:
-                g, m = part.x.new_zeros(count, self.width), part.x.new_zeros(self.height, count)
-                toward = self._toward(part.x)
-            for factor, coefficient in part.factors:
-                block = slice(start, start + len(factor))
-                torch.mul(factor, coefficient**0.5, out=g[block])
-                m[part.rows, block] = part.x @ g[block].T
-                start = block.stop
-            speaking += self._add(toward, part)
-        assert g is not None and m is not None
-        self._settle(toward, speaking)
-        g, m = g[:start], m[:, :start]
-        gram = g @ g.T
-        ridge = self.options.ridge * float(gram.diagonal().sum()) / max(self.width, 1)
-        own = None if toward is None else toward @ g.T
-        solved = _solve(gram.clone(), ridge, m if own is None else m - own)
-        answers = solved @ gram
-        merged = solved @ g
-        if own is not None and toward is not None:
-            answers += own
-            merged += toward
-        size = self._inner(answers, answers)
-        return self._scaled(merged, self._inner(m, m), self._inner(answers, m), size, (answers, answers))
-
-    def many(self, parts: Iterator[_Part]) -> Response:
-        """Solve in the space of all inputs: d equations."""
-        s = n = toward = None
-        speaking: list[float] = []
-        energy = 0.0
-        for part in parts:
-            if s is None or n is None:
-                s, n = part.x.new_zeros(self.width, self.width), part.x.new_zeros(self.height, self.width)
-                toward = self._toward(part.x)
-            given = sum(len(factor) for factor, _ in part.factors)
-            if self.width < 2 * given and 4 * self.width**2 <= _SCRATCH:
-                product = part.x.new_zeros(self.width, self.width)
-                for factor, coefficient in part.factors:
-                    product.addmm_(factor.T, factor, alpha=coefficient)
-                s += product
-                answers = part.x @ product
-                del product
+def _many(parts: Iterator[_Part], count: int, toward: _Toward, metric: Tensor | None) -> System:
+    """Stack to d equations: those of columns."""
+    width = toward.width
+    s = n = None
+    energy, dtype = 0.0, torch.float32
+    for part in parts:
+        if s is None or n is None:
+            s, dtype = moments_of(width, part.x), part.x.dtype
+            n = torch.zeros(toward.height, width, dtype=s.dtype, device=s.device)
+        given = sum(len(factor) for factor, _ in part.factors)
+        product = None
+        if width < 2 * given and 8 * width**2 <= _SCRATCH:
+            product = moments_of(width, part.x)
+        for factor, coefficient in part.factors:
+            add_moment(s if product is None else product, factor, coefficient)
+        if product is not None:
+            s += mirrored(product)
+        together = [slice(0, len(part.x))]  # a metric weighs all rows by each other
+        for block in together if metric is not None else row_blocks(len(part.x), 16 * max(width, 1), _SCRATCH):
+            x = part.x[block]
+            if product is not None:
+                answers = wide(x) @ product
             else:
-                answers = torch.zeros_like(part.x)
+                answers = n.new_zeros(len(x), width)
                 for factor, coefficient in part.factors:
-                    s.addmm_(factor.T, factor, alpha=coefficient)
-                    answers.addmm_(part.x @ factor.T, factor, alpha=coefficient)
-            n[part.rows].add_(answers)
-            energy += self._inner(answers, part.x, part.rows)
-            del answers
-            speaking += self._add(toward, part)
-        assert s is not None and n is not None
-        self._settle(toward, speaking)
-        ridge = self.options.ridge * float(s.diagonal().sum()) / max(self.width, 1)
-        if ridge > 0 and self.options.ridge <= 1:
-            right = n if toward is None else toward.mul_(ridge).add_(n)
-            merged = _solve(s, ridge, right)
-            answered = self._inner(merged, n)
-            # Δ S = N + ρ (T − Δ): S itself has gone into its factors.
-            answers = right.sub_(merged, alpha=ridge)
-        else:  # where that is lost in rounding, or T has to be kept from what S answers
-            right = n if toward is None else torch.addmm(n, toward, s, alpha=-1)
-            merged = _solve(s.clone(), ridge, right)
-            if toward is not None:
-                merged += toward
-            answered, answers = self._inner(merged, n), merged @ s
-        return self._scaled(merged, energy, answered, self._inner(merged, answers), (answers, merged))
+                    answers.addmm_(wide(x) @ wide(factor).T, wide(factor), alpha=coefficient)
+            n[part.rows][block] += answers
+            if metric is not None:
+                x, answers = metric[part.rows, part.rows] @ x, answers
+            energy += float((answers * x).sum())
+        toward.add(part)
+    assert s is not None and n is not None
+    return System(s, n, None, None, None, toward.settled(), energy, width, dtype, metric)
 
-    def _toward(self, like: Tensor) -> Tensor | None:
-        return None if self.options.toward == "zero" else like.new_zeros(self.height, self.width)
 
-    def _add(self, toward: Tensor | None, part: _Part) -> list[float]:
-        """Add an expert's share to T; returns the share, or nothing of an expert with neither update nor inputs."""
-        if toward is not None:
-            toward[part.rows].add_(part.x, alpha=part.share)
-        return [part.share] if part.factors or bool(part.x.any()) else []
+class _Toward:
+    """Adds up T of the experts' shares: the mean, or the sum, of those that say something; nothing for `zero`."""
 
-    def _settle(self, toward: Tensor | None, speaking: Sequence[float]) -> None:
-        """Make T of the shares added up: the mean, or the sum, of those that say something."""
-        if toward is not None and speaking:
-            toward.mul_((len(speaking) if self.options.toward == "sum" else 1) / sum(speaking))
+    def __init__(self, height: int, width: int, word: str) -> None:
+        self.height, self.width = height, width
+        self._word = word
+        self._sum: Tensor | None = None
+        self._speaking: list[float] = []
 
-    def _scaled(
-        self, update: Tensor, energy: float, answered: float, size: float, moments: tuple[Tensor, Tensor]
-    ) -> Response:
-        """Undo what a ridge toward zero has shrunk: s = ⟨Δ, N⟩ / ⟨Δ S, Δ⟩; where nothing is answered, nothing was.
+    def add(self, part: _Part) -> None:
+        """Add an expert's share; one with neither update nor inputs does not count."""
+        if self._word == "zero":
+            return
+        if self._sum is None:
+            self._sum = part.x.new_zeros(self.height, self.width)
+        self._sum[part.rows].add_(part.x, alpha=part.share)
+        if part.factors or bool(part.x.any()):
+            self._speaking.append(part.share)
 
-        `moments` are two factors of Δ S Δᵀ.
-        """
-        scale = answered / size if size > 0 and self.options.toward == "zero" else 1.0
-        missed = energy - 2 * scale * answered + scale**2 * size
-        weighing = _wide(moments[0]) @ _wide(moments[1]).T * scale**2 if self.metric is not None else None
-        return Response(update.mul_(scale), energy, max(missed, 0.0), weighing)
-
-    def _inner(self, x: Tensor, y: Tensor, rows: slice = slice(None)) -> float:
-        """⟨x, y⟩, or ⟨B x, B y⟩ over the columns `rows` of B."""
-        return float(((x if self.metric is None else self.metric[rows, rows] @ x) * y).sum(dtype=torch.float64))
+    def settled(self) -> Tensor | None:
+        """Give T, (height, width), once all have been added; None for `zero`."""
+        if self._sum is not None and self._speaking:
+            self._sum *= (len(self._speaking) if self._word == "sum" else 1) / sum(self._speaking)
+        return self._sum
 
 
 @dataclass(frozen=True)
@@ -370,28 +358,7 @@ class _Weighing:
         return b @ a if self.formed else a, torch.linalg.qr(b, mode="r").R @ a
 
     def _fitting(self, tensor: Tensor) -> Tensor:
-        return _wide(tensor) if self.wide else tensor
-
-
-def _solve(matrix: Tensor, ridge: float, right: Tensor) -> Tensor:
-    """Compute right · (matrix + ridge I)⁻¹, the matrix symmetric and positive semidefinite; overwrites the matrix."""
-    if not bool(matrix.any()):
-        return torch.zeros_like(right)
-    if ridge > 0:
-        matrix.diagonal().add_(ridge)
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            return torch.cholesky_solve(right.T, lower).T
-        matrix.diagonal().sub_(ridge)
-    values, vectors = torch.linalg.eigh(_wide(matrix))
-    used = values > (ROUNDING * len(values)) ** 2 * values[-1]
-    inverse = torch.where(used, 1 / (values + ridge), 0.0)
-    return ((right.to(vectors) @ vectors * inverse) @ vectors.T).to(right)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU for Metal, which has none."""
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+        return wide(tensor) if self.wide else tensor
 
 
 def _energy(tensor: Tensor) -> float:

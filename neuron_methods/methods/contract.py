@@ -24,8 +24,8 @@ from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 from torch import Tensor
 
+from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.means import add_updates, mean_factors
-from neuron_methods.kernels.response import LowRank
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import ADVICE
@@ -153,7 +153,7 @@ class Inputs(NamedTuple):
 
 
 class LowRankUpdate(NamedTuple):
-    """A merged update as its method has it: B·A, and what weighs its directions (see `kernels.response.truncated`)."""
+    """A merged update as its method has it: B·A, and what weighs its directions (see `kernels.low_rank.truncated`)."""
 
     update: LowRank
     moments: Tensor

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.response import Expert, LowRank, ResponseOptions, merge_responses
-from neuron_methods.kernels.rows import neuron_rows, row_blocks
+from neuron_methods.kernels.low_rank import LowRank
+from neuron_methods.kernels.response import Expert, ResponseOptions, merge_responses
+from neuron_methods.kernels.rows import CACHE_BYTES, neuron_rows, row_blocks
 from neuron_methods.kernels.spectrum import remove_parallel_
 from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector, fill_task_vector
 from neuron_methods.methods.contract import (
@@ -153,17 +154,18 @@ class PreparedNeuronResponse(PreparedMerge):
         return merged
 
     def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
-        """See `PreparedMerge.scratch`: updates, answers and result, and the system of one matrix twice."""
+        """See `PreparedMerge.scratch`: an update, T, the merge, and the system, all of it in float64 where need be."""
         if len(shape) < 2:
             return super().scratch(name, shape, experts)
         planned = self._planned.get(name)
         transposed = self._place(name).role in ("transposed", "packed_transposed")
         rows, width = (shape[-1], shape[-2]) if transposed else (shape[0], math.prod(shape[1:]))
         most = (planned.parameters["rows"] if planned is not None else 0) or rows
-        count = int(experts * min(rows, most))
-        system = min(count, width)
-        solved = 4 * (3 * system * system + 2 * count * width + 4 * rows * width + 2 * rows * count)
-        return 2 * solved if planned is not None and planned.parameters["ridge"] == 0 else solved
+        own = int(min(rows, most))
+        count = experts * own
+        if count < width:
+            return 8 * (count * width + 5 * rows * count + 4 * rows * width + 4 * count * count)
+        return 8 * (5 * width * width + 3 * rows * width + 4 * own * width) + min(CACHE_BYTES, 32 * rows * width)
 
     def findings(self) -> list[str]:
         """Tell how much of the experts' answers the merge keeps, and what had no inputs."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterSummary, Precision
 from neuron_methods.cli import main
-from neuron_methods.kernels import response
+from neuron_methods.kernels import low_rank, response
 from neuron_methods.kernels.task_vectors import LowRankTaskVector
 from neuron_methods.methods.inputs_file import InputsInfo, save_inputs
 from neuron_methods.plugin.adapter_output import AdapterOutput
@@ -185,8 +185,8 @@ def test_no_update_of_an_adapter_is_formed(tmp_path: Path, monkeypatch: pytest.M
         raise AssertionError("formed")
 
     monkeypatch.setattr(LowRankTaskVector, "dense", never)
-    monkeypatch.setattr(response.LowRank, "dense", never)
-    monkeypatch.setattr(response._System, "many", never)
+    monkeypatch.setattr(low_rank.LowRank, "dense", never)
+    monkeypatch.setattr(response, "_many", never)
     in_full(source(two.base, *two.models), tmp_path / "direct")
 
 

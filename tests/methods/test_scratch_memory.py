@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_methods.kernels.neuro import NeuroOptions, merge_neurons
+from neuron_methods.methods.contract import Inputs, PlannedTensor
+from neuron_methods.methods.neuron_response import NeuronResponse
 from tests.support.tensors import randoms
 
 
@@ -84,3 +86,22 @@ def test_small_blocks_give_the_same_merge(scratch: int) -> None:
     _, expected = scratch_of(tensors, 1 << 28, lambda_parallel=0.7)
     _, found = scratch_of(tensors, scratch, lambda_parallel=0.7)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", ["auto", 0.0, 1e-6])
+@pytest.mark.parametrize("toward", ["mean", "zero"])
+@pytest.mark.parametrize(("shape", "rows"), [((300, 200), 0), ((500, 400), 60), ((200, 900), 64), ((60, 500), 0)])
+def test_a_merge_by_response_takes_what_it_says(
+    shape: tuple[int, int], rows: int, toward: str, ridge: float | str
+) -> None:
+    base, *experts = randoms(shape, 3, scale=0.5)
+    method = NeuronResponse()
+    given = {"toward": toward, "rows": rows, "ridge": ridge}
+    shared = {p.name: given.get(p.name, p.default) for p in method.spec.shared_parameters}
+    own = {p.name: dict.fromkeys(range(2), p.default) for p in method.spec.input_parameters}
+    tensors = (base, dict(enumerate(experts)))
+    prepared = method.prepare([PlannedTensor("w", lambda: tensors, shared, own)])
+    with Allocations() as allocations:
+        prepared.merge_tensor(Inputs("w", *tensors), {**shared, **own}, torch.float32)
+    said = prepared.scratch("w", shape, 2)
+    assert said / 5 < allocations.peak - base.nbytes <= said
