@@ -164,7 +164,7 @@ class PreparedNeuronResponse(PreparedMerge):
         own = int(min(rows, most))
         count = experts * own
         if count < width:
-            return 8 * (count * width + 5 * rows * count + 4 * rows * width + 4 * count * count)
+            return 8 * (count * width + 5 * rows * count + 4 * rows * width + 5 * count * count)
         return 8 * (5 * width * width + 3 * rows * width + 4 * own * width) + min(CACHE_BYTES, 32 * rows * width)
 
     def findings(self) -> list[str]:
