@@ -26,7 +26,7 @@ from neuron_methods.adapters.placement import (
     task_type,
 )
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
-from neuron_methods.kernels.response import truncated
+from neuron_methods.kernels.low_rank import truncated
 from neuron_methods.methods.contract import LowRankUpdate
 from neuron_methods.models.headers import Header
 from neuron_methods.models.skeleton import Skeleton
