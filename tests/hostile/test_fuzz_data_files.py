@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from neuron_methods.routing.router import Router
 from neuron_methods.sharing.card import parsed_card, read_evaluation
 from neuron_methods.sharing.licences import metadata_of
 from neuron_methods.support.errors import UserError
+from tests.support import mutations
 
 EXAMPLES = int(os.environ.get("MERGEKIT_NEURON_HOSTILE", "12"))
 fuzzed = settings(
@@ -193,44 +194,18 @@ FORMATS: dict[str, tuple[Any, Callable[[Any], bytes], Callable[[Path], Any]]] = 
     "README.md": (FOLDER, card_of, read_folder),
 }
 
-nested: Any = 0
-for _ in range(150):
-    nested = [nested]
 ODD = st.sampled_from(
     [
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        10**12,
-        10**30,
-        0.5,
-        -2.5,
-        float("nan"),
-        float("inf"),
+        *mutations.ODD,
         -float("inf"),
-        "",
         " ",
-        "x",
-        "../x",
-        "/etc/passwd",
-        "a\nb",
-        "\x1b[31m",
         "\u202e",
         "é" * 3000,
         "[0:99999999999999999999]",
         "~nobody/x",
         "{}",
-        [],
-        [1],
-        ["x", None],
         [[]],
-        {},
-        {"x": 1},
-        {"": {}},
-        {"x": nested},
+        {"x": mutations.NESTED},
         "hf://a/b.jsonl",
         "http://a",
         "[*",
@@ -239,19 +214,12 @@ ODD = st.sampled_from(
 )
 
 
-def places(content: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield above
-    if isinstance(content, (dict, list)):
-        for key in content if isinstance(content, dict) else range(len(content)):
-            yield from places(content[key], (*above, key))
-
-
 @st.composite
 def changed(draw: Any, content: Any) -> Any:
     """The same with a value replaced, left out, wrapped, or with a key more; once or twice."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.sampled_from([1, 1, 2]))):
-        place = draw(st.sampled_from(list(places(content))))
+        place = draw(st.sampled_from(list(mutations.places(content))))
         if not place:
             content = draw(st.sampled_from([content] * 5 + [[content], {"x": content}, None, 3, "x"]))
             continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support import formats
 from tests.support.formats import READERS, instead, run
 from tests.support.mutations import mutated
 
@@ -22,15 +22,12 @@ _EXAMPLES = int(os.environ.get("MERGEKIT_NEURON_HOSTILE", "60"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _among_formats(files_of_every_format: Path) -> Iterator[None]:
     torch.set_num_threads(1)
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("formats"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files_of_every_format)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        formats.build(Path.cwd())
         yield
-    os.chdir(before)
 
 
 def test_all_read_what_nobody_has_changed() -> None:

@@ -24,34 +24,10 @@ from neuron_methods.models.reference import same_model
 from neuron_methods.neurons import neuron_map
 from neuron_methods.plugin.checkpoints import CheckpointLoader
 from neuron_methods.support.errors import UserError
-from tests.support import formats
-from tests.support.formats import READERS, instead, refusal, run
-from tests.support.mutations import NESTED, changed
+from tests.support.formats import READERS, instead, refusal, run, said
+from tests.support.mutations import NESTED
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("formats")
-    before = os.getcwd()
-    os.chdir(made)
-    try:
-        formats.build(made)
-    finally:
-        os.chdir(before)
-    return made
-
-
-@pytest.fixture(autouse=True)
-def _within(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    torch.set_num_threads(1)
-
-
-def said(file: str, *keys: Any, value: Any) -> bytes:
-    """A JSON file that says something else at a place."""
-    return json.dumps(changed(json.loads(Path(file).read_bytes()), keys, value)).encode()
-
+pytestmark = pytest.mark.usefixtures("among_formats")
 
 MERGE, VERIFY = ("merge", "merge.yml", "out"), ("verify", "base")
 SCORE = ("evaluate", "base+adapter", "--task", "tasks.yml")

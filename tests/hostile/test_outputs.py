@@ -54,14 +54,6 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def place(models, tmp_path, monkeypatch):
-    """A copy of `models`, and the current directory."""
-    shutil.copytree(models, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
 _DATA = ("--data", "a=texts.jsonl:text", "--data", "b=others.jsonl:text")
 COMMANDS = {
     "profile": ("profile", "base", *_DATA, "--samples", "4", "--top", "2", "-o"),

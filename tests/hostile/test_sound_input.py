@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import torch
 import transformers
 
 from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.data.classes import class_index
-from tests.support import formats
-from tests.support.formats import instead, run
-from tests.support.mutations import changed
+from tests.support.formats import instead, run, said
 
 MERGE, SCORE = ("merge", "merge.yml", "out"), ("evaluate", "base+adapter", "--task", "tasks.yml", "--force")
 ADAPTED = (("merge", "adapters.yml", "out"), SCORE, ("verify", "adapter"))
 CONFIG, LORA = "base/config.json", "adapter/adapter_config.json"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("formats")
-    before = os.getcwd()
-    os.chdir(made)
-    try:
-        formats.build(made)
-    finally:
-        os.chdir(before)
-    return made
-
-
-@pytest.fixture(autouse=True)
-def _within(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    torch.set_num_threads(1)
-
-
-def said(file: str, *keys: Any, value: Any) -> bytes:
-    """A JSON file that says something else at a place."""
-    return json.dumps(changed(json.loads(Path(file).read_bytes()), keys, value)).encode()
+pytestmark = pytest.mark.usefixtures("among_formats")
 
 
 def passes(*command: str) -> None:

@@ -31,13 +31,6 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def place(models, tmp_path, monkeypatch):
-    shutil.copytree(models, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
 def write(path, content):
     path.write_text(yaml.safe_dump(content))
 

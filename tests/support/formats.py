@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from neuron_methods.cli import main
 from tests.support import routed, tiny
+from tests.support.mutations import changed
 
 _HALF = {"parameters": {"weight": 0.5}}
 _YAMLS: dict[str, dict[str, Any]] = {
@@ -138,6 +140,11 @@ def build(folder: Path) -> None:
     ):
         assert run(*arguments).exit_code == 0
     shutil.rmtree("measured")
+
+
+def said(file: str, *keys: Any, value: Any) -> bytes:
+    """A JSON file that says something else at a place."""
+    return json.dumps(changed(json.loads(Path(file).read_bytes()), keys, value)).encode()
 
 
 def run(*arguments: str) -> Result:

@@ -1,0 +1,37 @@
+"""Where hostile tests work: among files of every format, or in a copy of a file's own models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import formats
+
+
+@pytest.fixture(scope="session")
+def files_of_every_format(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `formats.build` makes; a test that changes a file puts it back."""
+    made = tmp_path_factory.mktemp("formats")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        formats.build(made)
+    return made
+
+
+@pytest.fixture
+def among_formats(files_of_every_format: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make them the current directory, without a network."""
+    monkeypatch.chdir(files_of_every_format)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `models`, a fixture of the test's file, and the current directory."""
+    shutil.copytree(models, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
