@@ -38,6 +38,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "push": Subcommand("neuron_methods.cli.push", "Upload a merge to the Hugging Face Hub."),
     "evaluate": Subcommand("neuron_methods.cli.evaluate", "Score a model on tasks, with 95 % intervals."),
     "tune": Subcommand("neuron_methods.cli.tune", "Search merge parameters on validation data."),
+    "compare": Subcommand("neuron_methods.cli.compare", "Compare merge methods on one's own models and tasks."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }
 

@@ -16,6 +16,7 @@ EPILOG = """\b
   lambda_orthogonal=0.5:4          a range, for random and cma
   density=0.1,0.2,0.3              values
   trim=model,tensor                words
+  merge_method=ties,neuro_merging  of the top level: merge_method, dtype, out_dtype
   weight@german=0.5:1.5:0.25       one expert's: by its number in models, or a part of its path
 
 \b

@@ -24,7 +24,7 @@ from pydantic import Field
 from neuron_methods import __version__
 from neuron_methods.methods.parameters import OwnMethodSpec
 from neuron_methods.plugin.seam import models_in_order
-from neuron_methods.sharing.card_sections import card_text, markdown, own_section, with_section
+from neuron_methods.sharing.card_sections import card_text, own_section, with_section
 from neuron_methods.sharing.citations import CITATIONS, MERGEKIT, Citation
 from neuron_methods.sharing.licences import Licences, find_licences
 from neuron_methods.sharing.model_names import ModelNames, parts_of, reduced_yaml
@@ -32,7 +32,7 @@ from neuron_methods.sharing.settings import own_choices, profiled_datasets
 from neuron_methods.sharing.snippets import heads_section, loading_snippet, pipeline_tag
 from neuron_methods.support.documents import Foreign, front_matter, read_json, validated
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line
+from neuron_methods.support.text import first_line, markdown
 
 MERGEKIT_URL = "https://github.com/arcee-ai/mergekit"
 _PACKAGES = ("mergekit", "transformers", "torch", "peft", "safetensors")

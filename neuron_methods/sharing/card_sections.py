@@ -9,17 +9,12 @@ from itertools import pairwise
 from huggingface_hub import ModelCardData
 
 from neuron_methods.support.sources import Kin, Source
-from neuron_methods.support.text import shortened
+from neuron_methods.support.text import markdown
 
 
 def card_text(data: ModelCardData, sections: Iterable[str]) -> str:
     """Write a card: front matter, then sections."""
     return "\n\n".join([f"---\n{data.to_yaml(line_break=chr(10))}\n---", *sections]) + "\n"
-
-
-def markdown(name: str) -> str:
-    """Write a name so that Markdown and HTML show it as it is, in one line."""
-    return re.sub(r"([\\`*\[\]<>|&])", lambda found: f"&#{ord(found[1])};", shortened(name, 200, quote=False))
 
 
 def code(name: str) -> str:

@@ -77,3 +77,8 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def markdown(name: str) -> str:
+    """Write a name so that Markdown and HTML show it as it is, in one line."""
+    return re.sub(r"([\\`*\[\]<>|&])", lambda found: f"&#{ord(found[1])};", shortened(name, 200, quote=False))

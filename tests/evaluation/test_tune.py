@@ -444,3 +444,17 @@ def test_several_processes_are_refused(experts, folder, monkeypatch):
     )
     with pytest.raises(UserError, match="tune runs as one process"):
         tune(cases.merge_yaml(experts("llama")), words(folder), ["lambda_orthogonal=1,2"], folder / "out", QUIET)
+
+
+def test_the_method_itself_is_searched(experts, folder, merges):
+    source = cases.merge_yaml(experts("llama"), method="task_arithmetic", weight=1.0)
+    result = tune(
+        source, words(folder), ["merge_method=task_arithmetic,linear", "dtype=float32,bfloat16"], folder / "out", QUIET
+    )
+    assert {(m["merge_method"], m["dtype"]) for m in merges} == {
+        (method, dtype) for method in ("task_arithmetic", "linear") for dtype in ("float32", "bfloat16")
+    }
+    best = yaml.safe_load((folder / "out/best.yml").read_text())
+    assert {key: best[key] for key in result.best} == result.best
+    with pytest.raises(UserError, match=r"--search merge_method: .*'tise'"):
+        tune(source, words(folder), ["merge_method=ties,tise"], folder / "other", QUIET)

@@ -15,9 +15,9 @@ from neuron_methods.cli import SUBCOMMANDS, main
 from neuron_methods.cli.common import Count, Share
 from neuron_methods.evaluation.task_file import load_tasks
 from neuron_methods.routing.route_yaml import read_config
-from neuron_methods.sharing.card_sections import code, markdown
+from neuron_methods.sharing.card_sections import code
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import columns, printable, shortened
+from neuron_methods.support.text import columns, markdown, printable, shortened
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\u202e<script>alert(1)</script>|`[a](b)"
 

@@ -14,6 +14,8 @@ from neuron_methods.evaluation.tuning.search import Parameter, Point
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.yaml_source import YamlSource
 
+#: What can be searched that is no parameter: words of the top level.
+TOP_LEVEL = ("merge_method", "dtype", "out_dtype")
 _LAMBDA = re.compile(r"(rest_|within_)?lambda(_parallel|_orthogonal)?")
 
 
@@ -25,6 +27,7 @@ class Recipe:
         method: the merge method.
         experts: the models that are merged, as the YAML names them.
         base: the model that the output's config and tokenizer come from.
+        names_base: whether the YAML names a base and models, as methods on task vectors need.
     """
 
     def __init__(self, source: str, name: str, parameters: Sequence[Parameter]) -> None:
@@ -42,6 +45,7 @@ class Recipe:
         configuration = read_configuration(source, name)
         self._content = YamlSource.parse(source, name, "a merge").content
         self.method = configuration.merge_method
+        self.names_base = configuration.base_model is not None and bool(configuration.models)
         self.experts = [str(entry.model) for entry in configuration.models or ()]
         self.base = str(configuration.base_model or configuration.referenced_models()[0])
         self.experts = [expert for expert in self.experts if expert != self.base]
@@ -60,6 +64,9 @@ class Recipe:
         content = copy.deepcopy(self._content)
         for name, value in point.items():
             parameter, at, expert = name.partition("@")
+            if name in TOP_LEVEL:
+                content[name] = value
+                continue
             holder = content["models"][self._expert(expert, name)] if at else content
             if not isinstance(holder.get("parameters"), dict):
                 holder["parameters"] = {}
@@ -86,16 +93,19 @@ class Recipe:
         """
         settings = {**(self._content.get("parameters") or {}), **(others or {})}
         families: list[list[str]] = [[name for name in names if _LAMBDA.fullmatch(name)]]
-        plain = self.method == "neuron_merge" and settings.get("within", "task_arithmetic") == "task_arithmetic"
+        method = (others or {}).get("merge_method", self.method)
+        plain = method == "neuron_merge" and settings.get("within", "task_arithmetic") == "task_arithmetic"
         if plain:
             families.append([name for name in names if name in ("general", "in_group", "out_group")])
-        if (plain or self.method == "task_arithmetic") and not settings.get("normalize"):
+        if (plain or method == "task_arithmetic") and not settings.get("normalize"):
             families.append([name for name in names if name.partition("@")[0] == "weight"])
         return max(families, key=len)
 
     def _check_place(self, name: str) -> None:
         """Refuse a parameter of a model that is not there, or that another setting would win over."""
         parameter, at, expert = name.partition("@")
+        if name in TOP_LEVEL:
+            return
         if at:
             self._expert(expert, name)
             return

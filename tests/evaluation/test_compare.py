@@ -1,0 +1,188 @@
+"""Comparisons on tiny models: every score is that of a real merge, rows are kept, and the best is the validation's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from neuron_methods.cli import main
+from neuron_methods.evaluation import evaluate, load_tasks
+from neuron_methods.evaluation.comparing import CompareSettings, compare, contenders, paired_difference, spread, study
+from neuron_methods.evaluation.comparing.contenders import parse_methods
+from neuron_methods.evaluation.tuning.search import make_strategy
+from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.merging import merge_to_directory
+from neuron_methods.support.errors import UserError
+from tests.evaluation import cases
+
+QUIET = CompareSettings(progress=False, defaults=False)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    cases.questions(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tasks_file(folder):
+    return cases.write_tasks(folder, cases.choice_task(), cases.choice_task(name="by tokens", normalize="tokens"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+
+
+def test_every_row_is_a_real_merge_and_the_best_is_the_best_on_validation_data(experts, folder, tmp_path):
+    (folder / "merge.yml").write_text(cases.merge_yaml(experts("llama"), density=0.5))
+    tasks = tasks_file(folder)
+    options = ["--no-defaults", "--method", "linear", "--method", "ties:density=0.3,0.9;lambda=0.5,2", "--quiet"]
+    done = run("merge.yml", "--task", tasks, "-o", "out", *options)
+    assert done.exit_code == 0, done.output
+    told = json.loads((folder / "out/compare.json").read_text())
+    rows = {row["name"]: row for row in told["rows"]}
+    tuned = "ties (density=0.3,0.9, lambda=0.5,2)"
+    assert list(rows) == ["base", "expert-a", "expert-b", "as configured", "linear", tuned]
+    assert (rows[tuned]["points"], rows["linear"]["points"]) == (4, 1)
+
+    loaded = load_tasks(tasks)
+    for name in ("base", "expert-a", "expert-b"):
+        scores = [task.score for task in evaluate(str(experts("llama") / name), loaded, progress=False).tasks]
+        assert [task["score"] for task in rows[name]["tasks"]] == scores
+    for number, row in enumerate(row for row in told["rows"] if row["kind"] == "merge"):
+        merge_to_directory((folder / "out" / row["yaml"]).read_text(), folder / f"m{number}", progress=False)
+        found = [evaluate(str(folder / f"m{number}"), loaded, split=s, progress=False) for s in ("test", "validation")]
+        assert [task["score"] for task in row["tasks"]] == [task.score for task in found[0].tasks]
+        assert row["validation"] == pytest.approx(found[1].mean)
+    merges = [row for row in told["rows"] if row["kind"] == "merge"]
+    assert told["best"] == max(merges, key=lambda row: row["validation"])["name"]
+    best = yaml.safe_load((folder / "out/best.yml").read_text())
+    assert best == yaml.safe_load((folder / "out" / rows[told["best"]]["yaml"]).read_text())
+    assert f"best on validation data (mean): {told['best']}" in done.output
+    page = (folder / "out/compare.html").read_text()
+    assert page.count("<svg") == 2 and "expert-b" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "| linear |" in (folder / "out/compare.md").read_text()
+
+
+def test_finished_rows_are_kept_and_others_made(experts, folder, monkeypatch):
+    source = cases.merge_yaml(experts("llama"))
+    tasks = load_tasks(tasks_file(folder))
+    merged = []
+    merge = merge_to_directory
+
+    def count(source, *arguments, **options):
+        merged.append(yaml.safe_load(source)["merge_method"])
+        if len(merged) == 2:
+            raise KeyboardInterrupt
+        return merge(source, *arguments, **options)
+
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", count)
+    with pytest.raises(KeyboardInterrupt):
+        compare(source, tasks, folder / "out", ["linear"], QUIET)
+    assert not [p for p in (folder / "out").rglob("*") if p.suffix == ".safetensors"]
+    first = compare(source, tasks, folder / "out", ["linear"], QUIET)
+    assert set(merged[1:]) == {"neuro_merging", "linear"}
+    merged.clear()
+    again = compare(source, tasks, folder / "out", ["linear", "task_arithmetic"], QUIET)
+    assert set(merged) == {"task_arithmetic"}
+    assert [row.tasks for row in again.rows[:-1]] == [row.tasks for row in first.rows]
+    merged.clear()
+    cases.questions(folder, [{**row, "right": (row["right"] + 1) % 3} for row in cases.QUESTIONS])
+    compare(source, tasks, folder / "out", ["linear"], QUIET)
+    assert set(merged) == {"neuro_merging", "linear"}  # of other data
+
+
+def test_a_method_that_cannot_merge_is_told_and_the_others_compared(experts, folder):
+    source = cases.merge_yaml(experts("llama"))
+    said = []
+    found = compare(
+        source, load_tasks(tasks_file(folder)), folder / "out", ["neuron_response:profile=none"], QUIET, say=said.append
+    )
+    row = found.merges[-1]
+    assert row.failed and "none" in row.failed and any(row.failed in line for line in said)
+    assert found.best.name == "as configured"
+
+
+def test_the_usual_methods_are_sound_and_within_the_budget(experts):
+    source = cases.merge_yaml(experts("llama"))
+    for count in (2, 3, 5):
+        everyone = contenders(count)
+        assert len({each.name for each in everyone}) == len(everyone)
+        for each in everyone:
+            read_configuration(each.source(source, "x"), "x")
+            if each.search:
+                (points,) = make_strategy("grid", each.parameters, 8, 0).batches()
+                assert len(points) == 8
+    written = yaml.safe_load(everyone[0].source(source, "x"))
+    assert written["base_model"] == yaml.safe_load(source)["base_model"] and written["dtype"] == "bfloat16"
+
+
+def test_a_method_by_hand():
+    one, several, plain = parse_methods(
+        ["ties:density=0.3", "ties:density=0.2,0.6;lambda=0.7:1.3:0.2", "neuro_merging"]
+    )
+    assert (one.settings, one.search) == ({"density": 0.3, "weight": 1.0}, ())
+    assert several.search == ("density=0.2,0.6", "lambda=0.7:1.3:0.2")
+    assert (plain.settings, plain.search) == ({}, ())
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "message"),
+    [
+        (["tise"], {}, "--method 'tise': unknown method 'tise'; did you mean 'ties'"),
+        (["ties:"], {}, "--method 'ties:': expected NAME"),
+        (["ties:density"], {}, "--method 'ties:density': "),
+        (["ties:densty=0.5"], {}, "densty"),
+        (["linear", "linear"], {}, "--method linear: is compared already"),
+        ([], {"objective": "relative"}, "--objective 'relative': expected mean or minimum"),
+    ],
+)
+def test_what_cannot_be_compared(experts, folder, methods, changes, message):
+    tasks = load_tasks(tasks_file(folder))
+    settings = CompareSettings(progress=False, defaults=False, **changes)
+    with pytest.raises(UserError, match=message):
+        compare(cases.merge_yaml(experts("llama")), tasks, folder / "out", methods, settings)
+    assert not (folder / "out").exists()
+
+
+def test_places_and_configurations_that_are_none(experts, folder):
+    tasks = load_tasks(tasks_file(folder))
+    source = cases.merge_yaml(experts("llama"))
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"-o .*mine: holds files that compare did not write"):
+        compare(source, tasks, folder / "mine", [], QUIET)
+    alone = yaml.safe_load(source)
+    del alone["models"][1]
+    with pytest.raises(UserError, match="compare takes a configuration with base_model and two models or more"):
+        compare(yaml.safe_dump(alone), tasks, folder / "out", [], QUIET)
+    (task,) = cases.tasks_of(folder, cases.choice_task(data="questions.jsonl"))
+    with pytest.raises(UserError, match="there is no validation_split"):
+        compare(source, [task], folder / "out", [], QUIET)
+    assert {path.name for path in folder.iterdir()} == {"mine", "questions.jsonl", "tasks.yml"}
+
+
+def test_intervals_and_differences():
+    generator = np.random.default_rng(0)
+    right = {name: (generator.random(400) < share).astype(float) for name, share in (("a", 0.7), ("b", 0.4))}
+    found = spread([right])
+    wide = 1.96 * np.sqrt(0.7 * 0.3 / 400 + 0.4 * 0.6 / 400) / 2
+    assert found.mean == pytest.approx((right["a"].mean() + right["b"].mean()) / 2)
+    assert (found.high - found.low) / 2 == pytest.approx(wide, rel=0.1)
+    shares = {"a": generator.random(500)}
+    found = spread([shares])
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * shares["a"].std() / np.sqrt(500), rel=0.1)
+    worse = {name: values * (generator.random(400) < 0.9) for name, values in right.items()}
+    gap, error = paired_difference([worse], [right])
+    each = [worse[name] - right[name] for name in right]
+    assert gap == pytest.approx(np.mean([e.mean() for e in each]))
+    assert error == pytest.approx(np.sqrt(sum(e.var(ddof=1) / 400 for e in each)) / 2)
+
+
+def test_an_expert_is_named_by_what_tells_it_apart():
+    paths = ["/x/a/model", "/x/b/model", "org/c"]
+    assert [study._shown(path, paths) for path in paths] == ["a/model", "b/model", "c"]
