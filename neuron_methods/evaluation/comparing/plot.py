@@ -56,11 +56,10 @@ def _by_time(merges: Sequence[Row]) -> Any:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     for number, row in enumerate(merges):
-        seconds, score = max(row.merge_seconds or 0.0, 1e-2), 100 * (row.mean or 0.0)
+        seconds, score = row.merge_seconds or 0.0, 100 * (row.mean or 0.0)
         axis.plot(seconds, score, _MARKERS[number % len(_MARKERS)], color=_COLOURS[number % len(_COLOURS)])
         axis.annotate(row.name, (seconds, score), textcoords="offset points", xytext=(6, 3), fontsize=8)
-    axis.set_xscale("log")
-    axis.margins(x=0.25)
+    axis.set_xlim(0, 1.3 * max(row.merge_seconds or 0.0 for row in merges) + 0.01)
     axis.set_xlabel("seconds per merge, with loading what it wrote")
     axis.set_ylabel("mean test score, %")
     axis.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,8 @@ def _reference(
     def build() -> dict[str, Any]:
         with open_model(model, settings.dtype) as opened:
             running = [start_opened(opened, task, "test", examples, settings.seed) for task, examples in test]
-            return _scores([each.run(settings.progress) for each in running])
+            # Where bars are lines, those of the methods are enough.
+            return _scores([each.run(settings.progress and sys.stderr.isatty()) for each in running])
 
     return _row(name, kind, kept.make(f"{kind} {name}", {"model": model}, build))
 
