@@ -51,6 +51,15 @@ def without_bars() -> Iterator[None]:
         _hidden.reset(token)
 
 
+class _LineBar(tqdm):
+    """A bar in lines, which tells the end as soon as it is known."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What a line is made of."""
+        return {**super().format_dict, "bar_format": _OPEN if self.total is None else _COUNTED}
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None,
     *,
@@ -80,7 +89,7 @@ def progress_bar(
         return tqdm(iterable, total=total, desc=what, unit=unit, leave=leave)
     if total is None and iterable is not None:
         total = len(iterable) if hasattr(iterable, "__len__") else None
-    return tqdm(
+    return _LineBar(
         iterable,
         total=total,
         desc=what,
@@ -89,5 +98,4 @@ def progress_bar(
         file=_Lines(sys.stderr),
         mininterval=LINE_INTERVAL,
         miniters=1,
-        bar_format=_OPEN if total is None else _COUNTED,
     )

@@ -74,6 +74,15 @@ def test_where_the_end_is_not_known_none_is_told(log):
     assert lines[-1].startswith("points: ") and lines[-1].endswith(" elapsed, best 0.5")
 
 
+def test_an_end_that_comes_to_be_known_is_told(log):
+    with progress_bar(what="points", unit="point") as bar:
+        clock = Clock(bar)
+        bar.total = 4
+        clock.now += 60
+        bar.update()
+    assert log().splitlines()[1:] == ["points: 1 of 4 points, 01:00 elapsed, 03:00 to go"]
+
+
 def test_nothing_is_shown_where_nothing_is_wanted(log):
     with progress_bar(total=3, what="sums", unit="example", shown=False) as bar:
         bar.update(3)

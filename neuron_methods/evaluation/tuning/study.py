@@ -224,6 +224,8 @@ def _search(
                 bar.update()
                 started = time.perf_counter()
             strategy.tell(batch, [value_of(trace.get(point)) for point in batch])
+        if bar.n > bar.last_print_n:
+            bar.refresh()  # where bars are lines, a short search would end without one
 
 
 def _experts(
