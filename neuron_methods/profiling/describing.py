@@ -1,10 +1,10 @@
 """Describing neurons: profile and describer in, labels and a page out; resumable, on one process or several.
 
-Gu et al., Findings of ACL 2025, 2025.findings-acl.471, has a language model describe every neuron and classify the
-descriptions. How it is asked (`prompts`), and how its choice is read, is ours: it answers with a name, whose likelihood
-P(name) is measured among the names there are. A small describer likes some names better, whatever it reads; so with
-`prior: even` P(name) is divided by its mean over all neurons described (as batch calibration does, Zhou et al., 2023,
-arXiv:2309.17249), and `own` leaves it. The largest share is the label, and its confidence.
+Gu et al., Findings of ACL 2025, 2025.findings-acl.471, "employ neuron description methods to analyze and classify
+neurons" (abstract). No source was found for how, so this is ours. The describer, asked as `prompts` has it, answers
+with a name, whose likelihood P(name) is measured among the names there are. A small describer likes some names better,
+whatever it reads; so with `prior: even` P(name) is divided by its mean over all neurons described (as batch calibration
+does, Zhou et al., 2023, arXiv:2309.17249), and `own` leaves it. The largest share is the label, and its confidence.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _of_all_processes(judged: dict[Neuron, Judgement]) -> dict[Neuron, Judgement
 
 
 def _duration(seconds: float) -> str:
-    for unit, size in (("hours", 3600), ("minutes", 60)):
+    for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} s"

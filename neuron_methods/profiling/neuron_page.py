@@ -64,7 +64,8 @@ function more() {
   for (const [layer, neuron, group, confidence, other, description, lines] of found.slice(shown, shown + STEP)) {
     const row = put(body, "tr");
     put(row, "td", layer).className = put(row, "td", neuron).className = "number";
-    put(row, "td", confidence === null ? group : `${group}, ${Math.round(100 * confidence)} %`);
+    const sure = confidence === null ? "" : `, ${Math.round(100 * confidence)}\\u00a0%`;
+    put(row, "td", group + sure).className = "number";
     put(row, "td", other === null ? "" : other).className = other === group ? "" : "differs";
     const cell = put(row, "td", description), list = put(put(cell, "details"), "ol");
     put(list.parentNode, "summary", "contexts");

@@ -61,6 +61,8 @@ COMMANDS = lines("sh")
 SHORT = " --steps 2 --examples 4"
 SEARCH = ("lambda=0.8:1.2:0.1 --test", "lambda=0.9,1.1 --only german")  # as shown, as run here
 FEW = (r"--samples \d+", "--samples 4")  # of what the reader measures inputs on
+# Run in this process; each is run in one of its own elsewhere.
+IN_PROCESS = tuple(f"mergekit-neuron {name}" for name in ("demo", "describe", "groups"))
 ROUTING = ("mergekit-neuron route ", "mergekit-neuron generate ")
 SCRIPTS = "python examples/"
 # What is added to the routed model's YAML to make it quick: few samples, experts as they are.
@@ -166,8 +168,8 @@ def test_merging_commands_run_on_what_the_demo_wrote(demo):
     directory, _ = demo
     for command in COMMANDS:
         if command not in (DEMO, TESTS) and not command.startswith((*ROUTING, SCRIPTS)):
-            if command.startswith("mergekit-neuron demo"):
-                invoke(command + SHORT, directory)
+            if command.startswith(IN_PROCESS):
+                invoke(command + SHORT * command.startswith("mergekit-neuron demo"), directory)
                 continue
             short = command.replace(*SEARCH)
             run(re.sub(*FEW, short) if "--inputs" in short else short, directory)
