@@ -224,7 +224,7 @@ def _search(
                 bar.update()
                 started = time.perf_counter()
             strategy.tell(batch, [value_of(trace.get(point)) for point in batch])
-        if bar.n > bar.last_print_n:
+        if not bar.disable and bar.n > bar.last_print_n:
             bar.refresh()  # where bars are lines, a short search would end without one
 
 
