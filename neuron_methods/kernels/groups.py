@@ -29,11 +29,11 @@ def domain_shares(top_activations: Sequence[Tensor], tokens: Sequence[int]) -> T
     """
     sizes = torch.cat([values.abs() for values in top_activations], dim=1)
     k = max(values.shape[1] for values in top_activations)
-    owner = torch.cat([torch.full((values.shape[1],), d) for d, values in enumerate(top_activations)])
+    owner = torch.cat([torch.full_like(values[0], d, dtype=torch.int64) for d, values in enumerate(top_activations)])
     largest, places = sizes.topk(min(k, sizes.shape[1]), dim=1)
-    counts = torch.zeros(len(sizes), len(top_activations), dtype=torch.float64)
+    counts = sizes.new_zeros(len(sizes), len(top_activations), dtype=torch.float64)
     counts.scatter_add_(1, owner[places], (largest > 0).double())
-    rates = counts / torch.tensor([max(1, n) for n in tokens], dtype=torch.float64)
+    rates = counts / counts.new_tensor([max(1, n) for n in tokens])
     return rates / rates.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 

@@ -71,7 +71,7 @@ def add_up(sums: Tensor, block: slice, count: int, inputs: Tensor) -> Tensor:
     if count <= rows:
         sums[block] += inputs
         return sums
-    generator = torch.Generator().manual_seed(count)
-    places = torch.randperm(count, generator=generator).remainder(rows)[block].to(inputs.device)
-    signs = torch.randint(0, 2, (count, 1), generator=generator)[block].mul(2).sub(1).to(inputs)
+    generator = torch.Generator("cpu").manual_seed(count)  # everywhere the same numbers
+    places = torch.randperm(count, generator=generator, device="cpu").remainder(rows)[block].to(inputs.device)
+    signs = torch.randint(0, 2, (count, 1), generator=generator, device="cpu")[block].mul(2).sub(1).to(inputs)
     return sums.index_add_(0, places, inputs * signs)

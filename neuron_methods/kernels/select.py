@@ -43,7 +43,7 @@ def slice_squares(
     Returns:
         Shape (neurons,), float64, on the CPU.
     """
-    squares = torch.zeros(base.shape[axis], dtype=torch.float64)
+    squares = torch.zeros(base.shape[axis], dtype=torch.float64, device="cpu")
     others = [dim for dim in range(base.ndim) if dim != axis]
     for block in _blocks(base):
         origin = base[block].float()
@@ -94,7 +94,7 @@ def conflict_coefficients(importances: Tensor, kept: Tensor, weights: Sequence[f
     Returns:
         Shape (experts, neurons), float64. `weighted` and `winner` sum to 1 wherever anyone keeps the neuron.
     """
-    votes = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+    votes = torch.tensor(weights, dtype=torch.float64, device=importances.device).unsqueeze(1)
     wanted = (kept & (votes > 0)).double()
     if conflict == "sum":
         return wanted * votes

@@ -90,11 +90,11 @@ class Bracket:
 
 
 def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    return int(np.float32(value).view(np.int32))
 
 
 def _value(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    return float(np.int32(bits).view(np.float32))
 
 
 @dataclass
@@ -164,6 +164,7 @@ class ThresholdSearch:
         bracket = self._bracket
         if self._histogram is None:
             self._histogram = torch.zeros(bracket.bins, dtype=torch.int64, device=chunk.device)
+        self._histogram = self._histogram.to(chunk.device)  # zeros that nobody read may have come before
         magnitudes = chunk.abs_()
         low = _value(bracket.low)
         self.entries += len(magnitudes)
@@ -202,7 +203,7 @@ class ThresholdSearch:
             self._below += entries
             return
         if self._histogram is None:
-            self._histogram = torch.zeros(self._bracket.bins, dtype=torch.int64)
+            self._histogram = torch.zeros(self._bracket.bins, dtype=torch.int64, device="cpu")
         self._at_or_above += entries
         self._histogram[0] += entries
 
@@ -231,7 +232,7 @@ class ThresholdSearch:
         if remainders is not None and int(remainders[found]):
             return self._again(Bracket(bits, min(bits + (1 << bracket.shift), bracket.high)))
         self.threshold = _value(bits)
-        patterns = torch.arange(bracket.low, bits, 1 << bracket.shift, dtype=torch.int32)
+        patterns = torch.arange(bracket.low, bits, 1 << bracket.shift, dtype=torch.int32, device="cpu")
         values = patterns.view(torch.float32).double()
         below_in_bracket = float((values * histogram[:found]).sum())
         if remainders is not None:
@@ -285,8 +286,8 @@ def trim_(task_vector: Tensor, threshold: float) -> Tensor:
     if threshold <= 0:
         return task_vector
     # hardshrink keeps |x| > λ in one pass; λ just below the threshold makes that |x| ≥ threshold.
-    below = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(0.0))
-    return torch.ops.aten.hardshrink.out(task_vector, float(below), out=task_vector)
+    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
+    return torch.ops.aten.hardshrink.out(task_vector, below, out=task_vector)
 
 
 def variances(updates: Tensor) -> Tensor:
