@@ -22,6 +22,8 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import first_line
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+#: Bytes of a file that stay mapped, before it is opened anew: what has been read of it counts as the process's memory.
+MAPPED_BYTES = 2**26
 # Part of a name -> who puts it there: before all names, or before those of the module that was compiled.
 _WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
 
@@ -40,7 +42,7 @@ class CheckpointLoader(LazyTensorLoader):
         super().__init__(index, lazy_unpickle)
         self._spelled = spelled
         self._open_file: str | None = None
-        self._length = 0
+        self._length = self._mapped = 0
         found = [part for part in _WRAPPERS if any(part in name for name in spelled.values())]
         self.wrappers = " and ".join(f"{part} (of {_WRAPPERS[part]})" for part in found)
 
@@ -84,10 +86,14 @@ class CheckpointLoader(LazyTensorLoader):
                 self.current_shard, self._open_file = None, None
                 with _reading(file):
                     self.current_shard = TensorLoader.get(file, use_lazy_unpickle=self.lazy_unpickle, device=device)
-                self._open_file, self._length = paths[key], os.path.getsize(file)
+                self._open_file, self._length, self._mapped = paths[key], os.path.getsize(file), 0
             check_length(file, self._length)
             with _reading(file):
-                return self.current_shard.get_tensor(self.stored_as(key)).to(device)
+                tensor = self.current_shard.get_tensor(self.stored_as(key))
+            self._mapped += tensor.nbytes
+            if self.index.is_safetensors and self._mapped > MAPPED_BYTES:
+                self.current_shard, self._open_file = None, None  # unmapped once no tensor of it is left
+            return tensor.to(device)
 
     def flush(self) -> None:
         """Close the open file."""

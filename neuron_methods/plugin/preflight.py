@@ -20,6 +20,7 @@ from mergekit.options import MergeOptions
 
 from neuron_methods.adapters.loader import AdapterLoader
 from neuron_methods.models.headers import Header, HeaderFiles
+from neuron_methods.plugin.checkpoints import MAPPED_BYTES
 from neuron_methods.plugin.memory import MergeMemory, scratch_of
 from neuron_methods.plugin.seam import method_of, planned_tasks, stored_name, tokenizer_task
 from neuron_methods.support.errors import UserError
@@ -36,7 +37,7 @@ class MergePlan:
         base: the base model, if any.
         carried: tensors of the base outside mergekit's definition, copied unchanged.
         measured: names of the tensors that a pass before the merge reads, none where there is no such pass.
-        mapped_bytes: files that are mapped into memory at a time: one of each model.
+        mapped_bytes: what is mapped of files into memory at a time, of one file of each model.
         memory: what it takes beyond them.
         dtypes: of floating point that are written.
         notes: what the user should know and no error is.
@@ -130,7 +131,10 @@ def inspect_plan(planner: Any) -> MergePlan:
             for model, values in ((model, dict(task.input_parameters[model].items())) for model in task.model_order)
         }
         plan.parameters[weight.name] = ({p.name: task.parameters[p.name] for p in spec.shared_parameters}, per_model)
-    plan.mapped_bytes = sum(max(sizes.values()) for sizes in files.values())
+    # What one tensor brings beyond the bound stays, and all of a pickle.
+    largest = max((h.bytes for _, inputs, _ in plan.tensors for h in inputs.values()), default=0)
+    bound = sys.maxsize if planner.options.lazy_unpickle else MAPPED_BYTES + 2 * largest
+    plan.mapped_bytes = sum(min(max(sizes.values()), bound) for sizes in files.values())
     if prepared is not None:
         plan.memory.measuring, plan.memory.kept = prepared.measuring(shapes), prepared.remaining(shapes)
     return plan
