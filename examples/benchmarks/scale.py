@@ -122,7 +122,7 @@ class Row:
         read_bytes: that the merge has read, out of the cache or not.
         disk_bytes: that came from the disk.
         written_bytes: size of the output.
-        limit_seconds: reading and writing alone, at the disk's speed.
+        read_speed, write_speed: of the disk in the same run, in bytes a second.
     """
 
     size: str
@@ -138,7 +138,13 @@ class Row:
     read_bytes: int = 0
     disk_bytes: int = 0
     written_bytes: int = 0
-    limit_seconds: float = 0.0
+    read_speed: float = 0.0
+    write_speed: float = 0.0
+
+    @property
+    def limit_seconds(self) -> float:
+        """Reading and writing alone, at the disk's speed."""
+        return self.read_bytes / self.read_speed + self.written_bytes / self.write_speed
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -151,7 +157,8 @@ def write_model(place: Path, shape: Shape, seed: int, base: Path | None = None) 
     if (place / "config.json").exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    # A normal number for each weight would take longer than most merges; these repeat, from another one on each time.
+    pool = torch.empty(2**22 + 1, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
     names: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     files = 0
@@ -164,8 +171,9 @@ def write_model(place: Path, shape: Shape, seed: int, base: Path | None = None) 
         shard.clear()
 
     held = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"] if base else {}
-    for name, size in shape.tensors():
-        values = torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    for number, (name, size) in enumerate(shape.tensors()):
+        entries = torch.Size(size).numel()
+        values = pool.roll(7919 * number).repeat(-(-entries // len(pool)))[:entries].view(size).clone()
         if base is not None:
             with safe_open(base / held[name], "pt") as file:
                 values.mul_(0.02).add_(file.get_tensor(name))
@@ -229,6 +237,36 @@ def configuration(method: str, base: Path, experts: list[str]) -> str:
     return json.dumps(content)
 
 
+def write_hollow(directory: Path, shape: Shape, experts: int) -> tuple[Path, list[str]]:
+    """Write a base and experts that are headers alone, in files that take no room: enough to plan a merge of them."""
+    base = directory / "base"
+    base.mkdir(parents=True)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, axes in shape.tensors():
+        size += 2 * torch.Size(axes).numel()
+        if shards[-1] and size > 5 * SHARD_BYTES:
+            shards.append({})
+            size = 2 * torch.Size(axes).numel()
+        shards[-1][name] = axes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file, end, header = base / f"model-{number:05d}.safetensors", 0, {}
+        for name, axes in shard.items():
+            begin, end = end, end + 2 * torch.Size(axes).numel()
+            header[name] = {"dtype": "BF16", "shape": axes, "data_offsets": [begin, end]}
+        content = json.dumps(header).encode()
+        file.write_bytes(len(content).to_bytes(8, "little") + content)
+        os.truncate(file, 8 + len(content) + end)
+        weight_map |= dict.fromkeys(shard, file.name)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (base / "config.json").write_text(json.dumps(shape.config()))
+    places = [directory / f"expert-{index}" for index in range(experts)]
+    for place in places:
+        link(place, base)
+    return base, list(map(str, places))
+
+
 def disk_speeds(directory: Path, megabytes: int) -> tuple[float, float]:
     """Measure how fast this disk reads and writes, in bytes a second, by a file that is synchronised and dropped."""
     place, block = directory / "speed", os.urandom(2**20)
@@ -281,12 +319,11 @@ def _anonymous(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def promised(config: Path) -> tuple[int, int]:
-    """Ask the plan of a merge for its own memory, the process included, and for the bytes that it will read."""
+def planned(config: Path) -> Any:
+    """Plan a merge: its memory, and the bytes that it will read and write."""
     from neuron_methods.plugin.merging import plan_merge
 
-    plan = plan_merge(config.read_text(), config_name=str(config))
-    return plan.memory.of_process, plan.bytes_to_read
+    return plan_merge(config.read_text(), config_name=str(config))
 
 
 def merge(config: Path, out: Path, row: Row, threads: int) -> None:
@@ -350,6 +387,7 @@ def read_rows(place: Path | None) -> list[Row]:
 def measure(arguments: argparse.Namespace, directory: Path, rows: list[Row]) -> None:
     """Merge by every method that has no row yet."""
     shape = SHAPES[arguments.size]
+    directory.mkdir(parents=True, exist_ok=True)
     speeds = disk_speeds(directory, 16 if arguments.size == "tiny" else 1024)
     base, experts = write_models(directory, shape, arguments.kind, arguments.experts, arguments.distinct)
     for method in arguments.methods:
@@ -359,10 +397,11 @@ def measure(arguments: argparse.Namespace, directory: Path, rows: list[Row]) -> 
         config, out = directory / f"{method}.yml", directory / "merged"
         shutil.rmtree(out, ignore_errors=True)
         config.write_text(configuration(method, base, experts))
-        row.promised_bytes, row.read_bytes = promised(config)
+        plan = planned(config)
+        row.promised_bytes, row.read_bytes = plan.memory.of_process, plan.bytes_to_read
         merge(config, out, row, arguments.threads)
         shutil.rmtree(out)
-        row.limit_seconds = row.read_bytes / speeds[0] + row.written_bytes / speeds[1]
+        row.read_speed, row.write_speed = speeds
         rows.append(row)
         print(f"  {json.dumps(asdict(row))}", file=sys.stderr, flush=True)
         if arguments.rows:
@@ -388,10 +427,9 @@ def main() -> None:
     if arguments.plan:
         from scale_plan import plan_table
 
-        print(plan_table(SHAPES[arguments.plan], arguments.plan, rows))
+        print(plan_table(arguments.plan, rows))
         return
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="neuron-scale-"))
-    directory.mkdir(parents=True, exist_ok=True)
     try:
         measure(arguments, directory, rows)
     finally:
