@@ -29,7 +29,8 @@ models need, as they like one name better whatever they read; own leaves it, for
 The largest share is the label, and its confidence.
 
 \b
-Run again after an interruption, it goes on where it was. Beside LABELS.json there is LABELS.html, to look at.
+Run again after an interruption, it goes on where it was; with --force and another --limit, --layers or --prior it asks
+only what was not asked yet. Beside LABELS.json there is LABELS.html, to look at.
 """
 
 

@@ -9,6 +9,8 @@ does, Zhou et al., 2023, arXiv:2309.17249), and `own` leaves it. The largest sha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 import time
@@ -142,7 +144,7 @@ def describe_neurons(
         batch_size: neurons per forward pass.
         dtype: of the describer, see `models.loading.computing_dtype`.
         device: where it goes; None: where accelerate finds room.
-        force: replace labels at `output`.
+        force: replace labels at `output`; of what they say nothing is asked again, if it would be asked the same way.
         report: called with lines for the user, in the main process.
 
     Raises:
@@ -162,8 +164,9 @@ def describe_neurons(
             "dtype": dtype,
             "wording": WORDING,
         }
-        journal = Journal(place, belongs_to, len(names))
-        journal.open()
+        asked = hashlib.sha256(json.dumps(belongs_to, sort_keys=True).encode()).hexdigest()[:16]
+        journal = Journal(place, asked, len(names))
+        journal.open(_judged_before(place, asked, names))
         said: Callable[[str], None] = report if state.is_main_process else (lambda line: None)
         kept = len(neurons.keys() & journal.found.keys())
         told = f", {kept} of them kept from an earlier run" if kept else ""
@@ -176,6 +179,7 @@ def describe_neurons(
         if state.is_main_process:
             made_from = {
                 "profile": measured.digest,
+                "asked": asked,
                 "describer": name.shown,
                 "choose_by": choose_by,
                 "prior": prior,
@@ -204,8 +208,8 @@ def label(
         likely = likely / likely.sum(dim=1, keepdim=True)
     confidence, chosen = (values.tolist() for values in likely.max(dim=1))
     labels = [
-        NeuronLabel(layer, neuron, names[i], round(sure, 4), described(judged[layer, neuron].description))
-        for (layer, neuron), i, sure in zip(order, chosen, confidence, strict=True)
+        NeuronLabel(*n, names[i], round(sure, 4), described(judged[n].description), judged[n].likelihoods)
+        for n, i, sure in zip(order, chosen, confidence, strict=True)
     ]
     info = profile.info
     return NeuronLabels(info.model, info.model_type, info.weights, tuple(names), labels, made_from)
@@ -266,8 +270,23 @@ def _judge(
     said = describer.answers([to_describe(shown) for shown in contexts])
     lines = [description_in(answer) for answer in said]
     asked = [to_choose(shown, line, names, choose_by) for shown, line in zip(contexts, lines, strict=True)]
-    likelihoods = describer.likelihoods(asked, names).clamp(max=0).tolist()
+    likelihoods = [[round(min(v, 0.0), 4) for v in row] for row in describer.likelihoods(asked, names).tolist()]
     return [Judgement(description=d, likelihoods=values) for d, values in zip(lines, likelihoods, strict=True)]
+
+
+def _judged_before(place: Path, asked: str, names: Sequence[str]) -> dict[Neuron, Judgement]:
+    """What labels that are to be replaced say, if the describer was asked the same way; damaged ones say nothing."""
+    try:
+        found = NeuronLabels.read(place)
+    except UserError:
+        return {}
+    if found.made_from.get("asked") != asked:
+        return {}
+    return {
+        (one.layer, one.neuron): Judgement(description=one.description, likelihoods=one.likelihoods)
+        for one in found.labels
+        if one.likelihoods is not None and len(one.likelihoods) == len(names)
+    }
 
 
 def _of_all_processes(judged: dict[Neuron, Judgement]) -> dict[Neuron, Judgement]:

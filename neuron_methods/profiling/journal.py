@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -41,20 +41,24 @@ class Journal:
 
     Args:
         output: the file that is being made.
-        belongs_to: everything that must be the same to go on.
+        belongs_to: digest of everything that must be the same to go on.
         names: how many likelihoods a judgement has.
     """
 
-    def __init__(self, output: Path, belongs_to: Mapping[str, Any], names: int) -> None:
+    def __init__(self, output: Path, belongs_to: str, names: int) -> None:
         state = process_state()
         self._output = output
-        self._head = json.dumps({"belongs_to": belongs_to}, sort_keys=True)
+        self._head = json.dumps({"belongs_to": belongs_to})
         self._names = names
         self.path = output.with_name(f"{output.name}{_MARK}{state.process_index}-of-{state.num_processes}")
         self.found: dict[Neuron, Judgement] = {}
 
-    def open(self) -> None:
-        """Read what all processes of earlier runs left, and put it into one file; every process calls this at once."""
+    def open(self, known: Mapping[Neuron, Judgement]) -> None:
+        """Read what all processes of earlier runs left, and put it into one file; every process calls this at once.
+
+        Args:
+            known: what needs no line.
+        """
         state = process_state()
         files = self._files()
         for path in files:
@@ -68,6 +72,7 @@ class Journal:
                 if path != self.path or not self.found:
                     path.unlink(missing_ok=True)
         state.wait_for_everyone()
+        self.found = {**known, **self.found}
 
     def add(self, judged: Mapping[Neuron, Judgement]) -> None:
         """Keep the judgements of a batch."""

@@ -5,7 +5,11 @@ not stand in it:
 
     {"format": "mergekit-neuron labels", "version": 1, "model": "base", "model_type": "llama", "weights": "…",
      "groups": ["general", "math", "code"], "made_from": {…},
-     "labels": [{"layer": "layers.0", "neuron": 7, "group": "math", "confidence": 0.83, "description": "…"}, …]}
+     "labels": [{"layer": "layers.0", "neuron": 7, "group": "math", "confidence": 0.83, "description": "…",
+                 "likelihoods": [-3.2, -1.1, -4.0]}, …]}
+
+`likelihoods`, of the names in `groups` and in nats, serve a next run of `describe`, and are not there where the
+describer told none.
 
 Other files of labels may have the same keys in their records: `confidence` and `description` may be left out or null.
 """
@@ -24,7 +28,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from neuron_methods.neurons.profile_file import NeuronProfile
-from neuron_methods.support.documents import Given, parse_json, read_lines, read_text, validated
+from neuron_methods.support.documents import Given, parse_json, read_lines, read_object, read_text, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.text import shortened
@@ -45,6 +49,7 @@ class NeuronLabel:
         group: its name.
         confidence: the describer's in the group, 0 to 1; None where it told none.
         description: one line; "" where there is none.
+        likelihoods: log-likelihoods of all groups, in nats; None where the describer told none.
     """
 
     layer: str
@@ -52,6 +57,7 @@ class NeuronLabel:
     group: str
     confidence: float | None = None
     description: str = ""
+    likelihoods: list[float] | None = None
 
 
 class _Record(Given):
@@ -60,6 +66,7 @@ class _Record(Given):
     group: str
     confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     description: str = ""
+    likelihoods: list[Annotated[float, Field(le=0)]] | None = None
 
 
 class _LabelsContent(Given):
@@ -101,7 +108,7 @@ class NeuronLabels:
             **{key: getattr(self, key) for key in ("model", "model_type", "weights")},
             "groups": list(self.groups),
             "made_from": dict(self.made_from),
-            "labels": [asdict(label) for label in self.labels],
+            "labels": [{k: v for k, v in asdict(label).items() if k != "likelihoods" or v} for label in self.labels],
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -111,6 +118,24 @@ class NeuronLabels:
     def counts(self) -> Counter[tuple[str, str]]:
         """Count the neurons of each layer and group."""
         return Counter((label.layer, label.group) for label in self.labels)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> NeuronLabels:
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: it is missing, no such file, or damaged.
+        """
+        return cls._parsed(read_object(path, again=_AGAIN), path)
+
+    @classmethod
+    def _parsed(cls, content: dict[str, Any], path: str | os.PathLike[str]) -> NeuronLabels:
+        if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+            told = f"format {shortened(content.get('format'))}, version {shortened(content.get('version'))}"
+            raise UserError(f"{path}: {told}; expected {FORMAT!r}, version {VERSION}; {_AGAIN}")
+        found = validated(content, _LabelsContent, str(path), _AGAIN)
+        labels = [NeuronLabel(**record.model_dump()) for record in found.labels]
+        return cls(found.model, found.model_type, found.weights, tuple(found.groups), labels, found.made_from)
 
 
 def read_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> NeuronLabels:
@@ -129,8 +154,9 @@ def read_labels(profile: NeuronProfile, path: str | os.PathLike[str]) -> NeuronL
     content = parse_json(read_text(path), str(path), _MEND) if path.suffix.lower() == ".json" else None
     groups: set[str] = set()
     if isinstance(content, dict) and "format" in content:
-        described = _of_describe(content, path, profile)
-        groups, content = set(described.groups), [record.model_dump() for record in described.labels]
+        described = NeuronLabels._parsed(content, path)
+        _refuse_other_model(described, path, profile)
+        groups, content = set(described.groups), list(map(asdict, described.labels))
     found: dict[tuple[str, int], NeuronLabel] = {}
     for where, record in _read_records(path, content):
         label = _read_label(record, where, profile)
@@ -209,14 +235,9 @@ def _read_records(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}, line {reader.line_num}: {error}; {_MEND}") from None
 
 
-def _of_describe(content: dict[str, Any], path: Path, profile: NeuronProfile) -> _LabelsContent:
-    if (content["format"], content.get("version")) != (FORMAT, VERSION):
-        told = f"format {shortened(content['format'])}, version {shortened(content.get('version'))}"
-        raise UserError(f"{path}: {told}; expected {FORMAT!r}, version {VERSION}; {_AGAIN}")
-    found = validated(content, _LabelsContent, str(path), _AGAIN)
+def _refuse_other_model(found: NeuronLabels, path: Path, profile: NeuronProfile) -> None:
     if found.weights and profile.info.weights and found.weights != profile.info.weights:
         raise UserError(
             f"{path}: labels of {shortened(found.model)}, whose weights are not those that {profile.path} was measured "
             "on; describe the neurons of this model"
         )
-    return found

@@ -148,5 +148,5 @@ def _user(content: str) -> dict[str, str]:
 
 
 def _excerpts(contexts: Sequence[str]) -> str:
-    lines = (f"{number}. {context}" for number, context in enumerate(contexts, 1))
-    return _EXCERPTS.format(contexts="\n".join(lines))
+    # Not by numbers: a small model goes on with what it takes for a list.
+    return _EXCERPTS.format(contexts="\n".join(f"- {context}" for context in contexts))

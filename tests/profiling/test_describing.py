@@ -337,6 +337,27 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         assert (tmp_path / f"whole{name}").read_bytes() == (tmp_path / f"labels{name}").read_bytes()
 
 
+def test_nothing_is_asked_twice(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(folder / "labels.json", tmp_path)
+    asked, answers = [], Describer.answers
+    monkeypatch.setattr(Describer, "answers", lambda self, said: asked.extend(said) or answers(self, said))
+    out = ("-o", tmp_path / "labels.json", "--force", "--batch-size", 1)
+    before = json.loads((tmp_path / "labels.json").read_text())["labels"]
+    assert describe(folder, *out, "--limit", 6, "--prior", "own").exit_code == 0
+    own = json.loads((tmp_path / "labels.json").read_text())["labels"]
+    assert not asked
+    assert [one["likelihoods"] for one in own] == [one["likelihoods"] for one in before]
+    assert [one["confidence"] for one in own] != [one["confidence"] for one in before]
+    for one in own:
+        shares = torch.tensor(one["likelihoods"], dtype=torch.float64).softmax(0)
+        assert one["group"] == NAMES[int(shares.argmax())]
+        assert one["confidence"] == pytest.approx(float(shares.max()), abs=1e-4)
+    assert describe(folder, *out, "--limit", 7).exit_code == 0
+    assert len(asked) == 2
+    assert describe(folder, *out, "--limit", 7, "--choose-by", "contexts").exit_code == 0
+    assert len(asked) == 16
+
+
 def test_what_is_left_of_other_settings_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.json.unfinished-0-of-1").write_text('{"belongs_to": {}}\nx\n')
     result = describe(folder, "-o", tmp_path / "labels.json", "--limit", 1)
@@ -355,15 +376,15 @@ def test_processes_go_on_with_what_any_of_them_left(tmp_path: Path, monkeypatch:
 
     def of(index: int) -> Journal:
         monkeypatch.setattr(journal, "process_state", lambda: State(index))
-        return Journal(tmp_path / "l.json", {"a": 1}, 2)
+        return Journal(tmp_path / "l.json", "a", 2)
 
     one = Judgement(description="x", likelihoods=[-1.0, -2.0])
     for index in range(2):
         opened = of(index)
-        opened.open()
+        opened.open({})
         opened.add({("layers.0", index): one})
     again = of(0)
-    again.open()
+    again.open({})
     assert again.found == {("layers.0", 0): one, ("layers.0", 1): one}
 
 
@@ -470,7 +491,7 @@ def test_missing_answers_may_be_left_out(folder: Path, tmp_path: Path, prompts: 
         (("--describer", "short", "-o", "l.json"), "show fewer contexts (--contexts)"),
         (("--describer", "describer", "-o", "l.html"), "ends in .json"),
         (("--describer", "x", "--export-prompts", "profile.exemplars.jsonl", "--force"), "which is read"),
-        (("--describer", "describer", "-o", "l.json", "--device", "nowhere"), "--device nowhere: cannot be used here"),
+        (("--describer", "describer", "-o", "l.json", "--device", "nowhere"), "--device nowhere: "),
         (("--describer", "describer", "-o", "labels.json"), "exists already"),
         (("--describer", "describer", "-o", "page.json"), "page.html: exists and is something else"),
         (("--describer", "x", "--export-prompts", "cat.jsonl", "--force"), "is something else"),
