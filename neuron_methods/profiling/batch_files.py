@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,16 +129,7 @@ def import_into(
     names = names_to_choose_from(measured)
     neurons = selection.of(measured)
     ids = _ids(measured, neurons)
-    found: dict[Neuron, NeuronLabel] = {}
-    models = set()
-    for where, content in read_lines(answers, again=_MEND):
-        line = validated(content, _Line, where, _MEND)
-        neuron = _neuron_of(line.custom_id, ids, measured, where)
-        if neuron in found:
-            raise UserError(f"{where}: custom_id {line.custom_id} was answered before; keep one of its answers")
-        completion = _completion_of(line, where)
-        models.add(completion.model)
-        found[neuron] = _label_of(completion, neuron, names, where)
+    found, models = read_answers(answers, ids, measured, names)
     missing = [custom_id for custom_id, neuron in ids.items() if neuron not in found]
     if not found or (missing and not allow_missing):
         raise UserError(
@@ -160,12 +151,42 @@ def import_into(
         finish(measured, made, neurons, place, report)
 
 
+def read_answers(
+    answers: Path, ids: Mapping[str, Neuron], profile: NeuronProfile, names: Sequence[str]
+) -> tuple[dict[Neuron, NeuronLabel], set[str]]:
+    """Read answers of a served model.
+
+    Args:
+        answers: JSON lines.
+        ids: of what was asked.
+        profile: that it was made of.
+        names: of the groups.
+
+    Returns:
+        A label of each neuron that was answered, and the names of the models that did.
+
+    Raises:
+        UserError: a line is no answer, of another profile, there twice, or names an unknown group.
+    """
+    found: dict[Neuron, NeuronLabel] = {}
+    models = set()
+    for where, content in read_lines(answers, again=_MEND):
+        line = validated(content, _Line, where, _MEND)
+        neuron = _neuron_of(line.custom_id, ids, profile, where)
+        if neuron in found:
+            raise UserError(f"{where}: custom_id {line.custom_id} was answered before; keep one of its answers")
+        completion = _completion_of(line, where)
+        models.add(completion.model)
+        found[neuron] = _label_of(completion, neuron, names, where)
+    return found, models
+
+
 def _ids(profile: NeuronProfile, neurons: dict[Neuron, list[str]]) -> dict[str, Neuron]:
     digest, numbers = profile.digest, {layer: number for number, layer in enumerate(profile.layers)}
     return {f"{digest}-{numbers[layer]}-{neuron}": (layer, neuron) for layer, neuron in neurons}
 
 
-def _neuron_of(custom_id: str, ids: dict[str, Neuron], profile: NeuronProfile, where: str) -> Neuron:
+def _neuron_of(custom_id: str, ids: Mapping[str, Neuron], profile: NeuronProfile, where: str) -> Neuron:
     if custom_id in ids:
         return ids[custom_id]
     parts, shown = re.fullmatch(_ID, custom_id), shortened(custom_id)
@@ -184,7 +205,7 @@ def _completion_of(line: _Line, where: str) -> _Completion:
     return validated(response.body, _Completion, f"{where}, response.body", _MEND)
 
 
-def _label_of(completion: _Completion, neuron: Neuron, names: tuple[str, ...], where: str) -> NeuronLabel:
+def _label_of(completion: _Completion, neuron: Neuron, names: Sequence[str], where: str) -> NeuronLabel:
     said = completion.choices[0].message.content
     start, end = said.find("{"), said.rfind("}") + 1  # models put fences around it
     if not 0 <= start < end:

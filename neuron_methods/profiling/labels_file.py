@@ -224,7 +224,7 @@ def _read_records(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
                     f"{path}: expected {{layer: [group, …]}} or a list of records with layer, neuron and group"
                 )
             for layer, values in content.items():
-                where = f"{path}, {layer}"
+                where = f"{path}, {shortened(layer, quote=False)}"
                 if not isinstance(values, (list, dict)):
                     raise UserError(f"{where}: expected one group per neuron, found {type(values).__name__}")
                 for neuron, group in values.items() if isinstance(values, dict) else enumerate(values):

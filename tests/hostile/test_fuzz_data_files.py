@@ -29,7 +29,9 @@ from neuron_methods.evaluation.task_file import load_tasks
 from neuron_methods.evaluation.tuning.search import make_strategy, parse_search
 from neuron_methods.evaluation.tuning.trace import Trace
 from neuron_methods.neurons.profile_file import NeuronProfile, ProfileInfo
+from neuron_methods.profiling.batch_files import read_answers
 from neuron_methods.profiling.grouping import import_labels
+from neuron_methods.profiling.journal import Journal
 from neuron_methods.routing.route_yaml import read_config
 from neuron_methods.routing.routed_files import RoutedConfig, RouterShape
 from neuron_methods.routing.router import Router
@@ -154,6 +156,17 @@ def read_folder(path: Path) -> None:
     list(open_table(path.parent, None).rows())
 
 
+LABEL = {"layer": "layers.0", "neuron": 1, "group": "math", "confidence": 0.5, "description": "sums"}
+DESCRIBED = {"format": "mergekit-neuron labels", "version": 1, "model": "base", "model_type": "llama", "weights": "x"}
+DESCRIBED |= {"groups": ["general", "math"], "made_from": {"prior": "even"}}
+DESCRIBED |= {"labels": [LABEL, {**LABEL, "neuron": 2, "confidence": None, "likelihoods": [-1.0, -0.5]}]}
+ASKED = {f"{'0' * 16}-0-{neuron}": ("layers.0", neuron) for neuron in (1, 2)}
+SAID = [{"message": {"role": "assistant", "content": '{"description": "sums", "group": "math"}'}}]
+ANSWERS = [
+    {"custom_id": name, "response": {"status_code": 200, "body": {"model": "m", "choices": SAID}}, "error": None}
+    for name in ASKED
+]
+KEPT = [{"belongs_to": "x"}, {"layer": "layers.0", "neuron": 1, "description": "sums", "likelihoods": [-1.0, -0.5]}]
 ROWS = [{"text": "one", "n": 1, "more": ["x"]}, {"text": "two", "n": None}]
 CELLS = [["text", "n"], ["one", 1], ['"two, three"', ""]]
 #: Name of the file -> what it says, how that is written, who reads it.
@@ -190,6 +203,9 @@ FORMATS: dict[str, tuple[Any, Callable[[Any], bytes], Callable[[Path], Any]]] = 
         as_csv,
         lambda path: import_labels(PROFILE, path),
     ),
+    "described.json": (DESCRIBED, as_json, lambda path: import_labels(PROFILE, path)),
+    "answers.jsonl": (ANSWERS, as_lines, lambda path: read_answers(path, ASKED, PROFILE, ("general", "math"))),
+    "l.json.unfinished-0-of-1": (KEPT, as_lines, lambda path: Journal(path.parent / "l.json", "x", 2).open({})),
     "card.md": (CARD, card_of, read_card),
     "README.md": (FOLDER, card_of, read_folder),
 }
