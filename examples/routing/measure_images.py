@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageClassification
+from twin import TwinMerging
 from variants import Material, forward_times, largest_gap, show
 
 from neuron_methods.models.loading import load_processor
 from neuron_methods.models.reference import Place
 from neuron_methods.routing.route_yaml import read_config
+from neuron_methods.routing.static import merge_routed
 
 BATCH = 250
 # Static merges: at their defaults, and over a small grid of their scale.
@@ -109,6 +111,7 @@ def main() -> None:
         with material.random_core(seed) as model:
             drawn.append(score(model))
     rows["routed, as many layers redundant at random (3 draws)"] = mean_of(drawn)
+    rows["Twin-Merging, scale 0.3, rank 8"] = score(TwinMerging(material).eval())
     best: dict[str, tuple[float, str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for method, parameters in [] if arguments.no_static else STATIC:
@@ -118,6 +121,10 @@ def main() -> None:
             label = f"{method} {parameters or '(defaults)'}"
             print(f"static: {label}: {mean:.1%}", flush=True)
             best[method] = max(best.get(method, (-1.0, "", {})), (mean, label, scores), key=lambda found: found[0])
+        if not arguments.no_static:
+            merge_routed(arguments.config, Path(folder) / "response")
+            merged = AutoModelForImageClassification.from_pretrained(Path(folder) / "response").eval()
+            rows["static, neuron_response with inputs"] = score(merged)
     for _, label, scores in sorted(best.values(), key=lambda found: -found[0]):
         rows[f"static, {label}"] = scores
     print(f"\n{show(rows)}\n")

@@ -5,13 +5,14 @@
     python examples/routing/measure_text.py routed.yaml ./routed mergekit-neuron-demo
 
 Experts must be called as the demo's tasks: arithmetic, german, python. Out of domain are prose (paragraphs of Python's
-language reference, out of `pydoc_data`: loss and next tokens) and beginnings of sentences about
+language reference, out of `pydoc_data`: perplexity and next tokens) and beginnings of sentences about
 capitals (whether the right one follows).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from measure_images import print_times
 from transformers import AutoModelForCausalLM
+from twin import TwinMerging
 from variants import Material, forward_times, show, unpadded_gap
 
 from neuron_methods.data.sources import Sample
@@ -30,6 +32,7 @@ from neuron_methods.evaluation import Examples, Task, evaluate_model, read_examp
 from neuron_methods.evaluation.tasks import Rows
 from neuron_methods.models.loading import load_processor
 from neuron_methods.models.reference import Place
+from neuron_methods.routing.static import merge_routed
 
 CAPITALS = {
     **{"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"},
@@ -46,7 +49,8 @@ STATIC: list[tuple[str, dict[str, Any]]] = [
 
 
 PARTS = [
-    *("experts", "enhanced", "routed", "unenhanced", "strangers", "random-expert", "random-layers", "sums", "static")
+    *("experts", "enhanced", "routed", "unenhanced", "strangers", "random-expert", "random-layers", "twin"),
+    *("sums", "static"),
 ]
 
 
@@ -67,7 +71,7 @@ def padded(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def read_prose(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
-    """Measure the mean loss of a token in nats, and the share of next tokens that are the likeliest."""
+    """Measure the perplexity, and the share of next tokens that are the likeliest."""
     loss = right = count = 0.0
     for start in range(0, len(texts), 10):
         inputs = padded(tokenizer, texts[start : start + 10])
@@ -77,7 +81,7 @@ def read_prose(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]
         loss += float(torch.nn.functional.cross_entropy(logits[real], targets, reduction="sum"))
         right += float((logits[real].argmax(1) == targets).sum())
         count += len(targets)
-    return {"loss": loss / count, "next token": right / count}
+    return {"perplexity": math.exp(loss / count), "next token": right / count}
 
 
 def main() -> None:
@@ -141,6 +145,8 @@ def main() -> None:
         elif part == "random-layers":
             with material.random_core(seed=0) as model:
                 add("routed, as many layers redundant at random", score(model, few))
+        elif part == "twin":
+            add("Twin-Merging, scale 0.3, rank 8", score(TwinMerging(material).eval(), few))
         elif part == "sums":
             for weight in (0.4, 0.7):
                 with material.fixed(material.plain, dict.fromkeys(names, weight)) as merged:
@@ -151,6 +157,9 @@ def main() -> None:
                     path = material.merged(Path(folder), method, **parameters)
                     merged = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                     add(f"static, {method} {parameters or '(defaults)'}", score(merged, few))
+                merge_routed(arguments.config, Path(folder) / "response")
+                merged = AutoModelForCausalLM.from_pretrained(Path(folder) / "response", dtype=torch.float32).eval()
+                add("static, neuron_response with inputs", score(merged, few))
     if rows:
         print(f"\n{show(rows)}")
 

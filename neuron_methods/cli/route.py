@@ -51,11 +51,13 @@ Further keys, with their defaults
     end_of_sequence: true
   enhancement:           per expert, on its calibration data
     enabled: true
+    select: best         of the points along the way the one of the lowest loss; smallest: the one
+                         that drops most within the tolerance
     tolerance: 0.01      rise of the loss, in nats, that dropping may cost in all
     patience: 3          refused layers before dropping ends
     density: 0.5         share of a core layer's neurons that keep their update
     importance: magnitude   or activation, taylor
-    samples: 64
+    samples: 64          that decide; as many more, if there are, tell whether it is better
   router:
     layer: null          reads the hidden states behind so many layers: one number or several;
                          null: 0, a quarter and half of them
@@ -73,7 +75,10 @@ Further keys, with their defaults
     learning_rate: 0.001
     seed: 0
   merging:
-    redundant: router    or random (ablation), none: what redundant layers get
+    redundant: others    what layers get that the first expert does without: the other chosen
+                         experts, weighed among themselves; router: by the router's weights as
+                         they are; random (ablation); none
+    dropped: discard     what an expert does without; keep: for inputs of others it stays
     seed: 0              of random
 
 \b

@@ -19,9 +19,15 @@ def describe_enhancement(enhanced: Enhanced) -> str:
     rows = [("step", "importance", "loss", "outcome")]
     rows += [_describe_step(step) for step in enhanced.trace]
     layers = len(enhanced.core) + len(enhanced.redundant)
-    return (
+    told = (
         f"{enhanced.expert}: {len(enhanced.core)} of {layers} layers are core, density {enhanced.density:g} "
         f"({enhanced.samples} calibration samples)\n{_table(rows)}"
+    )
+    if (held := enhanced.held_out) is None:
+        return told
+    return (
+        f"{told}\n  on {held.samples} other samples: loss {held.original:.4f} before, {held.enhanced:.4f} after, by "
+        f"{held.enhanced - held.original:+.4f} ({held.low:+.4f} to {held.high:+.4f}): {held.verdict}"
     )
 
 
@@ -31,7 +37,11 @@ def _describe_step(step: Step) -> tuple[str, str, str, str]:
         what = f"enhanced, density {step.density:g}"
     importance = "" if step.importance is None else f"{step.importance:.4g}"
     tried = step.what in ("drop", "density")
-    outcome = ("kept" if step.what == "density" else "redundant") if step.kept else "refused"
+    outcome = "refused"
+    if step.kept:
+        outcome = "kept" if step.what == "density" else "redundant"
+    elif step.passed:
+        outcome = "given back"
     return what, importance, f"{step.loss:.4f}", outcome if tried else ""
 
 
@@ -56,8 +66,9 @@ def describe_plan(
     rows += [(e.name, str(train), str(held)) for e, (train, held) in zip(config.experts, counts, strict=True)]
     enhancement = config.enhancement
     first = (
-        f"enhancement: by {enhancement.importance} over {len(layers)} layers, tolerance {enhancement.tolerance:g}, "
-        f"patience {enhancement.patience}, density {enhancement.density:g}, {enhancement.samples} samples"
+        f"enhancement: {enhancement.select} by {enhancement.importance} over {len(layers)} layers, "
+        f"tolerance {enhancement.tolerance:g}, patience {enhancement.patience}, density {enhancement.density:g}, "
+        f"{enhancement.samples} samples"
         if enhancement.enabled
         else "enhancement: off"
     )
@@ -70,6 +81,6 @@ def describe_plan(
             first,
             f"router: {router.pooling} of the hidden states behind {read} layers, {router.hidden} "
             f"hidden units, top {router.top_k}, {router.ood_score} for {100 * router.in_domain_share:g}% in domain",
-            f"merging: redundant layers from {config.merging.redundant}",
+            f"merging: redundant layers from {config.merging.redundant}, of what is dropped {config.merging.dropped}",
         )
     )

@@ -234,16 +234,17 @@ class _Run:
             fingerprint_of_samples(self.samples[name]),
             [getattr(part.feeder, "classes", None) for part in self.samples[name].values()],
             self.labels.get(name),
+            self.config.merging.dropped,
         ]
 
         def build(place: Path) -> dict[str, Any]:
             if settings.enabled:
-                loss = self.samples[name]["calibration"].loss(settings.samples)
+                deciding, held_out = self.samples[name]["calibration"].losses(settings.samples)
                 with nullcontext() if self.heads is None else self.heads.using(name):
-                    enhanced = enhance_expert(self.base, self.mixer, name, loss, settings)
+                    enhanced = enhance_expert(self.base, self.mixer, name, deciding, settings, held_out)
             else:
                 enhanced = untouched(self.mixer, name)
-            paths = kept_paths(self.mixer, enhanced)
+            paths = kept_paths(self.mixer, enhanced, self.config.merging.dropped)
             save_adapter(self.peft_model, name, place / "adapter", paths, stored_dtype(self.directories[name]))
             return asdict(enhanced)
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from neuron_methods.data.classes import ClassFeeder
 from neuron_methods.data.feeders import Batch, Feeder
 from neuron_methods.data.images import ImageFeeder
 from neuron_methods.data.sources import DataSource, Sample, SourceReader, is_local
-from neuron_methods.data.texts import TextFeeder, TextToTextFeeder, target_loss
+from neuron_methods.data.texts import TextFeeder, TextToTextFeeder
 from neuron_methods.data.tokens import sequence_identity
 from neuron_methods.models.kinds import Kind, text_limit
 from neuron_methods.models.loading import input_device
@@ -87,20 +88,27 @@ class CalibrationLoss:
 
     def __call__(self, model: Any) -> float:
         """Measure `model` as it stands."""
+        return float(self.of_samples(model).mean())
+
+    def of_samples(self, model: Any) -> Tensor:
+        """Measure each sample's loss, float64 (samples,) on the CPU, in the batches' order."""
         device = input_device(model)
         # Logits are formed where there is something to predict alone: a large vocabulary costs as much as some layers.
         sparse = "logits_to_keep" in inspect.signature(model.forward).parameters
-        total = 0.0
+        losses = []
         with torch.no_grad():
             for batch in self.batches:
                 batch = batch.to(device)
                 if sparse and batch.targets is not None:
                     kept = (batch.targets != -100).any(0).nonzero().squeeze(1)
-                    output = model(**batch.inputs, use_cache=False, logits_to_keep=kept)
-                    total += float(target_loss(output.logits, batch.targets[:, kept]))
+                    logits = model(**batch.inputs, use_cache=False, logits_to_keep=kept).logits
+                    batch = Batch({}, {}, batch.targets[:, kept])
                 else:
-                    total += float(self.feeder.loss(model(**batch.inputs), batch))
-        return total / self.samples
+                    logits = model(**batch.inputs).logits
+                assert batch.targets is not None
+                for one, targets in zip(logits.split(1), batch.targets.split(1), strict=True):
+                    losses.append(self.feeder.loss(SimpleNamespace(logits=one), Batch({}, {}, targets)))
+        return torch.stack(losses).double().cpu()
 
 
 @dataclass(frozen=True)
@@ -127,9 +135,16 @@ class Samples:
                 ids, mask = pad(tokens)
                 yield {"input_ids": ids, "attention_mask": mask.long()}
 
-    def loss(self, count: int) -> CalibrationLoss:
-        """Lay out the first `count` samples with their targets, those of like length together."""
-        samples = self.samples[:count]
+    def losses(self, count: int) -> tuple[CalibrationLoss, CalibrationLoss]:
+        """Lay out up to `count` samples with their targets to decide by, and as many others that have no say.
+
+        Where there are not enough for both, a third of them have no say.
+        """
+        deciding = min(count, len(self) - len(self) // 3)
+        return self._loss(self.samples[:deciding]), self._loss(self.samples[deciding : deciding + count])
+
+    def _loss(self, samples: list[Sample]) -> CalibrationLoss:
+        """Lay samples out, those of like length together."""
         if not isinstance(self.feeder, ImageFeeder):
             order = by_length([sum(map(len, map(str, sample.values))) for sample in samples])
             samples = [samples[i] for i in order]
@@ -219,7 +234,7 @@ class SampleDrawer:
                 Samples(train.feeder, part, train.batch_size) for part in (train.samples[held:], train.samples[:held])
             )
         else:
-            wanted = max(round(settings.holdout * settings.samples), enhancement.samples)
+            wanted = max(round(settings.holdout * settings.samples), 2 * enhancement.samples)
             name = f"{expert.name}.calibration"
             calibration = self._drawn(name, expert.calibration, wanted, enhancement.enabled, labels)
         for part, samples in (("training", train), ("calibration", calibration)):
@@ -229,7 +244,7 @@ class SampleDrawer:
                     f"are not empty; {FEWEST} are needed at least"
                 )
         if enhancement.enabled:
-            calibration.loss(enhancement.samples)  # what is wrong with them is better known now than in an hour
+            calibration.losses(enhancement.samples)  # what is wrong with them is better known now than in an hour
         return {"train": train, "calibration": calibration}
 
     def of_background(self, number: int, data: Data) -> dict[str, Samples]:

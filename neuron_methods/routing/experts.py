@@ -23,7 +23,7 @@ from neuron_methods.support.errors import UserError
 
 # What changes the model otherwise than by s·B·A on a linear layer, and what to do instead.
 _REFUSED = {
-    "use_dora": "DoRA rescales the base weights",
+    "use_dora": "DoRA's norm is that of the merged weights, so that only one expert at weight 1 would be exact",
     "lora_bias": "biases in LoRA's B",
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trained token embeddings",

@@ -18,6 +18,7 @@ from neuron_methods.adapters.live import save_adapter
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.models.loading import input_device
+from neuron_methods.neurons import layer_of
 from neuron_methods.routing.base import load_base, routable_kind
 from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.heads import HeadBank
@@ -80,6 +81,8 @@ class NeuronRoutedModel(nn.Module):
                 problem = f"redundant_layers: the base has no layer {shortened(strange[0])}"
                 raise UserError(f"expert {expert.name}: {problem}; name the base it was made for")
         self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
+        having = [{layer_of(path) for path in self.mixer.paths_of(name)} for name in names]
+        self._there = torch.tensor([[layer in layers for layers in having] for layer in self.mixer.layers])
         self.router.to(input_device(self.base))
         self._config = None if heads is None else heads.classes.config(self.base.config)
 
@@ -136,7 +139,8 @@ class NeuronRoutedModel(nn.Module):
         inside = scores >= self.router.threshold
         claimed = inside | (self.heads is not None and self.heads.classes.own is None)
         weights = chosen_weights(probabilities.float(), shape.top_k, claimed)
-        coefficients = layer_coefficients(weights, self._core, self.routed_config.redundant, self.routed_config.seed)
+        config = self.routed_config
+        coefficients = layer_coefficients(weights, self._core, self._there, config.redundant, config.seed)
         return Routing(self.experts, probabilities.float(), weights, scores, self.router.threshold, coefficients)
 
     def forward(self, *, routing: Routing | None = None, return_routing: bool = False, **inputs: Any) -> Any:

@@ -18,7 +18,9 @@ from neuron_methods.support.yaml_source import YamlSource
 Importance = Literal["magnitude", "activation", "taylor"]
 Pooling = Literal["moments", "mean", "first", "last"]
 OodScore = Literal["combined", "distance", "probability", "energy"]
-Redundant = Literal["router", "random", "none"]
+Redundant = Literal["others", "router", "random", "none"]
+Select = Literal["best", "smallest"]
+Dropped = Literal["discard", "keep"]
 #: Of an expert's name, which becomes that of a directory.
 EXPERT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}"
 #: What every generator of random numbers takes for a seed.
@@ -107,15 +109,19 @@ class Enhancement(_Section):
 
     Attributes:
         enabled: without it every layer of every expert is a core layer.
+        select: keep the ``best`` point along the way, that of the lowest calibration loss, or the ``smallest`` that the
+            tolerance allows.
         tolerance: how much the calibration loss may rise over the original expert's, in nats.
         patience: greedy dropping ends after so many refused layers.
-        density: share of a core layer's neurons whose update is kept (raised where the tolerance asks for it).
+        density: share of a core layer's neurons whose update is kept, the smallest that is tried; larger ones, up to
+            all, where the tolerance or the best point asks for it.
         importance: of neurons and layers: ``magnitude`` of the update relative to the base, mean ``activation`` ×
             norm of the outgoing weights, or ``taylor``: mean |activation × gradient of the loss|.
-        samples: of calibration data, per expert.
+        samples: of calibration data, per expert; as many more, if there are, have no say in it and tell the difference.
     """
 
     enabled: _Switch = True
+    select: Select = "best"
     tolerance: _Real = Field(0.01, ge=0)
     patience: _Whole = Field(3, ge=1)
     density: _Real = Field(0.5, gt=0, le=1)
@@ -166,12 +172,16 @@ class Merging(_Section):
     """Stage 3; see `routes`.
 
     Attributes:
-        redundant: what an input's first expert's redundant layers get: the ``router``-weighted sum of the other chosen
-            experts' updates, those of one other expert drawn at ``random`` per layer (ablation), or ``none``.
+        redundant: what an input's first expert's redundant layers get: the weighted sum of the updates of the
+            ``others`` that are chosen and have one there, whose weights sum to 1; the same by the ``router``'s weights
+            as they are, which leave little where it is sure of the first; those of one other expert drawn at ``random``
+            per layer (ablation), or ``none``.
+        dropped: what an expert's own inputs do without, ``discard`` for all, or ``keep`` for inputs of others.
         seed: of ``random``.
     """
 
-    redundant: Redundant = "router"
+    redundant: Redundant = "others"
+    dropped: Dropped = "discard"
     seed: Seed = 0
 
 

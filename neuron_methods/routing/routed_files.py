@@ -96,7 +96,7 @@ class RoutedConfig:
         base_model: hub id; a local path starts with ``.`` (relative to the directory of this file) or is absolute.
         experts: in the router's order.
         router: see there.
-        redundant, seed: how redundant layers are filled; see `route_yaml.Merging`.
+        redundant, seed: how redundant layers are filled; see `route_yaml.Merging`. Format 1 knew no ``others``.
         architecture: class of transformers that the experts' heads are of; None: none has one of its own.
         report: figures from the making: accuracy of the router, number of inputs, versions.
     """

@@ -2,9 +2,9 @@
 
 Input b has probabilities p over experts. The `top_k` largest are chosen, and their weights w are p renormalised over
 them. Let e be the first of them. A layer that is core to e gets e's update alone; a layer that is redundant for e gets
-Σ_{j≠e} w_j τ_j over the other chosen experts: w is not blown up to sum to 1 over them, so that an input the router is
-sure of is left alone by experts that have no say in it (ours: no source was found). An input out of domain gets
-nobody's update.
+Σ_j v_j τ_j over the other chosen experts j that have an update there, with v_j = w_j / Σ_j w_j: e leaves the layer to
+them. (`router` takes w_j itself, of which a router that is sure of e leaves next to nothing.) An input out of domain
+gets nobody's update.
 """
 
 from __future__ import annotations
@@ -79,21 +79,28 @@ def chosen_weights(probabilities: Tensor, top_k: int, in_domain: Tensor) -> Tens
     return weights * in_domain.unsqueeze(1)
 
 
-def layer_coefficients(weights: Tensor, core: Tensor, redundant: Redundant = "router", seed: int = 0) -> Tensor:
+def layer_coefficients(
+    weights: Tensor, core: Tensor, there: Tensor, redundant: Redundant = "others", seed: int = 0
+) -> Tensor:
     """Compute how much of each expert's update each layer gets, float32 (B, L, E).
 
     Args:
         weights: (B, E), as `chosen_weights` makes them.
         core: bool (L, E): whether a layer is core to an expert.
-        redundant: what layers get that are redundant for the first expert: the other chosen experts by their weight,
-            ``random``: one of the others at full strength, drawn per layer and expert from `seed` (the ablation that
-            shows whether the router's choice matters), ``none``: nothing.
+        there: bool (L, E): whether an expert has an update in a layer.
+        redundant: what layers get that are redundant for the first expert: the `others` that are chosen, by their
+            weights among those that are there; ``router``: by their weights as they are; ``random``: one of the others
+            at full strength, drawn per layer and expert from `seed` (the ablation that shows whether the router's
+            choice matters), ``none``: nothing.
         seed: of the draw.
     """
     first = weights.argmax(dim=1)
     alone = torch.nn.functional.one_hot(first, weights.shape[1]).to(weights.dtype)
-    if redundant == "router":
-        others = (weights * (1 - alone)).unsqueeze(1)
+    if redundant in ("others", "router"):
+        others = (weights * (1 - alone)).unsqueeze(1) * there.to(weights)
+        if redundant == "others":
+            total = others.sum(dim=2, keepdim=True)
+            others = torch.where(total > 0, others / total, 0.0)
     elif redundant == "random":
         others = _random_others(core, seed).to(weights)[first]
     else:

@@ -157,6 +157,13 @@ PARTS = (
     Source("Marczak et al.", "No Task Left Behind: Isotropic Model Merging", "ICML 2025", "2502.04959", ("section 3",)),
     Source("Gargiulo et al.", "Task Singular Vectors", "CVPR 2025", "2412.00081"),
     Source("Wan et al.", "FuseChat: Knowledge Fusion of Chat Models", "2024", "2408.07990"),
+    Source(
+        "Lu et al.",
+        "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging",
+        "NeurIPS 2024",
+        "2406.15479",
+        ("abstract",),
+    ),
     Source("Liu et al.", "DoRA: Weight-Decomposed Low-Rank Adaptation", "ICML 2024", "2402.09353"),
     Source("Liu et al.", "Energy-based Out-of-distribution Detection", "NeurIPS 2020", "2010.03759"),
     Source("Lee et al.", "Detecting Out-of-Distribution Samples", "NeurIPS 2018", "1807.03888"),

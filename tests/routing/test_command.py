@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from neuron_methods import NeuronRoutedModel
 from neuron_methods.cli import main
+from neuron_methods.neurons import layer_of
 from neuron_methods.routing import is_routed
+from neuron_methods.routing.routes import layer_coefficients
 from tests.support.routed import save_adapter, settings, write_topic
 
 
@@ -151,7 +155,7 @@ def test_calibration_data_of_its_own(workspace):
     write_topic(Path("data/held.jsonl"), "numbers", 30, seed=9)
     content = settings("llama", enhancement={"enabled": False})
     content["experts"][0]["calibration"] = {"source": "data/held.jsonl"}
-    assert "numbers        60           15" in route(content, "--dry-run").output
+    assert "numbers        60           16" in route(content, "--dry-run").output  # 8 that decide, 8 that do not
 
 
 def test_background_data_need_one_column(workspace):
@@ -170,6 +174,27 @@ def test_random_assignment_and_the_score_by_probability_are_stored(workspace):
     route(settings("llama", merging={"redundant": "random", "seed": 3}, router={"ood_score": "probability"}))
     stored = json.loads(Path("new/routed_config.json").read_text())
     assert (stored["redundant"], stored["seed"], stored["router"]["ood_score"]) == ("random", 3, "probability")
+
+
+def test_what_is_dropped_is_kept_for_inputs_of_others_where_that_is_asked_for(workspace):
+    folder = workspace("llama")
+    route(settings("llama", merging={"dropped": "keep"}))
+    stored = json.loads(Path("new/routed_config.json").read_text())
+    assert (stored["redundant"], any(expert["redundant_layers"] for expert in stored["experts"])) == ("others", True)
+    discarded, kept = (NeuronRoutedModel.from_pretrained(folder / name) for name in ("routed", "new"))
+    for number, expert in enumerate(stored["experts"]):
+        dropped = set(expert["redundant_layers"])
+        assert not dropped & {layer_of(path) for path in discarded.mixer.paths_of(expert["name"])}
+        assert dropped <= {layer_of(path) for path in kept.mixer.paths_of(expert["name"])}
+        own, others = torch.zeros(1, 3), torch.full((1, 3), 0.5)
+        own[0, number], others[0, number] = 1, 0
+        for layer in dropped:
+            place = kept.mixer.layers.index(layer)
+            for weights, expected in ((own, 0), (own + 0.1 * others, 0)):
+                found = layer_coefficients(weights / weights.sum(), kept._core, kept._there)
+                assert found[0, place, number] == expected
+    prompts = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert kept.route(**prompts).weights.shape == (1, 3)
 
 
 # ------------------------------------------------------------------------------------------ refused
@@ -287,7 +312,7 @@ def test_an_adapter_of_other_layers(workspace):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"use_dora": True}, "use_dora (DoRA rescales"),
+        ({"use_dora": True}, "use_dora (DoRA's norm is that of the merged weights"),
         ({"modules_to_save": ["lm_head"]}, "names lm_head, and the file holds no tensors for it"),
         ({"bias": "all"}, "it trains biases (bias: all)"),
         ({"peft_type": "IA3"}, "an adapter of type IA3; only LoRA"),

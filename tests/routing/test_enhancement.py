@@ -10,8 +10,9 @@ from pydantic import TypeAdapter
 
 from neuron_methods.adapters.live import save_adapter
 from neuron_methods.neurons import layer_of
+from neuron_methods.routing.account import describe_enhancement
 from neuron_methods.routing.base import load_base
-from neuron_methods.routing.enhancement import Enhanced, enhance_expert, kept_paths, untouched
+from neuron_methods.routing.enhancement import Enhanced, HeldOut, enhance_expert, kept_paths, untouched
 from neuron_methods.routing.experts import load_experts
 from neuron_methods.routing.importance import factor_masks, keep_masks, measure_importance, neurons_of
 from neuron_methods.routing.mixing import AdapterMixer
@@ -63,17 +64,21 @@ class Loss:
         return float(total)
 
 
+def order_of(peft_model, mixer):
+    importance = measure_importance(peft_model.get_base_model(), mixer, EXPERTS[0], "magnitude", None, by_neuron=False)
+    return sorted(BLOCKS, key=importance.layers.get)
+
+
 BLOCKS = ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]
 
 
 def test_drops_from_the_least_important_up_and_stops_at_the_refusals(load):
     peft_model, mixer = load("t5")
     assert set(mixer.layers) == set(BLOCKS)
-    importance = measure_importance(peft_model.get_base_model(), mixer, EXPERTS[0], "magnitude", None, by_neuron=False)
-    order = sorted(BLOCKS, key=importance.layers.get)
+    order = order_of(peft_model, mixer)
     # Free to drop, too dear, within the tolerance together with the first, and never tried.
     prices = dict(zip(order, (0.004, 1.0, 0.005, 0.0), strict=True))
-    settings = Enhancement(tolerance=0.01, patience=1, density=1)
+    settings = Enhancement(select="smallest", tolerance=0.01, patience=1, density=1)
     one = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], Loss(mixer, prices), settings)
     assert [(s.layer, s.kept) for s in one.trace if s.what == "drop"] == [(order[0], True), (order[1], False)]
     assert one.redundant == (order[0],)
@@ -89,14 +94,93 @@ def test_drops_from_the_least_important_up_and_stops_at_the_refusals(load):
 def test_the_tolerance_is_over_the_original_not_over_the_last_step(load):
     peft_model, mixer = load("t5")
     prices = dict.fromkeys(BLOCKS, 0.008)
-    settings = Enhancement(tolerance=0.01, patience=9, density=1)
+    settings = Enhancement(select="smallest", tolerance=0.01, patience=9, density=1)
     enhanced = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], Loss(mixer, prices), settings)
     assert len(enhanced.redundant) == 1
 
 
+def test_the_best_point_of_the_path_is_kept_and_what_was_dropped_behind_it_is_given_back(load):
+    peft_model, mixer = load("t5")
+    order = order_of(peft_model, mixer)
+    # Dropping helps, costs a little, and would help again: by less than it cost.
+    prices = dict(zip(order, (-0.02, 0.008, -0.002, 1.0), strict=True))
+    model, settings = peft_model.get_base_model(), Enhancement(tolerance=0.01, patience=9, density=1)
+    best = enhance_expert(model, mixer, EXPERTS[0], Loss(mixer, prices), settings)
+    assert best.redundant == (order[0],) and best.density == 1
+    drops = [(step.layer, step.kept, step.passed) for step in best.trace if step.what == "drop"]
+    assert drops == [(order[0], True, True), (order[1], False, True), (order[2], False, True)]
+    assert math.isclose(best.trace[-1].loss, -0.02, abs_tol=1e-6)
+    smallest = settings.model_copy(update={"select": "smallest"})
+    assert len(enhance_expert(model, mixer, EXPERTS[0], Loss(mixer, prices), smallest).redundant) == 3
+
+
+def test_where_nothing_helps_the_best_is_the_original(load):
+    peft_model, mixer = load("t5")
+    loss = Loss(mixer, dict.fromkeys(BLOCKS, 0.001))
+    before = {path: b.clone() for path, (_, b) in loss.factors.items()}
+    best = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], loss, Enhancement(tolerance=1.0, density=0.4))
+    assert (best.redundant, best.density, best.trace[-1].loss) == ((), 1.0, best.trace[1].loss)
+    assert all(torch.equal(b, before[path]) for path, (_, b) in loss.factors.items())
+
+
+def test_over_densities_the_one_of_the_lowest_loss_is_kept(load):
+    """A loss with its valley between the densities that are tried."""
+    peft_model, mixer = load("t5")
+    loss = Loss(mixer, {})
+    whole = sum(loss.norms.values())
+
+    class Valley(Loss):
+        def __call__(self, _model):
+            return abs(sum(map(self.norm, self.factors)) / whole - 0.85)
+
+    valley = Valley(mixer, {})
+    settings = Enhancement(tolerance=-0.0, density=0.4, patience=1)
+    best = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], valley, settings)
+    tried = {step.density: step for step in best.trace if step.what == "density"}
+    assert list(tried) == pytest.approx([0.4, 0.7, 0.85, 0.925])
+    assert best.trace[-1].loss == min(step.loss for step in tried.values()) < best.trace[1].loss
+    assert tried[best.density].kept and sum(step.kept for step in tried.values()) == 1
+    assert 0.4 < best.density < 1
+
+
+def test_on_samples_that_had_no_say_both_are_compared_in_pairs(load):
+    peft_model, mixer = load("t5")
+    order = order_of(peft_model, mixer)
+    loss = Loss(mixer, {order[0]: -0.05, order[1]: 1.0})
+    noise = torch.linspace(-3, 3, 40, dtype=torch.float64)  # between samples, not between the two experts
+
+    class OfSamples(Loss):
+        def of_samples(self, model):
+            return noise + 2 * self(model)
+
+    settings = Enhancement(density=1, patience=1)
+    held = OfSamples(mixer, loss.prices)
+    enhanced = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], loss, settings, held)
+    found = enhanced.held_out
+    assert (found.samples, found.verdict) == (40, "better")
+    assert math.isclose(found.enhanced - found.original, -0.1, abs_tol=1e-6)
+    assert math.isclose(found.low, -0.1, abs_tol=1e-6) and math.isclose(found.high, -0.1, abs_tol=1e-6)
+    assert "on 40 other samples: loss" in describe_enhancement(enhanced)
+    assert describe_enhancement(enhanced).endswith("by -0.1000 (-0.1000 to -0.1000): better")
+    one, other = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert HeldOut.compared(one, other).verdict == "no difference that can be told"
+
+
+def test_samples_that_decide_and_samples_that_do_not(made):
+    from neuron_methods.routing.data import Samples
+
+    class Counting(Samples):
+        def _loss(self, samples):
+            return samples
+
+    for there, wanted, expected in ((100, 64, (64, 36)), (15, 8, (8, 7)), (4, 64, (3, 1)), (90, 20, (20, 20))):
+        deciding, held = Counting(None, list(range(there)), 1).losses(wanted)
+        assert (len(deciding), len(held)) == expected and not {*deciding} & {*held}
+
+
 def test_an_expert_keeps_one_layer_at_least(load):
     peft_model, mixer = load("t5")
-    settings = Enhancement(tolerance=0.01, density=1)
+    settings = Enhancement(select="smallest", tolerance=0.01, density=1)
     prices = dict.fromkeys(BLOCKS, 0.0)
     enhanced = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], Loss(mixer, prices), settings)
     assert len(enhanced.core) == 1
@@ -107,14 +191,14 @@ def test_density_is_raised_until_the_loss_allows_it_and_all_are_kept_if_nothing_
     prices = dict.fromkeys(BLOCKS, 1.0)
     loss = Loss(mixer, prices)
     before = {path: (a.clone(), b.clone()) for path, (a, b) in loss.factors.items()}
-    settings = Enhancement(tolerance=0.0, density=0.3)
+    settings = Enhancement(select="smallest", tolerance=0.0, density=0.3)
     enhanced = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], loss, settings)
     tried = [(step.density, step.kept) for step in enhanced.trace if step.what == "density"]
     assert enhanced.density == 1 and len(tried) == 4 and not any(kept for _, kept in tried)
     for path, (a, b) in loss.factors.items():
         assert torch.equal(a, before[path][0]) and torch.equal(b, before[path][1])
 
-    settings = Enhancement(tolerance=3.8, density=0.3, patience=1)
+    settings = Enhancement(select="smallest", tolerance=3.8, density=0.3, patience=1)
     peft_model, mixer = load("t5")
     enhanced = enhance_expert(peft_model.get_base_model(), mixer, EXPERTS[0], Loss(mixer, prices), settings)
     original = next(step.loss for step in enhanced.trace if step.what == "original")
@@ -142,8 +226,8 @@ def test_never_worse_than_the_original_by_more_than_the_tolerance(load, made, ki
     base = peft_model.get_base_model()
     kind = routable_kind(base)
     processor = load_processor(kind.processor, Place(str(folder / "base")), "base")
-    loss = SampleDrawer(config, base, processor, kind.kind).of_expert(expert)["calibration"].loss(8)
-    settings = Enhancement(tolerance=0.02, importance=importance, samples=8)
+    loss = SampleDrawer(config, base, processor, kind.kind).of_expert(expert)["calibration"].losses(8)[0]
+    settings = Enhancement(select="smallest", tolerance=0.02, importance=importance, samples=8)
     enhanced = enhance_expert(base, mixer, expert.name, loss, settings)
     coefficients = mixer.only(expert.name).clone()
     for layer in enhanced.redundant:

@@ -81,7 +81,7 @@ def settings(kind: str, **changes: Any) -> dict[str, Any]:
             {"name": name, "adapter": f"adapters/{name}", "data": {"source": f"data/{name}" + _END[kind]}}
             for name in EXPERTS
         ],
-        "enhancement": {"tolerance": 0.05, "samples": 8},
+        "enhancement": {"select": "smallest", "tolerance": 0.05, "samples": 8},
         "router": {"samples": 60, "hidden": 16, "epochs": 60, "learning_rate": 0.01, "in_domain_share": 1.0},
     }
     for key, value in changes.items():
