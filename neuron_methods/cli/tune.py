@@ -39,6 +39,12 @@ parts are merged once, in float32, held to one more merge, and recombined in mem
 turns out not to be linear in them, that is said, and every point is merged.
 
 \b
+Of neuron_response, ridge costs no new solve: from three points on that differ in ridge or lambda
+alone, each matrix's system is decomposed once, and kept in memory. That takes 4 bytes x (n k + k d +
+n d) for a matrix of n x d and k inputs, at most d, and half of what is free for all of them together;
+matrices beyond that are solved anew at every point, and that is said.
+
+\b
 OUT holds best.yml, trace.jsonl (every point with its scores), tune.json, and scores.png (with the
 extra report). Run again to go on: points in the trace are not tried again.
 """
@@ -60,7 +66,7 @@ extra report). Run again to go on: points in the trace are not tried again.
 )
 @click.option("--test", is_flag=True, help="Score the best point on test data, once, at the end.")
 @click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
-@click.option("--merge-every-point", is_flag=True, help="Do not recombine parts.")
+@click.option("--merge-every-point", is_flag=True, help="Recombine and keep nothing.")
 @click.option("--force", is_flag=True, help="Forget the search in OUT and start anew.")
 @debug_option
 def tune(

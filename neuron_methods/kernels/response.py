@@ -166,7 +166,24 @@ def decompose_responses(
     """Do all of `merge_responses` that does not depend on the ridge, whatever `options` say of it; arguments alike."""
     taking = _taking(experts)
     system, b = _stacked(taking, shape, options, precise=True)
-    return DecomposedResponse(system.decompose(), automatic_ridge(taking, shape[1]), b)
+    return DecomposedResponse(
+        system.decompose(torch.float32 if b is None else None), automatic_ridge(taking, shape[1]), b
+    )
+
+
+def decomposed_bytes(experts: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions) -> int:
+    """Bound what `decompose_responses` leaves: 4 (n k + k d + n d) bytes, k being d or the number of inputs, if fewer.
+
+    n is the rank of all of them together where all updates are of low rank, in float64.
+    """
+    n, d = shape
+    taking = _taking(experts)
+    low = [len(expert.update.a) for expert in taking if isinstance(expert.update, LowRank)]
+    k = min(_count(taking, n, options), d)
+    if len(low) == len(taking):
+        rank = sum(low)
+        return 8 * (4 * rank * k + k * d + rank * d + 5 * k) + 4 * n * rank
+    return 4 * (n * k + k * d + n * d) + 48 * k
 
 
 @dataclass(frozen=True)
@@ -221,14 +238,19 @@ def _stacked(
         ends = list(accumulate(len(update.a) for update in low))
         rows = [slice(end - len(update.a), end) for update, end in zip(low, ends, strict=True)]
         height, metric, precise = b.shape[1], wide(b).T @ wide(b), True
-    dense = min(options.rows or shape[0], shape[0])
-    own = [len(e.update.a) if isinstance(e.update, LowRank) else dense for e in taking]
-    count = sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
+    count = _count(taking, shape[0], options)
     weighing = _Weighing(sum(expert.weight for expert in taking), options, formed=b is None, wide=precise)
     parts = (weighing.part(expert, part) for expert, part in zip(taking, rows, strict=True))
     toward = _Toward(height, shape[1], options.toward)
     make = _few if count < shape[1] else _many
     return make(parts, count, toward, metric), b
+
+
+def _count(taking: Sequence[Expert], neurons: int, options: ResponseOptions) -> int:
+    """Count the rows of all factors."""
+    dense = min(options.rows or neurons, neurons)
+    own = [len(e.update.a) if isinstance(e.update, LowRank) else dense for e in taking]
+    return sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
 
 
 class _Part(NamedTuple):

@@ -121,12 +121,18 @@ class System:
         solved = _scaled(update, self.energy, answered, size, self.toward is None, moments)
         return replace(solved, rounding=rounding)
 
-    def decompose(self) -> Spectrum:
-        """Decompose Q, once for all ridges."""
+    def decompose(self, dtype: torch.dtype | None = None) -> Spectrum:
+        """Decompose Q, once for all ridges.
+
+        Args:
+            dtype: to keep what has a row per neuron or a column per input in. Directions that Q does not mix lose
+                nothing by float32 but their own last digits.
+        """
+        dtype = dtype or self.dtype
         values, vectors = torch.linalg.eigh(self.matrix)
         values = values.clamp(min=0)
         used = values > (ROUNDING * len(values)) ** 2 * values.max() if len(values) else values > 0
-        left = torch.empty(len(self.wanted), len(values), dtype=self.dtype, device=self._device)
+        left = torch.empty(len(self.wanted), len(values), dtype=dtype, device=self._device)
         squares = values.new_zeros(3, len(values))
         answers = None
         roots = values.sqrt()
@@ -156,7 +162,7 @@ class System:
             used,
             left,
             right.to(left, copy=True),
-            self.toward,
+            None if self.toward is None else self.toward.to(left),
             squares,
             self.energy,
             self.unit,

@@ -27,6 +27,7 @@ from torch import Tensor
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.means import add_updates, mean_factors
 from neuron_methods.kernels.task_vectors import TaskVector
+from neuron_methods.methods.kept import Kept
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import ADVICE
 
@@ -165,10 +166,12 @@ class PreparedMerge(ABC):
     Attributes:
         settings: those given to `measure`.
         low_rank: {tensor: its merged update in factors}, of those that the method merges so; None where nobody asks.
+        kept: what merges that differ in `PlannedMethod.cheap` alone share; None where there are no others.
     """
 
     settings = MergeSettings()
     low_rank: dict[str, LowRankUpdate] | None = None
+    kept: Kept | None = None
 
     def reads(self) -> set[str]:
         """Name the tensors that `measure` will read; empty where it reads none."""
@@ -265,9 +268,11 @@ class PlannedMethod(MergeMethod):
 
     Attributes:
         takes_low_rank: whether a `LowRankTaskVector` is used as it is, so that adapters' updates need not be formed.
+        cheap: parameters whose values cost little where `PreparedMerge.kept` holds what does not depend on them.
     """
 
     takes_low_rank: ClassVar[bool] = False
+    cheap: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def prepare(self, tensors: Sequence[PlannedTensor]) -> PreparedMerge:

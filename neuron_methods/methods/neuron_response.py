@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.low_rank import LowRank
-from neuron_methods.kernels.response import Expert, ResponseOptions, merge_responses
+from neuron_methods.kernels.response import (
+    Expert,
+    Response,
+    ResponseOptions,
+    decompose_responses,
+    decomposed_bytes,
+    merge_responses,
+)
 from neuron_methods.kernels.rows import CACHE_BYTES, neuron_rows, row_blocks
 from neuron_methods.kernels.spectrum import remove_parallel_
 from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector, fill_task_vector
@@ -52,6 +59,7 @@ class NeuronResponse(PlannedMethod):
     """The method `neuron_response` as mergekit sees it."""
 
     takes_low_rank = True
+    cheap = ("ridge",)
 
     spec = method_spec(
         NAME,
@@ -139,12 +147,12 @@ class PreparedNeuronResponse(PreparedMerge):
         ridge = None if parameters["ridge"] == "auto" else parameters["ridge"]
         options = ResponseOptions(ridge, parameters["toward"], parameters["loudness"], int(parameters["rows"]))
         measured = [self.inputs.factors(name, place, parameters, base, e, has) for e, has in experts.items()]
-        for origin, updates, target in _matrices(base, experts, place, merged):
+        for index, (origin, updates, target) in enumerate(_matrices(base, experts, place, merged)):
             taking = [
                 Expert(self._update(name, origin, update, expert, parameters), weights[expert], factors)
                 for (expert, update), factors in zip(updates.items(), measured, strict=True)
             ]
-            found = merge_responses(taking, (origin.shape[0], origin.shape[1]), options)
+            found = self._response((name, index), taking, (origin.shape[0], origin.shape[1]), options, parameters)
             self.energy, self.missed = self.energy + found.energy, self.missed + found.missed
             self.matrices += 1
             self._write(name, origin, found.update, parameters["lambda"], target)
@@ -174,6 +182,27 @@ class PreparedNeuronResponse(PreparedMerge):
         kept = 1 - (self.missed / self.energy) ** 0.5
         told = f"response kept: {kept:.1%} of what the experts' {self.matrices} matrices answer to their inputs"
         return [told, *self.inputs.findings()]
+
+    def _response(
+        self,
+        matrix: Hashable,
+        experts: Sequence[Expert],
+        shape: tuple[int, int],
+        options: ResponseOptions,
+        parameters: Mapping[str, Any],
+    ) -> Response:
+        """Step 3; by one decomposition for all ridges, where other merges are to follow and there is room for it."""
+        if self.kept is not None:
+            others = (p.name for p in NeuronResponse.spec.parameters if p.name not in (*NeuronResponse.cheap, "lambda"))
+            found = self.kept.have(
+                matrix,
+                repr([(name, _listed(parameters[name])) for name in others]),
+                decomposed_bytes(experts, shape, options),
+                lambda: decompose_responses(experts, shape, options),
+            )
+            if found is not None:
+                return found.merge(options.ridge)
+        return merge_responses(experts, shape, options)
 
     def _place(self, name: str) -> TensorPlace:
         planned = self._planned.get(name)
@@ -238,3 +267,8 @@ def _no_rank(base: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of rank 0 for what an adapter leaves alone, neurons as rows, however the weight is stored."""
     like = torch.empty(0, dtype=torch.float32, device=base.device)
     return like.new_zeros(base.shape[0], 0), like.new_zeros(0, base.shape[1])
+
+
+def _listed(value: Any) -> Any:
+    """A parameter's value in words that are the same in every merge."""
+    return [(str(key), each) for key, each in value.items()] if isinstance(value, Mapping) else value

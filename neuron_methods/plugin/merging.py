@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterSummary
 from neuron_methods.methods.contract import PreparedMerge
+from neuron_methods.methods.kept import Kept
 from neuron_methods.methods.neuro_merging import PreparedNeuroMerging
 from neuron_methods.methods.trim_profile import FORMAT as TRIM_PROFILE
 from neuron_methods.methods.trim_profile import TrimProfile
@@ -111,6 +112,7 @@ def merge_to_directory(
     config_name: str = "the configuration",
     head: str | None = None,
     witness: MergeWitness | None = None,
+    kept: Kept | None = None,
 ) -> MergeSummary:
     """Run any mergekit configuration and leave a complete, verified directory, or nothing.
 
@@ -126,6 +128,7 @@ def merge_to_directory(
         config_name: file name for messages.
         head: what becomes of the models' heads; see `heads.heads_of_merge`.
         witness: writes the card, and more; without one mergekit's own card is written.
+        kept: what this merge shares with others of the same models.
 
     Returns:
         What was done, printable.
@@ -153,7 +156,7 @@ def merge_to_directory(
             witness.on_plan(run, planner)
 
     on_tensor = witness.on_tensor if witness is not None else None
-    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress)
+    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress, kept=kept)
     with (
         claimed(target, out_path),
         _claimed_apart(profile_place, target),

@@ -303,7 +303,7 @@ def attach(
         ]
     )
     if session is not None:
-        session.prepared = prepared
+        session.adopt(prepared)
         quiet = session.quiet
     settings = MergeSettings(allow_nonfinite=session is not None and session.allow_nonfinite)
     if not quiet:

@@ -11,6 +11,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from neuron_methods.cli import main
 from neuron_methods.evaluation import evaluate, read_examples
@@ -18,6 +19,7 @@ from neuron_methods.evaluation.tuning import Bench, Recipe, TuneSettings, parse_
 from neuron_methods.evaluation.tuning.bench import distinct_tensors
 from neuron_methods.evaluation.tuning.objective import experts_of_task, objective
 from neuron_methods.evaluation.tuning.trace import Trace
+from neuron_methods.kernels import ridge
 from neuron_methods.plugin import merging
 from neuron_methods.support import runs
 from neuron_methods.support.errors import UserError
@@ -459,3 +461,73 @@ def test_the_method_itself_is_searched(experts, folder, merges):
     assert {key: best[key] for key in result.best} == result.best
     with pytest.raises(UserError, match=r"--search merge_method: .*'tise'"):
         tune(source, words(folder), ["merge_method=ties,tise"], folder / "other", QUIET)
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """How many systems were decomposed for all ridges, and solved for one."""
+    counts = {"decomposed": 0, "solved": 0}
+    for name, function in (("decomposed", ridge.System.decompose), ("solved", ridge.System.solve)):
+
+        def counted(system, *given, name=name, function=function):
+            counts[name] += 1
+            return function(system, *given)
+
+        monkeypatch.setattr(ridge.System, function.__name__, counted)
+    return counts
+
+
+def matrices_of(folder):
+    """How many matrices `neuron_response` merges by response in a tiny model."""
+    stored = load_file(folder / "base" / "model.safetensors")
+    return sum(tensor.ndim == 2 and "embed_tokens" not in name for name, tensor in stored.items())
+
+
+def test_a_search_over_ridge_decomposes_every_matrix_once(experts, folder, merges, solves):
+    place, tasks = experts("llama"), words(folder)
+    source = cases.merge_yaml(place, "neuron_response", dtype="float32")
+    said = []
+    search = ["ridge=0.01,0.1,auto,2", "toward=mean,zero"]
+    result = tune(source, tasks, search, folder / "out", QUIET, say=said.append)
+    count = matrices_of(place)
+    assert solves == {"decomposed": 2 * count, "solved": 0}
+    assert (len(merges), result.effort.points) == (8, 8)
+    assert [m["parameters"]["toward"] for m in merges] == ["mean"] * 4 + ["zero"] * 4
+    assert [line.partition(", ")[0] for line in said] == [f"ridge: {count} matrices decomposed once for all values"] * 2
+    for trial in result.trials[::3]:
+        again = cases.merge_yaml(place, "neuron_response", dtype="float32", **trial.point)
+        merging.merge_to_directory(again, folder / "real", progress=False, force=True)
+        scored = evaluate(str(folder / "real"), tasks, split="validation", progress=False).tasks[0].score
+        assert trial.scores["words"] == pytest.approx(scored, rel=1e-5)
+    assert solves["solved"] == 3 * count
+
+
+def test_lambda_and_ridge_are_searched_together(experts, folder, merges, solves):
+    place = experts("llama")
+    source = cases.merge_yaml(place, "neuron_response", dtype="float32")
+    result = tune(source, words(folder), ["ridge=0.01,0.1", "lambda=0.5:2:0.25"], folder / "out", QUIET)
+    # Three merges for each ridge's parts; the best point is merged for real.
+    assert (len(merges), result.effort.recombined) == (7, 14)
+    assert solves == {"decomposed": matrices_of(place), "solved": matrices_of(place)}
+    assert result.difference is None or result.difference <= 1e-5
+
+
+def test_without_room_for_decompositions_every_merge_is_solved_and_that_is_said(experts, folder, solves, monkeypatch):
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.free_memory", lambda: 20_000)
+    place = experts("llama")
+    said = []
+    search = ["ridge=0.01,0.1,1"]
+    tune(cases.merge_yaml(place, "neuron_response"), words(folder), search, folder / "out", QUIET, say=said.append)
+    (line,) = said
+    kept, without = solves["decomposed"], matrices_of(place) - solves["decomposed"]
+    assert kept and without and solves["solved"] == 3 * without
+    assert line.startswith(f"ridge: {kept} matrices decomposed once for all values, ")
+    assert line.endswith(f"no room for {without} more, which are solved anew")
+    assert 0 < float(line.split(" kB kept")[0].rpartition(" ")[2]) <= 10
+
+
+def test_two_ridges_are_merged_like_any_other_parameter(experts, folder, solves):
+    place = experts("llama")
+    source = cases.merge_yaml(place, "neuron_response")
+    tune(source, words(folder), ["ridge=0.01,0.1"], folder / "out", QUIET)
+    assert solves == {"decomposed": 0, "solved": 2 * matrices_of(place)}

@@ -19,12 +19,18 @@ from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.parts import NoRoom, NotAffine, Parts, StateDict, check_parts, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
+from neuron_methods.methods.kept import Kept
 from neuron_methods.models.loading import computing_dtype
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.memory import free_memory
 from neuron_methods.support.runs import remove, workplace
+from neuron_methods.support.text import format_bytes
 
 _WORK = "mergekit-neuron-tune"
+# From so many merges on that differ in cheap parameters alone, what they have in common is worth keeping: to decompose
+# a system takes as long as to solve it two or three times.
+_WORTH_KEEPING = 3
 
 
 @dataclass
@@ -68,7 +74,8 @@ class Bench:
             tasks: with their examples of the validation split.
             dtype: the model computes in; ``auto`` as for `open_model`.
             seed: of intervals.
-            shortcut: recombine parts where parameters enter linearly.
+            shortcut: recombine parts where parameters enter linearly, and keep what merges by other values of a cheap
+            parameter have in common.
             folder: where merges are written and removed again; None: where temporary files go.
             progress: show a bar per task, on a terminal.
             say: takes lines for the user.
@@ -86,13 +93,15 @@ class Bench:
         self._parts: Parts | None = None
         self._parts_of = ""
         self._not_affine: set[str] = set()
+        self._kept: Kept | None = None
+        self._kept_of = ""
 
     def __enter__(self) -> Bench:
         self._folder = self._open.enter_context(workplace(_WORK, self._within))
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._opened, self._running, self._parts = None, [], None
+        self._opened, self._running, self._parts, self._kept = None, [], None, None
         self._open.close()
 
     def try_points(self, points: Sequence[Point], expected: int = 0) -> Iterator[tuple[Point, list[TaskResult], str]]:
@@ -109,7 +118,12 @@ class Bench:
         for point in points:
             _, others = split_point(point, self._linear(point))
             groups.setdefault(key_of(others), []).append(point)
+        families: dict[str, list[str]] = {}
         for key, group in groups.items():
+            families.setdefault(self._family(group[0]), []).append(key)
+        for key in (key for family in families.values() for key in family):
+            group = groups[key]
+            self._keep(self._family(group[0]), sum(len(groups[k]) for k in families[self._family(group[0])]) + expected)
             linear = self._linear(group[0])
             _, others = split_point(group[0], linear)
             sharing = len(group) + (expected if not others else 0)
@@ -142,6 +156,7 @@ class Bench:
         """
         linear = self._linear(point)
         numbers, others = split_point(point, linear)
+        self._kept = None
         known = self._parts is not None and self._parts_of == key_of(others) and all(map(is_number, numbers.values()))
         with self.merged(point) as tensors:
             difference = 0.0 if known else None
@@ -168,8 +183,11 @@ class Bench:
         started = time.perf_counter()
         out = self._folder / f"merge-{self.effort.merges}"
         source = self.recipe.source_at(point, exact)
-        merge_to_directory(source, out, progress=False, config_name=self.recipe.name)
+        made = 0 if self._kept is None else self._kept.made
+        merge_to_directory(source, out, progress=False, config_name=self.recipe.name, kept=self._kept)
         self.effort.merges += 1
+        if self._kept is not None and self._kept.made > made:
+            self._say_kept(self._kept, point)
         try:
             with open_model(str(out), "float32" if exact else self._dtype) as opened:
                 tensors = distinct_tensors(opened.model)
@@ -182,6 +200,28 @@ class Bench:
                 yield tensors
         finally:
             remove(out)
+
+    def _family(self, point: Point) -> str:
+        """Tell points apart that differ in more than cheap and linear parameters."""
+        names = list(point)
+        alike = {*self.recipe.cheap(names), *self._linear(point)}
+        return key_of({name: value for name, value in point.items() if name not in alike})
+
+    def _keep(self, family: str, merges: int) -> None:
+        """Have merges of a family share what they have in common, if there are enough of them."""
+        if self._kept_of == family and self._kept is not None:
+            return
+        self._kept, self._kept_of = None, family
+        if self.shortcut and merges >= _WORTH_KEEPING and self.recipe.cheap(self.recipe.searched):
+            free = free_memory()
+            self._kept = Kept(None if free is None else free // 2)
+
+    def _say_kept(self, kept: Kept, point: Mapping[str, Any]) -> None:
+        names = ", ".join(self.recipe.cheap(list(point)))
+        room = f"; no room for {len(kept.without)} more, which are solved anew" if kept.without else ""
+        self.say(
+            f"{names}: {kept.count} matrices decomposed once for all values, {format_bytes(kept.nbytes)} kept{room}"
+        )
 
     def _linear(self, point: Point) -> list[str]:
         """List the parameters to find parts for at a point."""

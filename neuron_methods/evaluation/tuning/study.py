@@ -51,7 +51,8 @@ class TuneSettings:
         seed: of draws and strategies.
         limit: examples per task at most.
         dtype: the model computes in.
-        shortcut: recombine parts where parameters enter linearly, instead of merging every point.
+        shortcut: recombine parts where parameters enter linearly, instead of merging every point, and keep what merges
+            by other values of a cheap parameter have in common.
         allow_same_split: validation and test data may be the same.
         test: score the best point on test data, once, at the end.
         force: forget the search that OUT holds.
