@@ -166,12 +166,12 @@ class PreparedMerge(ABC):
     Attributes:
         settings: those given to `measure`.
         low_rank: {tensor: its merged update in factors}, of those that the method merges so; None where nobody asks.
-        kept: what merges that differ in `PlannedMethod.cheap` alone share; None where there are no others.
+        common: what merges that differ in `PlannedMethod.cheap` alone share; None where there are no others.
     """
 
     settings = MergeSettings()
     low_rank: dict[str, LowRankUpdate] | None = None
-    kept: Kept | None = None
+    common: Kept | None = None
 
     def reads(self) -> set[str]:
         """Name the tensors that `measure` will read; empty where it reads none."""
@@ -268,7 +268,7 @@ class PlannedMethod(MergeMethod):
 
     Attributes:
         takes_low_rank: whether a `LowRankTaskVector` is used as it is, so that adapters' updates need not be formed.
-        cheap: parameters whose values cost little where `PreparedMerge.kept` holds what does not depend on them.
+        cheap: parameters whose values cost little where `PreparedMerge.common` holds what does not depend on them.
     """
 
     takes_low_rank: ClassVar[bool] = False

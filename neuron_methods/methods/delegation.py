@@ -135,6 +135,7 @@ class Delegation:
         tensors: Iterable[PlannedTensor],
         private: Iterable[str],
         fixed: Mapping[str, Any] | None = None,
+        told_as: str = "",
     ) -> None:
         """Resolve the method's parameters for every tensor, and prepare it if it is a planned one.
 
@@ -144,11 +145,12 @@ class Delegation:
             tensors: what it will merge, with the parameters of the method that delegates.
             private: parameters of the method that delegates which mean something else to this one.
             fixed: parameters that have been applied already, and the values that make the method leave them alone.
+            told_as: whose findings those of the method are, if not the slot's.
 
         Raises:
             UserError: a parameter is missing, the method does not take this many inputs, or it refuses them.
         """
-        self.slot, self.method = slot, method
+        self.slot, self.method, self.told_as = slot, method, told_as or slot
         self._private, self._fixed = set(private), fixed or {}
         self._takes_base = method.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL)
         self.tensors = {tensor.name: self._resolved(tensor) for tensor in tensors}
@@ -333,6 +335,15 @@ class DelegatingMerge(PreparedMerge):
     def remaining(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """See `PreparedMerge.remaining`."""
         return sum(d.prepared.remaining(shapes) for d in self.delegations if d.prepared is not None)
+
+    def findings(self) -> list[str]:
+        """Tell what the other methods found, each line with the parameter that names its method."""
+        return [
+            f"{delegation.told_as}: {line}"
+            for delegation in self.delegations
+            if delegation.prepared is not None
+            for line in delegation.prepared.findings()
+        ]
 
     def merge_tensor(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor:
         """Merge one tensor: by this method's own steps, by the method of `rest`, or as the base has it."""

@@ -148,12 +148,13 @@ class PreparedMinMerging(DelegatingMerge):
         return sum(of_block.values())
 
     def findings(self) -> list[str]:
-        """Tell how many neurons each expert keeps, and how many of them several do."""
+        """Tell how many neurons each expert keeps, how many of them several do, and what other methods found."""
         lines = [
             f"{expert}: keeps {kept:,} of {total:,} MLP neurons ({kept / total:.1%})"
             for expert, (kept, total) in self.kept.items()
         ]
-        return [*lines, f"MLP neurons that several experts keep: {self.contested:,}"] if lines else []
+        own = [*lines, f"MLP neurons that several experts keep: {self.contested:,}"] if lines else []
+        return [*own, *super().findings()]
 
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 4 for a tensor of neurons or of attention rows, or the mean of token embeddings."""

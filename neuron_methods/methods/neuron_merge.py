@@ -115,7 +115,8 @@ class PreparedNeuronMerge(DelegatingMerge):
                 if parts:
                     # The experts come scaled, and λ scales what the method makes of them.
                     applied = {"weight": 1.0, "lambda": 1.0}
-                    self.within[group] = Delegation("within", of_a_group, parts, self._own, applied)
+                    told_as = f"within {group}"
+                    self.within[group] = Delegation("within", of_a_group, parts, self._own, applied, told_as)
 
     @property
     def delegations(self) -> list[Delegation]:
@@ -135,9 +136,10 @@ class PreparedNeuronMerge(DelegatingMerge):
         return 4 * math.prod(shape) + largest if largest else super().scratch(name, shape, experts)
 
     def findings(self) -> list[str]:
-        """Tell how many neurons there are of each group."""
+        """Tell how many neurons there are of each group, and what other methods found."""
         totals = self.groups.totals().items()
-        return ["MLP neurons by group: " + ", ".join(f"{count:,} {group}" for group, count in totals)]
+        own = "MLP neurons by group: " + ", ".join(f"{count:,} {group}" for group, count in totals)
+        return [own, *super().findings()]
 
     def merge_neurons(self, inputs: Inputs, parameters: Mapping[str, Any], out_dtype: torch.dtype) -> Tensor | None:
         """Take step 3 for a tensor of MLP neurons; step 4 has any other."""

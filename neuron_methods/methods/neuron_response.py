@@ -192,9 +192,9 @@ class PreparedNeuronResponse(PreparedMerge):
         parameters: Mapping[str, Any],
     ) -> Response:
         """Step 3; by one decomposition for all ridges, where other merges are to follow and there is room for it."""
-        if self.kept is not None:
+        if self.common is not None:
             others = (p.name for p in NeuronResponse.spec.parameters if p.name not in (*NeuronResponse.cheap, "lambda"))
-            found = self.kept.have(
+            found = self.common.have(
                 matrix,
                 repr([(name, _listed(parameters[name])) for name in others]),
                 decomposed_bytes(experts, shape, options),

@@ -112,7 +112,7 @@ def merge_to_directory(
     config_name: str = "the configuration",
     head: str | None = None,
     witness: MergeWitness | None = None,
-    kept: Kept | None = None,
+    common: Kept | None = None,
 ) -> MergeSummary:
     """Run any mergekit configuration and leave a complete, verified directory, or nothing.
 
@@ -128,7 +128,7 @@ def merge_to_directory(
         config_name: file name for messages.
         head: what becomes of the models' heads; see `heads.heads_of_merge`.
         witness: writes the card, and more; without one mergekit's own card is written.
-        kept: what this merge shares with others of the same models.
+        common: what this merge shares with others of the same models.
 
     Returns:
         What was done, printable.
@@ -156,7 +156,7 @@ def merge_to_directory(
             witness.on_plan(run, planner)
 
     on_tensor = witness.on_tensor if witness is not None else None
-    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress, kept=kept)
+    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress, common=common)
     with (
         claimed(target, out_path),
         _claimed_apart(profile_place, target),

@@ -40,7 +40,7 @@ class MergeSession:
         quiet: no progress bars.
         architecture: that mergekit is to plan by, where it has been chosen.
         prepared: the merge by a method of ours, None for mergekit's own methods.
-        kept: what this merge shares with others of its kind, see `PreparedMerge.kept`.
+        common: what this merge shares with others of its kind, see `PreparedMerge.common`.
         planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
         nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
         narrow: float16, where the plan rounds to that as it writes.
@@ -52,7 +52,7 @@ class MergeSession:
     quiet: bool = False
     architecture: ModelArchitecture | None = None
     prepared: PreparedMerge | None = None
-    kept: Kept | None = None
+    common: Kept | None = None
     planned_tensors: int = 0
     nonfinite: list[str] = field(default_factory=list)
     narrow: torch.dtype | None = None
@@ -61,7 +61,7 @@ class MergeSession:
     def adopt(self, prepared: PreparedMerge) -> None:
         """Take note of the merge by a method of ours, and give it what it shares with others."""
         self.prepared = prepared
-        prepared.kept = self.kept
+        prepared.common = self.common
 
     def planned(self, planner: Any) -> None:
         """Take note of the plan."""

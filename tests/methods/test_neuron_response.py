@@ -25,7 +25,7 @@ from neuron_methods.plugin.tensor_places import TensorPlaces
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import StateDict
 from tests.support.kinds import build_kind
-from tests.support.plans import copied, merge, models, write_groups
+from tests.support.plans import copied, merge, merge_and_tell, models, write_groups
 from tests.support.responses import PLAIN, near, profiles, response
 from tests.support.tensors import named, randoms
 
@@ -453,8 +453,10 @@ def test_a_base_that_is_not_finite_is_to_blame() -> None:
 @pytest.mark.parametrize("family", ["llama-untied", "t5-gated", "vit"])
 def test_as_rest_of_min_merging(family: str) -> None:
     config, base, experts = models(family)
-    merged = merge(MinMerging(), config, base, experts, {"rest": "neuron_response", "rest_toward": "zero"})
+    shared = {"rest": "neuron_response", "rest_toward": "zero"}
+    merged, told = merge_and_tell(MinMerging(), config, base, experts, shared)
     expected = merge(METHOD, config, base, experts, PLAIN)
+    assert told[-1].startswith("rest: response kept: ")
     owned = {part.tensor for layer in neuron_map(config).layers for part in layer.parts}
     rest = [n for n in base if n not in owned and "ttention" not in n and "attn" not in n]
     assert len(rest) > 3
@@ -468,8 +470,15 @@ def test_as_rest_and_within_of_neuron_merge(tmp_path: Path) -> None:
     own = {"expert-a": {"group": "math"}, "expert-b": {"group": "code"}}
     shared = {"groups": groups, "rest": "neuron_response", "within": "neuron_response", "general": 1.0}
     shared |= {"rest_toward": "zero", "within_toward": "zero"}
-    merged = merge(NeuronMerge(), config, base, experts, shared, own)
+    merged, told = merge_and_tell(NeuronMerge(), config, base, experts, shared, own)
     expected = merge(METHOD, config, base, experts, PLAIN)
+    assert told[0].startswith("MLP neurons by group: ")
+    assert {line.partition(": response kept: ")[0] for line in told[1:]} == {
+        "within general",
+        "within math",
+        "within code",
+        "rest",
+    }
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert torch.allclose(merged[name], expected[name], atol=1e-5), name
     layer = neuron_map(config).layers[0]

@@ -86,6 +86,18 @@ def merge(
     own: Mapping[str, Parameters] | None = None,
 ) -> StateDict:
     """Prepare, measure and merge every tensor."""
+    return merge_and_tell(method, config, base, experts, shared, own)[0]
+
+
+def merge_and_tell(
+    method: PlannedMethod,
+    config: PretrainedConfig,
+    base: StateDict,
+    experts: Experts,
+    shared: Parameters | None = None,
+    own: Mapping[str, Parameters] | None = None,
+) -> tuple[StateDict, list[str]]:
+    """Do what `merge` does, and tell the findings."""
     method, tensors = plan(method, config, base, experts, shared, own)
     prepared = method.prepare(tensors)
     prepared.measure(MergeSettings())
@@ -96,7 +108,7 @@ def merge(
         group = TensorGroup(tuple(entries), TensorMetadata(tensor.name))
         parameters = {**tensor.parameters, **tensor.expert_parameters}
         merged[tensor.name] = prepared.merge(group, parameters, base[tensor.name].dtype)
-    return merged
+    return merged, prepared.findings()
 
 
 def neuron(tensors: StateDict, layer: MlpLayer, index: int) -> Tensor:

@@ -184,7 +184,7 @@ class Bench:
         out = self._folder / f"merge-{self.effort.merges}"
         source = self.recipe.source_at(point, exact)
         made = 0 if self._kept is None else self._kept.made
-        merge_to_directory(source, out, progress=False, config_name=self.recipe.name, kept=self._kept)
+        merge_to_directory(source, out, progress=False, config_name=self.recipe.name, common=self._kept)
         self.effort.merges += 1
         if self._kept is not None and self._kept.made > made:
             self._say_kept(self._kept, point)
