@@ -123,7 +123,8 @@ class Bench:
             families.setdefault(self._family(group[0]), []).append(key)
         for key in (key for family in families.values() for key in family):
             group = groups[key]
-            self._keep(self._family(group[0]), sum(len(groups[k]) for k in families[self._family(group[0])]) + expected)
+            sharing = sum(len(groups[other]) for other in families[self._family(group[0])])
+            self._keep(group[0], sharing + expected)
             linear = self._linear(group[0])
             _, others = split_point(group[0], linear)
             sharing = len(group) + (expected if not others else 0)
@@ -203,21 +204,21 @@ class Bench:
 
     def _family(self, point: Point) -> str:
         """Tell points apart that differ in more than cheap and linear parameters."""
-        names = list(point)
-        alike = {*self.recipe.cheap(names), *self._linear(point)}
+        alike = {*self.recipe.cheap(point), *self._linear(point)}
         return key_of({name: value for name, value in point.items() if name not in alike})
 
-    def _keep(self, family: str, merges: int) -> None:
-        """Have merges of a family share what they have in common, if there are enough of them."""
+    def _keep(self, point: Point, merges: int) -> None:
+        """Have merges of a point's family share what they have in common, if there are enough of them."""
+        family = self._family(point)
         if self._kept_of == family and self._kept is not None:
             return
         self._kept, self._kept_of = None, family
-        if self.shortcut and merges >= _WORTH_KEEPING and self.recipe.cheap(self.recipe.searched):
+        if self.shortcut and merges >= _WORTH_KEEPING and self.recipe.cheap(point):
             free = free_memory()
             self._kept = Kept(None if free is None else free // 2)
 
     def _say_kept(self, kept: Kept, point: Mapping[str, Any]) -> None:
-        names = ", ".join(self.recipe.cheap(list(point)))
+        names = ", ".join(self.recipe.cheap(point))
         room = f"; no room for {len(kept.without)} more, which are solved anew" if kept.without else ""
         self.say(
             f"{names}: {kept.count} matrices decomposed once for all values, {format_bytes(kept.nbytes)} kept{room}"

@@ -25,7 +25,6 @@ class Recipe:
     Attributes:
         name: file name for messages.
         method: the merge method.
-        searched: names of the searched parameters.
         experts: the models that are merged, as the YAML names them.
         base: the model that the output's config and tokenizer come from.
         names_base: whether the YAML names a base and models, as methods on task vectors need.
@@ -47,7 +46,6 @@ class Recipe:
         self._content = YamlSource.parse(source, name, "a merge").content
         self.method = configuration.merge_method
         self.names_base = configuration.base_model is not None and bool(configuration.models)
-        self.searched = [parameter.name for parameter in parameters]
         self.experts = [str(entry.model) for entry in configuration.models or ()]
         self.base = str(configuration.base_model or configuration.referenced_models()[0])
         self.experts = [expert for expert in self.experts if expert != self.base]
@@ -103,12 +101,12 @@ class Recipe:
             families.append([name for name in names if name.partition("@")[0] == "weight"])
         return max(families, key=len)
 
-    def cheap(self, names: Sequence[str]) -> list[str]:
-        """Choose those of `names` whose values cost the method little, once one merge has been made."""
+    def cheap(self, point: Mapping[str, Any]) -> list[str]:
+        """List the parameters of a point whose values cost the method little, once one merge has been made."""
         from mergekit.merge_methods import registry
 
-        known = getattr(registry.get(self.method), "cheap", ())
-        return [name for name in names if name in known]
+        known = getattr(registry.get(point.get("merge_method", self.method)), "cheap", ())
+        return [name for name in point if name in known]
 
     def _check_place(self, name: str) -> None:
         """Refuse a parameter of a model that is not there, or that another setting would win over."""
