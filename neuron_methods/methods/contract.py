@@ -27,9 +27,9 @@ from torch import Tensor
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.means import add_updates, mean_factors
 from neuron_methods.kernels.task_vectors import TaskVector
-from neuron_methods.methods.kept import Kept
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import ADVICE
+from neuron_methods.support.kept import Kept
 
 Thing = TypeVar("Thing")
 PREPARED = "prepared"

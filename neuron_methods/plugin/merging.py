@@ -19,7 +19,6 @@ from torch import Tensor
 
 from neuron_methods.adapters.export import AdapterSummary
 from neuron_methods.methods.contract import PreparedMerge
-from neuron_methods.methods.kept import Kept
 from neuron_methods.methods.neuro_merging import PreparedNeuroMerging
 from neuron_methods.methods.trim_profile import FORMAT as TRIM_PROFILE
 from neuron_methods.methods.trim_profile import TrimProfile
@@ -30,6 +29,7 @@ from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.session import MergeSession
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import check_space, file_in_place_after, is_disk_full, staging_directory, write_text
+from neuron_methods.support.kept import Kept
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.targets import check_file, check_target, deliver, is_part, json_of
 from neuron_methods.support.text import format_bytes, listed

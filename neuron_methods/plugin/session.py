@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neuron_methods.methods.contract import PreparedMerge
-from neuron_methods.methods.kept import Kept
 from neuron_methods.plugin.seam import planned_tasks
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import ADVICE, is_finite, largest
+from neuron_methods.support.kept import Kept
 from neuron_methods.support.progress import progress_bar
 
 

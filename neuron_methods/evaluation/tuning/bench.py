@@ -19,10 +19,10 @@ from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.parts import NoRoom, NotAffine, Parts, StateDict, check_parts, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
-from neuron_methods.methods.kept import Kept
 from neuron_methods.models.loading import computing_dtype
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.kept import Kept
 from neuron_methods.support.memory import free_memory
 from neuron_methods.support.runs import remove, workplace
 from neuron_methods.support.text import format_bytes
