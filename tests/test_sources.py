@@ -16,6 +16,7 @@ import pytest
 from mergekit.merge_methods import registry
 
 import neuron_methods
+from neuron_methods.cli.groups import groups
 from neuron_methods.routing.own_choices import OURS
 from neuron_methods.support import sources
 from neuron_methods.support.sources import SOURCES, Source, ours
@@ -170,3 +171,13 @@ def test_the_documents_tell_what_is_ours_as_the_cards_do():
     routing = flat((ROOT / "examples/routing/README.md").read_text(encoding="utf-8"))
     for own in OURS:
         assert f"- {own.text}" in routing, own.text
+
+
+def test_numbers_among_what_is_ours_are_the_defaults():
+    defaults = {s.name: {parameter.name: parameter.default for parameter in s.parameters} for s in specs()}
+    (threshold,) = [option.default for option in groups.params if option.name == "threshold"]
+    told = {s.name: " ".join(choice.text for choice in s.ours) for s in specs()}
+    assert f"a threshold of {threshold} on" in told["neuron_merge"]
+    factors = ", ".join(f"{defaults['neuron_merge'][name]:g}" for name in ("in_group", "general"))
+    assert f"{factors} and {defaults['neuron_merge']['out_group']:g} unless they are set" in told["neuron_merge"]
+    assert f"{100 * defaults['neuro_merging']['density']:g} %, is the default here" in told["neuro_merging"]
