@@ -1,9 +1,10 @@
-"""Stage 1 of MIN-Merging: what of an expert's update helps, found on its own calibration data.
+"""Stage 1: what of an expert's update helps, found on its own calibration data.
 
-Greedy: from the least important layer up, a layer's update is dropped; it stays dropped if the calibration loss is not
-above the original expert's by more than `tolerance`, and after `patience` refusals the rest is kept. The dropped layers
-are the expert's *redundant* ones, the others its *core*. Within the core, the update of the most important neurons is
-kept, by a `density`. Which point is chosen, `select` says:
+That there is such a stage is MIN-Merging's (Liang, reviews); how it goes is ours. Greedy: from the least important
+layer up, a layer's update is dropped; it stays dropped if the calibration loss is not above the original expert's by
+more than `tolerance`, and after `patience` refusals the rest is kept. The dropped layers are the expert's *redundant*
+ones, the others its *core*. Within the core, the update of the most important neurons is kept, by a `density`. Which
+point is chosen, `select` says:
 
 - ``best``: along the greedy path the number of dropped layers with the lowest loss, none included; then the density
   with the lowest loss, of the one that is asked for, three halfway to 1 each time, and 1. So on the data that decides
