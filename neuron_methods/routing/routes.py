@@ -4,7 +4,8 @@ That layers are merged for each input is MIN-Merging's (Liang, reviews); the wei
 p over experts. The `top_k` largest are chosen, and their weights w are p renormalised over them. Let e be the first of
 them. A layer that is core to e gets e's update alone; a layer that is redundant for e gets Σ_j v_j τ_j over the other
 chosen experts j that have an update there, with v_j = w_j / Σ_j w_j: e leaves the layer to them. (`router` takes w_j
-itself, of which a router that is sure of e leaves next to nothing.) An input out of domain gets nobody's update. """
+itself, of which a router that is sure of e leaves next to nothing.) An input out of domain gets nobody's update.
+"""
 
 from __future__ import annotations
 
