@@ -45,15 +45,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.fixture
-def workspace(
-    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Path]:
-    """`workspace("llama-tied")`: a copy of the family's folder to work in, and the current directory from then on."""
+def working_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """`working_copy(folder)`: a copy of it to work in, and the current directory from then on."""
 
-    def copy(name: str) -> Path:
+    def copy(source: Path) -> Path:
         folder = tmp_path / "work"
-        shutil.copytree(checkpoints(name), folder)
+        shutil.copytree(source, folder)
         monkeypatch.chdir(folder)
         return folder
 
     return copy
+
+
+@pytest.fixture
+def workspace(checkpoints: Callable[[str], Path], working_copy: Callable[[Path], Path]) -> Callable[[str], Path]:
+    """`workspace("llama-tied")`: a working copy of the family's folder."""
+    return lambda name: working_copy(checkpoints(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,6 @@ def among_formats(files_of_every_format: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `models`, a fixture of the test's file, and the current directory."""
-    shutil.copytree(models, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+def place(models: Path, working_copy: Callable[[Path], Path]) -> Path:
+    """A working copy of `models`, a fixture of the test's file."""
+    return working_copy(models)

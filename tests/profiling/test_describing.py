@@ -497,9 +497,8 @@ def test_missing_answers_may_be_left_out(folder: Path, tmp_path: Path, prompts: 
         (("--describer", "x", "--export-prompts", "cat.jsonl", "--force"), "is something else"),
     ],
 )
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path, monkeypatch, options, problem: str) -> None:
-    shutil.copytree(folder, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
+def test_mistakes_are_one_line(folder: Path, working_copy, options, problem: str) -> None:
+    working_copy(folder)
     tiny.save_model("vit", Path("vit"))
     for name in ("broken", "short"):
         shutil.copytree("describer", name)

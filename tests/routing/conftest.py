@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,13 +39,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def workspace(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A copy of such a folder to work in, and the current directory from then on."""
-
-    def copy(kind: str) -> Path:
-        folder = tmp_path / "work"
-        shutil.copytree(made(kind), folder)
-        monkeypatch.chdir(folder)
-        return folder
-
-    return copy
+def workspace(made: Callable[[str], Path], working_copy: Callable[[Path], Path]) -> Callable[[str], Path]:
+    """A working copy of such a folder."""
+    return lambda kind: working_copy(made(kind))

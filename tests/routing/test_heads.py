@@ -64,11 +64,9 @@ def loaded(folders, made):
 
 
 @pytest.fixture
-def workspace(made, tmp_path, monkeypatch):
-    """A copy of that folder to work in."""
-    shutil.copytree(made, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+def workspace(made, working_copy):
+    """A working copy of that folder."""
+    return working_copy(made)
 
 
 def images(*numbers):
