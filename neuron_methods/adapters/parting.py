@@ -1,12 +1,15 @@
-"""An adapter taken apart: its factors as an adapter of their own, and the head that it stores whole."""
+"""An adapter taken apart: its factors as an adapter of their own, the head that it stores whole, its trained biases."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
@@ -16,11 +19,30 @@ from neuron_methods.adapters.weights_file import SAFETENSORS_NAME, AdapterWeight
 from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
+from neuron_methods.support.finite import check_finite
 from neuron_methods.support.text import listed
 
 
-def own_head_of(config: AdapterConfig, directory: str, base: PretrainedConfig) -> OwnHead | None:
-    """Find the head that an adapter stores whole; None where it stores nothing but factors.
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter stores beside its factors.
+
+    Attributes:
+        head: of its own, if it has one.
+        biases: {path of a module: key of the bias that it trained}.
+    """
+
+    head: OwnHead | None
+    biases: Mapping[str, str]
+
+    @property
+    def keys(self) -> set[str]:
+        """All keys of these in the adapter's file."""
+        return {*self.biases.values(), *(self.head.keys.values() if self.head is not None else ())}
+
+
+def parts_of(config: AdapterConfig, directory: str, base: PretrainedConfig) -> Parts:
+    """Find what an adapter stores beside its factors.
 
     Args:
         config: its adapter_config.json.
@@ -32,22 +54,26 @@ def own_head_of(config: AdapterConfig, directory: str, base: PretrainedConfig) -
     """
     file = AdapterWeights(directory, config.where)
     whole = sort_keys(file.shapes)[1]
-    if not whole:
-        return None
-    head = find_own_head(config, file, base, whole)
+    head = find_own_head(config, file, base, whole) if whole else None
+    biases = {path: key for path, key in whole.items() if path.endswith(".bias")}
+    if config.raw.get("bias", "none") == "none":
+        biases = {}
+    elif head is not None and head.keys.keys() <= biases.keys():  # of the base's head only the bias was trained
+        head = None
+    of_head = head.keys if head is not None else {}
+    biases = {path: key for path, key in biases.items() if path not in of_head}
     # `modules_to_save` may copy what lies within the body: every expert's input would have to pass through its own.
-    if rest := sorted(whole.keys() - (head.keys.keys() if head is not None else ())):
+    if rest := sorted(whole.keys() - of_head.keys() - biases.keys()):
         raise UserError(
             f"{config.where}: it stores {listed(rest)} whole, which is of the model's body; what can be chosen per "
             "input is a head: train without it in modules_to_save"
         )
-    assert head is not None
-    if missing := sorted(head_paths(head) - head.keys.keys()):
+    if head is not None and (missing := sorted(head_paths(head) - head.keys.keys())):
         raise UserError(
             f"{config.where}: of its head it stores {listed(sorted(head.keys))}, and not {listed(missing)}; train with "
             "the whole head in modules_to_save"
         )
-    return head
+    return Parts(head, {path.removesuffix(".bias"): key for path, key in biases.items()})
 
 
 def head_paths(head: OwnHead) -> set[str]:
@@ -56,17 +82,44 @@ def head_paths(head: OwnHead) -> set[str]:
     return {path for path in skeleton.tensors if skeleton.in_body(path) is None}
 
 
-def write_factors(config: AdapterConfig, directory: str, head: OwnHead, out: Path) -> None:
-    """Write an adapter without the head that it stores, in peft's format, into `out`, which is made."""
+def write_factors(config: AdapterConfig, directory: str, parts: Parts, out: Path) -> None:
+    """Write an adapter without what it stores beside its factors, in peft's format, into `out`, which is made."""
     file = AdapterWeights(directory, config.where)
-    dropped = set(head.keys.values())
     out.mkdir(parents=True)
-    tensors = {key: file.tensor(key) for key in file.shapes if key not in dropped}
+    tensors = {key: file.tensor(key) for key in file.shapes if key not in parts.keys}
     save_file(tensors, out / SAFETENSORS_NAME, metadata={"format": "pt"})
-    # By its task peft would look for a head in the file; what the class is, it is told instead.
-    trained = {"base_model_class": head.model.__name__, "parent_library": head.model.__module__}
-    content: Mapping[str, object] = {
-        **config.raw,
-        **{"modules_to_save": None, "task_type": None, "auto_mapping": trained},
-    }
+    content = {**config.raw, "modules_to_save": None, "bias": "none"}
+    if parts.head is not None:
+        # By its task peft would look for a head in the file; what the class is, it is told instead.
+        model = parts.head.model
+        trained = {"base_model_class": model.__name__, "parent_library": model.__module__}
+        content |= {"task_type": None, "auto_mapping": trained}
     write_text(out / CONFIG_NAME, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def trained_biases(config: AdapterConfig, directory: str, parts: Parts, base: Any) -> dict[str, Tensor]:
+    """Read by how much an adapter changed each bias, float32 (out,), by the path of the module in `base`.
+
+    Raises:
+        UserError: the base has no such module, none with such a bias, or one whose bias is not added to its output.
+    """
+    file = AdapterWeights(directory, config.where)
+    modules = dict(base.named_modules())
+    changes = {}
+    for path, key in parts.biases.items():
+        module = modules.get(path)
+        own = getattr(module, "bias", None)
+        if not isinstance(own, Tensor) or tuple(own.shape) != file.shapes[key]:
+            there = "none" if own is None else f"one of shape {list(own.shape)}"
+            raise UserError(
+                f"{config.where}: it trained a bias of {path} of shape {list(file.shapes[key])}, and the base has "
+                f"{there}; route it with the base it was trained on"
+            )
+        if not isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv2d)):
+            raise UserError(
+                f"{config.where}: it trained the bias of {path}, a {type(module).__name__}, which is not known to be "
+                "added to what that gives out, so it cannot be mixed per input"
+            )
+        changes[path] = file.tensor(key).float() - own.detach().float().cpu()
+    check_finite(changes.items(), config.where)
+    return changes

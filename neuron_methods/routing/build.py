@@ -18,12 +18,15 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from neuron_methods import __version__
+from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.live import save_adapter, stored_dtype
 from neuron_methods.adapters.own_head import OwnHead
+from neuron_methods.adapters.parting import Parts, trained_biases
 from neuron_methods.models.loading import device_map, load_processor
 from neuron_methods.models.loading import read_config as read_model_config
 from neuron_methods.models.reference import Place
 from neuron_methods.models.states import model_files, watched
+from neuron_methods.neurons import layer_of
 from neuron_methods.routing.account import describe_enhancement, describe_plan, describe_router
 from neuron_methods.routing.base import load_base, routable_kind
 from neuron_methods.routing.data import SampleDrawer, Samples, fingerprint_of_samples, labels_of
@@ -32,9 +35,9 @@ from neuron_methods.routing.experts import (
     adapter_directories,
     check_adapter,
     check_bases,
-    heads_of,
+    factors_alone,
     load_experts,
-    without_heads,
+    parts_of_experts,
 )
 from neuron_methods.routing.heads import Classes, HeadBank
 from neuron_methods.routing.mixing import AdapterMixer
@@ -47,10 +50,12 @@ from neuron_methods.routing.routed_files import (
     ROUTER_NAME,
     RoutedConfig,
     RoutedExpert,
+    bias_file,
     reference_to,
 )
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.router_training import Inputs, RouterReport, train_router
+from neuron_methods.routing.stored import save_biases
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import check_space, staging_directory, write_json
 from neuron_methods.support.finite import check_finite, is_finite
@@ -129,6 +134,17 @@ def _planned(
     return run
 
 
+def _refuse_bias_of_head(adapters: dict[str, AdapterConfig], parts: dict[str, Parts]) -> None:
+    """Refuse an expert that changed the base's head a little, where others have heads of their own."""
+    of_heads = {path.partition(".")[0] for found in parts.values() if found.head for path in found.head.keys}
+    for name, found in parts.items():
+        if wrong := [path for path in found.biases if path.partition(".")[0] in of_heads]:
+            raise UserError(
+                f"{adapters[name].where}: it trained the bias of {wrong[0]}, the base's head, and others have heads "
+                "of their own; train it with modules_to_save, too"
+            )
+
+
 class _Run:
     """One run: the models in memory, the samples, and the stages."""
 
@@ -147,16 +163,19 @@ class _Run:
             for note in check_bases(adapters, directories, config.base_model, self.where):
                 report(note)
         place, base_where = Place.parse(config.base_model), f"{where}: base_model"
-        heads = heads_of(adapters, directories, read_model_config(place, base_where))
+        parts = parts_of_experts(adapters, directories, read_model_config(place, base_where))
+        heads = {name: found.head for name, found in parts.items() if found.head is not None}
         self.architecture = next((head.model.__name__ for head in heads.values()), None)
         options = {"dtype": config.dtype, "device_map": device_map(device), "architecture": self.architecture}
         base = load_base(config.base_model, base_where, **options)
         kind = routable_kind(base)
         self.read = resolve_layers(base, config.router.layer, f"{where}: router.layer")
         self.processor = load_processor(kind.processor, place, base_where)
-        with without_heads(adapters, directories, heads) as factors:
+        _refuse_bias_of_head(adapters, parts)
+        biases = {n: trained_biases(adapters[n], directories[n], found, base) for n, found in parts.items()}
+        with factors_alone(adapters, directories, parts) as factors:
             self.peft_model = load_experts(base, factors, self.where)
-        self.mixer = AdapterMixer(self.peft_model, list(directories))
+        self.mixer = AdapterMixer(self.peft_model, list(directories), biases)
         self.base = base
         self.labels: dict[str, tuple[str, ...]] = {}
         for expert in config.experts:
@@ -246,6 +265,8 @@ class _Run:
                 enhanced = untouched(self.mixer, name)
             paths = kept_paths(self.mixer, enhanced, self.config.merging.dropped)
             save_adapter(self.peft_model, name, place / "adapter", paths, stored_dtype(self.directories[name]))
+            gone = set() if self.config.merging.dropped == "keep" else set(enhanced.redundant)
+            save_biases(place, name, {p: b for p, b in self.mixer.biases[name].items() if layer_of(p) not in gone})
             return asdict(enhanced)
 
         stage = _stage(work, f"expert-{name}", key, build)
@@ -266,7 +287,10 @@ class _Run:
         versions = {name: version(name) for name in ("transformers", "peft", "torch")}
         config = RoutedConfig(
             base_model=reference_to(self.config.base_model, target),
-            experts=tuple(RoutedExpert(n, e.redundant, self.labels.get(n)) for n, (e, _) in enhanced.items()),
+            experts=tuple(
+                RoutedExpert(name, found.redundant, self.labels.get(name), bias_file(stage.parent, name).is_file())
+                for name, (found, stage) in enhanced.items()
+            ),
             router=replace(router.shape, ood_threshold=router.threshold),
             redundant=self.config.merging.redundant,
             seed=self.config.merging.seed,
@@ -275,6 +299,9 @@ class _Run:
         )
         for name, (_, adapter) in enhanced.items():
             shutil.copytree(adapter, staging / ADAPTERS / name)
+            if bias_file(adapter.parent, name).is_file():
+                bias_file(staging, name).parent.mkdir(exist_ok=True)
+                shutil.copy(bias_file(adapter.parent, name), bias_file(staging, name))
         if self.heads is not None:
             self.heads.save(staging)
         save_file(dict(router.state_dict()), staging / ROUTER_NAME, metadata={"format": "pt"})

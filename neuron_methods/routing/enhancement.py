@@ -222,6 +222,10 @@ def _mask(
         weight = (module.lora_B if factor == "B" else module.lora_A)[expert].weight.data
         before.append((weight, weight.clone()))
         weight.mul_(mask.to(weight).unsqueeze(1 if factor == "B" else 0))
+        bias = mixer.biases[expert].get(path)
+        if factor == "B" and bias is not None:  # a neuron's own, as the rows of its incoming weights are
+            before.append((bias, bias.clone()))
+            bias.mul_(mask.to(bias))
     return before
 
 

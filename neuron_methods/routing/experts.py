@@ -13,8 +13,7 @@ from transformers import PretrainedConfig
 
 from neuron_methods.adapters.config import AdapterConfig
 from neuron_methods.adapters.live import load_adapters
-from neuron_methods.adapters.own_head import OwnHead
-from neuron_methods.adapters.parting import own_head_of, write_factors
+from neuron_methods.adapters.parting import Parts, parts_of, write_factors
 from neuron_methods.adapters.weights_file import adapter_directory
 from neuron_methods.models.kinds import facts_of
 from neuron_methods.models.reference import Place, same_model
@@ -50,24 +49,22 @@ def check_adapter(directory: str, where: str) -> AdapterConfig:
     for option, what in _REFUSED.items():
         if config.raw.get(option):
             raise UserError(f"{where}: it has {option} ({what}), which cannot be mixed per input")
-    if config.raw.get("bias", "none") != "none":
-        raise UserError(f"{where}: it trains biases (bias: {config.raw['bias']}), which cannot be mixed per input")
     reason = config.needs_peft()
     if reason is not None:
         raise UserError(f"{where}: {reason}, so it cannot be mixed per input; convert it to plain LoRA with peft first")
     return config
 
 
-def heads_of(
+def parts_of_experts(
     configs: Mapping[str, AdapterConfig], directories: Mapping[str, str], base: PretrainedConfig
-) -> dict[str, OwnHead]:
-    """Find the heads that adapters store whole: {expert: its head}, of those that have one.
+) -> dict[str, Parts]:
+    """Find the heads and the biases that adapters store beside their factors.
 
     Raises:
         UserError: an adapter stores anything else whole, a head is no classifier's, or two are of different classes.
     """
-    found = {name: own_head_of(config, directories[name], base) for name, config in configs.items()}
-    heads = {name: head for name, head in found.items() if head is not None}
+    parts = {name: parts_of(config, directories[name], base) for name, config in configs.items()}
+    heads = {name: found.head for name, found in parts.items() if found.head is not None}
     first = next(iter(heads), "")
     for name, head in heads.items():
         facts = facts_of(head.model.__name__)
@@ -81,18 +78,23 @@ def heads_of(
                 f"{configs[name].where}: its head is that of a {head.model.__name__}, the one of {first} that of a "
                 f"{heads[first].model.__name__}; route experts of one class"
             )
-    return heads
+    return parts
 
 
 @contextmanager
-def without_heads(
-    configs: Mapping[str, AdapterConfig], directories: Mapping[str, str], heads: Mapping[str, OwnHead]
+def factors_alone(
+    configs: Mapping[str, AdapterConfig], directories: Mapping[str, str], parts: Mapping[str, Parts]
 ) -> Iterator[dict[str, str]]:
-    """Give directories of the adapters' factors alone, which are there within the block; peft wants heads to fit."""
+    """Give directories of the adapters' factors alone, which are there within the block.
+
+    peft would want a head to fit, and change the base's own biases.
+    """
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-route-") as folder:
-        for name, head in heads.items():
-            write_factors(configs[name], directories[name], head, Path(folder, name))
-        yield {name: str(Path(folder, name)) if name in heads else directory for name, directory in directories.items()}
+        places = {name: str(Path(folder, name)) if found.keys else directories[name] for name, found in parts.items()}
+        for name, found in parts.items():
+            if found.keys:
+                write_factors(configs[name], directories[name], found, Path(places[name]))
+        yield places
 
 
 def check_bases(

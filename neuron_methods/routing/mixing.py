@@ -6,11 +6,13 @@ peft computes base(x) alone (its adapters are switched off), and a forward hook 
 
 with the coefficients c that are in force. The adapters' A are stacked into one matrix and their B into another, so that
 a layer costs two products whatever the number of experts; experts that no sample of the batch needs are left out.
+Where experts trained biases, Σ_e c[b, l, e] · β_e is added likewise, with β_e what e adds to the bias: the output is
+linear in the bias, so this is what the merged bias gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -41,25 +43,33 @@ class AdapterMixer:
         layers: keys of the layers that carry LoRA, in the model's order: the coefficients' middle axis.
         modules: path in the model -> peft's LoRA layer.
         layer_index: path in the model -> index of its layer, along the coefficients' middle axis.
+        biases: expert -> path of a module -> float32 (out,), what it adds to the bias.
     """
 
-    def __init__(self, peft_model: Any, experts: Sequence[str]) -> None:
+    def __init__(
+        self, peft_model: Any, experts: Sequence[str], biases: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
         """Switch the mixing of what `experts.load_experts` made off, and put the hooks in."""
         from peft.tuners.lora import LoraLayer
 
         self.experts = tuple(experts)
+        self.biases = {name: dict((biases or {}).get(name, {})) for name in self.experts}
+        biased = {path for of_expert in self.biases.values() for path in of_expert}
         self.modules: dict[str, Any] = {
             path: module
             for path, module in peft_model.get_base_model().named_modules()
             if isinstance(module, LoraLayer) and any(name in module.lora_A for name in self.experts)
         }
-        self.layers = tuple(dict.fromkeys(layer_of(path) for path in self.modules))
-        self.layer_index = {path: self.layers.index(layer_of(path)) for path in self.modules}
+        mixed = {p: m for p, m in peft_model.get_base_model().named_modules() if p in self.modules or p in biased}
+        self.layers = tuple(dict.fromkeys(map(layer_of, mixed)))
+        self.layer_index = {path: self.layers.index(layer_of(path)) for path in mixed}
         # A context variable: two threads that generate with one model do not mix up their samples.
         self._mixture: ContextVar[_Mixture | None] = ContextVar("mixture", default=None)
         peft_model.base_model.disable_adapter_layers()
         for path, module in self.modules.items():
             module.register_forward_hook(self._hook(path), with_kwargs=True)
+        for path in biased:
+            mixed[path].register_forward_hook(self._bias_hook(path, isinstance(mixed[path], nn.Conv2d)))
 
     @contextmanager
     def using(self, coefficients: Tensor | None) -> Iterator[None]:
@@ -109,6 +119,21 @@ class AdapterMixer:
             return output + functional.linear(inner, up).to(output.device, output.dtype)
 
         return add_updates
+
+    def _bias_hook(self, path: str, channels_first: bool) -> Any:
+        def add_biases(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            mixture = self._mixture.get()
+            if mixture is None:
+                return output
+            layer = self.layer_index[path]
+            having = [(e, self.biases[name][path]) for e, name in enumerate(self.experts) if path in self.biases[name]]
+            shares = mixture.coefficients[:, layer, [e for e, _ in having]]
+            shift = (shares @ torch.stack([bias for _, bias in having])).to(output.device, output.dtype)
+            rows = output.transpose(1, -1) if channels_first else output
+            rows = rows + _rows_for(shift, rows)
+            return rows.transpose(1, -1) if channels_first else rows
+
+        return add_biases
 
     def _prepare(self, path: str, mixture: _Mixture) -> tuple[Tensor, Tensor, Tensor] | None:
         """Stacked A (R, in), stacked B (out, R) and scales (B, R) of the experts that some sample needs here."""

@@ -35,6 +35,7 @@ from neuron_methods.routing.routed_files import (
 from neuron_methods.routing.routed_files import CONFIG_NAME as ROUTED_CONFIG
 from neuron_methods.routing.router import Router
 from neuron_methods.routing.routes import Routing, chosen_weights, layer_coefficients
+from neuron_methods.routing.stored import load_biases, save_biases
 from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after, staging_directory, within
@@ -62,9 +63,15 @@ class NeuronRoutedModel(nn.Module):
     """
 
     def __init__(
-        self, peft_model: Any, router: Router, routed_config: RoutedConfig, base: str, heads: HeadBank | None = None
+        self,
+        peft_model: Any,
+        router: Router,
+        routed_config: RoutedConfig,
+        base: str,
+        heads: HeadBank | None = None,
+        biases: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Put together what `experts.load_experts` made, a trained router, where the base came from, and its heads."""
+        """Put together what `experts.load_experts` made, a router, where the base came from, heads and biases."""
         super().__init__()
         self.heads = heads
         self.peft_model = peft_model
@@ -72,7 +79,7 @@ class NeuronRoutedModel(nn.Module):
         self.routed_config = routed_config
         self.base_reference = base
         names = [expert.name for expert in routed_config.experts]
-        self.mixer = AdapterMixer(peft_model, names)
+        self.mixer = AdapterMixer(peft_model, names, biases)
         self.kind = routable_kind(self.base).kind
         redundant = [expert.redundant_layers for expert in routed_config.experts]
         modules = {name for name, _ in self.base.named_modules()}
@@ -81,7 +88,7 @@ class NeuronRoutedModel(nn.Module):
                 problem = f"redundant_layers: the base has no layer {shortened(strange[0])}"
                 raise UserError(f"expert {expert.name}: {problem}; name the base it was made for")
         self._core = torch.tensor([[layer not in layers for layers in redundant] for layer in self.mixer.layers])
-        having = [{layer_of(path) for path in self.mixer.paths_of(name)} for name in names]
+        having = [{*map(layer_of, (*self.mixer.paths_of(name), *self.mixer.biases[name]))} for name in names]
         self._there = torch.tensor([[layer in layers for layers in having] for layer in self.mixer.layers])
         self.router.to(input_device(self.base))
         self._config = None if heads is None else heads.classes.config(self.base.config)
@@ -248,6 +255,9 @@ class NeuronRoutedModel(nn.Module):
                 if delta is not None:
                     merged = merged + value * delta.to(merged.device)
             target.copy_(merged)
+        for number, name in enumerate(self.experts):
+            for path, bias in self.mixer.biases[name].items():
+                plain.get_submodule(path).bias.add_(weights[self.mixer.layer_index[path], number] * bias)
         if self.heads is not None:
             self.heads.fix(plain, head, "as_static: head")
         return plain.eval()
@@ -275,6 +285,7 @@ class NeuronRoutedModel(nn.Module):
                 place.mkdir(exist_ok=True)
                 for file in (staging / name).iterdir():
                     os.replace(file, place / file.name)
+            save_biases(target, name, self.mixer.biases[name])
         if self.heads is not None:
             self.heads.save(target)
         state = {key: value.detach().cpu().contiguous() for key, value in self.router.state_dict().items()}
@@ -357,9 +368,10 @@ class NeuronRoutedModel(nn.Module):
             open_file(place, str(place)).close()  # safetensors waits for a pipe
         resolve_layers(base, config.router.layers, f"{directory / ROUTED_CONFIG}: router.layers")
         router = Router.load(within(directory, ROUTER_NAME), config.router, len(config.experts))
+        biases = {e.name: load_biases(directory, e.name, base) for e in config.experts if e.biases}
         peft_model = load_experts(base, directories, where)
         heads = HeadBank.load(base, config, directory)
-        return cls(peft_model, router.requires_grad_(False), config, reference, heads).eval()
+        return cls(peft_model, router.requires_grad_(False), config, reference, heads, biases).eval()
 
     def _mask_of(self, input_ids: Tensor) -> Tensor | None:
         pad = getattr(getattr(self.base, "generation_config", None), "pad_token_id", None)

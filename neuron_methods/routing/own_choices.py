@@ -24,6 +24,11 @@ OURS = (
         "the base has none, by the nearest expert",
         heads="own",
     ),
+    ours(
+        "a layer that is redundant for the first expert is filled by the other chosen experts that have an update "
+        "there, by the router's weights renormalised among them",
+        redundant="others",
+    ),
 )
 
 
@@ -31,4 +36,5 @@ def own_choices(config: RoutedConfig) -> list[str]:
     """Tell what of a routed model is ours, a clause each."""
     values = {"pooling": [config.router.pooling], "ood_score": [config.router.ood_score]}
     values["heads"] = ["base" if config.architecture is None else "own"]
+    values["redundant"] = [config.redundant]
     return [own.text for own in OURS if own.holds(values)]

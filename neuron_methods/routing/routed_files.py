@@ -4,6 +4,7 @@ routed_config.json       format and its version, base by reference, experts with
 router.safetensors       the router's weights and what its out-of-domain score needs
 adapters/NAME/           each expert's adapter, enhanced
 heads/NAME.safetensors   its head, where it has one of its own
+biases/NAME.safetensors  what it adds to biases, where it trained any, by their modules
 enhancement.json         every step of the enhancement with its loss
 tokenizer or processor   of the base
 """
@@ -16,7 +17,7 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic.dataclasses import dataclass
 
 from neuron_methods.models.hub import download, hub_answers
@@ -32,6 +33,7 @@ CONFIG_NAME = "routed_config.json"
 ROUTER_NAME = "router.safetensors"
 ENHANCEMENT_NAME = "enhancement.json"
 ADAPTERS = "adapters"
+BIASES = "biases"
 FORMAT = "mergekit-neuron-routed"
 #: 1 knew no heads.
 FORMAT_VERSIONS = (1, 2)
@@ -60,11 +62,13 @@ class RoutedExpert:
         name: which its adapter's directory bears.
         redundant_layers: whose update it does without.
         head_labels: names of the classes of its own head, in their order; None: it has none.
+        biases: whether it trained any.
     """
 
     name: Annotated[StrictStr, Field(pattern=f"^{EXPERT_NAME}$")]
     redundant_layers: tuple[StrictStr, ...] = ()
     head_labels: Annotated[tuple[StrictStr, ...], Field(min_length=1, max_length=1 << 16)] | None = None
+    biases: StrictBool = False
 
 
 @_checked
@@ -166,6 +170,11 @@ class RoutedConfig:
 def head_file(directory: Path, expert: str) -> Path:
     """Find the file of an expert's head; raises UserError where it leads out of the directory."""
     return within(directory, HEADS, f"{expert}.safetensors")
+
+
+def bias_file(directory: Path, expert: str) -> Path:
+    """Find the file of an expert's biases; raises UserError where it leads out of the directory."""
+    return within(directory, BIASES, f"{expert}.safetensors")
 
 
 def is_routed(path: str | os.PathLike[str]) -> bool:

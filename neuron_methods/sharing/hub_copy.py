@@ -35,7 +35,7 @@ _PARTS = re.compile(
     r"README\.md|mergekit_config\.yml|((generation|adapter|routed)_)?config\.json|\.gitattributes"
     r"|(adapter_model|router)\.safetensors|model\.safetensors\.index\.json"
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
-    r"|report/[\w.-]+\.(html|json|png)|heads/[^/]+\.(json|safetensors)"
+    r"|report/[\w.-]+\.(html|json|png)|heads/[^/]+\.(json|safetensors)|biases/[^/]+\.safetensors"
     r"|adapters/[^/]+/(adapter_config\.json|adapter_model\.safetensors)"
 )
 # Companions in JSON and text are told by more than their endings here: what is called otherwise may be anybody's notes.

@@ -13,6 +13,7 @@ from neuron_methods.routing.routed_files import (
     ROUTER_NAME,
     RoutedConfig,
     RoutedExpert,
+    bias_file,
     head_file,
     is_routed,
 )
@@ -51,6 +52,9 @@ def _verify_routed(place: Path) -> Verified:
     if not router.is_file():
         raise UserError(f"{router}: missing; route again")
     adapters = [verify_adapter_directory(place / ADAPTERS / expert.name) for expert in config.experts]
+    for expert in config.experts:
+        if expert.biases and not bias_file(place, expert.name).is_file():
+            raise UserError(f"{bias_file(place, expert.name)}: missing; route again")
     heads = [_verify_head(place, expert) for expert in config.experts if expert.head_labels is not None]
     tensors = len(open_safetensors(router).keys()) + sum(adapter.tensors for adapter in adapters) + sum(heads)
     notes = list(dict.fromkeys(note for adapter in adapters for note in adapter.notes))

@@ -314,7 +314,6 @@ def test_an_adapter_of_other_layers(workspace):
     [
         ({"use_dora": True}, "use_dora (DoRA's norm is that of the merged weights"),
         ({"modules_to_save": ["lm_head"]}, "names lm_head, and the file holds no tensors for it"),
-        ({"bias": "all"}, "it trains biases (bias: all)"),
         ({"peft_type": "IA3"}, "an adapter of type IA3; only LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa changes the base weights"),
     ],

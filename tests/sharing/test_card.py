@@ -130,12 +130,15 @@ def test_the_card_of_a_routed_model_tells_what_is_ours(tmp_path):
     kind = "ViTForImageClassification"
     for pooling, score, heads in (("moments", "combined", kind), ("mean", "probability", None)):
         router = RouterShape(**shape, pooling=pooling, ood_score=score)
-        RoutedConfig("org/base", (RoutedExpert("math"),), router, architecture=heads).write(tmp_path)
+        redundant = "others" if heads else "router"
+        RoutedConfig("org/base", (RoutedExpert("math"),), router, redundant, architecture=heads).write(tmp_path)
         text = make_routed_card(tmp_path, "routed", "org/base")
         assert f"[{LIANG.line}]({LIANG.url})" in text
         told[score] = [choice.text for choice in OURS if f"- {choice.text}\n" in text]
     assert told["combined"] == [choice.text for choice in OURS]
-    assert [text for text in told["combined"] if text not in told["probability"]] == [OURS[n].text for n in (1, 4, 5)]
+    assert [text for text in told["combined"] if text not in told["probability"]] == [
+        OURS[n].text for n in (1, 4, 5, 6)
+    ]
 
 
 def test_methods_of_mergekit_that_we_have_no_words_for_lead_to_its_reference():
