@@ -28,12 +28,12 @@ from whole_process import smollm2
 DENSITY = 0.15
 
 
-def make_adapter(base: Path, directory: Path, full: Path, seed: int) -> None:
-    """Write a LoRA adapter with random factors, and the full model it makes."""
+def make_adapter(base: Path, directory: Path, full: Path | None, seed: int) -> None:
+    """Write a LoRA adapter with random factors, and the full model it makes, where that is wanted."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    if (full / "config.json").exists():
+    if (directory / "adapter_config.json").exists() and (full is None or (full / "config.json").exists()):
         return
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -42,7 +42,8 @@ def make_adapter(base: Path, directory: Path, full: Path, seed: int) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.002)
     model.save_pretrained(directory)
-    model.merge_and_unload().to(torch.bfloat16).save_pretrained(full)
+    if full is not None:
+        model.merge_and_unload().to(torch.bfloat16).save_pretrained(full)
 
 
 def bytes_in(directory: Path) -> int:

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Run:
-    """One process, measured from outside: wall-clock seconds, peak resident memory and bytes written to files."""
+    """One process, measured from outside: wall-clock and CPU seconds, peak resident memory, bytes written to files."""
 
     seconds: float
     peak_bytes: int
     written_bytes: int
+    cpu_seconds: float
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
@@ -45,7 +46,7 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] | None = 
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    return Run(seconds, usage.ru_maxrss * 1024, usage.ru_oublock * 512)
+    return Run(seconds, usage.ru_maxrss * 1024, usage.ru_oublock * 512, usage.ru_utime + usage.ru_stime)
 
 
 def machine() -> str:
