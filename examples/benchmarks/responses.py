@@ -95,9 +95,7 @@ def merge_by_peer(peer: str, out: Path, base: Path, experts: list[Path]) -> None
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in merged.items()}, out / "model.safetensors")
 
 
-def recipe(
-    method: str, base: Path, experts: list[str], parameters: str = "", profiles: list[Path] | None = None
-) -> str:
+def recipe(method: str, base: Path, experts: list[str], more: str = "", profiles: list[Path] | None = None) -> str:
     """The YAML of one merge."""
     lines = []
     for number, expert in enumerate(experts):

@@ -80,7 +80,11 @@ class ProfileCommand(click.Command):
 @click.option("--gradients", is_flag=True, help="Measure activation × gradient of the loss (taylor), too.")
 @click.option("--top", type=Count(0, 1000), default=10, show_default=True, help="Exemplars per neuron.")
 @click.option("--context", type=Count(0, 1000), default=8, show_default=True, help="Tokens around an exemplar.")
-@click.option("--separator", default="\n", help="Joins two columns for a decoder.  [default: a line break]")
+@click.option(
+    "--separator",
+    default="\n",
+    help="Joins two columns for a decoder; spaces go with the second.  [default: a line break]",
+)
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
 @click.option("--inputs", is_flag=True, help="Measure what every linear layer is given instead of its neurons.")
 @click.option("--rows", type=Count(), default=1024, show_default=True, help="--inputs: of a factor at most.")

@@ -58,8 +58,11 @@ class TextFeeder(Feeder):
         return self.answered(*self.pairs(texts, self.texts(samples, 1)), samples)
 
     def prompts(self, samples: list[Sample]) -> list[list[int]]:
-        """Make the token ids of what a model is to answer: a separator follows where there is a column of answers."""
-        separator = self.separator if len(self.reader.columns) > 1 else ""
+        """Make the token ids of what a model is to answer: a separator follows where there is a column of answers.
+
+        One of spaces does not: tokenizers write it with the word that comes next, and the model is to say that itself.
+        """
+        separator = self.separator if len(self.reader.columns) > 1 and not self._spaced else ""
         return self.tokenize([text + separator for text in self.texts(samples, 0)])
 
     def answered(self, prompts: list[list[int]], answers: list[list[int]], samples: list[Sample]) -> Batch:
@@ -71,8 +74,19 @@ class TextFeeder(Feeder):
         return self.sequences(both, [len(prompt) for prompt in prompts], samples)
 
     def pairs(self, inputs: list[str], targets: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Make the token ids of inputs and of their targets; the separator is tokenized with the input."""
-        return self.tokenize([text + self.separator for text in inputs]), self.tokenize(targets, special=False)
+        """Make the token ids of inputs and of their targets.
+
+        The separator is tokenized with the input; one of spaces with the target, so that an input has the same tokens
+        whether a target follows or not.
+        """
+        if not self._spaced:
+            return self.tokenize([text + self.separator for text in inputs]), self.tokenize(targets, special=False)
+        return self.tokenize(inputs), self.tokenize([self.separator + text for text in targets], special=False)
+
+    @property
+    def _spaced(self) -> bool:
+        """Whether the separator is spaces and nothing else."""
+        return bool(self.separator) and not self.separator.strip(" ")
 
     def sequences(self, sequences: list[list[int]], starts: list[int], samples: list[Sample]) -> Batch:
         """Lay out token ids; in each sequence the tokens from `starts` on are targets."""

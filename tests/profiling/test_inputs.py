@@ -15,8 +15,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch.nn import functional
 
+from neuron_methods.data.sources import Sample, SourceReader, parse_source
+from neuron_methods.data.texts import TextFeeder
 from neuron_methods.methods.inputs_file import InputsFile
 from neuron_methods.profiling import InputSettings, NeuronProfile, Settings, inputs, measure_inputs, measure_profile
 from neuron_methods.profiling.checkpoint import Checkpoint
@@ -317,6 +322,28 @@ def test_a_decoder_answers_by_itself(columns, answers_only, llama, tmp_path):
     file = measured(llama, f"a={data}:{columns}", tmp_path / "i.safetensors", **settings)
     for path in file.info.modules:
         assert_is(file, path, *whole.moment(path))
+
+
+@pytest.mark.parametrize("columns", ["input", "input,target"])
+def test_a_prompt_has_the_tokens_of_training_whether_an_answer_follows_or_not(columns, tmp_path):
+    """Where a space parts the two it is the answer's, as in the demo's training."""
+    words = sorted({word for seed in (0, 1) for text in tiny.sentences(3, seed) for word in text.split()})
+    vocabulary = {token: i for i, token in enumerate(["?", " ", *words, *(f" {word}" for word in words)])}
+    spelled = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    spelled.pre_tokenizer = Split(Regex(r" ?\S+| +"), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=spelled, unk_token="?")
+    feeder = TextFeeder(tokenizer, 64, 0, True, " ")
+    source = parse_source(f"a={tiny.write_texts(tmp_path / 't.jsonl', 3)}:{columns}")
+    feeder.start(SourceReader(source, feeder.columns), False)
+    asked, said = tiny.sentences(3, 0), tiny.sentences(3, 1)
+    samples = [Sample(i, i, (asked[i], said[i])) for i in range(3)]
+    prompts = [tokenizer(text)["input_ids"] for text in asked]
+    assert feeder.prompts(samples) == prompts
+    whole = [tokenizer(f"{a} {b}" if "," in columns else a)["input_ids"] for a, b in zip(asked, said, strict=True)]
+    found = feeder.batch(samples).inputs
+    masked = zip(found["input_ids"], found["attention_mask"].bool(), strict=True)
+    assert [ids[mask].tolist() for ids, mask in masked] == whole
+    assert [ids[: len(prompt)] for ids, prompt in zip(whole, prompts, strict=True)] == prompts
 
 
 def test_a_text_to_text_model_answers_by_itself(tmp_path):
