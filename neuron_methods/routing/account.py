@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from neuron_methods.routing.enhancement import Enhanced, Step
 from neuron_methods.routing.route_yaml import RouteConfig, RouterSettings
 from neuron_methods.routing.router_training import RouterReport
-from neuron_methods.support.text import columns
+from neuron_methods.support.text import columns, listed
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
@@ -59,9 +59,13 @@ def describe_router(report: RouterReport, names: Iterable[str], settings: Router
 
 
 def describe_plan(
-    config: RouteConfig, layers: Sequence[str], counts: Sequence[tuple[int, int]], behind: Sequence[int]
+    config: RouteConfig,
+    layers: Sequence[str],
+    counts: Sequence[tuple[int, int]],
+    behind: Sequence[int],
+    labels: Mapping[str, Sequence[str]],
 ) -> str:
-    """Describe what a run is going to do."""
+    """Describe what a run is going to do; `labels` are those of the experts' own heads."""
     rows = [("expert", "training", "calibration")]
     rows += [(e.name, str(train), str(held)) for e, (train, held) in zip(config.experts, counts, strict=True)]
     enhancement = config.enhancement
@@ -78,9 +82,16 @@ def describe_plan(
         (
             f"base: {config.base_model}",
             _table(rows),
+            *(f"head of {name}: {_describe_labels(of_head)}" for name, of_head in labels.items()),
             first,
             f"router: {router.pooling} of the hidden states behind {read} layers, {router.hidden} "
             f"hidden units, top {router.top_k}, {router.ood_score} for {100 * router.in_domain_share:g}% in domain",
             f"merging: redundant layers from {config.merging.redundant}, of what is dropped {config.merging.dropped}",
         )
     )
+
+
+def _describe_labels(labels: Sequence[str]) -> str:
+    if labels[0] == "LABEL_0":
+        return f"{len(labels)} classes without names (head_labels would name them)"
+    return f"{len(labels)} labels: {listed(labels, 10)}"

@@ -130,7 +130,7 @@ def _planned(
     """Load and check everything, and tell the plan."""
     run = _Run(config, configuration, directories, device, report)
     counts = [(len(parts["train"]), len(parts["calibration"])) for parts in run.samples.values()]
-    report(describe_plan(config, run.mixer.layers, counts, run.read))
+    report(describe_plan(config, run.mixer.layers, counts, run.read, run.labels))
     return run
 
 

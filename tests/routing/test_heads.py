@@ -336,7 +336,8 @@ def test_data_with_other_labels_than_the_head_and_names_that_are_given_instead(w
     )
     content["experts"][1]["head_labels"] = ["owl", "dog", "cat"]
     Path("new.yaml").write_text(yaml.safe_dump(content))
-    invoke("route", "new.yaml", "new")
+    plan = invoke("route", "new.yaml", "new").output
+    assert "\nhead of digits: 2 labels: nought, one\nhead of animals: 3 labels: owl, dog, cat\n" in plan
     assert RoutedConfig.read(Path("new")).experts[1].head_labels == ("owl", "dog", "cat")
 
 
@@ -428,7 +429,8 @@ def test_a_decoder_whose_experts_classify_texts_and_pairs(tmp_path, monkeypatch)
     router = {"hidden": 16, "epochs": 60, "learning_rate": 0.01, "in_domain_share": 1.0}
     content = {"base_model": "base", "experts": experts, "enhancement": {"samples": 4}, "router": router}
     Path("routed.yaml").write_text(yaml.safe_dump(content))
-    invoke("route", "routed.yaml", "routed")
+    plan = invoke("route", "routed.yaml", "routed").output
+    assert "\nhead of colours: 3 classes without names (head_labels would name them)\n" in plan
     model = NeuronRoutedModel.from_pretrained("routed")
     tokenizer = transformers.AutoTokenizer.from_pretrained("routed")
     texts = ["two one one two", "red green", "cat dog dog cat"]
