@@ -1,7 +1,7 @@
 """What belongs to a model beside its config and weights: tokenizers, templates, processors, pooling modules, code.
 
 Kinds of files are told by their endings, which are those of the files that transformers' tokenizers and processors and
-sentence-transformers' modules read; what trainers log is left.
+sentence-transformers' modules read, and JSON and text by their names, too: called otherwise, it may be anybody's notes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken", ".tokenizer")
-_OF_TOKENIZERS = re.compile(r"token|vocab|merges|chat_template|dict|bpe|\.(?!json$|txt$)[^.]+$")
+_OF_TOKENIZERS = re.compile(
+    r"token|vocab|merges|chat_template|^dict\.|bpe|^(normalizer|emoji|byte_maps|word_\w+)\.json$|\.(?!json$|txt$)[^.]+$"
+)
+# Of a model and no tokenizer, in JSON.
+_OF_MODELS = re.compile(r"config|processor|modules|label|speaker")
 # What only says how a tokenizer is used.
 _ABOUT_TOKENIZERS = re.compile(r"chat_template.*|special_tokens_map\.json")
 _NOT = re.compile(r"(config|adapter_config|data_config|trainer_state|modelcard|.*(\.index|results))\.json")
@@ -54,7 +58,7 @@ def _is_companion(name: str, code: bool) -> bool:
         return code
     if not name.endswith(_ENDINGS) or _NOT.fullmatch(name):
         return False
-    return not name.endswith(".txt") or is_of_tokenizer(name)
+    return is_of_tokenizer(name) or (name.endswith(".json") and _OF_MODELS.search(name) is not None)
 
 
 def is_of_tokenizer(name: str) -> bool:

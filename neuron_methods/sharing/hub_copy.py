@@ -38,8 +38,6 @@ _PARTS = re.compile(
     r"|report/[\w.-]+\.(html|json|png)|heads/[^/]+\.(json|safetensors)|biases/[^/]+\.safetensors"
     r"|adapters/[^/]+/(adapter_config\.json|adapter_model\.safetensors)"
 )
-# Companions in JSON and text are told by more than their endings here: what is called otherwise may be anybody's notes.
-_OF_COMPANIONS = re.compile(r"config|vocab|merges|tokens|tokenizer|modules|dict|bpe|template|processor|labels|/")
 #: What to say of a routed model whose base nobody else can find; of a directory or a YAML.
 LOCAL_BASE = "{}: its base is a local directory, which nobody else has; give the id it has on the Hub with --base-model"
 
@@ -70,8 +68,7 @@ def files_to_upload(place: Path, include: Collection[str] = ()) -> tuple[list[Pa
     """
     files = sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file() and file.name != MARK)
     names = [file.as_posix() for file in files]
-    wanted = {name for name in companions(names) if not name.endswith((".json", ".txt")) or _OF_COMPANIONS.search(name)}
-    wanted |= {name for name in names if _PARTS.fullmatch(name)}
+    wanted = {*companions(names), *(name for name in names if _PARTS.fullmatch(name))}
     if (place / _CONFIG).is_file() and not is_routed(place):
         with suppress(UserError):  # an adapter may have a config beside it
             wanted |= {file.relative_to(place).as_posix() for file in weight_files(place)}

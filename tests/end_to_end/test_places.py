@@ -83,7 +83,15 @@ COMPANIONS = {
     "1_Pooling/config.json": "{}",
     "2_Dense/model.safetensors": "weights of a module",
 }
-OTHERS = ("README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "modeling_own.py", "logs.txt")
+OTHERS = (
+    "README.md",
+    "training_args.bin",
+    "trainer_state.json",
+    "optimizer.pt",
+    "modeling_own.py",
+    "logs.txt",
+    "a.json",
+)
 
 
 def with_companions(folder, experts):
