@@ -1,6 +1,7 @@
 """Functional groups of neurons: who a neuron works for (NeuronMerge).
 
-Gu et al., Findings of ACL 2025, 2025.findings-acl.471, step 2.
+Ours, for want of a language model: NeuronMerge classifies neurons by descriptions of them (Gu et al., abstract),
+2025.findings-acl.471.
 """
 
 from __future__ import annotations

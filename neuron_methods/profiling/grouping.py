@@ -1,6 +1,6 @@
 """From a profile of the base, or from labels made elsewhere, to the functional group of every MLP neuron.
 
-Gu et al., Findings of ACL 2025, 2025.findings-acl.471, step 2, without a language model that reads the descriptions: a
+Step 2 of NeuronMerge, 2025.findings-acl.471, in a form of ours that needs no language model to read descriptions: a
 neuron belongs to the domain with the largest share of its top activations, corrected for how many tokens each domain
 contributed, if that share passes a threshold; else it is general. The profile's data sources are the domains.
 """

@@ -1,6 +1,6 @@
 """How far the change of an MLP's output is from linear in the change of its weights.
 
-The claim behind NeuronMerge (Gu et al., Findings of ACL 2025, 2025.findings-acl.471): merging by arithmetic on weights
+The claim behind NeuronMerge, 2025.findings-acl.471 (Gu et al., abstract): merging by arithmetic on weights
 is right as far as outputs follow weights linearly, and they do so better when neurons of one function move together.
 With f the MLP of one layer on inputs that the base model gives it, and Δ the update of its weights,
 
