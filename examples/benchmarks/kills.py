@@ -4,7 +4,8 @@ Every run is a fork of a process that has imported everything, so that a kill co
 either after a random share of the time that the command takes, or at a random one of its operations on files. Then
 
 - nothing at its place can be loaded that the command would not have written,
-- the identical command succeeds, and writes the bytes that it writes when nobody kills it,
+- the identical command succeeds, with --resume where it names that, and writes the bytes that it writes when nobody
+  kills it,
 - nothing unfinished is left after that.
 
     python examples/benchmarks/kills.py                    100 kills, about five minutes on two cores
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "merge": ("merge", "merge.yml", "out", "--quiet"),
     "merge --force": ("merge", "merge.yml", "out", "--quiet", "--force"),
     "merge --as-adapter": ("merge", "merge.yml", "out", "--quiet", "--as-adapter"),
+    "merge in pieces": ("merge", "merge.yml", "out", "--quiet", "--out-shard-size", "3K"),
     "route": ("route", "route.yml", "out"),
     "tune": ("tune", "merge.yml", "--task", "tasks.yml", "-q", "--search", "density=0.1,0.2", "-o", "out"),
     "profile": (
@@ -201,7 +203,12 @@ def broken(folder: Path, reference: dict[str, bytes], earlier: dict[str, bytes])
             found += _of_profile(folder / name)
         elif data not in (reference[name], earlier.get(name)) and name.endswith((".safetensors", ".json", ".yml")):
             found.append(f"{name} is none of what the command writes")
-    whole = "out/model.safetensors", "out/adapter_model.safetensors", "out/router.safetensors"
+    whole = (
+        "out/model.safetensors",
+        "out/model.safetensors.index.json",
+        "out/adapter_model.safetensors",
+        "out/router.safetensors",
+    )
     if any((folder / name).exists() for name in whole):  # a model is there: then all of it is
         found += [
             f"{name} is missing" for name in reference if name.startswith("out/") and not (folder / name).exists()
@@ -264,6 +271,8 @@ def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list
         there = (place / "s.json", place / "labels.json", *([] if command == "tune" else [place / "out"]))
         finished = status == 0 or any(path.exists() for path in there)
         again = forked(arguments if not finished else (*arguments, *_anew(arguments)), place)
+        if again and "--resume goes on with it" in (place / ".log").read_text():
+            again = forked((*arguments, "--resume"), place)
         if again:
             wrong.append(f"the same command again: {again}, {(place / '.log').read_text()[-300:]!r}")
         after = written(place, inputs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neuron_methods.adapters.factor import factor
+from neuron_methods.adapters.kept import Kept, Precision, kept_of
 from neuron_methods.adapters.placement import (
     FACTORED,
     Place,
     layout_shape,
     place_parameter,
-    reshape_experts,
     saved_modules,
-    stack_padded,
     target_names,
     task_type,
 )
 from neuron_methods.adapters.weights_file import SAFETENSORS_NAME
-from neuron_methods.kernels.low_rank import truncated
 from neuron_methods.methods.contract import LowRankUpdate
 from neuron_methods.models.headers import Header
 from neuron_methods.models.skeleton import Skeleton
+from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed
 
@@ -129,23 +128,6 @@ class AdapterSummary:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """How updates are factored, and factors are reduced.
-
-    Attributes:
-        rank: at most this; None for no bound.
-        energy: share of each update's energy to keep, in (0, 1]; None to go by rank alone.
-        dtype: of what is written.
-        asked: whether somebody has asked for this rank; if not, what a method has in factors itself keeps them all.
-    """
-
-    rank: int | None = 64
-    energy: float | None = None
-    dtype: torch.dtype = torch.float32
-    asked: bool = True
-
-
-@dataclass(frozen=True)
 class _Factored:
     place: Place
     a: Tensor
@@ -154,7 +136,7 @@ class _Factored:
 
 
 class AdapterBuilder:
-    """Takes the merged tensors one by one and keeps what an adapter needs of each.
+    """Takes what is kept of the merged tensors, one by one, and writes an adapter of it.
 
     Args:
         places: {tensor: place} of all that may come.
@@ -201,33 +183,26 @@ class AdapterBuilder:
             entries = entries // (outputs * inputs) * rank * (outputs + inputs)
         return entries * self.precision.dtype.itemsize
 
-    def add(self, name: str, base: Tensor, merged: Tensor, low_rank: LowRankUpdate | None = None) -> None:
-        """Take one tensor.
+    def look(self, name: str, base: Tensor, merged: Tensor, low_rank: LowRankUpdate | None = None) -> Kept | None:
+        """Find what to keep of a tensor; see `kept.kept_of`."""
+        place, nonfinite = self.places[name], self.allow_nonfinite
+        return kept_of(name, place, self.precision, base, merged, low_rank, allow_nonfinite=nonfinite)
 
-        Args:
-            name: as in `places`.
-            base: the base's weight, any float dtype and device.
-            merged: what the merge makes of it, likewise.
-            low_rank: the merged update in factors, where its method has them.
-
-        Raises:
-            UserError: the update is not finite, and that is not allowed or it is to be factored.
-        """
-        place, merged = self.places[name], merged.to("cpu").float()
-        update = merged - base.to("cpu").float()
-        stored_whole = place.kind not in FACTORED
-        if not bool(torch.isfinite(update).all()) and not (self.allow_nonfinite and stored_whole):
-            raise UserError(f"{name}: the merged update holds NaN or Inf; use sound checkpoints or smaller weights")
-        if not bool(update.any()):
-            return
-        if not place.module:
+    def take(self, name: str, kept: Kept) -> None:
+        """Take what is kept of one tensor; kinds are summed up in the order in which tensors come."""
+        place = self.places[name]
+        if not kept.tensors:
             self._left_out.append(place.path)
-        elif low_rank is not None and place.kind in ("linear", "transposed", "convolution"):
-            self._reduce(place, tuple(update.shape), low_rank)
-        elif stored_whole:
-            (self._biases if place.kind == "bias" else self._whole)[place.path] = merged
+        elif "whole" in kept.tensors:
+            (self._biases if place.kind == "bias" else self._whole)[place.path] = kept.tensors["whole"]
         else:
-            self._factor(place, update)
+            rank = int(kept.figures["rank"])
+            self._factored[place.path] = _Factored(place, kept.tensors["a"], kept.tensors["b"], rank)
+            kind = self._kinds.setdefault(module_kind(place.path), KindSummary(module_kind(place.path)))
+            kind.ranks.append(rank)
+            kind.energy += kept.figures["energy"]
+            kind.error += kept.figures["error"]
+            kind.answered += [kept.figures["answered"]] if "answered" in kept.figures else []
 
     def write(
         self,
@@ -268,6 +243,7 @@ class AdapterBuilder:
         self.written = {key: Header.of(tensor) for key, tensor in converted.items()}
         save_file(converted, directory / SAFETENSORS_NAME, metadata={"format": "pt"})
         self._config(skeleton, everywhere, list(whole), architecture, config).save_pretrained(directory)
+        _sort_modules(directory / "adapter_config.json")
         order = {name: position for position, name in enumerate(skeleton.parameters)}
         by_kind = {
             f.place.path: module_kind(f.place.path)
@@ -281,44 +257,6 @@ class AdapterBuilder:
             notes=_notes(shared.values()),
             bytes=sum(tensor.nbytes for tensor in converted.values()),
         )
-
-    def _factor(self, place: Place, update: Tensor) -> None:
-        precision = self.precision
-        stacked = place.kind in ("experts", "experts_transposed")
-        laid = layout_shape(update, place.kind)
-        each = laid if stacked else (laid,)
-        found = [factor(m, rank=precision.rank, energy=precision.energy, dtype=precision.dtype) for m in each]
-        rank = max(one.rank for one in found)
-        a, b = found[0].a, found[0].b
-        if stacked:
-            a, b = reshape_experts(
-                stack_padded([one.a for one in found], rank, 0), stack_padded([one.b for one in found], rank, 1)
-            )
-        kind = self._keep(_Factored(place, a, b, rank), tuple(update.shape))
-        kind.energy += sum(one.energy for one in found)
-        kind.error += sum(one.error for one in found)
-
-    def _reduce(self, place: Place, shape: tuple[int, ...], given: LowRankUpdate) -> None:
-        """Take a method's own factors: all of them, or those of lower rank that answer most alike."""
-        rank = self.precision.rank if self.precision.asked else None
-        reduced, answered = truncated(*given, rank, self.precision.energy)
-        a, b = (t.to("cpu", self.precision.dtype).contiguous() for t in (reduced.a, reduced.b))
-        whole = given.update.dense().to("cpu")
-        kind = self._keep(_Factored(place, a, b, len(a)), shape)
-        kind.energy += float(whole.double().square().sum())
-        kind.error += float((whole - b.float() @ a.float()).double().square().sum())
-        kind.answered.append(answered)
-
-    def _keep(self, found: _Factored, shape: tuple[int, ...]) -> KindSummary:
-        """Keep the factors of a weight of this shape, laid out as peft does; returns the summary of their kind."""
-        if found.place.kind == "convolution":
-            a, b = found.a.reshape(found.rank, *shape[1:]), found.b.reshape(*found.b.shape, *[1] * (len(shape) - 2))
-            found = replace(found, a=a, b=b)
-        self._factored[found.place.path] = found
-        name = module_kind(found.place.path)
-        kind = self._kinds.setdefault(name, KindSummary(name))
-        kind.ranks.append(found.rank)
-        return kind
 
     def _shared(self, skeleton: Skeleton) -> dict[str, _Factored]:
         """Factors of what changes with a tensor that it is tied to: peft applies factors to a module, not to a weight.
@@ -385,6 +323,14 @@ def _factor_tensors(skeleton: Skeleton, factors: Mapping[str, _Factored]) -> dic
             else:
                 tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = one.a, one.b
     return tensors
+
+
+def _sort_modules(file: Path) -> None:
+    """Put what peft 0.21 writes from a set into an order, so that the same adapter has the same bytes in every run."""
+    content = read_object(file)
+    if isinstance(content.get("target_modules"), list):
+        content["target_modules"].sort()
+    file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _notes(shared: Iterable[_Factored]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from mergekit.common import parse_kmb
@@ -15,11 +15,16 @@ from neuron_methods.cli.push import push_and_tell, push_options, pushing
 from neuron_methods.support.documents import read_text
 from neuron_methods.support.starting import importing
 
+if TYPE_CHECKING:
+    from neuron_methods.models.team import Team
+
 EPILOG = """\b
 Examples:
   mergekit-neuron merge merge.yaml ./merged --dry-run
   mergekit-neuron merge merge.yaml ./merged --device auto --profile-out thresholds.json
   mergekit-neuron merge merge.yaml ./merged --force --out-shard-size 1B
+  mergekit-neuron merge merge.yaml ./merged --resume
+  accelerate launch --multi_gpu --num_processes 4 -m neuron_methods merge merge.yaml ./merged
   mergekit-neuron merge merge.yaml ./merged --head keep
   mergekit-neuron merge merge.yaml ./adapter --as-adapter --energy 0.99
   mergekit-neuron merge merge.yaml ./merged --report --push-to-hub me/my-merge --private
@@ -46,6 +51,17 @@ A merge.yaml by neuro_merging, with every parameter at its default:
 neuro_merging measures one trim threshold per expert over the whole model first.
 A file of --profile-out spares that pass in a later merge of the same models:
   parameters: {profile: thresholds.json}
+
+\b
+A merge that is killed or interrupted leaves its finished shards in .OUT.unfinished, beside OUT. The same command with
+--resume keeps them if models, YAML, options and versions are what they were, and merges what is missing: the bytes
+are those of a merge in one run. Without --resume it stops and says so; --force begins anew.
+
+\b
+Under accelerate launch every process merges its share of the tensors on its own device (--device auto), and reads no
+others; --multi_gpu starts several on a CPU, too. The output is to the last bit that of one process with as many
+threads (OMP_NUM_THREADS). Several hosts need the same inputs and packages, and OUT in a directory that they share. If
+a process fails or dies, all end, and one line names it; --resume goes on, with as many processes as you like.
 
 \b
 Weights are read from safetensors; pickled ones (pytorch_model.bin) only with --lazy-unpickle.
@@ -83,7 +99,7 @@ def _sharpened(command: click.Command) -> click.Command:
         elif option.name == "device":
             option.help = "Compute on this device: auto, cpu, cuda, cuda:1, mps"
         elif option.name == "async_write":
-            option.help = "With --no-safe-serialization; safetensors are written while the next tensor is merged anyway"
+            option.help = "Not needed: what is merged is written while the next tensor is merged"
         elif option.name == "lora_merge_cache":
             option.help = "Not needed: adapters are applied as they are read"
     return command
@@ -94,6 +110,7 @@ def _sharpened(command: click.Command) -> click.Command:
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path())
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new output is verified.")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished merge of the same plan, where there is one.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and what parameters resolve to; write nothing.")
 @click.option("--profile-out", type=click.Path(dir_okay=False), help="Write trim thresholds and sigma to this JSON.")
 @click.option(
@@ -130,6 +147,7 @@ def merge(
     config: str,
     out: str,
     force: bool,
+    resume: bool,
     dry_run: bool,
     profile_out: str | None,
     head: str | None,
@@ -158,44 +176,51 @@ def merge(
             "or its labels; --head base leaves the base's head as it is"
         )
     with importing():
+        from neuron_methods.models.team import teamed
         from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
         from neuron_methods.plugin.describe import describe_plan
         from neuron_methods.plugin.merging import merge_to_directory, plan_merge
         from neuron_methods.plugin.output import ModelOutput
         from neuron_methods.sharing.publishing import merge_witness
 
-    options = _options(merge_options)
-    source = read_text(config)
-    if dry_run:
-        say(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
-        return
-    push_to = pushing(push_to_hub, push)
-    output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
-    summary = merge_to_directory(
-        source,
-        out,
-        output=output,
-        options=options,
-        force=force,
-        progress=not options.quiet,
-        allow_nonfinite=allow_nonfinite,
-        profile_out=profile_out,
-        config_name=config,
-        head=head,
-        witness=merge_witness(report, evaluation),
-    )
-    if not options.quiet:
-        say(str(summary))
-    else:
-        for warning in summary.adapter.warnings if summary.adapter is not None else ():
-            say(f"warning: {warning}", err=True)
-        for note in summary.notes:
-            say(f"note: {note}", err=True)
-    if push_to is not None and push_to_hub is not None:
-        push_and_tell(Path(out), push_to_hub, push_to, quiet=options.quiet)
+    with teamed() as team:
+        options = _options(merge_options, team)
+        source = read_text(config)
+        if dry_run:
+            if not team.rank:
+                say(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
+            return
+        push_to = pushing(push_to_hub, push) if not team.rank else None
+        output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
+        summary = merge_to_directory(
+            source,
+            out,
+            output=output,
+            options=options,
+            force=force,
+            progress=not options.quiet,
+            allow_nonfinite=allow_nonfinite,
+            profile_out=profile_out,
+            config_name=config,
+            head=head,
+            witness=merge_witness(report, evaluation),
+            resume=resume or None,
+            team=team,
+        )
+        if summary is None:
+            return
+        if not options.quiet:
+            say(str(summary))
+        else:
+            for warning in summary.adapter.warnings if summary.adapter is not None else ():
+                say(f"warning: {warning}", err=True)
+            for note in summary.notes:
+                say(f"note: {note}", err=True)
+        if push_to is not None and push_to_hub is not None:
+            push_and_tell(Path(out), push_to_hub, push_to, quiet=options.quiet)
 
 
-def _options(merge_options: MergeOptions) -> MergeOptions:
+def _options(merge_options: MergeOptions, team: Team) -> MergeOptions:
     """Apply logging, seed and threads, and find the device."""
     import torch
 
@@ -214,5 +239,5 @@ def _options(merge_options: MergeOptions) -> MergeOptions:
         option = "--gpu-rich" if merge_options.gpu_rich else "--cuda" if merge_options.cuda else "--device"
         device = resolve_device(merge_options.device or "cpu", option)
     if merge_options.multi_gpu:
-        check_multi_gpu()
+        check_multi_gpu(team.count)
     return merge_options.model_copy(update={"device": device})

@@ -19,7 +19,7 @@ which all agree tells nothing of what each of them has learned alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,6 +206,32 @@ class ThresholdSearch:
             self._histogram = torch.zeros(self._bracket.bins, dtype=torch.int64, device="cpu")
         self._at_or_above += entries
         self._histogram[0] += entries
+
+    def take_sums(self) -> tuple[float, float]:
+        """Hand out the sums over what was counted since the last call; `add_sums` takes them back, in any order."""
+        sums = self.total_l1, self._l1_kept
+        self.total_l1 = self._l1_kept = 0.0
+        return sums
+
+    def add_sums(self, sums: tuple[float, float]) -> None:
+        """Take back what `take_sums` has handed out, here or elsewhere."""
+        self.total_l1 += sums[0]
+        self._l1_kept += sums[1]
+
+    def add_counts(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Count what others have counted in the same pass, too.
+
+        Args:
+            add_up: adds up a tensor of integers over all who count.
+        """
+        there = [self._histogram is not None, self._remainders is not None]
+        counts = add_up(torch.tensor([self.entries, self._below, self._at_or_above, *there]))
+        self.entries, self._below, self._at_or_above, histograms, remainders = counts.tolist()
+        if histograms:
+            own = self._histogram if self._histogram is not None else torch.zeros(self._bracket.bins, dtype=torch.int64)
+            self._histogram = add_up(own)
+            if remainders:
+                self._remainders = add_up(self._remainders if self._remainders is not None else torch.zeros_like(own))
 
     def finish(self) -> bool:
         """End a pass over the stream.

@@ -17,6 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.means import add_updates, mean_factors
 from neuron_methods.kernels.task_vectors import TaskVector
+from neuron_methods.methods.share import Share
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import ADVICE
 from neuron_methods.support.kept import Kept
@@ -136,6 +138,7 @@ class MergeSettings:
         allow_nonfinite: go on where an input holds NaN or Inf.
         scratch_bytes: bound on float32 scratch memory per tensor.
         progress: called as progress(description, tensors) to open a bar; returns an iterable over the tensors.
+        share: which part of what is measured this process looks at.
     """
 
     allow_nonfinite: bool = False
@@ -143,6 +146,7 @@ class MergeSettings:
     progress: Callable[[str, Sequence[PlannedTensor]], Iterator[PlannedTensor]] = field(
         default=lambda _description, tensors: iter(tensors)
     )
+    share: Share = field(default_factory=Share)
 
 
 class Inputs(NamedTuple):
@@ -172,6 +176,25 @@ class PreparedMerge(ABC):
     settings = MergeSettings()
     low_rank: dict[str, LowRankUpdate] | None = None
     common: Kept | None = None
+
+    @cached_property
+    def told(self) -> dict[str, dict[str, float]]:
+        """What `merge` found, in figures, tensor by tensor: here, or in another process or run."""
+        return {}
+
+    def tell(self, name: str, **figures: float) -> None:
+        """Add to what is told of a tensor."""
+        told = self.told.setdefault(name, {})
+        for figure, value in figures.items():
+            told[figure] = told.get(figure, 0.0) + value
+
+    def tellers(self) -> list[PreparedMerge]:
+        """List who tells something: this merge, and those by other methods that are part of it."""
+        return [self]
+
+    def total(self, figure: str) -> float:
+        """Add up a figure over the tensors, in the order of their names: the same sum whoever merged them, and when."""
+        return sum(self.told[name].get(figure, 0.0) for name in sorted(self.told))
 
     def reads(self) -> set[str]:
         """Name the tensors that `measure` will read; empty where it reads none."""

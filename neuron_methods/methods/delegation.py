@@ -336,6 +336,10 @@ class DelegatingMerge(PreparedMerge):
         """See `PreparedMerge.remaining`."""
         return sum(d.prepared.remaining(shapes) for d in self.delegations if d.prepared is not None)
 
+    def tellers(self) -> list[PreparedMerge]:
+        """List who tells something: this merge, and those of the other methods."""
+        return [self, *(delegation.prepared for delegation in self.delegations if delegation.prepared is not None)]
+
     def findings(self) -> list[str]:
         """Tell what the other methods found, each line with the parameter that names its method."""
         return [

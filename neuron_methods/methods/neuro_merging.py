@@ -144,7 +144,7 @@ class PreparedNeuroMerging(PreparedMerge):
     """One merge by `neuro_merging`.
 
     Attributes:
-        profile: thresholds and σ, as far as a profile told them or `measure` has; and what the merge adds to them.
+        profile: thresholds and σ, as far as a profile told them or `measure` has.
     """
 
     def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
@@ -254,9 +254,16 @@ class PreparedNeuroMerging(PreparedMerge):
         packed = is_packed(name)
         rows, *of_experts, out_rows = (neuron_rows(t, packed=packed) for t in (base, *tensors, merged))
         parallel_energy, orthogonal_energy = merge_neurons(rows, of_experts, out_rows, options)
-        self.profile.parallel_energy += parallel_energy
-        self.profile.orthogonal_energy += orthogonal_energy
+        self.tell(name, parallel=parallel_energy, orthogonal=orthogonal_energy)
         return merged
+
+    def findings(self) -> list[str]:
+        """Tell how much of the updates is parallel to the neurons."""
+        energy = self.total("parallel") + self.total("orthogonal")
+        if energy <= 0:
+            return []
+        share = 100 * self.total("parallel") / energy
+        return [f"update energy: {share:.2f} % parallel, {100 - share:.2f} % orthogonal to the neurons"]
 
     def _counted(self) -> list[PlannedTensor]:
         return [t for t in self._tensors if t.name not in self._averaged and not t.repeats()]

@@ -45,7 +45,10 @@ def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], settin
     """
     norms = NeuronNorms()
     clean = settings.allow_nonfinite
-    for tensor in settings.progress("Measuring neurons", tensors):
+    # The tensors of a block stay together, so that its sums are made in one process.
+    blocks = list(grouped(tensors, lambda tensor: layout.slices[tensor.name].block).values())
+    mine = settings.share.mine([[tensor.name for tensor in together] for together in blocks])
+    for tensor in settings.progress("Measuring neurons", [tensor for number in mine for tensor in blocks[number]]):
         base, found = tensor.load()
         if base is None or not base.is_floating_point():
             continue
@@ -62,7 +65,12 @@ def measure_norms(layout: NeuronLayout, tensors: Sequence[PlannedTensor], settin
             if slices.outgoing:
                 squares = slice_squares(base, weights, update=False, clean=clean, **where)
                 norms.outgoing[block, expert] = norms.outgoing.get((block, expert), 0.0) + squares
-    return norms
+    parts = settings.share.exchange(norms)
+    return NeuronNorms(
+        {block: values for part in parts for block, values in part.base.items()},
+        {key: values for part in parts for key, values in part.update.items()},
+        {key: values for part in parts for key, values in part.outgoing.items()},
+    )
 
 
 def read_importance(

@@ -9,6 +9,9 @@ Gu et al., "NeuronMerge: Merging Models via Functional Neuron Groups", Findings 
                neurons, out_group for other experts' groups)
 4. The rest    attention, embeddings, norms: the method that `rest` names
 
+Descriptions, groups and arithmetic per group are NeuronMerge's (Gu et al., abstract). What of the steps is ours is
+listed in the method's spec.
+
 `within` names another method for step 3: it merges each group by itself, as if the group's rows and columns were all
 there is, from experts θ₀ + λ_{g,t} τ_t with weight 1 each, and λ scales the difference it makes. A method that
 measures the whole model first (`neuro_merging`) measures one group at a time.

@@ -48,7 +48,7 @@ from neuron_methods.methods.contract import (
     nonfinite,
 )
 from neuron_methods.methods.parameters import choice, method_spec, number, text
-from neuron_methods.methods.response_inputs import MeasuredInputs
+from neuron_methods.methods.response_inputs import MeasuredInputs, source_of
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.sources import ACTMAT, FANG, REGMEAN, WUDI, Kin, ours
 
@@ -119,15 +119,11 @@ class PreparedNeuronResponse(PreparedMerge):
 
     Attributes:
         inputs: what the experts' profiles say.
-        energy: Σ of what the experts answer to their inputs, over all matrices so far.
-        missed: Σ of what the merge misses of it.
     """
 
     def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
         """See `NeuronResponse.prepare`."""
         self._planned = {tensor.name: tensor for tensor in tensors}
-        self.energy = self.missed = 0.0
-        self.matrices = 0
         if not any(map(any, by_expert(tensors, "weight").values())):
             raise UserError(f"{NAME}: weight is 0 for every expert and tensor, so nothing would be merged")
         self.inputs = MeasuredInputs(tensors, NAME)
@@ -146,6 +142,8 @@ class PreparedNeuronResponse(PreparedMerge):
             return merged.copy_(base)
         ridge = None if parameters["ridge"] == "auto" else parameters["ridge"]
         options = ResponseOptions(ridge, parameters["toward"], parameters["loudness"], int(parameters["rows"]))
+        if place.width is None and any(source_of(parameters, expert) != "update" for expert in experts):
+            self.tell(name, without=1)
         measured = [self.inputs.factors(name, place, parameters, base, e, has) for e, has in experts.items()]
         for index, (origin, updates, target) in enumerate(_matrices(base, experts, place, merged)):
             taking = [
@@ -153,8 +151,7 @@ class PreparedNeuronResponse(PreparedMerge):
                 for (expert, update), factors in zip(updates.items(), measured, strict=True)
             ]
             found = self._response((name, index), taking, (origin.shape[0], origin.shape[1]), options, parameters)
-            self.energy, self.missed = self.energy + found.energy, self.missed + found.missed
-            self.matrices += 1
+            self.tell(name, energy=found.energy, missed=found.missed, matrices=1)
             self._write(name, origin, found.update, parameters["lambda"], target)
             if self.low_rank is not None and isinstance(found.update, LowRank) and found.moments is not None:
                 scaled = LowRank(found.update.b * parameters["lambda"], found.update.a)
@@ -177,11 +174,15 @@ class PreparedNeuronResponse(PreparedMerge):
 
     def findings(self) -> list[str]:
         """Tell how much of the experts' answers the merge keeps, and what had no inputs."""
-        if not self.energy:
-            return self.inputs.findings()
-        kept = 1 - (self.missed / self.energy) ** 0.5
-        told = f"response kept: {kept:.1%} of what the experts' {self.matrices} matrices answer to their inputs"
-        return [told, *self.inputs.findings()]
+        lines, energy = [], self.total("energy")
+        if energy:
+            kept, matrices = 1 - (self.total("missed") / energy) ** 0.5, int(self.total("matrices"))
+            lines.append(f"response kept: {kept:.1%} of what the experts' {matrices} matrices answer to their inputs")
+        if without := [name for name, told in self.told.items() if "without" in told]:
+            lines.append(
+                f"merged by their updates, as they are no linear layers: {len(without)}, such as {min(without)}"
+            )
+        return lines
 
     def _response(
         self,

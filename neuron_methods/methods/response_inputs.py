@@ -17,12 +17,7 @@ MAKE = "mergekit-neuron profile --inputs"
 
 
 class MeasuredInputs:
-    """The profiles of one merge by response.
-
-    Attributes:
-        without: names of the tensors merged by their updates though a profile was to be asked: they are no linear
-            layers, and have no inputs.
-    """
+    """The profiles of one merge by response."""
 
     def __init__(self, tensors: Sequence[PlannedTensor], method: str) -> None:
         """Open the profiles, and hold them to the merge.
@@ -31,7 +26,6 @@ class MeasuredInputs:
             UserError: one is missing, damaged, not read, of another kind of model, of other modules or widths; or
                 nothing tells which modules the tensors belong to.
         """
-        self.without: set[str] = set()
         self._files: dict[str, InputsFile] = {}
         for expert, paths in by_expert(tensors, "profile").items():
             asking = [tensor for tensor in tensors if source_of(tensor.expert_parameters, expert) != "update"]
@@ -66,21 +60,12 @@ class MeasuredInputs:
         factor = file.factor_of(place.module) if place.module is not None else None
         if factor is not None and place.width is not None:
             return [file.read(factor), None] if source == "both" else [file.read(factor)]
-        if place.width is None:
-            self.without.add(name)
-        elif _changes(has, base):
+        if place.width is not None and _changes(has, base):
             raise UserError(
                 f"{name}: {expert} changes it, and profile {file.path} has no inputs of {place.module}; measure all "
                 f"modules with {MAKE}, or set inputs: update for it"
             )
         return [None]
-
-    def findings(self) -> list[str]:
-        """Tell what the profiles said nothing of."""
-        if not self.without:
-            return []
-        count, one = len(self.without), min(self.without)
-        return [f"merged by their updates, as they are no linear layers: {count}, such as {one}"]
 
     def _hold(self, tensors: Sequence[PlannedTensor], expert: Hashable, method: str) -> None:
         """Hold an expert's profiles to the tensors that ask for them."""

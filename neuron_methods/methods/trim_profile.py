@@ -78,7 +78,7 @@ class ExpertTrim:
 
 @dataclass
 class TrimProfile:
-    """Thresholds and σ of all experts, and what the merge adds to them.
+    """Thresholds and σ of all experts.
 
     Attributes:
         trim: `model` or `tensor`.
@@ -87,8 +87,6 @@ class TrimProfile:
         tensor_thresholds: under `trim: tensor`, {tensor name: {expert id: threshold}} as far as measured.
         fingerprint: of the names of the tensors measured.
         base_weights: digest of the base's weights; "" where they are not in files.
-        parallel_energy: Σ ‖τ_∥‖² over all merged neurons so far.
-        orthogonal_energy: Σ ‖τ_⊥‖² likewise.
     """
 
     trim: str
@@ -97,8 +95,6 @@ class TrimProfile:
     tensor_thresholds: dict[str, dict[Hashable, float]] = field(default_factory=dict)
     fingerprint: str = ""
     base_weights: str = ""
-    parallel_energy: float = 0.0
-    orthogonal_energy: float = 0.0
 
     @property
     def sigma(self) -> float | None:
@@ -228,8 +224,10 @@ def measure_model(
         searches[expert].bracket_from_sample(runs)
     still_open = dict(searches)
     label = "Measuring trim thresholds"
+    mine = settings.share.mine([[tensor.name] for tensor in tensors])
     while still_open:
-        for tensor in settings.progress(label, tensors):
+        sums = {}
+        for number, tensor in zip(mine, settings.progress(label, [tensors[number] for number in mine]), strict=True):
             if tensor.untouched:
                 for expert in tensor.expert_parameters["density"].keys() & still_open.keys():
                     still_open[expert].count_zeros(tensor.entries or 0)
@@ -237,6 +235,12 @@ def measure_model(
             base, found = tensor.load()
             if base is not None and base.is_floating_point():
                 _count(tensor.name, base, found, still_open, settings)
+                sums[number] = [search.take_sums() for search in still_open.values()]
+        for of_tensor in settings.share.together(sums).values():
+            for search, pair in zip(still_open.values(), of_tensor, strict=True):
+                search.add_sums(pair)
+        for search in still_open.values():
+            search.add_counts(settings.share.add_up)
         still_open = {e: s for e, s in still_open.items() if not s.finish()}
         label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
     found_trims = {
@@ -253,17 +257,21 @@ def measure_tensors(
     """Find thresholds per tensor and expert, and each expert's σ over the whole model under them."""
     profile = TrimProfile("tensor", fingerprint=fingerprint(tensors), base_weights=_weights_of(tensors, None))
     sums = {expert: ThresholdSearch(density=1.0) for expert in experts}
-    for tensor in settings.progress("Measuring trim thresholds", tensors):
+    mine = settings.share.mine([[tensor.name] for tensor in tensors])
+    measured: dict[int, dict[Hashable, ThresholdSearch]] = {}
+    bar = settings.progress("Measuring trim thresholds", [tensors[number] for number in mine])
+    for number, tensor in zip(mine, bar, strict=True):
         densities = tensor.expert_parameters["density"]
         if tensor.untouched:
-            for expert in densities:
-                sums[expert].entries += tensor.entries or 0
+            measured[number] = {e: ThresholdSearch(density=1.0, entries=tensor.entries or 0) for e in densities}
             continue
         base, found = tensor.load()
-        if base is None or not base.is_floating_point() or not found:
-            continue
-        searches = measure_tensor(tensor.name, base, found, densities, settings)
-        profile.tensor_thresholds[tensor.name] = {e: search.threshold or 0.0 for e, search in searches.items()}
+        if base is not None and base.is_floating_point() and found:
+            measured[number] = measure_tensor(tensor.name, base, found, densities, settings)
+    for number, searches in settings.share.together(measured).items():
+        if not tensors[number].untouched:
+            thresholds = {e: search.threshold or 0.0 for e, search in searches.items()}
+            profile.tensor_thresholds[tensors[number].name] = thresholds
         for expert, search in searches.items():
             sums[expert].entries += search.entries
             sums[expert].total_l1 += search.total_l1
@@ -316,20 +324,24 @@ def _sample(
 ) -> dict[Hashable, list[Tensor]]:
     sizes = [_size(tensor) for tensor in tensors]
     spacing = max(int(_RUN / _SHARE), sum(sizes) // _RUNS)
-    runs: dict[Hashable, list[Tensor]] = {e: [] for e in experts}
+    mine = {*settings.share.mine([[tensor.name] for tensor in tensors])}
+    sampled: dict[int, dict[Hashable, Tensor]] = {}
     position = 0
-    for tensor, size in zip(tensors, sizes, strict=True):
+    for number, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
         starts = range(-position % spacing, size, spacing)
         position += size
-        if not starts:
+        if not starts or number not in mine:
             continue
         if tensor.untouched:
-            for expert in tensor.expert_parameters["density"]:
-                runs[expert].append(torch.zeros(len(starts), min(_RUN, size)))
+            zeros = torch.zeros(len(starts), min(_RUN, size))
+            sampled[number] = dict.fromkeys(tensor.expert_parameters["density"], zeros)
             continue
         base, found = tensor.load()
-        for expert, values in found.items():
-            runs[expert].append(_runs(base, values, starts, settings))
+        sampled[number] = {expert: _runs(base, values, starts, settings) for expert, values in found.items()}
+    runs: dict[Hashable, list[Tensor]] = {e: [] for e in experts}
+    for of_tensor in settings.share.together(sampled).values():
+        for expert, values in of_tensor.items():
+            runs[expert].append(values)
     return runs
 
 

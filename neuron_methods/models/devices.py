@@ -37,11 +37,16 @@ def resolve_device(name: str, option: str = "--device") -> str:
     return str(device)
 
 
-def check_multi_gpu() -> None:
+def check_multi_gpu(processes: int) -> None:
     """Make sure that mergekit's executor for several accelerators has one.
 
+    Args:
+        processes: how many make the merge together.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or each process has one already.
     """
+    if processes > 1:
+        raise UserError("--multi-gpu: one process uses several GPUs with it, and here each has its own; leave it out")
     if not (torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()):
         raise UserError("--multi-gpu: no accelerator here; leave it out to merge on the CPU")

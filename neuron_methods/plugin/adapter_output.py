@@ -16,26 +16,30 @@ from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor
 
-from neuron_methods.adapters.export import AdapterBuilder, Precision
+from neuron_methods.adapters.export import AdapterBuilder
+from neuron_methods.adapters.kept import Kept, Precision
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.placement import Place, holds_modules, place, settle
 from neuron_methods.adapters.verification import verify_adapter
 from neuron_methods.models.skeleton import Skeleton
-from neuron_methods.plugin.output import Output
+from neuron_methods.plugin.layout import packed
+from neuron_methods.plugin.output import Output, optional
 from neuron_methods.plugin.planning import repeats_tied
 from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.seam import planned_tasks, replan, stored_name
 from neuron_methods.plugin.session import session_of
+from neuron_methods.plugin.work import Work, stored_in
 from neuron_methods.support.errors import UserError
 
 
 class KeepUpdate(Task[None], arbitrary_types_allowed=True):
-    """Hand what a merge makes of a tensor of the base to the adapter that is being built."""
+    """Hand what an adapter keeps of a merged tensor to what is finished; mergekit's writer gets nothing."""
 
     name: str
     merge: Task
     base: LoadTensor
     builder: Any
+    work: Any
 
     def arguments(self) -> dict[str, Task]:
         """Ask for the merged tensor and the base's."""
@@ -45,12 +49,8 @@ class KeepUpdate(Task[None], arbitrary_types_allowed=True):
         """Stay with the base's tensor."""
         return self.base.group_label()
 
-    def main_thread_only(self) -> bool:
-        """Keep to one thread, as the builder is not made for several."""
-        return True
-
     def execute(self, merged: Tensor, base: Tensor) -> None:
-        """Hand it over; mergekit's writer gets nothing.
+        """Factor the update, and hand over what is kept of it.
 
         Raises:
             UserError: the merge has changed the tensor's shape.
@@ -62,7 +62,12 @@ class KeepUpdate(Task[None], arbitrary_types_allowed=True):
             )
         prepared = self.merge.measure.plan.prepared if getattr(self.merge, "measure", None) is not None else None
         low_rank = prepared.low_rank.pop(self.name, None) if prepared is not None and prepared.low_rank else None
-        self.builder.add(self.name, base, merged, low_rank)
+        kept = self.builder.look(self.name, base, merged, low_rank)
+        if kept is None:
+            self.work.take(self.name, {})
+        else:
+            tensors = {f"{part} {self.name}": tensor.contiguous() for part, tensor in kept.tensors.items()}
+            self.work.take(self.name, tensors, kept=kept.figures)
 
 
 class AdapterOutput(Output):
@@ -87,7 +92,7 @@ class AdapterOutput(Output):
         # Whatever the model would be written in, the update is taken in float32.
         run.configuration.dtype = run.configuration.out_dtype = "float32"
 
-    def plan(self, run: MergeRun, planner: Any) -> None:
+    def plan(self, run: MergeRun, planner: Any, work: Work) -> None:
         """Put a `KeepUpdate` behind every tensor that the merge may change, and drop the others."""
         self.checkpoint = BaseCheckpoint(LoaderCache().get(self.base), str(self.base), self.base.config)
         kept, unchanged = _kept(planner, self.checkpoint, self.base, run.name)
@@ -98,15 +103,20 @@ class AdapterOutput(Output):
             session.prepared.low_rank = {}
         nonfinite = session is not None and session.allow_nonfinite
         self.builder = builder = AdapterBuilder(places, self.precision, allow_nonfinite=nonfinite, unchanged=unchanged)
-        # An optional tensor may be missing from what mergekit writes.
-        optional = {"optional": True}
+        kept.sort(key=lambda entry: entry[2].group_label() or "")
         replan(
             planner,
             [
-                (w.model_copy(update=optional), KeepUpdate(name=w.name, merge=task, base=load, builder=builder))
+                (
+                    optional(w),
+                    KeepUpdate(name=w.name, merge=task, base=load, builder=builder, work=work),
+                )
                 for w, task, load, _ in kept
             ],
         )
+        # Pieces are as large as the shards of a model would be.
+        sizes = {weight.name: next(iter(inputs.values())).bytes for weight, inputs, _ in run.plan.tensors if inputs}
+        work.groups = packed(((w.name, sizes.get(w.name, 0)) for w, *_ in kept), run.options.out_shard_size)
         heads = run.heads
         if heads is not None and heads.kind == heads.owner.kind and heads.owner.head and heads.owner.model != self.base:
             # The first of its notes says that the output has that head.
@@ -118,10 +128,27 @@ class AdapterOutput(Output):
             if weight.name in places
         ]
 
-    def finish(self, run: MergeRun, staging: Path) -> None:
+    def made_from(self) -> dict[str, Any]:
+        """Say how updates are factored."""
+        precision = self.precision
+        return {
+            "--as-adapter": True,
+            "--rank": [precision.rank, precision.asked],
+            "--energy": precision.energy,
+            "--adapter-dtype": str(precision.dtype),
+        }
+
+    def finish(self, run: MergeRun, staging: Path, work: Work) -> None:
         """Write the adapter; the merged model's config goes."""
         for left in staging.iterdir():
             left.unlink()
+        stored = stored_in(work.pieces.values())
+        traces = work.traces()
+        for weight, _, _ in run.plan.tensors:
+            if "kept" in traces.get(weight.name, {}):
+                tensors = {part: stored.get(f"{part} {weight.name}") for part in ("a", "b", "whole")}
+                found = {part: tensor for part, tensor in tensors.items() if tensor is not None}
+                self.builder.take(weight.name, Kept(found, traces[weight.name]["kept"]))
         self.adapter = self.builder.write(
             staging,
             self._skeleton,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,28 @@ from torch import Tensor
 from neuron_methods.adapters.export import AdapterSummary
 from neuron_methods.methods.contract import PreparedMerge
 from neuron_methods.methods.neuro_merging import PreparedNeuroMerging
+from neuron_methods.methods.share import Share
 from neuron_methods.methods.trim_profile import FORMAT as TRIM_PROFILE
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.models.states import watched
+from neuron_methods.models.team import Team
+from neuron_methods.plugin.dealing import check_enough, check_finished, check_same_plan, dealt, meet, replan_some
 from neuron_methods.plugin.output import ModelOutput, Output
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.session import MergeSession
+from neuron_methods.plugin.work import Work
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.files import check_space, file_in_place_after, is_disk_full, staging_directory, write_text
+from neuron_methods.support.files import (
+    check_space,
+    file_in_place_after,
+    is_disk_full,
+    signals_held,
+    staging_directory,
+    write_text,
+)
 from neuron_methods.support.kept import Kept
-from neuron_methods.support.runs import claimed
+from neuron_methods.support.runs import claimed, workplace
 from neuron_methods.support.targets import check_file, check_target, deliver, is_part, json_of
 from neuron_methods.support.text import format_bytes, listed
 
@@ -71,10 +83,6 @@ class MergeSummary:
             if self.profile.sigma is not None:
                 scale = self.profile.automatic_lambda("mean")
                 lines.append(f"  sigma {self.profile.sigma:.4f}, automatic lambda_orthogonal {scale:.4f}")
-            energy = self.profile.parallel_energy + self.profile.orthogonal_energy
-            if energy > 0:
-                share = 100 * self.profile.parallel_energy / energy
-                lines.append(f"  update energy: {share:.2f} % parallel, {100 - share:.2f} % orthogonal to the neurons")
         if self.adapter is not None:
             lines += [f"  {line}" for line in str(self.adapter).splitlines()]
         lines += [f"  {line}" for line in (*self.findings, *self.notes)]
@@ -88,7 +96,10 @@ class MergeWitness:
 
     Attributes:
         on_plan: called with the run and mergekit's planner once the plan stands, before any tensor is merged.
-        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
+        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied, in
+            whichever run it is; returns what it has seen, for JSON.
+        recall: called with (name, what `on_tensor` has seen) for all these tensors, in an order of the plan's, before
+            `finish`.
         finish: called with the run, the written and verified directory before it is moved into place, its name, and
             the merge by a method of ours, if it is one; writes README.md and what else goes beside the weights, and
             returns notes.
@@ -96,7 +107,8 @@ class MergeWitness:
 
     finish: Callable[[MergeRun, Path, str, Any], list[str]]
     on_plan: Callable[[MergeRun, Any], None] | None = None
-    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
+    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], Any] | None = None
+    recall: Callable[[str, Any], None] | None = None
 
 
 def merge_to_directory(
@@ -113,7 +125,9 @@ def merge_to_directory(
     head: str | None = None,
     witness: MergeWitness | None = None,
     common: Kept | None = None,
-) -> MergeSummary:
+    resume: bool | None = None,
+    team: Team | None = None,
+) -> MergeSummary | None:
     """Run any mergekit configuration and leave a complete, verified directory, or nothing.
 
     Args:
@@ -129,46 +143,77 @@ def merge_to_directory(
         head: what becomes of the models' heads; see `heads.heads_of_merge`.
         witness: writes the card, and more; without one mergekit's own card is written.
         common: what this merge shares with others of the same models.
+        resume: go on with an unfinished merge of this plan, where there is one; False: begin anew; None: refuse, unless
+            by `force`.
+        team: the processes that make it together, if there are several; all of them call this.
 
     Returns:
-        What was done, printable.
+        What was done, printable; None in all processes but the first.
 
     Raises:
         UserError: anything the user can put right; `out_path` is as it was before.
     """
-    started = time.perf_counter()
+    started, team = time.perf_counter(), team or Team()
     output = output or ModelOutput()
     run = MergeRun(config_source, config_name, options, head)
     inputs = run.paths_read()
     target = check_target(out_path, force, inputs)
     profile_place = _profile_place(profile_out, target, force, inputs)
     output.configure(run)
-    watch = watched(inputs)
+    watch, work = watched(inputs), Work(target)
 
     def check(planner: Any) -> None:
         run.inspect(planner)
-        output.plan(run, planner)
+        output.plan(run, planner, work)
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.prepared)
         check_space(target.parent, run.plan.bytes_to_write)
         run.plan.memory.check(config_name)
         if witness is not None and witness.on_plan is not None:
             witness.on_plan(run, planner)
+        made_from = {**watch.before, **run.made_from(), **output.made_from(), "--allow-nonfinite": allow_nonfinite}
+        check_same_plan(team, made_from)
+        check_enough(team, work)
+        if not team.rank:
+            work.open(made_from, out_path, resume=bool(resume), anew=force or resume is False)
+        finished = meet(team, work, out_path)
+        pieces = dealt(team, work, run.plan, finished)
+        session.seed = run.options.random_seed if run.options.random_seed is not None else work.seed
+        work.start(pieces)
+        wanted = {name for names in pieces for name in names}
+        replan_some(planner, wanted)
+        measured = [weight.name for weight, _, _ in run.plan.tensors if weight.name in run.plan.measured]
+        run.reads = [[measured[number] for number in session.share.mine([[n] for n in measured])], sorted(wanted)]
+        session.planned_tensors = sum(map(len, work.groups)) - len(finished)
 
     on_tensor = witness.on_tensor if witness is not None else None
-    session = MergeSession(check, on_tensor, allow_nonfinite=allow_nonfinite, quiet=not progress, common=common)
-    with (
-        claimed(target, out_path),
-        _claimed_apart(profile_place, target),
-        run.opened(),
-        staging_directory(target) as staging,
-    ):
+    costs = cache(lambda: {w.name: sum(h.bytes for h in inputs.values()) for w, inputs, _ in run.plan.tensors})
+    session = MergeSession(
+        check,
+        on_tensor,
+        allow_nonfinite=allow_nonfinite,
+        quiet=not progress or team.rank > 0,
+        traces=work.told,
+        common=common,
+        share=Share(team.rank, team.count, lambda name: costs().get(name, 1), team.exchange, team.add_up),
+        on_done=team.progress,
+    )
+    team.on_progress = session.done_elsewhere
+    with _staged(team, work, target, out_path, profile_place) as staging, run.opened():
         try:
-            output.begin(run, staging)
-            run.execute(staging, session)
-            output.finish(run, staging)
+            if not team.rank:
+                output.begin(run, staging)
+            with closing(session):
+                with work.writing():
+                    run.execute(staging, session)
+                team.exchange(None)  # all have made their pieces
+            check_finished(team, work, target)
+            if team.rank:
+                team.exchange(None)
+                return None
+            output.finish(run, staging, work)
             output.verify(run, staging)
-            notes = _notes(run, session)
+            notes = _recalled(run, session, work, witness)
             if witness is None:
                 run.write_card(staging, target.name, output.library)
             else:
@@ -177,6 +222,7 @@ def merge_to_directory(
             with _written_with(profile, profile_place, staging, target):
                 watch.check()
                 deliver(staging, target, force)
+            team.exchange(None)  # the others wait for that
         except Exception as error:
             if is_disk_full(error):
                 need = format_bytes(run.plan.bytes_to_write)
@@ -208,15 +254,57 @@ def plan_merge(
         UserError: what the merge itself would refuse before it starts.
     """
     run, output = MergeRun(config_source, config_name, options, head), ModelOutput()
-    run.plan_only(lambda planner: output.plan(run, planner))
+    run.plan_only(lambda planner: output.plan(run, planner, Work(Path(os.devnull))))
     return run.plan
 
 
-def _notes(run: MergeRun, session: MergeSession) -> list[str]:
-    """What the user should know: the plan's notes, and where NaN or Inf was let through."""
-    notes = list(run.plan.notes)
-    if session.nonfinite:
-        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(session.nonfinite)}")
+@contextmanager
+def _staged(team: Team, work: Work, target: Path, shown: object, profile_place: Path | None) -> Iterator[Path]:
+    """Give the directory that the output is made in; processes but the first need one for what mergekit writes."""
+    if team.rank:
+        with workplace("mergekit-neuron-merge") as place:
+            yield place
+        return
+    with (
+        claimed(target, shown),
+        _claimed_apart(profile_place, target),
+        _left_behind(team, work),
+        staging_directory(target) as staging,
+    ):
+        yield staging
+
+
+@contextmanager
+def _left_behind(team: Team, work: Work) -> Iterator[None]:
+    """Within the block a merge is made; finished pieces of one that is broken off by no fault of its own are kept."""
+    try:
+        yield
+    except BaseException as error:
+        with signals_held():
+            team.gather_up()
+            work.leave(keep=not isinstance(error, UserError) and not team.at_fault)
+        raise
+    work.leave(keep=False)
+
+
+def _recalled(run: MergeRun, session: MergeSession, work: Work, witness: MergeWitness | None) -> list[str]:
+    """Tell method and witness what the merges of all tensors told, whichever run they were made in.
+
+    Returns:
+        What the user should know: the plan's notes, and where NaN or Inf was let through.
+    """
+    notes, traces = list(run.plan.notes), work.traces()
+    tellers = session.prepared.tellers() if session.prepared is not None else []
+    for name, trace in traces.items():
+        for teller, told in zip(tellers, trace.get("told", ()), strict=False):
+            if told:
+                teller.told[name] = told
+    if witness is not None and witness.recall is not None:
+        for name, trace in traces.items():
+            if "seen" in trace:
+                witness.recall(name, trace["seen"])
+    if nonfinite := [name for name, trace in traces.items() if "nonfinite" in trace]:
+        notes.append(f"NaN or Inf in the output, as --allow-nonfinite has it: {listed(nonfinite)}")
     return notes
 
 

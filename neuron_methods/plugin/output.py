@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mergekit.tokenizer.build
+import torch
 import transformers
+from mergekit.architecture import WeightInfo
+from mergekit.common import dtype_from_name
+from mergekit.graph import Task
 from mergekit.options import MergeOptions
+from torch import Tensor
 
 from neuron_methods.models.companions import (
     code_files,
@@ -22,12 +27,15 @@ from neuron_methods.models.companions import (
 from neuron_methods.models.headers import stored_headers
 from neuron_methods.models.tokenizer_files import check_tokenizer
 from neuron_methods.models.verification import correct_config, verify_model
+from neuron_methods.plugin.layout import packed, write_shards
 from neuron_methods.plugin.planning import carried
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.seam import copy_tokenizer, planned_tasks, quiet_mergekit, replan
 from neuron_methods.plugin.session import session_of
+from neuron_methods.plugin.shards import PlannedShape
 from neuron_methods.plugin.token_maps import tokenizer_place
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_sources
+from neuron_methods.plugin.work import Work
 from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import is_disk_full
@@ -36,6 +44,39 @@ from neuron_methods.support.text import first_line, format_bytes, listed
 if TYPE_CHECKING:
     from neuron_methods.adapters.export import AdapterSummary
     from neuron_methods.plugin.run import MergeRun
+
+
+class StoreTensor(Task[None], arbitrary_types_allowed=True):
+    """Hand a tensor of the output to what is finished of it; mergekit's writer gets nothing."""
+
+    name: str
+    merge: Task
+    dtype: str | None
+    optional: bool
+    work: Any
+
+    def arguments(self) -> dict[str, Task]:
+        """Ask for the tensor."""
+        return {"tensor": self.merge}
+
+    def priority(self) -> int:
+        """Come as soon as it is there."""
+        return 1000
+
+    def group_label(self) -> str | None:
+        """Stay with its inputs."""
+        return self.merge.group_label()
+
+    def execute(self, tensor: Tensor | None) -> None:
+        """Hand it over in the dtype that it is stored in."""
+        if tensor is None and not self.optional:
+            raise RuntimeError(f"No value for required tensor {self.name}")
+        stored = {}
+        if tensor is not None:
+            # mergekit 0.1.5's own table of dtypes ends at int64.
+            dtype = getattr(torch, (self.dtype or "").removeprefix("torch."), None) or dtype_from_name(self.dtype)
+            stored[self.name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+        self.work.take(self.name, stored)
 
 
 class Output:
@@ -52,14 +93,18 @@ class Output:
     def configure(self, run: MergeRun) -> None:
         """Change the configuration, or refuse it, before any model is opened."""
 
-    def plan(self, run: MergeRun, planner: Any) -> None:
-        """Make the checked plan one of what will be written, in `run.plan` and in mergekit's planner."""
+    def plan(self, run: MergeRun, planner: Any, work: Work) -> None:
+        """Make the checked plan one of what will be written, in `run.plan`, in mergekit's planner and in `work`."""
 
     def begin(self, run: MergeRun, staging: Path) -> None:
         """Write what does not depend on the merge, and may fail, before it begins."""
 
-    def finish(self, run: MergeRun, staging: Path) -> None:
-        """Write what mergekit has not written."""
+    def made_from(self) -> dict[str, Any]:
+        """Say what else but models and configuration the output depends on, by the options' names; for JSON."""
+        return {}
+
+    def finish(self, run: MergeRun, staging: Path, work: Work) -> None:
+        """Write what mergekit has not written, from all that is finished."""
 
     def verify(self, run: MergeRun, staging: Path) -> None:
         """Make sure that the directory holds what was to be written.
@@ -79,7 +124,7 @@ class ModelOutput(Output):
 
     _tokenizer_notes: Sequence[str] = ()
 
-    def plan(self, run: MergeRun, planner: Any) -> None:
+    def plan(self, run: MergeRun, planner: Any, work: Work) -> None:
         """Copy what the base stores and mergekit's definition of its architecture does not know."""
         headers = run.unknown_of_base()
         copied = carried(run.donor, headers)
@@ -87,11 +132,26 @@ class ModelOutput(Output):
             header = headers[weight.name]
             run.plan.tensors.append((weight, {run.donor: header}, header.bytes))
             run.plan.carried.append(weight.name)
-        heads = []
+        heads, session = [], session_of(planner.options)
         if run.heads is not None:
             dtype = planner.config.out_dtype or planner.config.dtype
-            heads = run.heads.tasks(run.plan, dtype, session_of(planner.options))
-        replan(planner, [*planned_tasks(planner), *copied, *heads])
+            heads = run.heads.tasks(run.plan, dtype, session)
+        tasks = sorted([*planned_tasks(planner), *copied, *heads], key=lambda planned: planned[1].group_label() or "")
+        sizes = {weight.name: size for weight, _, size in run.plan.tensors}
+        shapes = {w.name: next((h.shape for h in inputs.values()), ()) for w, inputs, _ in run.plan.tensors}
+        work.shapes = {weight.name: PlannedShape(weight.name, shapes[weight.name]) for weight, _ in tasks}
+        work.groups = packed(((w.name, sizes[w.name]) for w, _ in tasks), run.options.out_shard_size)
+        stored = [
+            StoreTensor(
+                name=weight.name,
+                merge=task,
+                dtype=weight.force_dtype or planner.config.out_dtype,
+                optional=weight.optional,
+                work=work,
+            )
+            for weight, task in tasks
+        ]
+        replan(planner, [(optional(weight), task) for (weight, _), task in zip(tasks, stored, strict=True)])
         if tokenizer_place(run.donor) is None:
             others = run.configuration.referenced_models()
             if found := next((str(model) for model in others if tokenizer_place(model) is not None), None):
@@ -147,12 +207,13 @@ class ModelOutput(Output):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(place / name, staging / name)
 
-    def finish(self, run: MergeRun, staging: Path) -> None:
-        """Let config.json say what was written, and write the heads that are kept.
+    def finish(self, run: MergeRun, staging: Path, work: Work) -> None:
+        """Write the weights, let config.json say what was written, and write the heads that are kept.
 
         Raises:
             UserError: a head that is kept is not sound.
         """
+        write_shards(work, staging, safe=run.options.safe_serialization)
         if run.heads is not None:
             run.heads.write(staging)
         run.plan.notes += self._tokenizer_notes
@@ -173,6 +234,11 @@ class ModelOutput(Output):
         except UserError as error:
             raise UserError(f"verification failed: {str(error).removeprefix(f'{staging}: ')}") from None
         run.plan.notes += found.notes
+
+
+def optional(weight: WeightInfo) -> WeightInfo:
+    """Let mergekit's writer do without a tensor."""
+    return weight.model_copy(update={"optional": True})
 
 
 def verify_output(path: Path, plan: MergePlan, *, aligned: bool, options: MergeOptions) -> None:

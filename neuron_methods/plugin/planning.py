@@ -302,10 +302,10 @@ def attach(
             for weight, task in tasks
         ]
     )
+    settings = MergeSettings()
     if session is not None:
         session.adopt(prepared)
-        quiet = session.quiet
-    settings = MergeSettings(allow_nonfinite=session is not None and session.allow_nonfinite)
+        quiet, settings = session.quiet, MergeSettings(session.allow_nonfinite, share=session.share)
     if not quiet:
         settings = replace(
             settings, progress=lambda what, tensors: iter(progress_bar(tensors, what=what, unit="tensor"))

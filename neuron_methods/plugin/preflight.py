@@ -141,9 +141,8 @@ def inspect_plan(planner: Any) -> MergePlan:
 
 
 def _memory_of(options: MergeOptions) -> MergeMemory:
-    # Of pickles mergekit holds a shard, and where others write them the next ones, too, however many they are.
-    pickled = sys.maxsize if options.async_write else options.out_shard_size
-    return MergeMemory(None if options.safe_serialization else pickled, device=options.device or "cpu")
+    # A shard of pickles is held as a whole when it is put together.
+    return MergeMemory(None if options.safe_serialization else options.out_shard_size, device=options.device or "cpu")
 
 
 class _Headers:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+import neuron_methods
 from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.plugin.adapter_planning import untied_notes
 from neuron_methods.plugin.configuration import check_listed_once, read_configuration
@@ -26,19 +29,22 @@ from neuron_methods.plugin.preflight import MergePlan, inspect_plan
 from neuron_methods.plugin.reading import reading_ahead
 from neuron_methods.plugin.seam import any_dtype_name, models_in_order, quiet_mergekit
 from neuron_methods.plugin.session import MergeSession, SessionOptions
-from neuron_methods.plugin.shards import PlannedShape, streamed_shards
 from neuron_methods.plugin.stored_architecture import statistics_of
 from neuron_methods.plugin.structure import Unknown, check_structure, unknown_tensors
 from neuron_methods.plugin.token_maps import compare_token_maps
 from neuron_methods.plugin.tokenizer_sources import check_tokenizer_models
 from neuron_methods.support.documents import parse_yaml
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.fingerprints import code_digest
 from neuron_methods.support.text import first_line, listed
 
 # The YAML of a merge, beside its output.
 CONFIG_NAME = "mergekit_config.yml"
 
 
+# What the bytes of a merge depend on.
+_VERSIONS = ("mergekit", "torch", "transformers", "safetensors", "peft")
+_DECIDING = ("random_seed", "out_shard_size", "safe_serialization", "trust_remote_code", "lora_merge_dtype")
 # Parameters of our methods that name files.
 _FILES = ("profile", "groups")
 _HEAD_COMMENT = "# mergekit-neuron merge --head "
@@ -74,6 +80,7 @@ class MergeRun:
         options: mergekit's.
         builds_tokenizer: whether mergekit makes the output's tokenizer out of the models'.
         plan: what will be done, as far as it is known.
+        reads: tensors in the orders in which this process measures and merges them, once that is settled.
         heads: what becomes of heads that the method does not merge; None where there are none, or models not open.
     """
 
@@ -93,6 +100,7 @@ class MergeRun:
         self.heads: Heads | None = None
         self._head = head or _recorded_head(source)
         self._notes: list[str] = []
+        self.reads: list[list[str]] = []
         self._unknown = Unknown([], {})
 
     @property
@@ -166,6 +174,23 @@ class MergeRun:
         for model, names in self._unknown.of_experts.items():
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
 
+    def made_from(self) -> dict[str, Any]:
+        """Say what the output depends on beside the files read: code, YAML, options, revisions on the Hub; for JSON."""
+        told: dict[str, Any] = {f"the version of {name}": version(name) for name in _VERSIONS}
+        code = code_digest(Path(neuron_methods.__file__).parent)
+        told["the version of mergekit-neuron"] = f"{neuron_methods.__version__} ({code})"
+        told[self.name] = self.recorded
+        for option in _DECIDING:
+            told[f"--{option.replace('_', '-')}"] = getattr(self.options, option)
+        told["--device"] = (self.options.device or "cpu").partition(":")[0]  # whichever of its kind
+        for model in self.configuration.referenced_models():
+            if not os.path.exists(model.model.path):
+                # Its name there is that of the revision.
+                told[str(model)] = Path(model.local_path(self.options.transformers_cache, ignore_lora=True)).name
+        tensors = [(weight.name, size) for weight, _, size in self.plan.tensors]
+        told["what is written"] = hashlib.sha256(repr(tensors).encode()).hexdigest()[:16]
+        return told
+
     def headers_of_donor(self) -> dict[str, Header]:
         """Read the headers of all that the donor stores; models must be open."""
         headers, loader = HeaderFiles(), LoaderCache().get(self.donor.model_copy(update={"lora": None}))
@@ -192,8 +217,7 @@ class MergeRun:
             with (
                 quiet_mergekit(),
                 any_dtype_name(),
-                streamed_shards(self._shapes_written),
-                reading_ahead(self._passes),
+                reading_ahead(lambda: self.reads),
             ):
                 mergekit.merge.run_merge(configuration, str(staging), options)
         except (RuntimeError, ValueError) as error:
@@ -201,19 +225,6 @@ class MergeRun:
                 raise
             # Up to here mergekit has read the YAML and the models' configs, nothing else.
             raise UserError(f"{self.name}: {self._cured(first_line(error))}") from error
-        finally:
-            session.close()
-
-    def _shapes_written(self) -> list[PlannedShape]:
-        """What will be written, in the order in which mergekit merges, which is that of the names."""
-        written = [(weight.name, inputs, size) for weight, inputs, size in self.plan.tensors if inputs]
-        shapes = [PlannedShape(name, next(iter(inputs.values())).shape, size) for name, inputs, size in written]
-        return sorted(shapes, key=lambda tensor: tensor.name)
-
-    def _passes(self) -> list[list[str]]:
-        """The tensors in the orders in which they are measured (as planned) and merged (by name), once planned."""
-        names = [weight.name for weight, _, _ in self.plan.tensors]
-        return [[name for name in names if name in self.plan.measured], sorted(names)] if names else []
 
     def _cured(self, said: str) -> str:
         """What mergekit says of a configuration, with what to do about a base that lacks a parameter."""

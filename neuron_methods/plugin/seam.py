@@ -73,11 +73,6 @@ LOCAL_PATH = Private("mergekit.common", "ModelReference.local_path", ("cache_dir
 SERIALIZE = Private("mergekit.common", "ModelReference.serialize")
 RESOLVE_NAME = Private(_TASKS, "LoadTensor._resolve_name", ("loader",))
 DTYPE_FROM_NAME = Private(_TASKS, "dtype_from_name", ("name",))
-WRITER = Private(
-    _TASKS,
-    "TensorWriter",
-    ("out_path", "max_shard_size", "safe_serialization", "override_basename", "use_async", "max_write_threads"),
-)
 REFERENCED_MODELS = Private("mergekit.config", "MergeConfiguration.referenced_models")
 DONOR = Private(_MERGE, "_get_donor_model", ("merge_config", "options"))
 COPY_TOKENIZER = Private(_MERGE, "_copy_tokenizer", ("merge_config", "out_path", "options"))
@@ -107,7 +102,6 @@ SEAM: dict[str, tuple[Private, ...]] = {
         Private(_TASKS, "LoaderCache.hf_cache_dir"),
         RESOLVE_NAME,
         DTYPE_FROM_NAME,
-        WRITER,
         LAZY_LOADER,
         LOCAL_PATH,
     ),
@@ -184,13 +178,6 @@ def any_dtype_name() -> Iterator[None]:
 
     original = DTYPE_FROM_NAME.find()[2]
     with _in_place_of(DTYPE_FROM_NAME, lambda name: getattr(torch, name or "", None) or original(name)):
-        yield
-
-
-@contextmanager
-def writing_with(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Let mergekit's merges within the block open the writer of their output through what `around` makes of its own."""
-    with _in_place_of(WRITER, around(WRITER.find()[2])):
         yield
 
 

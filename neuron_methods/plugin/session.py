@@ -7,6 +7,8 @@ mergekit's own methods pass through it as well as ours.
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neuron_methods.methods.contract import PreparedMerge
+from neuron_methods.methods.share import Share
 from neuron_methods.plugin.seam import planned_tasks
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.finite import ADVICE, is_finite, largest
@@ -35,28 +38,36 @@ class MergeSession:
     Attributes:
         on_plan: called with mergekit's planner once the plan stands, before any tensor is merged; it may refuse by
             raising `UserError`.
-        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied.
+        on_tensor: called with (name, {model: input}, merged tensor) for every tensor that is merged and not copied;
+            returns something for JSON.
         allow_nonfinite: go on where a tensor holds NaN or Inf.
         quiet: no progress bars.
         architecture: that mergekit is to plan by, where it has been chosen.
         prepared: the merge by a method of ours, None for mergekit's own methods.
         common: what this merge shares with others of its kind, see `PreparedMerge.common`.
         planned_tensors: how many tensors mergekit's planner has planned, 0 as long as it has not.
-        nonfinite: names of the tensors written with NaN or Inf, where that is allowed.
+        seed: that chance in the merge of a tensor goes by, with the tensor's name; None: it is not set.
+        traces: {tensor: what its merge told; for JSON}, of those that are merged and not yet written.
+        share: which part of what is measured this process looks at.
+        on_done: called with the number of tensors that were merged since the last call.
         narrow: float16, where the plan rounds to that as it writes.
     """
 
     on_plan: Callable[[Any], None] = lambda _planner: None
-    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], None] | None = None
+    on_tensor: Callable[[str, Mapping[Hashable, Tensor], Tensor], Any] | None = None
     allow_nonfinite: bool = False
     quiet: bool = False
     architecture: ModelArchitecture | None = None
     prepared: PreparedMerge | None = None
     common: Kept | None = None
     planned_tensors: int = 0
-    nonfinite: list[str] = field(default_factory=list)
+    seed: int | None = None
+    share: Share = field(default_factory=Share)
+    on_done: Callable[[int], None] = lambda _count: None
+    traces: dict[str, dict[str, Any]] = field(default_factory=dict)
     narrow: torch.dtype | None = None
     _bar: tqdm | None = field(default=None, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def adopt(self, prepared: PreparedMerge) -> None:
         """Take note of the merge by a method of ours, and give it what it shares with others."""
@@ -86,22 +97,22 @@ class MergeSession:
         Raises:
             UserError: the result holds NaN or Inf, or the method failed, because an input does.
         """
-        if self._bar is None:
-            self._bar = progress_bar(
-                total=self.planned_tensors, what="Merging tensors", unit="tensor", shown=not self.quiet
-            )
+        self._open_bar()
+        if self.seed is not None:  # by tensor, so that it does not matter which was merged before, and where
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big"))
+        trace: dict[str, Any] = {}
 
         def inspect(merged: Tensor | None) -> Tensor | None:
             if merged is not None and not is_finite(merged):
                 if not self.allow_nonfinite:
                     raise _nonfinite_result(name, tensors, merged.dtype)
-                self.nonfinite.append(name)
+                trace["nonfinite"] = True
             elif merged is not None and self.narrow is not None and overflows(merged, self.narrow):
                 if not self.allow_nonfinite:
                     raise _overflow(name, self.narrow, merged)
-                self.nonfinite.append(name)
+                trace["nonfinite"] = True
             if merged is not None and self.on_tensor is not None and len(tensors) > 1:
-                self.on_tensor(name, tensors, merged)
+                trace["seen"] = self.on_tensor(name, tensors, merged)
             return merged
 
         try:
@@ -114,7 +125,24 @@ class MergeSession:
             if any(not tensor.is_floating_point() for tensor in tensors.values()):
                 raise UserError(f"{name}: the models hold integers here, and not the same ones ({error})") from None
             raise
-        self._bar.update()
+        if self.prepared is not None:
+            told = [teller.told.get(name, {}) for teller in self.prepared.tellers()]
+            trace |= {"told": told} if any(told) else {}
+        self.traces[name] = trace
+        self._open_bar().update()
+        self.on_done(1)
+
+    def done_elsewhere(self, count: int) -> None:
+        """Let the progress bar tell of tensors that another process has merged; from any thread."""
+        self._open_bar().update(count)
+
+    def _open_bar(self) -> tqdm:
+        with self._lock:
+            if self._bar is None:
+                self._bar = progress_bar(
+                    total=self.planned_tensors, what="Merging tensors", unit="tensor", shown=not self.quiet
+                )
+            return self._bar
 
     def close(self) -> None:
         """End the progress bar."""

@@ -80,7 +80,8 @@ def merge_routed(
         model, place = f"{config.base_model}+{expert.adapter}", _inputs(folder, expert.name)
         measure_inputs(model, [sources[expert.name]], place, settings, force=force, report=report)
     text = _merge_yaml(config, folder)
-    report(str(merge_to_directory(text, out, force=force, config_name=str(configuration), witness=witness)))
+    summary = merge_to_directory(text, out, force=force, config_name=str(configuration), witness=witness, resume=False)
+    report(str(summary))
 
 
 def _sources(config: RouteConfig, where: str) -> dict[str, DataSource]:

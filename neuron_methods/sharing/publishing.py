@@ -28,6 +28,7 @@ from neuron_methods.sharing.model_names import ModelNames, is_hub_id
 from neuron_methods.sharing.report.collect import ROWS_IN_PASSING, Collector
 from neuron_methods.sharing.report.pages import FOLDER, check_folder, require_matplotlib, write_report
 from neuron_methods.sharing.report.runs import collector_for, document_of, report_from_files
+from neuron_methods.sharing.report.weight_statistics import WeightStatistics
 from neuron_methods.sharing.verification import verify_directory
 from neuron_methods.support.documents import read_text
 from neuron_methods.support.errors import UserError
@@ -68,13 +69,20 @@ def merge_witness(report: bool = False, evaluation: Path | None = None) -> Merge
             with _noted(notes, "licences and data sets are not on the card"):
                 sources = CardSources.read(run.configuration, run.options.transformers_cache)
 
-    def on_tensor(name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> None:
+    def on_tensor(name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> Any:
+        failed: list[str] = []
+        with _noted(failed, f"no report was drawn, at tensor {name}"):
+            found = collector.look(name, inputs, merged) if collector is not None else None
+            return found.to_json() if found is not None else None
+        return failed[0]
+
+    def recall(name: str, seen: Any) -> None:
         nonlocal collector
-        if collector is not None:
-            looked_at, collector = collector, None
-            with _noted(notes, f"no report was drawn, at tensor {name}"):
-                looked_at.add(name, inputs, merged)
-                collector = looked_at
+        if isinstance(seen, str):
+            notes.extend([seen] if collector is not None else [])
+            collector = None
+        elif collector is not None and seen is not None:
+            collector.take(name, WeightStatistics.from_json(seen))
 
     def finish(run: MergeRun, staging: Path, name: str, state: Any) -> list[str]:
         section = None
@@ -97,7 +105,7 @@ def merge_witness(report: bool = False, evaluation: Path | None = None) -> Merge
         (staging / "README.md").write_text(text, encoding="utf-8", errors="replace")
         return notes
 
-    return MergeWitness(finish, on_plan, on_tensor if report else None)
+    return MergeWitness(finish, on_plan, *((on_tensor, recall) if report else ()))
 
 
 @contextmanager

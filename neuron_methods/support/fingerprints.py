@@ -53,6 +53,14 @@ def file_state(path: str | os.PathLike[str]) -> list[Any]:
         return []
 
 
+def code_digest(directory: Path) -> str:
+    """Digest a package's own modules, by their names and all that is in them."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.rglob("*.py")):
+        digest.update(file.relative_to(directory).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def tree_state(place: str | os.PathLike[str]) -> list[Any]:
     """Say what a file is, or a directory with all below it: by paths, sizes and times, which are digested; for JSON."""
     if not os.path.isdir(place):
@@ -66,16 +74,20 @@ def tree_state(place: str | os.PathLike[str]) -> list[Any]:
 
 
 class Watch:
-    """Notices that one of several files has changed meanwhile."""
+    """Notices that one of several files has changed meanwhile.
+
+    Attributes:
+        before: {file: its state at first}.
+    """
 
     def __init__(self, files: Iterable[str | os.PathLike[str]], state: Callable[[Any], Any] = file_state) -> None:
         """Take note of what `files` are now."""
         self._state = state
-        self._before = {os.fspath(file): state(file) for file in files}
+        self.before = {os.fspath(file): state(file) for file in files}
 
     def check(self) -> None:
         """Raise UserError if one is something else by now."""
-        changed = [file for file, before in self._before.items() if self._state(file) != before]
+        changed = [file for file, before in self.before.items() if self._state(file) != before]
         if changed:
             raise UserError(
                 f"{listed(changed)}: changed while it was read, so the result would be of both; nothing is kept, run "

@@ -47,6 +47,11 @@ def beside(target: Path, ending: str) -> Path:
     return target.with_name(f".{_cut(target.name, _LONGEST - len(run) - 2)}.{run}")
 
 
+def hidden(target: Path, ending: str) -> Path:
+    """Name what belongs to a file or directory, whichever run is at it, and lies beside."""
+    return target.with_name(f".{_cut(target.name, _LONGEST - len(ending) - 2)}.{ending}")
+
+
 @contextmanager
 def claimed(
     target: Path, shown: object | None = None, *, inside: bool = False, pair: Path | None = None
@@ -65,7 +70,7 @@ def claimed(
     Raises:
         UserError: another run writes to it, or the place cannot be written to.
     """
-    lock = target / LOCK if inside else target.with_name(f".{_cut(target.name, _LONGEST - len('..lock'))}.lock")
+    lock = target / LOCK if inside else hidden(target, "lock")
     with parents_of(lock), _locked(lock, target if shown is None else shown):
         if not inside:
             for place in filter(None, (target, pair)):
@@ -180,14 +185,14 @@ def remove_leftovers(directory: Path, name: str | None = None) -> None:
             continue
         place = directory / left
         if parts["host"] != _host():
-            _say(f"{place}: left by a run on {parts['host']}; remove it if that does not go on")
+            note(f"{place}: left by a run on {parts['host']}; remove it if that does not go on")
         elif not _lives(int(parts["process"]), int(parts["started"]), parts["boot"]):
             old = next(place.iterdir(), None) if parts["ending"] == "old" and place.is_dir() else None
             if old is not None and not os.path.lexists(directory / old.name):
                 old.rename(directory / old.name)
-                _say(f"{directory / old.name}: put back, as a run that was killed had moved it away")
+                note(f"{directory / old.name}: put back, as a run that was killed had moved it away")
             else:
-                _say(f"{place}: removed, as the run that left it is no more")
+                note(f"{place}: removed, as the run that left it is no more")
             remove(place)
 
 
@@ -207,7 +212,8 @@ def _is_of(found: str, name: str) -> bool:
     )
 
 
-def _say(text: str) -> None:
+def note(text: str) -> None:
+    """Tell the user something on stderr."""
     print(f"note: {printable(text)}", file=sys.stderr)
 
 

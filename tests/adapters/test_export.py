@@ -15,7 +15,8 @@ import transformers
 import yaml
 from torch import Tensor
 
-from neuron_methods.adapters.export import AdapterSummary, Precision
+from neuron_methods.adapters.export import AdapterSummary
+from neuron_methods.adapters.kept import Precision
 from neuron_methods.plugin.adapter_output import AdapterOutput, adapter_precision
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError

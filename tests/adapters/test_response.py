@@ -11,7 +11,8 @@ import yaml
 from click.testing import CliRunner
 from torch import Tensor
 
-from neuron_methods.adapters.export import AdapterSummary, Precision
+from neuron_methods.adapters.export import AdapterSummary
+from neuron_methods.adapters.kept import Precision
 from neuron_methods.cli import main
 from neuron_methods.kernels import low_rank, response
 from neuron_methods.kernels.task_vectors import LowRankTaskVector

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from neuron_methods.adapters.export import Precision
+from neuron_methods.adapters.kept import Precision
 from neuron_methods.plugin.adapter_output import AdapterOutput
 from neuron_methods.plugin.merging import MergeSummary, merge_to_directory
 from neuron_methods.support.errors import UserError

@@ -76,11 +76,11 @@ PAUSING = """
 
     save, saved = ShardWriter.save_tensor, []
 
-    def pause(self, name, tensor, clone=False):
-        save(self, name, tensor, clone)
+    def pause(self, name, tensor):
+        save(self, name, tensor)
         saved.append(name)
         if len(saved) == 5:
-            while not list(Path(self.out_path).glob("*.safetensors")):
+            while not list(self.place.parent.glob("*.json"))[1:]:
                 time.sleep(0.01)
             print("merging", flush=True)
             time.sleep(60)
@@ -113,15 +113,18 @@ def test_an_interrupted_run_leaves_what_was_there(checkpoints, tmp_path, name, c
         text=True,
     ) as process:
         assert process.stdout.readline() == "merging\n"
-        (staging,) = (folder / "parent").glob(".out.*.partial")
-        assert list(staging.glob("*.safetensors"))
+        pieces = list((folder / "parent" / ".out.unfinished").glob("*.safetensors"))
+        assert pieces
         process.send_signal(getattr(signal, name))
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
-    assert sorted(os.listdir(folder)) == sorted(["base", *EXPERTS, "merge.yaml", *["parent"] * old])
+    # What is finished is kept, and nothing that could be taken for an output.
+    assert all(path.exists() for path in pieces)
+    assert "the same command with --resume goes on" in errors
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "merge.yaml", "parent"]
+    assert sorted(os.listdir(folder / "parent")) == [".out.unfinished", *["out"] * old]
     if old:
-        assert sorted(os.listdir(folder / "parent")) == ["out"]
         assert (folder / "parent" / "out" / "config.json").read_text() == "old"
 
 

@@ -144,5 +144,4 @@ def test_a_merge_tensor_by_tensor_is_the_published_one_and_knows_its_energies(ca
         merged[tensor.name] = prepared.merge(group, parameters, torch.float32)
     difference = differences(merged, case.base, case.delta)
     assert (difference <= 1e-5).double().mean() >= 0.999
-    assert prepared.profile.parallel_energy > 0
-    assert prepared.profile.orthogonal_energy > prepared.profile.parallel_energy
+    assert prepared.total("orthogonal") > prepared.total("parallel") > 0

@@ -37,7 +37,7 @@ def test_the_message_names_the_option_that_was_given():
 
 def test_several_accelerators_need_one():
     if torch.accelerator.is_available():
-        check_multi_gpu()
+        check_multi_gpu(1)
     else:
         with pytest.raises(UserError, match="--multi-gpu: no accelerator here"):
-            check_multi_gpu()
+            check_multi_gpu(1)

@@ -62,7 +62,7 @@ def test_an_overflow_of_sound_inputs_is_told_apart():
 def test_where_it_is_allowed_it_is_noted():
     session = MergeSession(quiet=True, allow_nonfinite=True)
     merge(session, {"a": SOUND * NAN}, SOUND * NAN)
-    assert session.nonfinite == ["layer.weight"]
+    assert session.traces == {"layer.weight": {"nonfinite": True}}
 
 
 def fail(error):

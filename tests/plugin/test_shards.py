@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 import weakref
@@ -15,7 +14,9 @@ from mergekit.io.tensor_writer import TensorWriter
 from safetensors.torch import load_file
 
 from neuron_methods.models.headers import header_entries
+from neuron_methods.plugin.layout import packed, write_shards
 from neuron_methods.plugin.shards import WAITING, PlannedShape, ShardWriter
+from neuron_methods.plugin.work import Work
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -30,13 +31,19 @@ TENSORS = {
 }
 
 
-PLANNED = [PlannedShape(name, tuple(tensor.shape), tensor.nbytes) for name, tensor in TENSORS.items()]
+PLANNED = [PlannedShape(name, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
 
 
-def write(writer: TensorWriter) -> None:
-    for name, tensor in TENSORS.items():
-        writer.save_tensor(name, tensor)
-    writer.finalize()
+def write(place: Path, planned: list[PlannedShape] = PLANNED) -> Path:
+    writer = ShardWriter(place, planned)
+    try:
+        for name, tensor in TENSORS.items():
+            writer.save_tensor(name, tensor)
+        writer.finish()
+        writer.close()
+    finally:
+        writer.abandon()
+    return place
 
 
 def writing_threads() -> list[threading.Thread]:
@@ -44,9 +51,21 @@ def writing_threads() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("size", [10**9, 60])
-def test_it_leaves_what_mergekits_writer_leaves(tmp_path, size):
-    write(TensorWriter(str(tmp_path / "theirs"), max_shard_size=size))
-    write(ShardWriter(str(tmp_path / "ours"), size, PLANNED))
+def test_a_merge_leaves_what_mergekits_writer_leaves(tmp_path, size):
+    theirs = TensorWriter(str(tmp_path / "theirs"), max_shard_size=size)
+    for name, tensor in TENSORS.items():
+        theirs.save_tensor(name, tensor)
+    theirs.finalize()
+    work = Work(tmp_path / "out")
+    work.groups = packed(((name, tensor.nbytes) for name, tensor in TENSORS.items()), size)
+    work.shapes = {shape.name: shape for shape in PLANNED}
+    work.open({}, "out", resume=False, anew=False)
+    with work.writing():
+        work.start(work.groups)
+        for name in reversed(TENSORS):  # in any order
+            work.take(name, {name: TENSORS[name]})
+    (tmp_path / "ours").mkdir()
+    write_shards(work, tmp_path / "ours", safe=True)
     files = sorted(path.name for path in (tmp_path / "theirs").iterdir())
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == files
     assert (len(files) > 1) == (size == 60)
@@ -64,48 +83,35 @@ def test_it_leaves_what_mergekits_writer_leaves(tmp_path, size):
 
 
 def test_every_tensor_is_aligned_to_its_numbers(tmp_path):
-    write(ShardWriter(str(tmp_path), 10**9, PLANNED))
-    data, entries = header_entries(tmp_path / "model.safetensors")
+    data, entries = header_entries(write(tmp_path / "a.safetensors"))
     for name, entry in entries.items():
         assert (data + entry.data_offsets[0]) % TENSORS[name].element_size() == 0, name
 
 
-def test_a_shard_ends_where_its_header_is_full(tmp_path):
-    write(ShardWriter(str(tmp_path), 10**9, PLANNED[:2]))
-    shards = sorted(tmp_path.glob("*.safetensors"))
-    assert len(shards) > 1
-    assert {name for shard in shards for name in load_file(shard)} == TENSORS.keys()
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == TENSORS.keys()
+def test_a_header_takes_no_more_room_than_is_planned(tmp_path):
+    begin, entries = header_entries(write(tmp_path / "a.safetensors"))
+    assert begin < 100 + 110 * (len(entries) + 1)
 
 
-def test_a_header_takes_room_for_its_own_shard_alone(tmp_path):
-    write(ShardWriter(str(tmp_path), 60, PLANNED))
-    for shard in tmp_path.glob("*.safetensors"):
-        begin, entries = header_entries(shard)
-        assert begin < 100 + 110 * (len(entries) + 1)
-
-
-def test_nothing_written_makes_no_file(tmp_path):
-    ShardWriter(str(tmp_path), 100, []).finalize()
-    assert not list(tmp_path.iterdir())
+def test_a_shard_of_which_nothing_came_is_empty(tmp_path):
+    writer = ShardWriter(tmp_path / "a.safetensors", PLANNED)
+    writer.finish()
+    writer.close()
+    assert load_file(tmp_path / "a.safetensors") == {}
 
 
 def test_what_fails_in_the_thread_fails_the_merge(tmp_path):
-    writer = ShardWriter(str(tmp_path / "gone"), 10**9, PLANNED)
-    shutil.rmtree(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="gone"):
-        write(writer)
-    writer.abandon()
+        write(tmp_path / "gone" / "a.safetensors")
     assert not writing_threads()
 
 
 def test_a_writer_that_is_abandoned_completes_no_shard(tmp_path):
-    writer = ShardWriter(str(tmp_path), 10**9, PLANNED)
+    writer = ShardWriter(tmp_path / "a.safetensors", PLANNED)
     for name, tensor in TENSORS.items():
         writer.save_tensor(name, tensor)
     writer.abandon()
-    assert {path.name for path in tmp_path.iterdir()} <= {"shard.part"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.part"}
     assert not writing_threads()
     with pytest.raises(RuntimeError, match="the merge has ended"):
         writer.save_tensor("late", torch.ones(2))
@@ -121,7 +127,7 @@ def test_no_more_tensors_wait_than_it_says(tmp_path, monkeypatch):
         write_one(writer, name, tensor)
 
     monkeypatch.setattr(ShardWriter, "_write", slowly)
-    writer = ShardWriter(str(tmp_path), 10**9, [PlannedShape(str(index), (8,), 32) for index in range(6)])
+    writer = ShardWriter(tmp_path / "model.safetensors", [PlannedShape(str(index), (8,)) for index in range(6)])
     alive: list[weakref.ref] = []
 
     def merge() -> None:
@@ -140,7 +146,8 @@ def test_no_more_tensors_wait_than_it_says(tmp_path, monkeypatch):
     assert len(alive) == WAITING + 1  # those, and the one that finds no room
     gate.set()
     merging.join()
-    writer.finalize()
+    writer.finish()
+    writer.close()
     assert not any(reference() for reference in alive[:-1])
     assert len(load_file(tmp_path / "model.safetensors")) == 6
 

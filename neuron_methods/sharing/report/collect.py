@@ -60,8 +60,8 @@ class Collector:
         self.base, self.experts, self.limit = base, list(experts), limit
         self._places: dict[Place, WeightStatistics] = {}
 
-    def add(self, name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> None:
-        """Look at one tensor; passed over where it has no rows, is of integers, or some expert lacks it.
+    def look(self, name: str, inputs: Mapping[Hashable, Tensor], merged: Tensor) -> WeightStatistics | None:
+        """Look at one tensor; None where it has no rows, is of integers, or some expert lacks it.
 
         Args:
             name: of the output tensor.
@@ -77,10 +77,13 @@ class Collector:
             or base.ndim < 2  # points have no rows
             or any(tensor.shape != base.shape or not tensor.is_floating_point() for tensor in whole)
         ):
-            return
+            return None
         plain = merged.detach().as_subclass(Tensor) if isinstance(merged, TaskVector) else merged.detach()
         with torch.no_grad():
-            found = weight_statistics(base, experts, plain, limit=self.limit, packed=is_packed(name))
+            return weight_statistics(base, experts, plain, limit=self.limit, packed=is_packed(name))
+
+    def take(self, name: str, found: WeightStatistics) -> None:
+        """Add what was seen of one tensor to what was seen of others at its place."""
         earlier = self._places.get(place := place_of(name))
         self._places[place] = found if earlier is None else earlier + found
 

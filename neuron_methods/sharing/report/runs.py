@@ -64,7 +64,9 @@ def report_from_files(
             matched += merged is not None or task.copy_of is not None
             if merged is not None:
                 inputs = evaluate_task(task.gather_tensors, known)
-                collector.add(weight.name, {k: v for k, v in inputs.items() if v is not None}, merged)
+                there = {model: tensor for model, tensor in inputs.items() if tensor is not None}
+                if (found := collector.look(weight.name, there, merged)) is not None:
+                    collector.take(weight.name, found)
         if not matched:
             raise UserError(f"{place}: none of the tensors of {run.name} is in it; do they belong together?")
         document.update(document_of(collector, run, names, _measured(planner, known)))

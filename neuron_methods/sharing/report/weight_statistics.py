@@ -18,7 +18,7 @@ And, of the weight's rows together, with F_t for the inputs of expert t, which t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -78,6 +78,22 @@ class WeightStatistics:
             return torch.cat(parts, dim=1) if name in ("importance", "kept") else parts[0] + parts[1]
 
         return WeightStatistics(**{field.name: both(field.name) for field in fields(self)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Tell them as plain lists and numbers, of which `from_json` makes exactly the same."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> WeightStatistics:
+        """Make statistics of what `to_json` has told."""
+        dtypes = dict.fromkeys(("importance", "kept"), torch.float32)
+        return cls(
+            **{
+                name: torch.tensor(value, dtype=dtypes.get(name, torch.float64)) if isinstance(value, list) else value
+                for name, value in told.items()
+            }
+        )
 
 
 def sample_rows(neurons: int, limit: int | None) -> Tensor:

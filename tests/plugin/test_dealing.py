@@ -1,0 +1,207 @@
+"""Several processes make one merge together, and it is to the last bit that of one."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mergekit.merge_methods import registry
+from mergekit.options import MergeOptions
+
+from neuron_methods.models.team import Team
+from neuron_methods.plugin.dealing import dealt
+from neuron_methods.plugin.merging import MergeWitness, merge_to_directory, plan_merge
+from neuron_methods.plugin.work import Work
+from neuron_methods.support.shares import largest_first
+from tests.support import tiny, together
+from tests.support.checkpoints import configuration, edit
+from tests.support.commands import environment
+from tests.support.merges import EXPERTS, UP
+from tests.support.plans import write_groups
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {"out_shard_size": 5000, "random_seed": 7, "write_model_card": True}
+#: Of a kind that is measured in some way, left to chance, or of a low rank: also written as adapters.
+ADAPTERS = ("neuro_merging", "neuron_response", "min_merging", "neuron_merge", "dare_ties", "task_arithmetic")
+
+
+def launched(*arguments, folder, processes=2):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [*launch, "-m", *map(str, arguments)],
+        cwd=folder,
+        env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "")),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def recipe(method):
+    """A YAML that any method takes."""
+    own = {parameter.name: parameter for parameter in method.spec.parameters}
+    parameters = {name: value for name, value in (("weight", 0.5), ("t", 0.4), ("density", 0.6)) if name in own}
+    contract, models = method.spec.contract, [{"model": expert} for expert in EXPERTS]
+    if contract.max_inputs is not None:
+        models = models[: contract.max_inputs - (contract.base.value == "required")]
+    content = {"merge_method": method.spec.name, "models": models, "parameters": parameters}
+    if contract.base.value != "ignored":
+        content["base_model"] = "base"
+    if method.spec.name == "neuron_merge":
+        parameters.update(groups="groups.json", within="neuro_merging", rest="dare_linear", rest_density=0.5)
+        parameters.pop("density", None)
+        for model, group in zip(models, ("math", "code"), strict=True):
+            model["parameters"] = {"group": group}
+    if method.spec.name == "min_merging":
+        parameters["rest"] = "neuro_merging"
+    return yaml.safe_dump(content)
+
+
+def job(name, source, *, adapter=False, **more):
+    return {"yaml": source, "name": name, "options": OPTIONS, "adapter": adapter, **more}
+
+
+def merges():
+    found = [job(m.spec.name, recipe(m)) for m in registry.registered_methods()]
+    found += [job(f"{m}-adapter", recipe(registry.get(m)), adapter=True) for m in ADAPTERS]
+    tensor = configuration(parameters={"trim": "tensor", "density": [0.1, 0.5]}, dtype="bfloat16")
+    found.append(job("trim-tensor", tensor, profile_out="two/trim.json"))
+    aligned = configuration("ties", parameters={"weight": 0.5}, tokenizer={"source": "union"})
+    found.append(job("tokens", aligned))
+    return found
+
+
+def everything(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """A folder where two processes have made all merges in turn, into two/NAME; and what they said."""
+    folder = tiny.save_experts(tmp_path_factory.mktemp("together"))
+    write_groups(folder / "groups.json", tiny.config_of("llama")[1], ["general", "math", "code"])
+    for name in ("elsewhere", "spoiled"):
+        (folder / name).mkdir()
+        for model in ("base", *EXPERTS):
+            shutil.copytree(folder / model, folder / name / model)
+    edit(folder / "spoiled" / "expert-b", lambda tensors: tensors[UP].mul_(2))
+    source = configuration()
+    jobs = [{**entry, "out": f"two/{entry['name']}"} for entry in merges()]
+    jobs += [
+        job("resumed", source, out="two/resumed", resume=True),
+        job("unseen", source, out="two/unseen", other="elsewhere"),
+        job("differing", source, out="two/differing", other="spoiled"),
+        job("killed", source, out="two/killed", killed=1),
+    ]
+    (folder / "two").mkdir()
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # one process begins what two resume
+            begin(job("resumed", source, out="two/resumed"))
+        left = sorted(path.name for path in Path("two/.resumed.unfinished").iterdir())
+        done = launched("tests.support.together", "jobs.json", folder=folder)
+    finally:
+        os.chdir(here)
+    assert len(left) > 2
+    return folder, done
+
+
+def begin(entry, tensors=12):
+    seen = []
+
+    def on_tensor(name, *_):
+        seen.append(name)
+        if len(seen) == tensors:
+            raise KeyboardInterrupt
+
+    merge_to_directory(
+        entry["yaml"],
+        entry["out"],
+        progress=False,
+        options=MergeOptions(**entry["options"]),
+        witness=MergeWitness(lambda *_: [], on_tensor=on_tensor),
+    )
+
+
+@pytest.fixture
+def two(outcome, monkeypatch):
+    monkeypatch.chdir(outcome[0])
+    return outcome[1]
+
+
+def test_two_processes_write_the_bytes_of_one(two):
+    for entry in merges():
+        out = f"one/{entry['name']}"
+        together.merge({**entry, "out": out, "profile_out": entry.get("profile_out") and "one/trim.json"})
+        assert everything(f"two/{entry['name']}") == everything(out), (entry["name"], two.stderr[-2000:])
+    assert Path("two/trim.json").read_bytes() == Path("one/trim.json").read_bytes()
+
+
+def test_two_processes_go_on_with_what_one_has_begun_and_one_with_that_of_two(two):
+    entry = job("merge", configuration())
+    together.merge({**entry, "out": "one/resumed"})
+    assert everything("two/resumed") == everything("one/resumed")
+    assert not Path("two/killed").exists()  # nothing that can be loaded
+    kept = len(list(Path("two/.killed.unfinished").glob("*.safetensors")))
+    assert kept
+    together.merge({**entry, "out": "two/killed", "resume": True})
+    together.merge({**entry, "out": "one/killed"})
+    assert everything("two/killed") == everything("one/killed")
+    assert not Path("two/.killed.unfinished").exists()
+
+
+def test_what_is_wrong_is_told_once_and_names_the_process(two):
+    said = [line for line in (two.stdout + two.stderr).splitlines() if line.startswith(("error: ", "refused "))]
+    shared, same = "all hosts have to share the directory", "all need the same files, packages and options"
+    assert [re.sub(r" on [\w.-]+", "", line) for line in said] == [
+        f"refused two/unseen: two/unseen: process 1 does not see what process 0 writes there; {shared}",
+        f"refused two/differing: process 1: expert-b/model.safetensors differs from that of process 0; {same}",
+        "error: process 1 of 2 has died, so the others end, too",
+    ]
+    assert two.returncode != 0
+    assert not Path("two/unseen").exists()
+    assert not Path("two/differing").exists()
+
+
+def test_the_installed_command_speaks_once(two, outcome):
+    source = configuration("ties", parameters={"weight": 0.5})
+    Path("merge.yml").write_text(source)
+    done = launched("neuron_methods", "merge", "merge.yml", "three/out", "--random-seed", "7", folder=outcome[0])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.fullmatch(r"ties: \d+ tensors, .* s\n(  .*\n)*", done.stdout)
+    assert done.stderr.count("Merging tensors: 0 of") == 1
+    together.merge(job("merge", source, out="four/out", options={"random_seed": 7}))
+    assert everything("three/out") == everything("four/out")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_tensor_is_dealt_once_and_tied_ones_together(outcome, count, monkeypatch):
+    monkeypatch.chdir(outcome[0])
+    plan = plan_merge(configuration())
+    names = [weight.name for weight, _, _ in plan.tensors]
+    work, finished = Work(Path("nowhere")), set(names[:2])
+    work.groups = [names[start : start + 4] for start in range(0, len(names), 4)]
+    dealt_to = []
+    for rank in range(count):
+        team = Team()
+        team.rank, team.count = rank, count
+        dealt_to.append(dealt(team, work, plan, finished))
+    pieces = [piece for of_one in dealt_to for piece in of_one]
+    assert sorted(name for piece in pieces for name in piece) == sorted(set(names) - finished)
+    assert all(any({*piece} <= {*group} for group in work.groups) for piece in pieces)
+    whole = [piece for piece in pieces if piece in work.groups]
+    assert len(whole) >= (len(work.groups) - 1) // count * count - 1
+
+
+def test_the_largest_come_first():
+    assert largest_first([5, 1, 4, 3, 3], 2) == [[0, 4], [1, 2, 3]]
+    assert largest_first([2, 2], 3, [0, 5, 1]) == [[0], [], [1]]
+    assert largest_first([], 2) == [[], []]

@@ -1,0 +1,133 @@
+"""An interrupted merge goes on where it was, with --resume, and leaves the bytes of one that was not interrupted."""
+
+import os
+from pathlib import Path
+
+import pytest
+from mergekit.options import MergeOptions
+
+from neuron_methods.adapters.kept import Precision
+from neuron_methods.plugin.adapter_output import AdapterOutput
+from neuron_methods.plugin.merging import MergeWitness, merge_to_directory
+from neuron_methods.sharing.publishing import merge_witness
+from neuron_methods.support.errors import UserError
+from tests.support.checkpoints import configuration, edit
+from tests.support.merges import EXPERTS, UP
+
+OPTIONS = {"out_shard_size": 5000}
+
+
+class Interrupted(BaseException):
+    """What no merge is at fault for."""
+
+
+def merge(source=None, out="out", *, stop=None, output=None, witness=None, options=OPTIONS, **arguments):
+    """A merge, that is interrupted after `stop` tensors; returns the names of those that it merged."""
+    merged = []
+    inner = witness or merge_witness()
+
+    def on_tensor(name, *rest):
+        if len(merged) == stop:
+            raise Interrupted
+        merged.append(name)
+        return inner.on_tensor(name, *rest) if inner.on_tensor is not None else None
+
+    merge_to_directory(
+        source or configuration(),
+        out,
+        progress=False,
+        options=MergeOptions(**options),
+        output=output,
+        witness=MergeWitness(inner.finish, inner.on_plan, on_tensor, inner.recall),
+        **arguments,
+    )
+    return merged
+
+
+def everything(folder="out"):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def outputs():
+    return {"model": None, "adapter": AdapterOutput(Precision(rank=2))}
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize("method", ["neuro_merging", "neuron_response", "dare_linear"])
+def test_what_is_missing_is_merged_and_the_bytes_are_those_of_one_run(workspace, kind, method):
+    folder = workspace("llama-tied")
+    parameters = {"dare_linear": {"density": 0.5, "weight": 0.5}}.get(method, {})
+    source = configuration(method, parameters=parameters)
+    options = {**OPTIONS, "random_seed": 3}
+    everyone = merge(source, "whole/out", output=outputs()[kind], options=options)
+    with pytest.raises(Interrupted):
+        merge(source, output=outputs()[kind], stop=12, options=options)
+    left = sorted(Path(".out.unfinished").glob("*.safetensors"))
+    assert left
+    first = {path.name: path.stat().st_mtime_ns for path in left}
+    with pytest.raises(Interrupted):
+        merge(source, output=outputs()[kind], stop=0, resume=True, options=options)
+    assert {path.name: path.stat().st_mtime_ns for path in left} == first  # kept, not made anew
+    again = merge(source, output=outputs()[kind], resume=True, options=options)
+    assert 0 < len(again) < len(everyone)
+    assert everything() == everything("whole/out")
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out", "whole"]
+
+
+def test_without_the_option_it_is_named(workspace):
+    folder = workspace("llama-tied")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    with pytest.raises(
+        UserError, match=r"out: an unfinished merge of this plan is there, and \d of .*--resume goes on"
+    ):
+        merge()
+    assert Path(".out.unfinished").is_dir()  # nothing of it is lost by that
+    everyone = merge(force=True)
+    assert len(everyone) == 20
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda: edit(Path("expert-b"), lambda tensors: tensors[UP].mul_(2)), "expert-b/model.safetensors"),
+        (lambda: None, "--random-seed"),
+    ],
+)
+def test_another_plan_is_not_gone_on_with(workspace, change, named, capfd):
+    workspace("llama-tied")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    change()
+    options = {**OPTIONS, **({"random_seed": 1} if named == "--random-seed" else {})}
+    with pytest.raises(UserError, match=rf"out: the unfinished merge there was begun otherwise \({named}\)"):
+        merge(resume=True, options=options)
+    assert Path(".out.unfinished").is_dir()
+    assert len(merge(options=options)) == 20  # what is of no use goes, and that is said
+    assert f"an unfinished merge of another plan was there ({named}); begun anew" in capfd.readouterr().err
+
+
+def test_a_piece_that_is_not_as_it_was_is_made_again(workspace):
+    workspace("llama-tied")
+    merge(out="whole/out")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    first, second, *_ = sorted(Path(".out.unfinished").glob("*.safetensors"))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    second.with_suffix(".json").write_text('{"file": [')
+    merge(resume=True)
+    assert everything() == everything("whole/out")
+
+
+def test_nothing_is_kept_of_a_merge_that_is_at_fault_or_has_finished_no_piece(workspace):
+    folder = workspace("llama-tied")
+    with pytest.raises(Interrupted):
+        merge(stop=1)
+    edit(folder / "expert-b", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(UserError, match="NaN or Inf"):
+        merge()
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS]
+    assert merge(resume=True, allow_nonfinite=True)  # there is nothing to go on with
