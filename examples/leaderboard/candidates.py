@@ -23,6 +23,16 @@ Merger = Callable[[Weights, Mapping[str, Weights], Mapping[str, Any]], Weights]
 OURS = ("neuro_merging", "min_merging", "neuron_merge", "neuron_response")
 #: Our methods that need a profile of the zoo's base; it is handed to them among their settings, as ``profile``.
 PROFILED = ("neuron_merge",)
+#: Rows that are scored on further seeds: ours at defaults, and what stood highest of others on seed 0.
+ON_SEEDS = (
+    "neuron_response",
+    "neuron_response, 40 samples",
+    "sce",
+    "multislerp",
+    "ram",
+    "TSV-M",
+    "RegMean",
+)
 #: Points on validation data that every tuned method has.
 BUDGET = 8
 
@@ -166,6 +176,11 @@ def candidates(experts: int) -> list[Candidate]:
         Candidate("neuron_merge", "ours", "neuron_merge", groups, few, note=_GROUPS),
     ]
     return [*responses(), *mergekit, *ours, *fusion_bench(), *untuned()]
+
+
+def seeds(experts: int) -> list[Candidate]:
+    """List rows for several seeds of a zoo with so many experts."""
+    return [row for row in candidates(experts) if row.name in ON_SEEDS]
 
 
 def untuned() -> list[Candidate]:

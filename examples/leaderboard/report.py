@@ -242,6 +242,34 @@ def compared(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str
     return lines
 
 
+def by_seed(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str]:
+    """Tell the scores of `whole` by seed, and how ours with and without data stand to all others of their kind.
+
+    Args:
+        whole: rows that are scored on all seeds.
+        rows: all; not used.
+        family: of `FAMILIES`.
+    """
+    lines = []
+    for row in whole:
+        scores = [100 * interval([outcomes]).mean for outcomes in row.outcomes[family]]
+        stands = []
+        for other in whole:
+            if row.origin == "ours" != other.origin and (row.samples > 0) == (other.samples > 0):
+                gap, error = difference(row.outcomes[family], other.outcomes[family])
+                each = [
+                    100 * difference([a], [b])[0]
+                    for a, b in zip(row.outcomes[family], other.outcomes[family], strict=True)
+                ]
+                stands.append(
+                    f"{100 * gap:+.1f} points (standard error {100 * error:.1f}; "
+                    f"{', '.join(f'{value:+.1f}' for value in each)}) from {other.name}"
+                )
+        told = f"; {'; '.join(stands)}" if stands else ""
+        lines.append(f"- {FAMILIES[family]}, by seed: {row.name} {', '.join(f'{s:.1f}' for s in scores)}{told}.")
+    return lines
+
+
 def complete(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], family: str) -> list[Row]:
     """Choose the rows that are scored on every seed of a family: only those compare."""
     seeds = len(references["base"][family])

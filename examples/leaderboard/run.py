@@ -39,10 +39,20 @@ sys.path.insert(0, str(ZOO))
 import controls  # noqa: E402
 import grouping  # noqa: E402
 import responding  # noqa: E402
-from candidates import PROFILED, Candidate, ablations, candidates, merge, scaled, tokens_by_mean, untried  # noqa: E402
+from candidates import (  # noqa: E402
+    PROFILED,
+    Candidate,
+    ablations,
+    candidates,
+    merge,
+    scaled,
+    seeds,
+    tokens_by_mean,
+    untried,
+)
 from common import MARK, ZooModels, has_adapters, mean_score, run_script  # noqa: E402
 from orderings import write_orderings  # noqa: E402
-from report import Told, compared, unpack, write_report  # noqa: E402
+from report import Told, by_seed, compared, unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
 from neuron_methods.support.errors import UserError  # noqa: E402
@@ -258,6 +268,9 @@ def main() -> None:
     sheet.add_argument(
         "--controls", action="store_true", help="neuron_merge with other groups than the tasks', into controls.md"
     )
+    sheet.add_argument(
+        "--seeds", action="store_true", help="few rows that are worth the time on every seed, into seeds.md"
+    )
     parser.add_argument(
         "--labels",
         type=Path,
@@ -274,7 +287,7 @@ def main() -> None:
     neuron_methods.register()
     if missing := untried(candidates(3)):
         print(f"mergekit has methods that the leaderboard does not know: {', '.join(missing)}")
-    sheet = "ablation" if arguments.ablation else "controls" if arguments.controls else "results"
+    sheet = next((name for name in ("ablation", "controls", "seeds") if getattr(arguments, name)), "results")
     rows_for, told = SHEETS[sheet]
     labels = labels_of(arguments.labels, arguments.zoo, sheet)
     everyone = rows_for(3, labels=labels[0]) if labels else rows_for(3)
@@ -301,6 +314,7 @@ SHEETS: dict[str, tuple[Callable[..., list[Candidate]], Told]] = {
     "results": (candidates, compared),
     "ablation": (ablations, compared),
     "controls": (controls.controls, controls.against_random),
+    "seeds": (seeds, by_seed),
 }
 
 

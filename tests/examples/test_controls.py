@@ -12,6 +12,7 @@ import numpy as np
 import orderings
 import outside
 import pytest
+import report
 import torch
 from common import ZooModels
 from report import Row
@@ -162,6 +163,23 @@ def test_published_orderings_hold_are_level_or_do_not():
     assert "| level, +0.0 ± 0.0 |" in orderings.table({"t5": scored(more, more)})
     names = {row.name for row in candidates.candidates(3)}
     assert names >= {name for one in orderings.ORDERINGS for name in (one.above, one.below)}
+
+
+def test_seeds_are_told_one_by_one():
+    def of(name, origin, *seeds, samples=0):
+        return Row(name, origin, 1, samples, "", {"t5": [{"a": np.array(seed)} for seed in seeds]}, {})
+
+    ours = of("neuron_response", "ours", [1, 1, 1, 0], [1, 1, 0, 0])
+    with_data = of("neuron_response, 40 samples", "ours", [1, 1, 1, 1], [1, 1, 1, 1], samples=40)
+    other = of("TSV-M", "fusion-bench", [1, 0, 1, 0], [1, 1, 1, 0])
+    lines = report.by_seed([ours, with_data, other], [], "t5")
+    assert lines[0].startswith("- T5, by seed: neuron_response 75.0, 50.0; +0.0 points (standard error ")
+    assert lines[0].endswith("; +25.0, -25.0) from TSV-M.")
+    assert lines[1:] == [
+        "- T5, by seed: neuron_response, 40 samples 100.0, 100.0.",
+        "- T5, by seed: TSV-M 50.0, 75.0.",
+    ]
+    assert {row.name for row in candidates.seeds(3)} == set(candidates.ON_SEEDS)
 
 
 @pytest.fixture(scope="module")
