@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "zoo"))
 
 from candidates import Candidate, candidates, merge, scaled, tokens_by_mean
 from report import FAMILIES, Row, difference, write_report

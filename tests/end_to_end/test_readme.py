@@ -303,6 +303,17 @@ def test_the_leaderboards_show_the_measured_figures():
         assert set(shown) <= everyone | bests
 
 
+def test_what_stands_beside_the_leaderboard_is_as_the_scripts_wrote_it():
+    """Tables of the leaderboard's document after its first, and lists of comparisons, are lines of files beside it."""
+    files = [path for path in LEADERBOARD.parent.glob("*.md") if path != LEADERBOARD]
+    written = {line for path in files for line in path.read_text(encoding="utf-8").splitlines()}
+    text = DOCUMENTS[LEADERBOARD]
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    compared = [line for line in text.splitlines() if re.match(r"- (ViT|T5|Llama)[^:]*: ", line)]
+    assert len(tables) >= 4 and compared
+    assert {line for table in tables[1:] for line in table} | set(compared) <= written
+
+
 def test_figures_in_sentences_of_the_readme_are_those_of_the_tables():
     told = set(re.findall(r"(\d+\.\d+) (?:×|%|points)", " ".join(DOCUMENTS[README].split())))
     measured = {n for path, text in DOCUMENTS.items() if path != README for n in re.findall(r"\d+\.\d+", text)}
