@@ -33,26 +33,31 @@ class Ordering:
 
 
 _NEURO = "NeuroMerging, arXiv:2503.05320"
+_UNTUNED = "T5-base 74.8, 73.6; T5-large 77.6, 76.7; ViT-B/32 76.4, 72.4; ViT-L/14 87.9, 86.0"
 ORDERINGS = (
+    Ordering("neuro_merging", "ties, untuned", "NeuroMerging, at our defaults, above TIES; untuned", _NEURO, _UNTUNED),
     Ordering(
-        "neuro_merging",
+        "neuro_merging, top 10 %",
         "ties, untuned",
-        "NeuroMerging above TIES, without validation data",
+        "NeuroMerging, as a script of its authors has it, above TIES; untuned",
         _NEURO,
-        "T5-base 74.8, 73.6; T5-large 77.6, 76.7; ViT-B/32 76.4, 72.4; ViT-L/14 87.9, 86.0",
+        _UNTUNED,
     ),
     Ordering(
         "neuro_merging, λ₂ tuned",
         "ties",
-        "the same, with validation data",
+        "NeuroMerging above TIES; tuned",
         _NEURO,
         "T5-base 77.5, 76.4; T5-large 82.2, 79.5; ViT-B/32 76.5, 73.6; ViT-L/14 88.3, 86.0",
     ),
     Ordering(
-        "ties", "task_arithmetic", "TIES above task arithmetic, tuned", "TIES-Merging, arXiv:2306.01708, abstract"
+        "ties", "task_arithmetic", "TIES above task arithmetic; tuned", "TIES-Merging, arXiv:2306.01708, abstract"
     ),
     Ordering(
-        "TSV-M", "task_arithmetic", "TSV-M above task arithmetic", "Task Singular Vectors, arXiv:2412.00081, abstract"
+        "TSV-M",
+        "task_arithmetic",
+        "TSV-M above task arithmetic; tuned",
+        "TSV-M, arXiv:2412.00081, abstract",
     ),
 )
 _MARGIN = 1.96
