@@ -1,4 +1,4 @@
-"""Which published orderings of methods the zoos reproduce; the zoos are small, and their tasks are not the papers'."""
+"""Which orderings of methods that are told elsewhere the zoos have; the zoos are small, and have tasks of their own."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from neuron_methods.support.files import write_text
 
 @dataclass(frozen=True)
 class Ordering:
-    """One method above another, as a paper has it.
+    """One method above another, as a source has it.
 
     Attributes:
         above: the leaderboard's row that should score more.
         below: the row that should score less.
         claim: the two in words.
-        source: where it is published.
-        published: averages there, in percent, of both; empty where only the order is meant.
+        source: where that stands.
+        averages: in percent, of both there; empty where only the order is meant.
     """
 
     above: str
     below: str
     claim: str
     source: str
-    published: str = ""
+    averages: str = ""
 
 
-_NEURO = "NeuroMerging, arXiv:2503.05320"
+_NEURO = "arXiv:2503.05320 (Fang et al., experiments)"
 _UNTUNED = "T5-base 74.8, 73.6; T5-large 77.6, 76.7; ViT-B/32 76.4, 72.4; ViT-L/14 87.9, 86.0"
 ORDERINGS = (
     Ordering("neuro_merging", "ties, untuned", "NeuroMerging, at our defaults, above TIES; untuned", _NEURO, _UNTUNED),
     Ordering(
         "neuro_merging, top 10 %",
         "ties, untuned",
-        "NeuroMerging, as a script of its authors has it, above TIES; untuned",
+        "NeuroMerging, as its script has it, above TIES; untuned",
         _NEURO,
         _UNTUNED,
     ),
@@ -51,13 +51,13 @@ ORDERINGS = (
         "T5-base 77.5, 76.4; T5-large 82.2, 79.5; ViT-B/32 76.5, 73.6; ViT-L/14 88.3, 86.0",
     ),
     Ordering(
-        "ties", "task_arithmetic", "TIES above task arithmetic; tuned", "TIES-Merging, arXiv:2306.01708, abstract"
+        "ties", "task_arithmetic", "TIES above task arithmetic; tuned", "arXiv:2306.01708 (Yadav et al., abstract)"
     ),
     Ordering(
         "TSV-M",
         "task_arithmetic",
         "TSV-M above task arithmetic; tuned",
-        "TSV-M, arXiv:2412.00081, abstract",
+        "arXiv:2412.00081 (Gargiulo et al., abstract)",
     ),
 )
 _MARGIN = 1.96
@@ -72,16 +72,16 @@ def write_orderings(results: Sequence[Mapping[str, Any]], out: Path, candidates:
 
 
 def table(scored: Mapping[str, Mapping[str, Row]]) -> str:
-    """Lay out every ordering by family: the difference of the two rows, and whether it is the published one.
+    """Lay out every ordering by family: the difference of the two rows, and whether it is the same.
 
     Args:
         scored: rows by name that are scored on all seeds, by family.
     """
     lines = [
-        "Whether the zoos have the published order: yes, no, or level where the difference is within 1.96 standard "
+        "Whether the zoos have the same order: yes, no, or level where the difference is within 1.96 standard "
         "errors of it, paired; and the difference in points.",
         "",
-        f"| published | source | averages there | {' | '.join(FAMILIES[family] for family in scored)} |",
+        f"| order | source | averages there | {' | '.join(FAMILIES[family] for family in scored)} |",
         "|---|---|---|" + "---|" * len(scored),
     ]
     for one in ORDERINGS:
@@ -92,7 +92,7 @@ def table(scored: Mapping[str, Mapping[str, Row]]) -> str:
                 cells.append(f"{verdict(gap, error)}, {100 * gap:+.1f} ± {100 * _MARGIN * error:.1f}")
             else:
                 cells.append("–")
-        lines.append(f"| {one.claim} | {one.source} | {one.published or '–'} | {' | '.join(cells)} |")
+        lines.append(f"| {one.claim} | {one.source} | {one.averages or '–'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ installed (pip install fusion-bench), and named as missing where it is not. The 
 A zoo has up to three boards: its full experts; ``tokens``, the same with every method's token embeddings by their mean;
 and ``lora``, its adapters.
 
-Writes OUT/results.md, OUT/leaderboard.svg and OUT/results.json; and OUT/orderings.md: which published orderings hold.
+Writes OUT/results.md, OUT/leaderboard.svg and OUT/results.json; and OUT/orderings.md: which other orderings hold here.
 """
 
 from __future__ import annotations

@@ -138,6 +138,7 @@ TIES = Source(
     "TIES-Merging: Resolving Interference When Merging Models",
     "NeurIPS 2023",
     "2306.01708",
+    ("abstract",),
 )
 DARE = Source(
     "Yu et al.",
@@ -155,7 +156,7 @@ SOUPS = Source(
 #: What parts of the package are built on.
 PARTS = (
     Source("Marczak et al.", "No Task Left Behind: Isotropic Model Merging", "ICML 2025", "2502.04959", ("section 3",)),
-    Source("Gargiulo et al.", "Task Singular Vectors", "CVPR 2025", "2412.00081"),
+    Source("Gargiulo et al.", "Task Singular Vectors", "CVPR 2025", "2412.00081", ("abstract",)),
     Source("Wan et al.", "FuseChat: Knowledge Fusion of Chat Models", "2024", "2408.07990"),
     Source(
         "Lu et al.",

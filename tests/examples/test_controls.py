@@ -149,7 +149,7 @@ def test_what_is_done_to_tasks_left_out_is_reported(t5, tmp_path, monkeypatch):
         outside.main()
 
 
-def test_published_orderings_hold_are_level_or_do_not():
+def test_orderings_hold_are_level_or_do_not():
     def scored(first, second):
         return {"neuro_merging": row("neuro_merging", first), "ties, untuned": row("ties, untuned", second)}
 
