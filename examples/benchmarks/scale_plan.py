@@ -71,4 +71,4 @@ def _times(row: Row | None, parameters: int, read: int, written: int, hosts: int
     of_entry = max(row.cpu_seconds - _START, 0) / (SHAPES[row.size].parameters * row.experts)
     processors = of_entry * parameters * EXPERTS / (hosts * PROCESSES)
     disks = (read / row.read_speed + written / row.write_speed) / hosts
-    return f"{processors / 3600:.1f} h, {disks / 3600:.1f} h"
+    return f"{processors / 60:.0f} min, {disks / 60:.0f} min"

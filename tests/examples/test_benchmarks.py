@@ -70,10 +70,10 @@ def test_adapters_are_planned(arguments, tmp_path):
 def test_a_plan_needs_no_disk(monkeypatch):
     monkeypatch.setitem(scale.SHAPES, "70b", scale.SHAPES["0.1b"])
     entries = scale.SHAPES["0.1b"].parameters
-    row = scale.Row("0.1b", "full", 3, "linear", 1, cpu_seconds=16, read_speed=1e6, write_speed=1e6)
+    row = scale.Row("0.1b", "full", 3, "linear", 1, cpu_seconds=1804, read_speed=1e6, write_speed=1e6)
     text = plans.plan_table("70b", [row])
     linear, ties, *_ = text.splitlines()[2:]
     assert "| `ties` |" in ties and "not measured | not measured" in ties
-    hours = (16 - 4) / 3 * 8 / 8 / 3600  # of one of eight processes, for eight experts instead of three
-    disk = (8 + 1) * 2 * entries / 1e6 / 3600
-    assert f"| {hours:.1f} h, {disk:.1f} h |" in linear
+    minutes = 1800 / 3 * 8 / 8 / 60  # of one of eight processes, for eight experts instead of three
+    disk = (8 + 1) * 2 * entries / 1e6 / 60
+    assert f"| {minutes:.0f} min, {disk:.0f} min |" in linear
