@@ -334,7 +334,9 @@ def merge(config: Path, out: Path, row: Row, threads: int) -> None:
     """
     launch = ["-m", "neuron_methods"]
     if row.processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(row.processes), "--cpu", *launch]
+        # Which launches processes on the CPU where there is no GPU.
+        several = ["--multi_gpu", "--num_processes", str(row.processes)]
+        launch = ["-m", "accelerate.commands.launch", *several, *launch]
     command = [sys.executable, *launch, "merge", str(config), str(out), "--quiet", "--no-write-model-card"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
