@@ -71,6 +71,7 @@ def against_random(rows: Sequence[Row], everyone: Sequence[Row], family: str) ->
         ]
         scores = [100 * float(np.mean([v.mean() for one in each for v in one.values()])) for each in drawn]
         spread = float(np.var(scores, ddof=1)) / len(scores) if len(scores) > 1 else 0.0
+        scored = f"which score {min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else f"at {scores[0]:.1f}"
         for row in own:
             if row.name.startswith(_RANDOM):
                 continue
@@ -79,6 +80,6 @@ def against_random(rows: Sequence[Row], everyone: Sequence[Row], family: str) ->
             lines.append(
                 f"- {FAMILIES[family]}: {row.name.removesuffix(_TUNED)}{_TUNED if tuned else ', at the defaults'}, "
                 f"{100 * gap:+.1f} points ({100 * gap - half:+.1f} to {100 * gap + half:+.1f}) from the mean of "
-                f"{len(scores)} draws of random groups, which score {min(scores):.1f} to {max(scores):.1f}."
+                f"{len(scores)} draw{'s' if len(scores) > 1 else ''} of random groups, {scored}."
             )
     return lines
