@@ -69,6 +69,7 @@ METHOD = Private(_PLAN, "MergePlanner._method")
 TOKENIZER_TASK = Private(_PLAN, "MergePlanner._tokenizer_task")
 GET_LOADER = Private(_TASKS, "LoaderCache.get", ("model",))
 LAZY_LOADER = Private("mergekit.common", "ModelReference.lazy_loader", ("cache_dir", "lazy_unpickle"))
+CONFIG = Private("mergekit.common", "ModelReference.config", ("trust_remote_code",))
 LOCAL_PATH = Private("mergekit.common", "ModelReference.local_path", ("cache_dir", "ignore_lora"))
 SERIALIZE = Private("mergekit.common", "ModelReference.serialize")
 RESOLVE_NAME = Private(_TASKS, "LoadTensor._resolve_name", ("loader",))
@@ -103,6 +104,7 @@ SEAM: dict[str, tuple[Private, ...]] = {
         RESOLVE_NAME,
         DTYPE_FROM_NAME,
         LAZY_LOADER,
+        CONFIG,
         LOCAL_PATH,
     ),
     "mergekit.config": (REFERENCED_MODELS, SERIALIZE),

@@ -12,7 +12,9 @@ import mergekit.card
 import mergekit.merge
 import mergekit.plan
 import pytest
+import transformers
 from click.testing import CliRunner
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import registry
@@ -199,3 +201,28 @@ def test_no_word_of_definitions_that_mergekit_lacks_and_ours_fill(caplog):
     with caplog.at_level("WARNING", "mergekit.architecture"):
         assert arch_info_for_config(PretrainedConfig(architectures=["NobodyKnowsForCausalLM"])) is None
     assert caplog.messages == []
+
+
+def test_a_config_is_parsed_once_as_long_as_its_file_is_what_it_was(workspace, monkeypatch):
+    workspace("llama-tied")
+    for name in ("base", "expert-a"):  # as no test before
+        file = Path(name, "config.json")
+        file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 3e-06'))
+    patches.arm()
+    parsed, parse = [], transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda *args, **keys: parsed.append(args) or parse(*args, **keys)
+    )
+    base = ModelReference.parse("base")
+    first = base.config()
+    first.hidden_size = 7  # of the caller's own copy
+    second, same = base.config(), ModelReference.parse("base").config()
+    assert len(parsed) == 1
+    assert second.to_dict() == same.to_dict() == parse("base").to_dict()
+    assert ModelReference.parse("expert-a").config().name_or_path == "expert-a"
+    assert len(parsed) == 2
+    file = Path("base/config.json")
+    file.write_text(file.read_text().replace('"rms_norm_eps": 3e-06', '"rms_norm_eps": 2e-06'))
+    assert base.config().rms_norm_eps == 2e-6
+    base.config(trust_remote_code=True)
+    assert len(parsed) == 4
