@@ -245,8 +245,8 @@ def test_a_profile_within_the_output_is_none_of_its_files(place, name):
     for out, force in (("out", ()), ("merged", ("--force",))):
         line = refused(("merge", "merge.yml", out, "--quiet", "--profile-out", f"{out}/{name}", *force))
         assert "name another file" in line
-    Path("base/thresholds.json").write_text("{}")  # goes along, as any companion does
-    line = refused(("merge", "merge.yml", "out", "--quiet", "--profile-out", "out/thresholds.json"))
+    Path("base/labels.json").write_text("{}")  # goes along, as any companion does
+    line = refused(("merge", "merge.yml", "out", "--quiet", "--profile-out", "out/labels.json"))
     assert "the output has a file of this name" in line
 
 
