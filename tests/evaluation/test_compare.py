@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +14,15 @@ from click.testing import CliRunner
 
 from neuron_methods.cli import main
 from neuron_methods.evaluation import evaluate, load_tasks
-from neuron_methods.evaluation.comparing import CompareSettings, compare, contenders, paired_difference, spread, study
+from neuron_methods.evaluation.comparing import (
+    CompareSettings,
+    compare,
+    contenders,
+    outcome,
+    paired_difference,
+    spread,
+    study,
+)
 from neuron_methods.evaluation.comparing.contenders import parse_methods
 from neuron_methods.evaluation.tuning.search import make_strategy
 from neuron_methods.plugin.configuration import read_configuration
@@ -136,7 +147,10 @@ def test_a_method_by_hand():
         (["tise"], {}, "--method 'tise': unknown method 'tise'; did you mean 'ties'"),
         (["ties:"], {}, "--method 'ties:': expected NAME"),
         (["ties:density"], {}, "--method 'ties:density': "),
-        (["ties:densty=0.5"], {}, "densty"),
+        (["ties:densty=0.5"], {}, "^--method 'ties:densty=0.5': ties has no parameter 'densty'"),
+        (["ties:density=high"], {}, "^--method 'ties:density=high': density: "),
+        (["ties:density=0.2,5"], {}, "^--method 'ties:density=0.2,5': density: "),
+        (["ties:weight@nobody=1,2"], {}, "^--method 'ties:weight@nobody=1,2': weight@nobody: 'nobody' names no expert"),
         (["linear", "linear"], {}, "--method linear: is compared already"),
         ([], {"objective": "relative"}, "--objective 'relative': expected mean or minimum"),
     ],
@@ -164,6 +178,79 @@ def test_places_and_configurations_that_are_none(experts, folder):
     with pytest.raises(UserError, match="there is no validation_split"):
         compare(source, [task], folder / "out", [], QUIET)
     assert {path.name for path in folder.iterdir()} == {"mine", "questions.jsonl", "tasks.yml"}
+
+
+@pytest.fixture(scope="module")
+def finished(experts, tmp_path_factory):
+    """A comparison of two methods, with what it was made from."""
+    folder = tmp_path_factory.mktemp("finished")
+    cases.questions(folder)
+    tasks = load_tasks(tasks_file(folder))
+    source = cases.merge_yaml(experts("llama"))
+    compare(source, tasks, folder / "out", ["linear"], QUIET)
+    return source, tasks, folder / "out"
+
+
+CHANGES = {
+    "nothing in it": lambda result: result.clear(),
+    "a key too many": lambda result: result.update(name="linear"),
+    "no tasks": lambda result: result.update(tasks=[]),
+    "a task that is none": lambda result: result.update(tasks=[1, 2]),
+    "another task": lambda result: result["tasks"][0].update(name="others"),
+    "scores that are text": lambda result: result.update(outcomes="right"),
+    "a score that is no number": lambda result: result["outcomes"]["choices"].__setitem__(0, float("nan")),
+    "an example too few": lambda result: result["outcomes"]["choices"].pop(),
+    "a point that is none": lambda result: result.update(point=[1]),
+    "a YAML that is none": lambda result: result.update(source=3),
+    "a time that is text": lambda result: result.update(merge_seconds="1"),
+    "an objective that is text": lambda result: result.update(validation="1"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_that_was_changed_is_told(finished, tmp_path, change):
+    source, tasks, made = finished
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    row = next((out / "rows").glob("merge_linear-*.json"))
+    content = json.loads(row.read_text())
+    CHANGES[change](content["result"])
+    row.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(row))}: .*; remove it, or give --force to begin anew$"):
+        compare(source, tasks, out, ["linear"], QUIET)
+    row.unlink()
+    compare(source, tasks, out, ["linear"], QUIET)
+
+
+def test_force_forgets_rows_and_nothing_else(finished, tmp_path):
+    source, tasks, made = finished
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    for name in ("notes.txt", "rows/mine.json", "yamls/mine.yml"):
+        (out / name).write_text("mine")
+    next((out / "rows").glob("base_*.json")).write_text("{")
+    compare(source, tasks, out, [], replace(QUIET, force=True))
+    assert {(out / name).read_text() for name in ("notes.txt", "rows/mine.json", "yamls/mine.yml")} == {"mine"}
+    assert not list((out / "rows").glob("merge_linear-*.json"))
+    (tmp_path / "other/rows").mkdir(parents=True)
+    (tmp_path / "other/rows/mine.json").write_text("{}")
+    with pytest.raises(UserError, match="holds files that compare did not write"):
+        compare(source, tasks, tmp_path / "other", [], replace(QUIET, force=True))
+
+
+def test_every_row_has_a_yaml_of_its_own():
+    many = f"ties (density={','.join(f'0.{number}' for number in range(100, 180))})"
+    names = ["linear", "ties (density=0.2,0.6)", "ties (density=0.2:0.6)", many, f"{many} "]
+    found = outcome.yaml_names(names)
+    assert found["linear"] == "linear.yml"
+    assert len(set(found.values())) == len(names) and all(len(name.encode()) < 100 for name in found.values())
+
+
+def test_why_there_is_no_figure(experts, folder):
+    (folder / "merge.yml").write_text(cases.merge_yaml(experts("llama")))
+    tasks = cases.write_tasks(folder, cases.choice_task(), cases.perplexity_task())
+    done = run("merge.yml", "--task", tasks, "-o", "out", "--no-defaults", "--quiet")
+    assert "no figure: it is of scores that are means over examples" in done.output and "pip" not in done.output
 
 
 def test_intervals_and_differences():

@@ -29,12 +29,14 @@ class Contender:
         method: mergekit's name of it; None: the configuration as it is.
         settings: its parameters.
         search: of those that are tuned, each as ``--search`` takes it; empty: one point.
+        asked: the text of ``--method`` that it was read from.
     """
 
     name: str
     method: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     search: tuple[str, ...] = ()
+    asked: str = ""
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -110,7 +112,7 @@ def _parse(text: str) -> Contender:
     if "weight" not in {parameter.name for parameter in parameters} and needs_weight(name):
         settings["weight"] = 1.0
     shown = f"{name} ({', '.join(parts)})" if parts else name
-    return Contender(shown, name, settings, tuple(search))
+    return Contender(shown, name, settings, tuple(search), text)
 
 
 def needs_weight(method: str) -> bool:

@@ -8,25 +8,53 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from neuron_methods.support.documents import Foreign, read_object, validated
+from pydantic import Field
+
+from neuron_methods.evaluation.tuning.trace import Score
+from neuron_methods.support.documents import Foreign, Given, read_object, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.runs import LOCK
 from neuron_methods.support.targets import json_of
+from neuron_methods.support.text import listed
 
 FORMAT = "mergekit-neuron-comparison"
 VERSION = 1
 SUMMARY = "compare.json"
 ROWS = "rows"
+_AGAIN = "remove it, or give --force to begin anew"
 
 
-class _Kept(Foreign):
+class _Task(Foreign):
+    """What is read of a task's record."""
+
+    name: str
+    metric: str
+    score: Score
+    count: int
+    seconds: float
+
+
+class _Result(Given):
+    """What a row holds."""
+
+    tasks: Annotated[list[_Task], Field(min_length=1)]
+    outcomes: dict[str, Annotated[list[Score], Field(min_length=1)]]
+    method: str = ""
+    source: str = ""
+    point: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    points: int = 0
+    validation: Score | None = None
+    merge_seconds: float | None = None
+
+
+class _Kept(Given):
     """A file of a row."""
 
     key: dict[str, Any]
-    result: dict[str, Any]
+    result: _Result
 
 
 class Kept:
@@ -41,11 +69,11 @@ class Kept:
             force: forget the rows that are there.
         """
         self.folder, self.identity = folder, identity
-        (folder / ROWS).mkdir(parents=True, exist_ok=True)
-        if not (folder / SUMMARY).exists():
+        if not (folder / SUMMARY).exists():  # first, as a directory is told to be ours by it
             write_json(folder / SUMMARY, {"format": FORMAT, "version": VERSION})
+        (folder / ROWS).mkdir(exist_ok=True)
         if force:
-            for file in (folder / ROWS).glob("*.json"):
+            for file in (folder / ROWS).glob(f"*-{'[0-9a-f]' * 8}.json"):
                 file.unlink()
 
     def make(self, name: str, key: Mapping[str, Any], build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -63,14 +91,24 @@ class Kept:
         place = self._place(name)
         if not place.is_file():
             return None
-        again = "remove it, or give --force to begin anew"
-        kept = validated(read_object(place, again=again), _Kept, str(place), again)
-        return kept.result if kept.key == json.loads(json.dumps({**self.identity, **key})) else None
+        kept = validated(read_object(place, again=_AGAIN), _Kept, str(place), _AGAIN)
+        if kept.key != json.loads(json.dumps({**self.identity, **key})):
+            return None
+        _check_outcomes(kept, place)
+        return kept.result.model_dump()
 
     def _place(self, name: str) -> Path:
         # Names differ where their shortened forms do not.
         short = re.sub(r"[^\w-]+", "_", name)[:60]
         return self.folder / ROWS / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+
+
+def _check_outcomes(kept: _Kept, place: Path) -> None:
+    """Refuse a row whose tasks are not those of its key, or that lacks scores of examples; raises UserError."""
+    names = [task["name"] for task in kept.key["tasks"]]
+    counts = {task.name: task.count for task in kept.result.tasks}
+    if list(counts) != names or counts != {name: len(scores) for name, scores in kept.result.outcomes.items()}:
+        raise UserError(f"{place}: result.outcomes: expected the scores of every example of {listed(names)}; {_AGAIN}")
 
 
 def check_folder(folder: Path) -> None:
@@ -79,6 +117,6 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"-o {folder}: a file; name a directory")
-    others = [name for name in os.listdir(folder) if name not in (LOCK, ROWS) and not name.endswith(".partial")]
+    others = [name for name in os.listdir(folder) if name != LOCK and not name.endswith(".partial")]
     if others and not json_of(FORMAT)(folder / SUMMARY):
         raise UserError(f"-o {folder}: holds files that compare did not write; name another directory")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from neuron_methods.support.pages import page
 from neuron_methods.support.text import columns, markdown
 
 BEST, SECTION, PAGE, YAMLS = "best.yml", "compare.md", "compare.html", "yamls"
+_LONGEST = 60  # characters of a YAML's name
 _HEAD = ("model", "points", "validation", "test", "95 % interval", "to the best", "s per merge")
 
 
@@ -97,6 +100,7 @@ def _about(comparison: Comparison) -> str:
 
 def document(comparison: Comparison) -> dict[str, Any]:
     """Say everything in JSON, but for the outcomes of single examples, which the rows' files hold."""
+    yamls = yaml_names([row.name for row in comparison.merges])
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -104,12 +108,12 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "objective": comparison.objective,
         "budget": comparison.budget,
         "seed": comparison.seed,
-        "rows": [_record(row, comparison.best) for row in comparison.rows],
+        "rows": [_record(row, comparison.best, yamls) for row in comparison.rows],
         "notes": comparison.notes,
     }
 
 
-def _record(row: Row, best: Row) -> dict[str, Any]:
+def _record(row: Row, best: Row, yamls: Mapping[str, str]) -> dict[str, Any]:
     found = interval(row)
     record: dict[str, Any] = {"name": row.name, "kind": row.kind, "tasks": row.tasks, "mean": row.mean}
     record["interval"] = None if found is None else [found.low, found.high]
@@ -119,25 +123,34 @@ def _record(row: Row, best: Row) -> dict[str, Any]:
     if row.kind == "merge":
         merged = ("method", "point", "points", "validation", "merge_seconds", "failed")
         record |= {key: getattr(row, key) for key in merged}
-        record["yaml"] = None if row.failed else f"{YAMLS}/{file_name(row.name)}"
+        record["yaml"] = None if row.failed else f"{YAMLS}/{yamls[row.name]}"
     return record
 
 
-def file_name(name: str) -> str:
-    """Name the YAML of a row."""
-    return re.sub(r"[^\w-]+", "-", name).strip("-").lower() + ".yml"
+def yaml_names(names: Sequence[str]) -> dict[str, str]:
+    """Name the YAML of each row: after its row, by a digest of that where it is long, or like another's."""
+    plain = {name: re.sub(r"[^\w-]+", "-", name).strip("-").lower() for name in names}
+    counts = Counter(plain.values())
+    short = {
+        name: each
+        if counts[each] == 1 and len(each) <= _LONGEST
+        else f"{each[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        for name, each in plain.items()
+    }
+    return {name: f"{each}.yml" for name, each in short.items()}
 
 
 def write_comparison(comparison: Comparison, out: Path) -> list[str]:
     """Write all files into the directory of a comparison.
 
     Returns:
-        What the user should know: that there is no figure without matplotlib.
+        What the user should know: why there is no figure.
     """
     (out / YAMLS).mkdir(exist_ok=True)
+    yamls = yaml_names([row.name for row in comparison.merges])
     for row in comparison.merges:
         if not row.failed:
-            write_text(out / YAMLS / file_name(row.name), row.source)
+            write_text(out / YAMLS / yamls[row.name], row.source)
     best = comparison.best
     note = f"# {best.name}: {comparison.objective} {best.validation:.4f} on validation data, the best of "
     write_text(out / BEST, f"{note}{len(comparison.merges)} methods\n{best.source}")
@@ -145,7 +158,11 @@ def write_comparison(comparison: Comparison, out: Path) -> list[str]:
     pictures: Sequence[str] = draw_comparison(comparison.rows) if can_plot() else []
     write_text(out / PAGE, _page(comparison, pictures))
     write_json(out / SUMMARY, document(comparison), indent=1)
-    return [] if pictures else ["no figure: it needs matplotlib: pip install 'mergekit-neuron[report]'"]
+    if pictures:
+        return []
+    if can_plot():
+        return ["no figure: it is of scores that are means over examples, and a task has none"]
+    return ["no figure: it needs matplotlib: pip install 'mergekit-neuron[report]'"]
 
 
 def _page(comparison: Comparison, pictures: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ def compare(
     recipe = Recipe(source, config_name, [])
     chosen = _contenders(recipe, methods, settings, config_name)
     tasks = [with_validation(task, settings.allow_same_split) for task in tasks]
-    recipes = {each.name: Recipe(each.source(source, config_name), config_name, each.parameters) for each in chosen}
+    recipes = {each.name: _recipe(each, source, config_name) for each in chosen}
     strategies = {each.name: _strategy(each, settings) for each in chosen}
     plan_merge(source, config_name=config_name)
     spec = ModelSpec.parse(recipe.base)
@@ -201,6 +201,17 @@ def _contenders(recipe: Recipe, methods: Sequence[str], settings: CompareSetting
     if twice is not None:
         raise UserError(f"--method {twice}: is compared already; leave it away, or give its parameters")
     return chosen
+
+
+def _recipe(contender: Contender, source: str, config_name: str) -> Recipe:
+    """Make the merge of a contender; raises UserError, naming where it was asked for."""
+    try:
+        return Recipe(contender.source(source, config_name), config_name, contender.parameters)
+    except UserError as error:
+        if not contender.asked:
+            raise
+        what = str(error).removeprefix(f"{config_name}: ").removeprefix("parameters: ").removeprefix("--search ")
+        raise UserError(f"--method {contender.asked!r}: {what}") from None
 
 
 def _strategy(contender: Contender, settings: CompareSettings) -> Strategy:

@@ -44,7 +44,7 @@ class Trial:
 
 
 #: A perplexity may be infinite; a score that is no number belongs to no run.
-Score = Annotated[float, Field(strict=True, ge=float("-inf"))]
+Score = Annotated[float, Field(strict=True, ge=float("-inf"), allow_inf_nan=True)]
 
 
 class _Trial(Given):
