@@ -8,6 +8,7 @@ decides, so that it is the same however often the merge was interrupted, and who
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -95,9 +96,10 @@ class Work:
             anew: whether what is there may go, unless it is gone on with.
 
         Raises:
-            UserError: an unfinished merge of this plan is there and neither is said, or one of another plan is to be
-                gone on with.
+            UserError: an unfinished merge of this plan is there and neither is said, one of another plan is to be gone
+                on with, or what is there is somebody's own.
         """
+        self._refuse_foreign()
         made_from = json.loads(json.dumps(made_from))
         self.read()
         if self.pieces:
@@ -122,7 +124,7 @@ class Work:
         remove(self.place)
         self.pieces, self.seed, self._is_open = {}, secrets.randbits(32), True
         self.place.mkdir()
-        write_json(self.place / _BEGUN, {"seed": self.seed, "made_from": made_from})
+        _write(self.place / _BEGUN, {"seed": self.seed, "made_from": made_from})
 
     def join(self, seed: int) -> bool:
         """Find the work that another process has opened; False where this one does not see it."""
@@ -214,8 +216,17 @@ class Work:
 
     def _record(self, making: _Making) -> None:
         traces = {name: making.traces[name] for name in making.names}
-        write_json(making.file.with_suffix(".json"), {"file": file_state(making.file), "tensors": traces})
+        _write(making.file.with_suffix(".json"), {"file": file_state(making.file), "tensors": traces})
         self.pieces.update(dict.fromkeys(traces, Piece(making.file, traces)))
+
+    def _refuse_foreign(self) -> None:
+        """Refuse what no merge has left; a run that was killed as it began leaves nothing whole."""
+        if not os.path.lexists(self.place):
+            return
+        own = self.place.is_dir() and not self.place.is_symlink()
+        left = {name for name in os.listdir(self.place) if not name.endswith(".partial")} if own else set()
+        if not own or (left and _BEGUN not in left):
+            raise UserError(f"{self.place}: is in the way, and was left by no merge; move it away")
 
     def _tidy(self) -> None:
         """Remove what is no finished piece."""
@@ -262,9 +273,19 @@ def put(file: Path, place: Path) -> None:
         os.rename(file, place)
 
 
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object that tells whether it was changed."""
+    write_json(file, {**content, "digest": _digest(content)})
+
+
 def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON object of ours; an empty one where it is not whole."""
+    """Read a JSON object of ours; an empty one where it is not as it was written."""
     try:
-        return read_object(file)
+        content = read_object(file)
     except UserError:
         return {}
+    return content if content.pop("digest", None) == _digest(content) else {}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

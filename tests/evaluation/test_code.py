@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+
 import pytest
 
 from neuron_methods.evaluation import load_tasks
@@ -48,6 +51,21 @@ def test_what_a_program_cannot_do(monkeypatch, tmp_path):
         for name, tried in tries.items():
             assert passes(tried.replace("PORT", str(server.getsockname()[1])), ["pass"], "x") == 0.0, name
     assert passes("import os", ["assert 'HF_TOKEN' not in os.environ and not os.listdir()"], "x") == 1.0
+
+
+@pytest.mark.parametrize("ended", ["pass", "raise SystemExit(1)", "import time; time.sleep(60)"])
+def test_what_a_program_began_ends_with_it(monkeypatch, tmp_path, ended):
+    """Even what left its group of processes, as daemons do."""
+    monkeypatch.setattr(code, "SECONDS", 1)
+    pipe = tmp_path / "held"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    begin = (
+        "import os, time\nheld = os.open(PIPE, os.O_WRONLY)\nif not os.fork():\n    os.setsid()\n    time.sleep(600)\n"
+    )
+    passes(begin.replace("PIPE", repr(str(pipe))) + ended, [], "x")
+    assert select.select([reader], [], [], 30)[0] and os.read(reader, 1) == b""  # nobody holds it any more
+    os.close(reader)
 
 
 def test_where_the_network_cannot_be_cut_off_nothing_runs(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """An interrupted merge goes on where it was, with --resume, and leaves the bytes of one that was not interrupted."""
 
+import json
 import os
 from pathlib import Path
 
@@ -120,6 +121,67 @@ def test_a_piece_that_is_not_as_it_was_is_made_again(workspace):
     second.with_suffix(".json").write_text('{"file": [')
     merge(resume=True)
     assert everything() == everything("whole/out")
+
+
+RECORDS = {
+    "tensors of none": lambda content: content.update(tensors=None),
+    "a trace that is none": lambda content: content["tensors"].update(dict.fromkeys(content["tensors"], 3)),
+    "another figure": lambda content: next(iter(content["tensors"].values())).update(parallel="much"),
+    "a tensor too few": lambda content: content["tensors"].popitem(),
+    "a tensor of another model": lambda content: content["tensors"].update(alien={}),
+}
+
+
+@pytest.mark.parametrize("change", RECORDS)
+def test_a_record_that_was_changed_is_of_no_use(workspace, change):
+    folder = workspace("llama-tied")
+    merge(out="whole/out")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    record = min(Path(".out.unfinished").glob("0*.json"))
+    content = json.loads(record.read_text())
+    RECORDS[change](content)
+    record.write_text(json.dumps(content))
+    merge(resume=True)
+    assert everything() == everything("whole/out")
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out", "whole"]
+
+
+@pytest.mark.parametrize("made_from", [[], None, {}, "all"])
+def test_what_a_merge_was_begun_from_may_be_damaged(workspace, made_from):
+    workspace("llama-tied")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    Path(".out.unfinished/begun.json").write_text(json.dumps({"seed": 1, "made_from": made_from}))
+    with pytest.raises(UserError, match="the unfinished merge there was begun otherwise"):
+        merge(resume=True)
+    assert len(merge()) == 20
+
+
+def test_what_no_merge_has_left_is_not_removed(workspace):
+    workspace("llama-tied")
+    place = Path(".out.unfinished")
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    for make in (
+        lambda: place.symlink_to("mine"),
+        lambda: Path("mine").rename(place),
+        lambda: place.write_text("mine"),
+    ):
+        make()
+        with pytest.raises(
+            UserError, match=r"\.out\.unfinished: is in the way, and was left by no merge; move it away"
+        ):
+            merge(resume=True, force=True)
+        assert os.path.lexists(place) and not Path("out").exists()
+        if place.is_dir() and not place.is_symlink():
+            assert (place / "notes.txt").read_text() == "mine"
+            place.rename("mine")
+        else:
+            place.unlink()
+    place.mkdir()  # of a run that was killed as it began
+    merge()
+    assert not place.exists()
 
 
 def test_nothing_is_kept_of_a_merge_that_is_at_fault_or_has_finished_no_piece(workspace):

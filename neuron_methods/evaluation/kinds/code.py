@@ -1,8 +1,8 @@
 """Answers that are programs: run with their tests, in a process with limits, and only where the user allows it.
 
 The limits hold what a model writes by mistake, not an attacker: a program may read and write what its user may. It has
-no network, no environment, a directory of its own, and an end to its time, memory and files. Where a process cannot be
-cut off from the network (it takes Linux and its user namespaces), nothing runs.
+no network, no environment, a directory of its own, and an end to its time, memory and files; what it has begun ends
+with it. Where a process cannot be cut off from the network (it takes Linux and its user namespaces), nothing runs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ LARGEST_FILE = 10 << 20
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
 _CUT_OFF = 77
-# CLONE_NEWUSER and CLONE_NEWNET: a network of its own, with nothing in it.
+# CLONE_NEWUSER, CLONE_NEWNET and CLONE_NEWPID: a network of its own, with nothing in it, and processes of its own, of
+# which none outlives the first (root may begin some, whatever the limit); that one dies with its parent
+# (PR_SET_PDEATHSIG).
 _LAUNCHER = f"""
-import ctypes, resource, sys
+import ctypes, os, resource, sys
 program = sys.stdin.read()
 try:
-    failed = ctypes.CDLL(None, use_errno=True).unshare(0x10000000 | 0x40000000)
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.unshare(0x10000000 | 0x40000000 | 0x20000000)
 except (AttributeError, OSError):
     failed = True
 if failed:
     sys.exit({_CUT_OFF})
+first = os.fork()
+if first:
+    sys.exit(os.waitpid(first, 0)[1] != 0)
+libc.prctl(1, 9)
 for what, most in (
     (resource.RLIMIT_CPU, {SECONDS}), (resource.RLIMIT_AS, {MEMORY}), (resource.RLIMIT_FSIZE, {LARGEST_FILE}),
     (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0),
