@@ -225,10 +225,12 @@ class ThresholdSearch:
             add_up: adds up a tensor of integers over all who count.
         """
         there = [self._histogram is not None, self._remainders is not None]
-        counts = add_up(torch.tensor([self.entries, self._below, self._at_or_above, *there]))
+        counts = add_up(torch.tensor([self.entries, self._below, self._at_or_above, *there], device="cpu"))
         self.entries, self._below, self._at_or_above, histograms, remainders = counts.tolist()
         if histograms:
-            own = self._histogram if self._histogram is not None else torch.zeros(self._bracket.bins, dtype=torch.int64)
+            own = self._histogram
+            if own is None:
+                own = torch.zeros(self._bracket.bins, dtype=torch.int64, device="cpu")
             self._histogram = add_up(own)
             if remainders:
                 self._remainders = add_up(self._remainders if self._remainders is not None else torch.zeros_like(own))
