@@ -19,7 +19,7 @@ from neuron_methods.support.files import write_json
 
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".tiktoken", ".tokenizer")
 _OF_TOKENIZERS = re.compile(
-    r"token|vocab|merges|chat_template|^dict\.|bpe|^(normalizer|emoji|byte_maps|word_\w+)\.json$|\.(?!json$|txt$)[^.]+$"
+    r"tokenizer|(added|special)_tokens|vocab|merges|chat_template|^dict\.|bpe|^(normalizer|emoji|byte_maps|word_\w+)\.json$|\.(?!json$|txt$)[^.]+$"
 )
 # Of a model and no tokenizer, in JSON.
 _OF_MODELS = re.compile(r"config|processor|modules|label|speaker")

@@ -134,7 +134,7 @@ PARTS = {
     "card": (publishing, "make_card", True),
     "report": (publishing, "write_report", False),
     "document": (publishing, "document_of", False),
-    "tensor": (publishing.Collector, "add", False),
+    "tensor": (publishing.Collector, "look", False),
     "licences": (card, "find_licences", False),
     "datasets": (card, "profiled_datasets", False),
     **{name: (card, name, True) for name in ("citation_of", "pipeline_tag", "loading_snippet", "heads_section")},

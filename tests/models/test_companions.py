@@ -53,6 +53,7 @@ def test_what_goes_with_a_model(name):
     [
         *("notes.json", "run.json", "metrics.json", "wandb-summary.json", "predictions.json", "samples.json"),
         *("trainer_state.json", "all_results.json", "train_results.json", "model.safetensors.index.json"),
+        *("hf_token.txt", "hf_token.json", "tokens.json"),
         *("config.json", "adapter_config.json", "log.txt", "requirements.txt", "1_Pooling/config.json", "modeling.py"),
     ],
 )
