@@ -41,6 +41,7 @@ A merge.yaml by neuro_merging, with every parameter at its default:
     trim: model                   # one threshold per expert; tensor: one per tensor; or differing
     lambda_parallel: 0.0
     lambda_orthogonal: auto       # 1 / (1 - sigma)
+    lambda_points: orthogonal     # of norms and biases; mean: of both
     rank_energy: 1.0
     spectral_exponent: 1.0
     consensus: mean               # or sum

@@ -194,8 +194,11 @@ def _in_place_of(private: Private, replacement: Any) -> Iterator[None]:
 
 
 def planned_tasks(planner: Any) -> list[tuple[Any, Any]]:
-    """Read a planner's (weight, task) per output tensor, in the order of writing."""
-    return planner._tensors
+    """Read a planner's (weight, task) per output tensor, in the order of writing.
+
+    mergekit 0.1.5 defines some tensors twice (the merger's biases of Qwen2.5-VL); each is planned once.
+    """
+    return list({weight.name: (weight, task) for weight, task in planner._tensors}.values())
 
 
 def replan(planner: Any, tasks: Iterable[tuple[Any, Any]]) -> None:

@@ -15,7 +15,8 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.yaml_source import YamlSource
 
 #: What can be searched that is no parameter: words of the top level.
-TOP_LEVEL = ("merge_method", "dtype", "out_dtype")
+METHOD = "merge_method"
+TOP_LEVEL = (METHOD, "dtype", "out_dtype")
 _LAMBDA = re.compile(r"(rest_|within_)?lambda(_parallel|_orthogonal)?")
 
 

@@ -16,7 +16,7 @@ from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.bench import Bench, Effort
 from neuron_methods.evaluation.tuning.objective import OBJECTIVES, experts_of_task, goodness, objective
 from neuron_methods.evaluation.tuning.plot import can_plot, plot_search
-from neuron_methods.evaluation.tuning.recipe import Recipe
+from neuron_methods.evaluation.tuning.recipe import METHOD, Recipe
 from neuron_methods.evaluation.tuning.search import (
     DEFAULT_BUDGET,
     Parameter,
@@ -131,7 +131,10 @@ def tune(
     strategy = make_strategy(settings.strategy, parameters, settings.budget, settings.seed)
     tasks = [with_validation(task, settings.allow_same_split) for task in tasks]
     recipe = Recipe(source, config_name, parameters)
-    plan_merge(recipe.source_at({p.name: p.extremes[0] for p in parameters}), config_name=config_name)
+    first = {p.name: p.extremes[0] for p in parameters}
+    for method in next((p.values for p in parameters if p.name == METHOD and p.values is not None), (None,)):
+        point = first if method is None else {**first, METHOD: method}
+        plan_merge(recipe.source_at(point), config_name=f"{config_name} by {method}" if method else config_name)
     if not can_plot():
         say("scores.png will not be drawn: it needs matplotlib: pip install 'mergekit-neuron[report]'")
     spec = ModelSpec.parse(recipe.base)
