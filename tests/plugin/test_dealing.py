@@ -30,13 +30,19 @@ OPTIONS = {"out_shard_size": 5000, "random_seed": 7, "write_model_card": True}
 ADAPTERS = ("neuro_merging", "neuron_response", "min_merging", "neuron_merge", "dare_ties", "task_arithmetic")
 
 
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """As the processes that are started: transformers 5 writes into a tokenizer's config whether the Hub was asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def launched(*arguments, folder, processes=2):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [*launch, "-m", *map(str, arguments)],
         cwd=folder,
-        env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "")),
+        env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
         check=False,
