@@ -8,8 +8,12 @@ either after a random share of the time that the command takes, or at a random o
   kills it,
 - nothing unfinished is left after that.
 
+Two processes of ``accelerate launch`` make a merge, too: one of them is killed, their launcher, or all; one process or
+two go on with it, and write what a single one writes that nobody kills.
+
     python examples/benchmarks/kills.py                    100 kills, about five minutes on two cores
     python examples/benchmarks/kills.py --kills 8 --seed 1
+    python examples/benchmarks/kills.py --only "merge by two" --kills 50
 """
 
 from __future__ import annotations
@@ -25,15 +29,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from forks import VICTIMS, forked, in_fork, launched
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-#: Operations on files that a run may be killed at, as Python's audit hooks name them.
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile", "os.truncate")
-_DATA = ("--data", "a=texts.jsonl:text", "--data", "b=more.jsonl:text")
+_TWO = "merge by two"
 COMMANDS: dict[str, tuple[str, ...]] = {
     "merge": ("merge", "merge.yml", "out", "--quiet"),
     "merge --force": ("merge", "merge.yml", "out", "--quiet", "--force"),
@@ -65,6 +69,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o", "s.json"),
     "evaluate --force": ("evaluate", "base", "--task", "tasks.yml", "-q", "-o", "s.json", "--force"),
+    _TWO: ("merge", "merge.yml", "out", "--quiet", "--out-shard-size", "3K"),
 }
 _TIMES = re.compile(rb'"(seconds|loading_seconds)": [0-9.e-]+')
 # Nothing but times, or figures of them, differs in these.
@@ -101,10 +106,12 @@ def make_inputs(folder: Path) -> None:
 
 def import_everything() -> None:
     """Import what the commands do, so that a fork need not."""
+    import accelerate.commands.launch  # noqa: F401
     import datasets  # noqa: F401
     import mergekit.merge  # noqa: F401
     import peft  # noqa: F401
     import torch
+    import torch.distributed.run
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import neuron_methods.evaluation.tuning.study
@@ -119,67 +126,12 @@ def import_everything() -> None:
         main.get_command(None, name)
 
 
-def forked(arguments: tuple[str, ...], folder: Path, *, after: float | None = None, at: int | None = None) -> int:
-    """Run a command in a fork of this process.
-
-    Args:
-        arguments: of `mergekit-neuron`.
-        folder: where.
-        after: kill it after so many seconds.
-        at: kill it at this operation on files.
-
-    Returns:
-        Its exit status, negative where a signal ended it.
-    """
-    child = os.fork()
-    if child == 0:
-        _run(arguments, folder, at)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def _run(arguments: tuple[str, ...], folder: Path, at: int | None) -> None:
-    from neuron_methods.cli import main
-
-    os.chdir(folder)
-    log = os.open(folder / ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    seen = 0
-
-    def hook(event: str, _arguments: object) -> None:
-        nonlocal seen
-        if event in EVENTS:
-            seen += 1
-            if seen == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if at == 0:
-                os.pwrite(counter, str(seen).encode(), 0)
-
-    counter = os.open(folder / ".events", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if at == 0 else -1
-    if at is not None:
-        sys.addaudithook(hook)
-    code = 1
-    try:
-        main(list(arguments), prog_name="mergekit-neuron")
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:
-        code = 70
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def written(folder: Path, inputs: frozenset[str]) -> dict[str, bytes]:
     """Read all that a command has left in a folder, but for times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name.split("/")[0] not in inputs and name not in (".log", ".events") and not path.is_dir():
+        if name.split("/")[0] not in inputs and name not in (".log", ".events0", ".events1") and not path.is_dir():
             found[name] = b"" if path.name in _TIMED else _without_chance(path.read_bytes())
     return found
 
@@ -227,7 +179,7 @@ def _of_profile(path: Path) -> list[str]:
     return []
 
 
-def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list[str]]]:
+def trials(kills: int, seed: int, folder: Path, commands: list[str]) -> Iterator[tuple[str, str, list[str]]]:
     """Kill commands in turn.
 
     Yields:
@@ -236,43 +188,43 @@ def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list
     draw = random.Random(seed)
     origin = folder / "inputs"
     origin.mkdir()
-    make_inputs(origin)
+    in_fork(lambda: make_inputs(origin))  # what it leaves in a process, no command is to find
     inputs = frozenset(os.listdir(origin))
-    known: dict[str, tuple[dict[str, bytes], float, int]] = {}
+    known: dict[str, tuple[dict[str, bytes], float, list[int]]] = {}
     for number in range(kills):
-        command = list(COMMANDS)[number % len(COMMANDS)]
-        arguments = COMMANDS[command]
+        command = commands[number % len(commands)]
+        arguments, run = COMMANDS[command], launched if command == _TWO else forked
         if command not in known:
-            place = _copy(origin, folder / f"reference-{number}")
-            started = time.perf_counter()
-            if forked(arguments, place):
-                raise SystemExit(f"{command}: {(place / '.log').read_text()}")
-            seconds = time.perf_counter() - started
-            reference = written(place, inputs)
-            shutil.rmtree(place)
-            place = _copy(origin, folder / f"reference-{number}")
-            forked(arguments, place, at=0)
-            known[command] = reference, seconds, int((place / ".events").read_text() or 1)
-            shutil.rmtree(place)
+            known[command] = _undisturbed(command, origin, folder / f"reference-{number}", inputs)
         reference, seconds, events = known[command]
         place = _copy(origin, folder / f"trial-{number}")
         earlier: dict[str, bytes] = {}
         if "--force" in command and draw.random() < 0.7:  # over an output that is there
             forked(arguments, place)
             earlier = written(place, inputs)
+        rank = draw.randrange(len(events))
+        whom = {"rank": rank, "victim": draw.choice(VICTIMS)} if run is launched else {}
         if draw.random() < 0.5:
             moment = draw.random() * seconds
-            how, status = f"after {moment:.2f} s", forked(arguments, place, after=moment)
+            how, kill = f"after {moment:.2f} s", {"after": moment}
         else:
-            at = draw.randint(1, events)
-            how, status = f"at operation {at} of {events}", forked(arguments, place, at=at)
-        how += "" if status == -signal.SIGKILL else f" (it had ended, {status})"
+            at = draw.randint(1, events[rank])
+            how, kill = f"at operation {at} of {events[rank]}", {"at": at}
+        if whom:
+            how += f" of process {rank}, {whom['victim']}"
+        try:
+            status = run(arguments, place, **kill, **whom)
+        except TimeoutError as error:
+            yield command, how, [str(error)]
+            continue
+        how += f" (it had ended, {status})" if status == 0 or (not whom and status != -signal.SIGKILL) else ""
         wrong = broken(place, reference, earlier)
         there = (place / "s.json", place / "labels.json", *([] if command == "tune" else [place / "out"]))
         finished = status == 0 or any(path.exists() for path in there)
-        again = forked(arguments if not finished else (*arguments, *_anew(arguments)), place)
+        run = draw.choice((forked, launched)) if whom else forked
+        again = run(arguments if not finished else (*arguments, *_anew(arguments)), place)
         if again and "--resume goes on with it" in (place / ".log").read_text():
-            again = forked((*arguments, "--resume"), place)
+            again = run((*arguments, "--resume"), place)
         if again:
             wrong.append(f"the same command again: {again}, {(place / '.log').read_text()[-300:]!r}")
         after = written(place, inputs)
@@ -281,6 +233,32 @@ def trials(kills: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list
         yield command, how, wrong
         if not wrong:
             shutil.rmtree(place)
+
+
+def _undisturbed(
+    command: str, origin: Path, place: Path, inputs: frozenset[str]
+) -> tuple[dict[str, bytes], float, list[int]]:
+    """What a command writes that nobody kills, its seconds, and how many operations on files its processes have."""
+    arguments, run = COMMANDS[command], launched if command == _TWO else forked
+
+    def once(run: Callable[..., int], **how: int) -> tuple[dict[str, bytes], float]:
+        started = time.perf_counter()
+        if run(arguments, _copy(origin, place), **how):
+            raise SystemExit(f"{command}: {(place / '.log').read_text()}")
+        seconds = time.perf_counter() - started
+        found = written(place, inputs)
+        counts[:] = [int(path.read_text() or 1) for path in sorted(place.glob(".events*"))]
+        shutil.rmtree(place)
+        return found, seconds
+
+    counts: list[int] = []
+    reference, seconds = once(forked)
+    if run is launched:
+        also, seconds = once(run)
+        if also != reference:
+            raise SystemExit(f"{command}: two processes do not write what one does")
+    once(run, at=0)
+    return reference, seconds, counts
 
 
 def _anew(arguments: tuple[str, ...]) -> tuple[str, ...]:
@@ -300,13 +278,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=COMMANDS, action="append", help="Kill this command; several may be named.")
     parser.add_argument("--json", type=Path, help="Write what was found.")
     chosen = parser.parse_args()
     import_everything()
     counts: Counter[str] = Counter()
     faults = []
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-kills-", ignore_cleanup_errors=True) as folder:
-        for command, how, wrong in trials(chosen.kills, chosen.seed, Path(folder)):
+        for command, how, wrong in trials(chosen.kills, chosen.seed, Path(folder), chosen.only or [*COMMANDS]):
             counts[command] += 1
             for fault in wrong:
                 faults.append(f"{command}, killed {how}: {fault}")

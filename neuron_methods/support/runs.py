@@ -241,7 +241,9 @@ def _started(process: int) -> int:
     """When a process was started, in ticks since the machine was; 0 where that cannot be told, or it is no more."""
     try:
         # Its name, in brackets, may hold anything.
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        # One that is dead keeps its entry until its parent has heard of that.
+        return 0 if fields[0] in "ZX" else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 

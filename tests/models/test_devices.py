@@ -41,3 +41,8 @@ def test_several_accelerators_need_one():
     else:
         with pytest.raises(UserError, match="--multi-gpu: no accelerator here"):
             check_multi_gpu(1)
+
+
+def test_each_of_several_processes_has_its_own_accelerator():
+    with pytest.raises(UserError, match=r"^--multi-gpu: one process uses several GPUs .*; leave it out$"):
+        check_multi_gpu(2)

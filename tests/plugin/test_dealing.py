@@ -14,9 +14,10 @@ from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 
 from neuron_methods.models.team import Team
-from neuron_methods.plugin.dealing import dealt
+from neuron_methods.plugin.dealing import check_enough, check_same_plan, dealt
 from neuron_methods.plugin.merging import MergeWitness, merge_to_directory, plan_merge
 from neuron_methods.plugin.work import Work
+from neuron_methods.support.errors import UserError
 from neuron_methods.support.shares import largest_first
 from tests.support import tiny, together
 from tests.support.checkpoints import configuration, edit
@@ -205,6 +206,28 @@ def test_every_tensor_is_dealt_once_and_tied_ones_together(outcome, count, monke
     assert all(any({*piece} <= {*group} for group in work.groups) for piece in pieces)
     whole = [piece for piece in pieces if piece in work.groups]
     assert len(whole) >= (len(work.groups) - 1) // count * count - 1
+
+
+@pytest.mark.parametrize(("processes", "tensors"), [(4, 3), (2, 0)])
+def test_no_more_processes_than_tensors(processes, tensors):
+    team, work = Team(), Work(Path("nowhere"))
+    work.groups = [[f"t{number}"] for number in range(tensors)]
+    team.count = max(tensors, 1)
+    check_enough(team, work)
+    team.count = processes
+    with pytest.raises(
+        UserError, match=rf"^--num_processes {processes}: the merge has {tensors} tensors; give at most"
+    ):
+        check_enough(team, work)
+
+
+@pytest.mark.parametrize("what", ["the version of mergekit", "base/model.safetensors"])
+def test_a_process_that_would_make_something_else_is_named(what, monkeypatch):
+    team, own = Team(), {what: "1.0", "merge.yml": "same"}
+    monkeypatch.setattr(team, "exchange", lambda mine: [mine, ("process 1 on there", {**mine[1], what: "2.0"})])
+    line = rf"^process 1 on there: {what} differs from that of process 0 on \S+; all need the same files"
+    with pytest.raises(UserError, match=line):
+        check_same_plan(team, own)
 
 
 def test_the_largest_come_first():

@@ -193,3 +193,13 @@ def test_nothing_is_kept_of_a_merge_that_is_at_fault_or_has_finished_no_piece(wo
         merge()
     assert sorted(os.listdir(folder)) == ["base", *EXPERTS]
     assert merge(resume=True, allow_nonfinite=True)  # there is nothing to go on with
+
+
+def test_a_report_is_that_of_a_merge_in_one_run(workspace):
+    workspace("llama-tied")
+    merge(out="whole/out", witness=merge_witness(report=True))
+    with pytest.raises(Interrupted):
+        merge(stop=12, witness=merge_witness(report=True))
+    merge(resume=True, witness=merge_witness(report=True))
+    there, whole = (json.loads(Path(out, "report/report.json").read_text()) for out in ("out", "whole/out"))
+    assert there == whole

@@ -21,6 +21,7 @@ from neuron_methods.support.files import (
     write_json,
     write_text,
 )
+from neuron_methods.support.runs import beside, claimed
 
 
 @pytest.fixture
@@ -169,3 +170,18 @@ def test_json_is_written_as_it_is_read_back(tmp_path):
     assert text == json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     assert read_object(tmp_path / "file.json") == content
     assert read_json(tmp_path / "file.json", "profile", format="f", version=2, again="profile again") == content
+
+
+def test_what_a_dead_run_left_goes_even_before_its_parent_has_heard_that_it_died(tmp_path):
+    target = tmp_path / "out"
+    child = os.fork()
+    if child == 0:
+        beside(target, "partial").mkdir()
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    try:
+        assert len(list(tmp_path.iterdir())) == 1
+        with claimed(target):
+            assert not list(tmp_path.glob("*.partial"))
+    finally:
+        os.waitpid(child, 0)
