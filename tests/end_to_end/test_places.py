@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 from neuron_methods.plugin.patches import register
 from tests.sharing.hub_standin import Repository, hub, user
 from tests.support.checkpoints import read
-from tests.support.commands import run
+from tests.support.commands import begun, run
 from tests.support.hub_cache import asked, cache, watched
 from tests.support.merges import merge, same
 from tests.support.routed import save_adapter
@@ -109,79 +109,101 @@ def went_along(out):
     return {name: (out / name).read_text() for name in files & COMPANIONS.keys()}
 
 
+@pytest.fixture(scope="module")
+def ways_out(tmp_path_factory):
+    """A folder with the Hub's `home`, and the variables of processes whose ways out are watched there."""
+    folder = tmp_path_factory.mktemp("watched")
+    environment = watched(folder, folder / "home")
+    with begun(**environment), begun(**{**environment, "HF_HUB_OFFLINE": "0"}):
+        yield folder, environment
+
+
+@pytest.fixture
+def guard(ways_out):
+    """The same, with an empty cache, and nothing asked yet."""
+    folder, environment = ways_out
+    shutil.rmtree(folder / "home", ignore_errors=True)
+    watched(folder, folder / "home")
+    return folder, environment
+
+
 @pytest.mark.parametrize("by", ["path", "cache", "download"])
-def test_all_that_belongs_to_a_model_goes_with_it(experts, tmp_path, by):
+def test_all_that_belongs_to_a_model_goes_with_it(experts, guard, tmp_path, by):
     base, place = with_companions(tmp_path / "base", experts), "base"
-    environment = watched(tmp_path, tmp_path / "home")
+    watch, environment = guard
     with hub() as standin:
         if by == "cache":
             place = "org/base"
-            cache(tmp_path / "home", place, base)
+            cache(watch / "home", place, base)
         elif by == "download":
             place, token = "org/base", "hf_token"
             standin.users[token] = user("alice")
             files = {path.relative_to(base).as_posix(): path.read_bytes() for path in base.rglob("*") if path.is_file()}
             standin.repositories[place] = Repository(branches={"main": {k: (v, False) for k, v in files.items()}})
-            environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": standin.url, "HF_TOKEN": token}
+            environment = {"HF_HOME": str(watch / "home"), "HF_ENDPOINT": standin.url, "HF_TOKEN": token}
             environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         wrote(tmp_path, of_models(place, experts / "expert-a"))
         done = run("mergekit-neuron", "merge", "merge.yaml", "out", folder=tmp_path, **environment)
         assert done.returncode == 0, done.stderr
-    assert asked(tmp_path) == []
+    assert asked(watch) == []
     assert went_along(tmp_path / "out") == COMPANIONS
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    downloaded = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
+    downloaded = {path.name for path in (watch / "home").rglob("snapshots/*/*")}
     assert by == "cache" or not downloaded & {*OTHERS}
 
 
 @pytest.fixture
-def home(experts, tmp_path):
-    """A cache with all models of `experts`, the adapter's base named by its id."""
+def filled(experts, guard, tmp_path):
+    """The same, with all models of `experts` in the cache, the adapter's base named by its id."""
+    home = guard[0] / "home"
     shutil.copytree(experts / "lora", tmp_path / "lora")
     content = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(
         json.dumps({**content, "base_model_name_or_path": "org/base"})
     )
     for name in ("base", "expert-a"):
-        cache(tmp_path / "home", f"org/{name}", experts / name)
-    cache(tmp_path / "home", "org/lora", tmp_path / "lora")
-    return tmp_path / "home"
+        cache(home, f"org/{name}", experts / name)
+    cache(home, "org/lora", tmp_path / "lora")
+    return guard
 
 
 @pytest.mark.parametrize(
     ("command", "offline"),
     [(("mergekit-neuron", "merge"), "1"), (("mergekit-neuron", "merge"), "0"), (("mergekit-yaml",), "1")],
 )
-def test_what_is_in_the_cache_is_merged_without_a_network(experts, home, tmp_path, command, offline):
+def test_what_is_in_the_cache_is_merged_without_a_network(experts, filled, tmp_path, command, offline):
     by_path = of_models(experts / "base", experts / "expert-a", f"{experts / 'base'}+{experts / 'lora'}")
     merge(yaml.safe_dump(by_path), tmp_path / "plain")
-    environment = {**watched(tmp_path, home), "HF_HUB_OFFLINE": offline}
+    watch, environment = filled
+    environment = {**environment, "HF_HUB_OFFLINE": offline}
     wrote(tmp_path, of_models("org/base", "org/expert-a", "org/lora"))
     done = run(*command, "merge.yaml", "out", folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert same(read(tmp_path / "out"), read(tmp_path / "plain"))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (experts / "base" / "tokenizer.json").read_bytes()
-    assert len(asked(tmp_path)) == (0 if offline == "1" else 1)
+    assert len(asked(watch)) == (0 if offline == "1" else 1)
 
 
-def test_what_is_in_the_cache_is_measured_without_a_network(home, tmp_path):
+def test_what_is_in_the_cache_is_measured_without_a_network(filled, tmp_path):
     write_texts(tmp_path / "texts.jsonl", 8)
-    environment = {**watched(tmp_path, home), "HF_HUB_OFFLINE": "0"}
+    watch, environment = filled
+    environment = {**environment, "HF_HUB_OFFLINE": "0"}
     data = ("--data", "a=texts.jsonl:text", "-o", "profile.safetensors")
     done = run("mergekit-neuron", "profile", "org/lora", *data, folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
-    assert len(asked(tmp_path)) == 1
+    assert len(asked(watch)) == 1
 
 
-def test_an_adapter_is_verified_against_a_base_in_the_cache(home, tmp_path):
-    done = run("mergekit-neuron", "verify", "lora", folder=tmp_path, **watched(tmp_path, home))
+def test_an_adapter_is_verified_against_a_base_in_the_cache(filled, tmp_path):
+    watch, environment = filled
+    done = run("mergekit-neuron", "verify", "lora", folder=tmp_path, **environment)
     assert (done.returncode, "complete by peft" in done.stdout) == (0, True), done.stderr
-    assert asked(tmp_path) == []
+    assert asked(watch) == []
 
 
 @pytest.mark.parametrize(("command", "offline"), [("merge", "1"), ("merge", "0"), ("profile", "0"), ("evaluate", "0")])
-def test_what_is_not_in_the_cache_is_refused_in_one_line(home, tmp_path, command, offline):
+def test_what_is_not_in_the_cache_is_refused_in_one_line(filled, tmp_path, command, offline):
     write_texts(tmp_path / "texts.jsonl", 8)
     wrote(tmp_path, {"tasks": [{"name": "p", "kind": "perplexity", "data": "texts.jsonl"}]}, "tasks.yml")
     wrote(tmp_path, of_models("org/base", "org/none"))
@@ -190,16 +212,17 @@ def test_what_is_not_in_the_cache_is_refused_in_one_line(home, tmp_path, command
         "profile": ("org/none", "--data", "a=texts.jsonl:text", "-o", "out.safetensors"),
         "evaluate": ("org/none", "--task", "tasks.yml"),
     }
-    environment = {**watched(tmp_path, home), "HF_HUB_OFFLINE": offline}
+    watch, environment = filled
+    environment = {**environment, "HF_HUB_OFFLINE": offline}
     done = run("mergekit-neuron", command, *arguments[command], folder=tmp_path, **environment)
     assert done.returncode == 1
     *before, line = done.stderr.splitlines()
     assert line.startswith("error: model org/none: ")
     assert "unexpected" not in line
     if offline == "1":
-        assert (before, asked(tmp_path)) == ([], [])
+        assert (before, asked(watch)) == ([], [])
     else:
-        assert len(asked(tmp_path)) == 1
+        assert len(asked(watch)) == 1
         (warning,) = before
         assert "https://huggingface.co does not answer" in warning
 

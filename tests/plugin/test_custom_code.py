@@ -1,6 +1,7 @@
 """Models that bring code of their own: with --trust-remote-code it goes along, without it nothing of it is run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from transformers import dynamic_module_utils
 
 from tests.support.checkpoints import read
-from tests.support.commands import run
+from tests.support.commands import begun, run
 from tests.support.hub_cache import asked, cache, watched
 from tests.support.tokenizers import save_tokenizer
 
@@ -45,9 +46,19 @@ TOKENIZER = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [N
 WEIGHTS = {"base": 0.2, "expert-a": 0.5, "expert-b": 0.3}
 
 
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """Where commands keep modules of custom code."""
+    place = tmp_path_factory.mktemp("modules")
+    with begun(HF_MODULES_CACHE=str(place)):
+        yield place
+
+
 @pytest.fixture
-def folder(workspace, monkeypatch):
+def folder(workspace, monkeypatch, modules):
     folder = workspace("llama-tied")
+    shutil.rmtree(modules, ignore_errors=True)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(modules))
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules-here"))
     monkeypatch.syspath_prepend(str(folder / "modules-here"))
     for name in WEIGHTS:
@@ -67,7 +78,6 @@ def change(folder, file, **keys):
 def merge(folder, *options, names=None, **environment):
     models = [{"model": (names or {}).get(n, n), "parameters": {"weight": w}} for n, w in WEIGHTS.items()]
     (folder / "merge.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
-    environment = {"HF_MODULES_CACHE": str(folder / "modules"), **environment}
     return run("mergekit-neuron", "merge", "merge.yaml", "out", *options, folder=folder, **environment)
 
 

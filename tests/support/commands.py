@@ -4,14 +4,14 @@ import atexit
 import os
 import subprocess
 import sysconfig
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
 from tests.support.checkpoints import configuration
-from tests.support.nursery import Nursery
+from tests.support.nursery import Nursery, lasting
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -22,22 +22,41 @@ def environment(**changes):
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
 
 
-@cache
-def _nursery():
-    nursery = Nursery(environment())
-    atexit.register(nursery.close)
-    return nursery
+_USUAL = environment()
+_nurseries = []
+
+
+@contextmanager
+def begun(**changes):
+    """Let what `run` is given within the block with these `changes` begin where libraries are read already, too."""
+    nursery = Nursery(environment(**changes))
+    _nurseries.append(nursery)
+    try:
+        yield
+    finally:
+        _nurseries.remove(nursery)
+        nursery.close()
+
+
+def _nursery_for(wanted):
+    found = next((nursery for nursery in _nurseries if nursery.serves(wanted)), None)
+    if found is None and lasting(wanted) == lasting(_USUAL):
+        found = Nursery(_USUAL)
+        _nurseries.append(found)
+        atexit.register(found.close)
+    return found
 
 
 def run(command, *args, folder, preexec_fn=None, **changes):
     """The command in a process of its own, begun where libraries are read already unless they are to find `changes`."""
     line = [str(SCRIPTS / command), *map(str, args)]
-    if preexec_fn is None and not changes and _nursery().serves(environment()):
-        return _nursery().run(line, folder)
+    wanted = environment(**changes)
+    if preexec_fn is None and (nursery := _nursery_for(wanted)) is not None:
+        return nursery.run(line, folder)
     return subprocess.run(
         line,
         cwd=folder,
-        env=environment(**changes),
+        env=wanted,
         capture_output=True,
         text=True,
         check=False,

@@ -24,7 +24,7 @@ class Nursery:
     """A process that forks commands, for the environment it was started in."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = _lasting(environment)
+        self.environment = lasting(environment)
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             env=environment,
@@ -35,7 +35,7 @@ class Nursery:
 
     def serves(self, environment: dict[str, str]) -> bool:
         """Whether a command in this environment may be forked here: what was read may have looked at it."""
-        return self._process.poll() is None and _lasting(environment) == self.environment
+        return self._process.poll() is None and lasting(environment) == self.environment
 
     def run(self, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         """Run a Python script with its arguments, like `subprocess.run` with `capture_output`."""
@@ -55,7 +55,8 @@ class Nursery:
         self._process.wait()
 
 
-def _lasting(environment: dict[str, str]) -> dict[str, str]:
+def lasting(environment: dict[str, str]) -> dict[str, str]:
+    """What of an environment is the same in all tests, or meant to differ."""
     return {name: value for name, value in environment.items() if name not in PASSING}
 
 
