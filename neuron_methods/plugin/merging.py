@@ -7,6 +7,7 @@ up to an `Output`: a model, or an adapter on the base.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -248,13 +249,20 @@ def plan_merge(
     config_name: str = "the configuration",
     head: str | None = None,
 ) -> MergePlan:
-    """Plan a merge into a model, with every check that needs no tensor data; nothing is written.
+    """Plan a merge into a model, with every check that needs no tensor data; nothing is left behind.
 
     Raises:
         UserError: what the merge itself would refuse before it starts.
     """
     run, output = MergeRun(config_source, config_name, options, head), ModelOutput()
-    run.plan_only(lambda planner: output.plan(run, planner, Work(Path(os.devnull))))
+
+    def look(planner: Any) -> None:
+        output.plan(run, planner, Work(Path(os.devnull)))
+        # What lies beside the weights is loaded as the merge will load it, and thrown away.
+        with tempfile.TemporaryDirectory(prefix="mergekit-neuron-plan-") as scratch:
+            output.begin(run, Path(scratch))
+
+    run.plan_only(look)
     return run.plan
 
 

@@ -2,14 +2,18 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
+import click.testing
 import pytest
 import torch
 import transformers
 import yaml
+from mergekit.options import MergeOptions
 
-from neuron_methods.plugin.merging import merge_to_directory
+from neuron_methods.cli import main
+from neuron_methods.plugin.merging import merge_to_directory, plan_merge
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.targets import MARK
 from tests.support.checkpoints import (
@@ -39,23 +43,33 @@ def test_the_tokenizer_and_its_template_come_along(workspace):
     assert "im_start" in transformers.AutoTokenizer.from_pretrained("chatml").chat_template
 
 
-def test_a_template_without_a_tokenizer(workspace):
+@pytest.fixture(params=["merged", "planned"])
+def refused(request):
+    """Expects that a configuration is refused, by the merge or already by its plan."""
+
+    def expect(source, message):
+        with pytest.raises(UserError, match=message):
+            plan_merge(source) if request.param == "planned" else merge(source)
+        assert not os.path.exists("out")
+
+    return expect
+
+
+def test_a_template_without_a_tokenizer(workspace, refused):
     workspace("llama-tied")
-    with pytest.raises(UserError, match="chat_template: base has no tokenizer"):
-        merge(configuration(chat_template="chatml"))
+    refused(configuration(chat_template="chatml"), "chat_template: base has no tokenizer")
 
 
-def test_a_template_that_is_none(workspace):
+def test_a_template_that_is_none(workspace, refused):
     save_tokenizer(workspace("llama-tied") / "base", WORDS)
-    with pytest.raises(UserError, match="Invalid chat template: nonsense"):
-        merge(configuration(chat_template="nonsense"))
+    refused(configuration(chat_template="nonsense"), "Invalid chat template: nonsense")
 
 
-def test_a_tokenizer_that_cannot_be_loaded(workspace):
+def test_a_tokenizer_that_cannot_be_loaded(workspace, refused):
     folder = workspace("llama-tied")
     (folder / "base" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"model base: tokenizer: .*; --no-copy-tokenizer merges without"):
-        merge()
+    refused(configuration(), r"model base: tokenizer: .*; --no-copy-tokenizer merges without")
+    plan_merge(configuration(), options=MergeOptions(copy_tokenizer=False))
     merge(copy_tokenizer=False)
 
 
@@ -113,11 +127,27 @@ def token(source):
         ),
     ],
 )
-def test_a_source_of_tokens_that_is_none(workspace, tokenizer, message):
+def test_a_source_of_tokens_that_is_none(workspace, refused, tokenizer, message):
     widened(workspace)
-    with pytest.raises(UserError, match=message):
-        merge(configuration(tokenizer=tokenizer))
-    assert not os.path.exists("out")
+    refused(configuration(tokenizer=tokenizer), message)
+
+
+def test_a_plan_leaves_no_tokenizer_behind(workspace, monkeypatch):
+    folder = workspace("llama-tied")
+    save_tokenizer(folder / "base", WORDS)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    before = sorted(folder.rglob("*"))
+    plan_merge(configuration())
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_a_source_without_a_tokenizer(workspace):
+    folder = workspace("llama-tied")
+    save_tokenizer(folder / "base", WORDS)
+    Path("merge.yaml").write_text(configuration(tokenizer_source="expert-a"))
+    done = click.testing.CliRunner().invoke(main, ["merge", "merge.yaml", "out", "--dry-run"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: merge.yaml: tokenizer: source: expert-a has no tokenizer; name a model that has one\n"
 
 
 def test_a_token_may_start_from_another(workspace):
