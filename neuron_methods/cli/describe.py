@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from neuron_methods.cli.common import DTYPES, FILE, SEED, Count, debug_option, no_bars_option, say
 
@@ -56,7 +57,9 @@ only what was not asked yet. Beside LABELS.json there is LABELS.html, to look at
 @click.option("--export-prompts", type=FILE, metavar="FILE", help="Write what would be asked, as JSON lines.")
 @click.option("--import-answers", type=FILE, metavar="FILE", help="Read the answers to that.")
 @click.option("--allow-missing", is_flag=True, help="--import-answers: leave neurons without an answer out.")
-@click.option("--force", is_flag=True, help="Replace the labels in LABELS.json, or the prompts in FILE.")
+@click.option(
+    "--force", is_flag=True, help="Replace the labels in LABELS.json, or the prompts in FILE; nothing is asked twice."
+)
 @no_bars_option
 @debug_option
 def describe(
@@ -89,6 +92,13 @@ def describe(
         raise click.UsageError("-o LABELS.json is missing, or --export-prompts FILE")
     if allow_missing and not import_answers:
         raise click.UsageError("--allow-missing needs --import-answers")
+    if import_answers and describer:
+        raise click.UsageError("--describer goes without --import-answers, which tell who gave them")
+    context = click.get_current_context()
+    for name in settings if export_prompts or import_answers else ():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option} is for a describer that runs here; leave it out")
     selection = Selection(layers, limit, seed, contexts)
     if export_prompts or import_answers:
         from neuron_methods.profiling.batch_files import export, import_into

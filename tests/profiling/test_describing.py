@@ -143,15 +143,16 @@ def test_step_2_a_description_is_one_line_of_visible_characters() -> None:
     assert described(EVIL).isprintable() and "\u202e" not in described(EVIL)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_step_3_a_name_is_as_likely_as_its_tokens_after_the_prompt(
-    describer: Describer, profile: NeuronProfile, folder: Path
+    profile: NeuronProfile, kind: str, tmp_path: Path
 ) -> None:
     """Held to one pass over each whole sequence, without padding and without a cache."""
-    names = ["cat", "red green", "dog tree house", "general"]
+    names, place = ["cat", "red green", "dog tree house", "general"], save_chat_model(tmp_path / "describer", kind)
     asked = [to_choose(contexts_of(profile, "layers.0", n, 1 + n), "one cat", names, "both") for n in range(3)]
-    found = describer.likelihoods(asked, names)
-    model = AutoModelForCausalLM.from_pretrained(folder / "describer")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "describer")
+    with opened_describer(ModelName.find(str(place)), "float32") as describer:
+        found = describer.likelihoods(asked, names)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
     for row, conversation in zip(found, asked, strict=True):
         text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         prompt = tokenizer(text, add_special_tokens=False).input_ids
@@ -550,6 +551,9 @@ def test_profiles_that_cannot_be_described(tmp_path: Path, folder: Path) -> None
         ("--describer", "x"),
         ("--describer", "x", "-o", "l.json", "--export-prompts", "p.jsonl"),
         ("--describer", "x", "-o", "l.json", "--allow-missing"),
+        ("--describer", "x", "-o", "l.json", "--import-answers", "a.jsonl"),
+        ("-o", "l.json", "--import-answers", "a.jsonl", "--prior", "own"),
+        ("--describer", "x", "--export-prompts", "p.jsonl", "--batch-size", "8"),
     ],
 )
 def test_options_that_do_not_go_together(folder: Path, options) -> None:

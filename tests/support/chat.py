@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+import transformers
+
 from neuron_methods.profiling import Settings, measure_profile
 from tests.support import tiny
 
@@ -13,9 +16,16 @@ TEMPLATE = (
 )
 
 
-def save_chat_model(folder: Path) -> Path:
-    """A decoder with random weights, a tokenizer of words and a chat template."""
-    tiny.save_model("llama", folder)
+def save_chat_model(folder: Path, kind: str = "llama") -> Path:
+    """A decoder with random weights, a tokenizer of words and a chat template; `gpt2` has absolute positions."""
+    if kind == "gpt2":
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
+        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = transformers.GPT2Config(vocab_size=len(tiny.VOCABULARY), n_positions=512, **sizes, **ends)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    else:
+        tiny.save_model(kind, folder)
     tokenizer = tiny.build_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
