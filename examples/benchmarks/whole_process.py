@@ -1,11 +1,12 @@
-"""Whole process: ours against mergekit's own `linear` and `ties`, time and peak memory as ratios of one run.
+"""Whole process: our methods against mergekit's own `linear` and `ties`, and our command against mergekit's.
 
     python examples/benchmarks/whole_process.py              SmolLM2-135M, three bf16 experts
     python examples/benchmarks/whole_process.py --llama-1b   a generated 1.1 B-parameter Llama (9 GB on disk, removed)
 
-Every method runs in a process of its own, from the interpreter's start to the files written; the rounds are
-interleaved, so that what else the machine does meets all alike, and the median of each is compared. Weights of the
-experts are the base's plus noise: time does not depend on what the experts have learned.
+Every method runs in processes of its own, by `mergekit-yaml` and by `mergekit-neuron merge`, which checks and verifies
+beside, from the interpreter's start to the files written; the rounds are interleaved, so that whatever else is at work
+meets all alike, and the median of each is compared: wall clock, processor time and peak memory. Weights of the experts
+are the base's plus noise: time does not depend on what the experts have learned.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,6 +31,8 @@ METHODS = {
     "neuron_response": "",
 }
 OURS = ("neuro_merging", "neuron_response")
+COMMANDS = {"mergekit-yaml": ["mergekit-yaml"], "mergekit-neuron": ["mergekit-neuron", "merge"]}
+MEASURED = ("seconds", "cpu_seconds", "peak_bytes")
 
 
 def smollm2(directory: Path) -> Path:
@@ -73,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama-1b", action="store_true", help="generate a 1.1 B Llama instead of SmolLM2-135M")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each method (default 3)")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--directory", type=Path, help="where models are made and kept (default: temporary)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
@@ -82,34 +87,48 @@ def main() -> None:
         experts = [directory / f"expert-{i}" for i in range(3)]
         for seed, expert in enumerate(experts):
             make_expert(base, expert, seed)
-        runs: dict[str, list[Run]] = {method: [] for method in METHODS}
+        runs: dict[tuple[str, str], list[Run]] = {}
         for _ in range(arguments.rounds):
-            for method in METHODS:
+            for method, name in product(arguments.methods, COMMANDS):
                 config = directory / f"{method}.yml"
                 config.write_text(configuration(method, base, experts))
                 out = directory / f"merged-{method}"
                 shutil.rmtree(out, ignore_errors=True)
-                command = [shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or "mergekit-yaml"]
+                program, *rest = COMMANDS[name]
+                command = [shutil.which(program, path=str(Path(sys.executable).parent)) or program, *rest]
                 run = run_process([*command, str(config), str(out), "--no-copy-tokenizer", "--no-write-model-card"])
-                runs[method].append(run)
-                print(f"  {method}: {run.seconds:.2f} s, {run.peak_bytes / 1e9:.2f} GB", flush=True)
+                runs.setdefault((name, method), []).append(run)
+                print(
+                    f"  {name}, {method}: {run.seconds:.2f} s, of processors {run.cpu_seconds:.2f} s, "
+                    f"{run.peak_bytes / 1e9:.2f} GB",
+                    flush=True,
+                )
                 shutil.rmtree(out)
     finally:
         if arguments.directory is None:
             shutil.rmtree(directory, ignore_errors=True)
-    seconds = {method: statistics.median(r.seconds for r in rs) for method, rs in runs.items()}
-    peaks = {method: statistics.median(r.peak_bytes for r in rs) for method, rs in runs.items()}
+    medians = {
+        key: {what: statistics.median(getattr(run, what) for run in rs) for what in MEASURED}
+        for key, rs in runs.items()
+    }
+    theirs, ours = COMMANDS
     figures = {
         "machine": machine(),
         "model": "generated 1.1 B Llama" if arguments.llama_1b else "SmolLM2-135M",
         **{
-            f"{method}: {what} over {peer}": own[method] / own[peer]
+            f"{method} over {peer}, {command}: {what}": medians[command, method][what] / medians[command, peer][what]
+            for command in COMMANDS
             for method in OURS
-            for what, own in (("time", seconds), ("peak memory", peaks))
             for peer in ("linear", "ties")
+            if {method, peer} <= {*arguments.methods}
+            for what in MEASURED
         },
-        "seconds": seconds,
-        "peak bytes": peaks,
+        **{
+            f"{method}, {ours} over {theirs}: {what}": medians[ours, method][what] / medians[theirs, method][what]
+            for method in arguments.methods
+            for what in MEASURED
+        },
+        "medians": {", ".join(key): values for key, values in medians.items()},
     }
     print(json.dumps(figures, indent=2))
     if arguments.json:
