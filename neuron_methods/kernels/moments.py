@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import with_float64
+
 # Columns that are multiplied at a time, as the triangle is all that is needed. Measured on widths of 576 and 1,536.
 _COLUMNS = 192
 
 
 def wide(tensor: Tensor) -> Tensor:
     """Give a tensor in float64; on the CPU for Metal, which has none."""
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+    return tensor.to(with_float64(tensor.device), torch.float64)
 
 
 def moments_of(width: int, like: Tensor) -> Tensor:

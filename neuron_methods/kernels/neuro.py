@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import with_float64
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import CACHE_BYTES, row_blocks
 from neuron_methods.kernels.spectrum import WIDE_BYTES, remove_parallel_, temper_spectrum_
@@ -127,7 +128,7 @@ def merge_neurons(
             spread[block] = variances(trimmed(block)[:, options.voters])
         selected = largest_left_out(spread, options.differing_density)
         del spread
-    own = torch.ones(neurons, dtype=torch.float64, device="cpu" if base.device.type == "mps" else base.device)
+    own = torch.ones(neurons, dtype=torch.float64, device=with_float64(base.device))
     if options.lambda_parallel != 0:
         # Ties among the coefficients look at all neurons of the tensor, so every neuron's come first.
         coefficients = torch.cat([split_gram(gram_matrices(trimmed(block)))[0] for block in blocks])

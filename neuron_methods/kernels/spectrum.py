@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import with_float64
 from neuron_methods.kernels.rows import row_blocks
 from neuron_methods.kernels.subspace import SMALLEST_NORM
 
@@ -37,7 +38,7 @@ def temper_spectrum_(update: Tensor, exponent: float) -> Tensor:
     if exponent == 1 or not update.any():
         return update
     tall = update if len(update) >= update.shape[1] else update.T
-    device = "cpu" if update.device.type == "mps" else update.device
+    device = with_float64(update.device)
     # Entries far from 1 would leave float64's range as fourth powers, of which norms of products are made.
     size = update.abs().max()
     products = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=device)
@@ -63,7 +64,7 @@ def remove_parallel_(update: Tensor, base: Tensor) -> Tensor:
         update: shape (neurons, d), float32.
         base: w, same shape, float32; a row of zeros has no direction, and its neuron's update stays as it is.
     """
-    device = "cpu" if update.device.type == "mps" else update.device
+    device = with_float64(update.device)
     w, wide = base.to(device, torch.float64), update.to(device, torch.float64)
     squares = (w * w).sum(dim=1, keepdim=True)
     shares = torch.where(squares > SMALLEST_NORM**2, (wide * w).sum(dim=1, keepdim=True) / squares, 0.0)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import with_float64
 from neuron_methods.kernels.elect import elect_signs, reduce_elected, resolve_ties
 from neuron_methods.kernels.rows import row_blocks
 
@@ -111,7 +112,7 @@ def matching_scales(coefficients: Tensor, gram: Tensor, lengths: Tensor) -> Tens
 def gram_matrices(rows: Tensor) -> Tensor:
     """Compute the inner products of each neuron's rows: float64 (neurons, k, k) of float32 (neurons, k, d)."""
     neurons, stacked, width = rows.shape
-    device = "cpu" if rows.device.type == "mps" else rows.device
+    device = with_float64(rows.device)
     gram = torch.zeros(neurons, stacked, stacked, dtype=torch.float64, device=device)
     blocks = list(row_blocks(neurons, 8 * stacked * width, WIDE_BYTES))
     if not blocks:

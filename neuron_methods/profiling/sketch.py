@@ -23,6 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import with_float64
+
 
 class InputSketch:
     """The input vectors of a module so far, in at most twice `rows` vectors of float32.
@@ -123,7 +125,7 @@ class InputSketch:
             shorter = torch.linalg.qr(kept, mode="r").R
         else:
             # In float64, on the CPU for Metal, which has none: one huge direction must not drown the others.
-            wide = kept.to("cpu" if kept.device.type == "mps" else kept.device, torch.float64)
+            wide = kept.to(with_float64(kept.device), torch.float64)
             values, vectors = torch.linalg.eigh(wide @ wide.T)
             values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
             lost = values[self.rows] if len(values) > self.rows else values.new_zeros(())

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import with_float64
 from neuron_methods.neurons.profile_file import STATISTICS, TAYLOR
 
 
@@ -33,10 +34,8 @@ class NeuronSums:
 
     def __init__(self, neurons: int, gradients: bool, device: torch.device | str = "cpu") -> None:
         names = (*STATISTICS, TAYLOR) if gradients else STATISTICS
-        # Apple's GPUs have no float64
-        where = "cpu" if torch.device(device).type == "mps" else device
         self.tokens = 0
-        self.sums = {name: torch.zeros(neurons, dtype=torch.float64, device=where) for name in names}
+        self.sums = {name: torch.zeros(neurons, dtype=torch.float64, device=with_float64(device)) for name in names}
 
     def add(self, sizes: Tensor) -> None:
         """Count tokens in: `sizes` are their |activations|, float32 (tokens, neurons); they are overwritten."""
