@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO, NamedTuple
 
@@ -53,7 +53,12 @@ class ShardWriter:
         self.place = place
         room = len(_json(_METADATA)) + sum(_entry_bytes(tensor.name, tensor.shape) for tensor in planned)
         self._begin = 8 + room + -room % _ALIGNMENT
-        self._steps: Queue[Callable[[], None] | None] = Queue(maxsize=WAITING - 1)
+        # Queues whose waiting a signal may end at any moment: one of `queue.Queue` can be left locked, and the merge
+        # that is ended by the signal then waits for its writer for ever.
+        self._steps: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for _ in range(WAITING):
+            self._room.put(None)
         self._thread: Thread | None = None
         self._failure: Exception | None = None
         self._finished = False
@@ -105,6 +110,7 @@ class ShardWriter:
         if self._thread is None:
             self._thread = Thread(target=self._work, name="shard writer", daemon=True)
             self._thread.start()
+        self._room.get()
         self._steps.put(step)
 
     def _raise(self) -> None:
@@ -119,6 +125,7 @@ class ShardWriter:
             except Exception as error:  # raised again where the merge meets the writer next
                 self._failure = error
             del step  # and with it the tensor
+            self._room.put(None)
 
     def _opened(self) -> BinaryIO:
         if self._file is None:

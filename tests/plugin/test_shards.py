@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 import weakref
@@ -168,3 +169,32 @@ def test_an_interrupted_merge_leaves_no_thread_and_no_file(workspace):
         )
     assert not Path("out").exists()
     assert not writing_threads()
+
+
+def test_a_signal_at_any_moment_leaves_a_writer_that_ends(tmp_path):
+    """An exception out of a signal's handler comes between any two steps of the interpreter."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(*_):
+        raise Ended
+
+    before = signal.signal(signal.SIGALRM, end)
+    try:
+        for trial in range(300):
+            writer = ShardWriter(tmp_path / f"{trial}.safetensors", PLANNED)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 2e-4 + 1e-5 * (trial % 100))
+                while True:
+                    writer.save_tensor("scalar", TENSORS["scalar"])
+            except Ended:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            ending = threading.Thread(target=writer.abandon, daemon=True)
+            ending.start()
+            ending.join(20)
+            assert not ending.is_alive(), trial
+    finally:
+        signal.signal(signal.SIGALRM, before)
