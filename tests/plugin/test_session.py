@@ -105,7 +105,7 @@ def test_the_session_goes_with_the_options():
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress(capsys, quiet):
     class Planner:
-        _tensors = (1, 2)
+        _tensors = ((SimpleNamespace(name="a"), None), (SimpleNamespace(name="b"), None))
         config = SimpleNamespace(out_dtype=None)
 
     session = MergeSession(quiet=quiet)
