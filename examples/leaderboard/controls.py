@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 from candidates import Candidate
-from report import FAMILIES, Row, difference
+from report import FAMILIES, Row
+
+from neuron_methods.evaluation.comparing.statistics import paired_difference
 
 #: Seeds of random groups.
 DRAWS = 5
@@ -75,7 +77,7 @@ def against_random(rows: Sequence[Row], everyone: Sequence[Row], family: str) ->
         for row in own:
             if row.name.startswith(_RANDOM):
                 continue
-            gap, error = difference(row.outcomes[family], mean)
+            gap, error = paired_difference(row.outcomes[family], mean)
             half = 1.96 * float(np.sqrt((100 * error) ** 2 + spread))
             lines.append(
                 f"- {FAMILIES[family]}: {row.name.removesuffix(_TUNED)}{_TUNED if tuned else ', at the defaults'}, "

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from candidates import Candidate
-from report import FAMILIES, Row, collect, complete, difference
+from report import FAMILIES, Row, collect, complete
 
+from neuron_methods.evaluation.comparing.statistics import paired_difference
 from neuron_methods.support.files import write_text
 
 
@@ -88,7 +89,7 @@ def table(scored: Mapping[str, Mapping[str, Row]]) -> str:
         cells = []
         for family, rows in scored.items():
             if one.above in rows and one.below in rows:
-                gap, error = difference(rows[one.above].outcomes[family], rows[one.below].outcomes[family])
+                gap, error = paired_difference(rows[one.above].outcomes[family], rows[one.below].outcomes[family])
                 cells.append(f"{verdict(gap, error)}, {100 * gap:+.1f} ± {100 * _MARGIN * error:.1f}")
             else:
                 cells.append("–")

@@ -20,8 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "zoo"))
 
 from candidates import Candidate, candidates, merge, scaled, tokens_by_mean
-from report import FAMILIES, Row, difference, write_report
+from report import FAMILIES, Row, write_report
 from run import BOARDS, ZooRun, boards_of, check_names, check_zoos, pack, run_script, run_zoo
+
+from neuron_methods.evaluation.comparing.statistics import paired_difference
 
 #: Rows of the leaderboard, all without tuning; none that sorts neurons by the task that is left out.
 NAMES = (
@@ -75,7 +77,7 @@ def against_average(rows: Sequence[Row], everyone: Sequence[Row], family: str) -
     lines = []
     for row in rows:
         if average is not None and row is not average:
-            gap, error = difference(row.outcomes[family], average.outcomes[family])
+            gap, error = paired_difference(row.outcomes[family], average.outcomes[family])
             low, high = 100 * (gap - 1.96 * error), 100 * (gap + 1.96 * error)
             lines.append(
                 f"- {FAMILIES[family]}: {row.name} {100 * gap:+.1f} points ({low:+.1f} to {high:+.1f}) from the weight "

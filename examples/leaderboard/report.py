@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from candidates import BUDGET, Candidate
 
+from neuron_methods.evaluation.comparing.statistics import paired_difference, spread
 from neuron_methods.support.files import write_json, write_text
 
 FAMILIES = {
@@ -29,7 +30,6 @@ TABLES = {
     "LoRA experts": ("vit-lora", "t5-lora", "llama-lora"),
 }
 COLOURS = {"mergekit": "#8da0b6", "ours": "#c4462f", "fusion-bench": "#d9b44a"}
-RESAMPLES = 2000
 
 #: Right or wrong per example, per task, per seed.
 Outcomes = list[dict[str, np.ndarray]]
@@ -40,38 +40,6 @@ OPENING = (
     f"Every tuned method had {BUDGET} points on validation data. Samples: of each task's training data, that a method "
     "reads to merge."
 )
-
-
-@dataclass(frozen=True)
-class Score:
-    """A mean score over seeds, tasks and examples, with its 95 % interval; all from 0 to 1."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """In percent."""
-        return f"{100 * self.mean:.1f} ({100 * self.low:.1f}–{100 * self.high:.1f})"
-
-
-def interval(outcomes: Outcomes, seed: int = 0) -> Score:
-    """Bootstrap over examples, within each task and seed.
-
-    Right and wrong answers drawn again with replacement are a binomial number of right ones.
-    """
-    rng = np.random.default_rng(seed)
-    cells = [(len(values), values.mean()) for one in outcomes for values in one.values()]
-    drawn = np.mean([rng.binomial(count, share, RESAMPLES) / count for count, share in cells], axis=0)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Score(float(np.mean([share for _, share in cells])), float(low), float(high))
-
-
-def difference(one: Outcomes, other: Outcomes) -> tuple[float, float]:
-    """Compute the difference of two mean scores on the same examples, and its standard error, paired."""
-    gaps = [a[name].astype(float) - b[name] for a, b in zip(one, other, strict=True) for name in a]
-    error = np.sqrt(sum(gap.var(ddof=1) / len(gap) for gap in gaps)) / len(gaps)
-    return float(np.mean([gap.mean() for gap in gaps])), float(error)
 
 
 @dataclass(frozen=True)
@@ -140,7 +108,7 @@ def write_report(
                 "name": row.name,
                 "origin": row.origin,
                 "samples": row.samples,
-                "scores": {f: vars(interval(o)) for f, o in row.outcomes.items()},
+                "scores": {f: vars(spread(o)) for f, o in row.outcomes.items()},
                 "by_task": {
                     f: [{k: round(float(v.mean()), 4) for k, v in o.items()} for o in s]
                     for f, s in row.outcomes.items()
@@ -149,7 +117,7 @@ def write_report(
             }
             for row in rows
         ],
-        "references": {n: {f: vars(interval(o)) for f, o in by.items()} for n, by in references.items()},
+        "references": {n: {f: vars(spread(o)) for f, o in by.items()} for n, by in references.items()},
     }
     write_json(out / "results.json", content, indent=1)
     draw(rows, references, families, out / "leaderboard.svg")
@@ -184,11 +152,11 @@ def table(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famil
     for name, label in (("base", "base"), ("experts", "each expert on its own task")):
         scores = []
         for family in families:
-            scores += [str(interval(references[name][family]))] + [""] * family.endswith("-tokens")
+            scores += [str(spread(references[name][family]))] + [""] * family.endswith("-tokens")
         lines.append(f"| *{label}* | | | {' | '.join(scores)} |")
 
     def height(row: Row) -> tuple[float, ...]:
-        return tuple(-interval(row.outcomes[f]).mean if row.outcomes.get(f) else 1.0 for f in families)
+        return tuple(-spread(row.outcomes[f]).mean if row.outcomes.get(f) else 1.0 for f in families)
 
     for row in sorted(rows, key=height):
         scores = []
@@ -205,7 +173,7 @@ def table(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famil
 def gain(row: Row, family: str) -> str:
     """Tell what the mean of token embeddings changes, where both boards have the row on the same seeds."""
     one, other = row.outcomes.get(family, []), row.outcomes.get(family.removesuffix("-tokens"), [])
-    return f"{100 * difference(one, other)[0]:+.1f}" if one and len(one) == len(other) else "–"
+    return f"{100 * paired_difference(one, other)[0]:+.1f}" if one and len(one) == len(other) else "–"
 
 
 def compared(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str]:
@@ -213,7 +181,7 @@ def compared(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str
 
     def best(origin: str, data: bool) -> Row | None:
         some = (row for row in whole if row.origin == origin and (row.samples > 0) == data)
-        return max(some, key=lambda row: interval(row.outcomes[family]).mean, default=None)
+        return max(some, key=lambda row: spread(row.outcomes[family]).mean, default=None)
 
     lines = []
     for data in (False, True):
@@ -228,7 +196,7 @@ def compared(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str
             for whose, peer in peers.items():
                 if row is None or peer is None:
                     continue
-                gap, error = difference(row.outcomes[family], peer.outcomes[family])
+                gap, error = paired_difference(row.outcomes[family], peer.outcomes[family])
                 all_of, scored = (
                     sum(r.origin == peer.origin and (r.samples > 0) == data for r in some) for some in (rows, whole)
                 )
@@ -252,13 +220,13 @@ def by_seed(whole: Sequence[Row], rows: Sequence[Row], family: str) -> list[str]
     """
     lines = []
     for row in whole:
-        scores = [100 * interval([outcomes]).mean for outcomes in row.outcomes[family]]
+        scores = [100 * spread([outcomes]).mean for outcomes in row.outcomes[family]]
         stands = []
         for other in whole:
             if row.origin == "ours" != other.origin and (row.samples > 0) == (other.samples > 0):
-                gap, error = difference(row.outcomes[family], other.outcomes[family])
+                gap, error = paired_difference(row.outcomes[family], other.outcomes[family])
                 each = [
-                    100 * difference([a], [b])[0]
+                    100 * paired_difference([a], [b])[0]
                     for a, b in zip(row.outcomes[family], other.outcomes[family], strict=True)
                 ]
                 stands.append(
@@ -280,7 +248,7 @@ def cell(outcomes: Outcomes, seeds: int) -> str:
     """Write a row's score on a family, and how many seeds it is of where that is not all of them."""
     if not outcomes:
         return "–"
-    return str(interval(outcomes)) + (f", {len(outcomes)} of {seeds} seeds" if len(outcomes) < seeds else "")
+    return str(spread(outcomes)) + (f", {len(outcomes)} of {seeds} seeds" if len(outcomes) < seeds else "")
 
 
 def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], families: Sequence[str], path: Path) -> None:
@@ -298,7 +266,7 @@ def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famili
     for panel in panels.flat[len(families) :]:
         panel.set_axis_off()
     for panel, family in zip(panels.flat, families, strict=False):
-        scored = [(interval(row.outcomes[family]), row) for row in complete(rows, references, family)]
+        scored = [(spread(row.outcomes[family]), row) for row in complete(rows, references, family)]
         scored.sort(key=lambda pair: pair[0].mean)
         means = np.array([100 * score.mean for score, _ in scored])
         errors = np.array([[100 * (s.mean - s.low), 100 * (s.high - s.mean)] for s, _ in scored]).reshape(-1, 2).T
@@ -310,7 +278,7 @@ def draw(rows: Sequence[Row], references: dict[str, dict[str, Outcomes]], famili
             error_kw={"linewidth": 0.8},
         )
         for name, style in (("base", ":"), ("experts", "--")):
-            panel.axvline(100 * interval(references[name][family]).mean, color="black", linestyle=style, linewidth=1)
+            panel.axvline(100 * spread(references[name][family]).mean, color="black", linestyle=style, linewidth=1)
         panel.set_title(f"{FAMILIES[family]} (dotted: base, dashed: experts)", fontsize=9)
         panel.set_xlabel("right answers, %", fontsize=8)
         panel.tick_params(labelsize=7)

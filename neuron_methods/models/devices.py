@@ -32,7 +32,7 @@ def resolve_device(name: str, option: str = "--device") -> str:
         raise UserError(f"{asked}: no such kind of device; try auto, cpu, cuda, cuda:0, mps or xpu") from None
     try:
         torch.zeros(1, device=device).item()  # `meta` makes tensors, but they hold nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"{asked}: not available here ({first_line(error)}); try --device auto") from None
     return str(device)
 

@@ -197,7 +197,7 @@ def cannot_be_built(model: Any, config: PretrainedConfig, error: Exception) -> U
 def _embeddings(model: Any, getter: str) -> Any:
     try:
         return getattr(model, getter)()
-    except (AttributeError, NotImplementedError):  # of a model that reads no tokens
+    except (AttributeError, NotImplementedError):  # which transformers raises for a model that reads no tokens
         return None
 
 

@@ -18,6 +18,7 @@ from common import ZooModels, mean_score
 from mergekit.merge_methods import merge_state_dicts
 
 import neuron_methods
+from neuron_methods.evaluation.comparing.statistics import paired_difference, spread
 from neuron_methods.kernels.task_vectors import LowRankTaskVector
 from neuron_methods.methods.inputs_file import InputsFile
 from neuron_methods.neurons import infer_neurons
@@ -259,7 +260,7 @@ def test_a_row_without_all_seeds_is_shown_but_not_compared(tmp_path):
 def test_interval_covers_the_mean_and_narrows_with_examples():
     few = [{"a": np.array([0, 1] * 20), "b": np.array([1, 1, 1, 0] * 10)}]
     many = [{name: np.tile(values, 100) for name, values in few[0].items()}]
-    scores = [report.interval(outcomes) for outcomes in (few, many)]
+    scores = [spread(outcomes) for outcomes in (few, many)]
     for score in scores:
         assert score.low < 0.625 < score.high
         assert score.mean == pytest.approx(0.625)
@@ -268,8 +269,8 @@ def test_interval_covers_the_mean_and_narrows_with_examples():
 
 def test_difference_is_paired():
     right = np.array([1, 1, 0, 0] * 10)
-    assert report.difference([{"a": right}], [{"a": right}]) == (0.0, 0.0)
-    gap, error = report.difference([{"a": right}], [{"a": 1 - right}])
+    assert paired_difference([{"a": right}], [{"a": right}]) == (0.0, 0.0)
+    gap, error = paired_difference([{"a": right}], [{"a": 1 - right}])
     assert gap == 0.0
     assert error > 0.1
 
