@@ -18,10 +18,10 @@ from torch import Tensor
 
 from neuron_methods.adapters.live import opened_model
 from neuron_methods.data.batching import pad
+from neuron_methods.models.chat import rendered
 from neuron_methods.models.greedy import greedy_answers
 from neuron_methods.models.kinds import facts_of, text_limit
 from neuron_methods.models.loading import computing_dtype, load_processor, read_architecture, read_config
-from neuron_methods.models.model_files import foreign_reading
 from neuron_methods.models.reference import ModelName
 from neuron_methods.profiling.prompts import Conversation, without_marks
 from neuron_methods.support.errors import UserError
@@ -94,11 +94,8 @@ class Describer:
 
     def _tokens(self, conversation: Conversation) -> list[int]:
         safe = [{**turn, "content": without_marks(turn["content"], self.marks)} for turn in conversation]
-        with foreign_reading(f"--describer {self.shown}: its chat template cannot be followed"):
-            text = self.tokenizer.apply_chat_template(
-                safe, add_generation_prompt=True, tokenize=False, enable_thinking=False
-            )
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = rendered(self.tokenizer, safe, f"--describer {self.shown}", enable_thinking=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @contextmanager

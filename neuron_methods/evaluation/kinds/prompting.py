@@ -13,9 +13,9 @@ from typing import Any
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.kinds.setting_checks import string, truth, whole_number
 from neuron_methods.evaluation.tasks import Task
+from neuron_methods.models.chat import rendered
 from neuron_methods.support.documents import read_text
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import first_line
 
 #: The keys of a task that say how it is asked in a chat, each with its check.
 CHAT = {"chat": truth(), "system": string("what the system says"), "template": string("a file with a chat template")}
@@ -95,13 +95,8 @@ class Prompts:
 
     def render(self, messages: list[Message], answers: bool = True) -> str:
         """Let the template write a conversation; `answers`: up to where the model's next turn begins."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=answers
-            )
-        except Exception as error:  # whatever a template raises, for one of a role that it does not know
-            task = self.examples.task
-            raise UserError(f"task {task.name!r}: the chat template: {first_line(error)}") from error
+        options = {"chat_template": self.template, "add_generation_prompt": answers}
+        return rendered(self.tokenizer, messages, f"task {self.examples.task.name!r}", **options)
 
     def ends(self) -> list[int]:
         """Find the tokens that end the model's turn, by what the template writes after one; none outside of a chat."""
