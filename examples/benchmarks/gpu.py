@@ -2,24 +2,36 @@
 
     python examples/benchmarks/gpu.py                    one matrix of 8192 × 8192, three bf16 experts
     python examples/benchmarks/gpu.py --experts 8 --width 16384
+    python examples/benchmarks/gpu.py --whole 1.1b       whole merges of generated checkpoints, full and adapters
 
 For each method: how far the merge is from the CPU's on a smaller matrix, relative to the merged update's length; the
 time of one merge of the large matrix, the best of some; and the bandwidth that comes to, inputs read once and the
-result written once, beside that of a plain copy on the same device. It has been written without a GPU at hand, and
-every method has been run through it on the CPU (`--device cpu`).
+result written once, beside that of a plain copy on the same device.
+
+Whole merges are made by the pipeline of the command, from reading to the verified output, on the CPU and then on the
+device. What is told of both is their time, without that of Python's imports, and how far the outputs, which are rounded
+to bfloat16, are apart: the share of weights that differ, and the largest difference in units of bfloat16's spacing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import machine
 from mergekit.merge_methods import merge_state_dicts
+from mergekit.options import MergeOptions
+from safetensors import safe_open
+from scale import SHAPES, write_models
 from torch import Tensor
 
 import neuron_methods
@@ -31,6 +43,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "neuron_response": {},
 }
 NAME = "model.layers.0.mlp.up_proj.weight"
+#: Whole merges: every method of ours, and those of mergekit that users compare with.
+WHOLE: dict[str, dict[str, Any]] = METHODS | {
+    "task_arithmetic": {"weight": 0.4},
+    "sce": {"select_topk": 0.5},
+    "multislerp": {"weight": 1.0},
+    "breadcrumbs": {"weight": 1.0, "density": 0.9, "gamma": 0.01},
+    "model_stock": {},
+    "min_merging": {"density": 0.3},
+    "neuron_merge": {"groups": "groups.json"},
+}
 
 
 def models(width: int, experts: int, device: torch.device) -> dict[str, dict[str, Tensor]]:
@@ -64,6 +86,79 @@ def parity(method: str, device: torch.device, experts: int, width: int) -> float
     return float((found.cpu().double() - expected).norm() / (expected - base).norm())
 
 
+def whole_configuration(method: str, base: Path, experts: list[str], directory: Path) -> str:
+    """Write the YAML of one merge, which is JSON; and the groups of neurons, every second one general."""
+    config: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
+    parameters: dict[str, Any] = {**WHOLE[method]}
+    config["models"] = [{"model": expert, "parameters": {}} for expert in experts]
+    if method == "neuron_merge":
+        from neuron_methods.methods.groups_file import groups_from_labels
+
+        shape = json.loads((base / "config.json").read_text())
+        half = ["general", "own"] * (shape["intermediate_size"] // 2)
+        labels = {f"layers.{layer}": half for layer in range(shape["num_hidden_layers"])}
+        parameters["groups"] = str(directory / "groups.json")
+        groups_from_labels(str(base), shape["model_type"], labels, {}).write(parameters["groups"])
+        for model in config["models"]:
+            model["parameters"]["group"] = "own"
+    if method != "linear":
+        config["base_model"] = str(base)
+    return json.dumps(config | {"parameters": parameters})
+
+
+def apart(one: Path, other: Path) -> tuple[float, float]:
+    """Compare two outputs: the share of weights that differ, and the largest difference in units of bf16's spacing."""
+    differ, entries, most = 0, 0, 0.0
+    files = [{key: file for file in place.glob("*.safetensors") for key in _keys(file)} for place in (one, other)]
+    if files[0].keys() != files[1].keys():
+        raise SystemExit(f"{one} and {other} do not hold the same tensors")
+    for key in files[0]:
+        with safe_open(files[0][key], "pt") as first, safe_open(files[1][key], "pt") as second:
+            found, expected = first.get_tensor(key).float(), second.get_tensor(key).float()
+        unequal = found != expected
+        entries += found.numel()
+        if count := int(unequal.sum()):
+            differ += count
+            found, expected = found[unequal], expected[unequal]
+            spacing = torch.exp2(torch.floor(torch.log2(torch.maximum(found.abs(), expected.abs()))) - 7)
+            most = max(most, float(((found - expected).abs() / spacing).max()))
+    return differ / entries, most
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def whole_merges(arguments: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """Merge whole checkpoints on the CPU and on the device; give the figures by kind of expert and method."""
+    from neuron_methods.plugin.merging import merge_to_directory
+
+    figures: dict[str, Any] = {}
+    directory = arguments.directory or Path(tempfile.mkdtemp(prefix="neuron-gpu-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        for kind in ("full", "lora"):
+            base, experts = write_models(directory, SHAPES[arguments.whole], kind, arguments.experts, 2)
+            for method in arguments.methods or WHOLE:
+                config, seconds = whole_configuration(method, base, experts, directory), []
+                for place, where in (("on-cpu", "cpu"), ("on-device", device.type)):
+                    started = time.perf_counter()
+                    options = MergeOptions(device=where, quiet=True, write_model_card=False)
+                    merge_to_directory(config, directory / place, progress=False, force=True, options=options)
+                    seconds.append(time.perf_counter() - started)
+                differ, most = apart(directory / "on-device", directory / "on-cpu")
+                figures[f"{method}, {kind}"] = {"seconds": seconds, "differ": differ, "spacings": most}
+                say(
+                    f"{method}, {arguments.experts} {kind} of {arguments.whole}: {seconds[0]:.1f} s on the CPU, "
+                    f"{seconds[1]:.1f} s there; {differ:.2e} of the weights differ, by {most:.1f} spacings at most"
+                )
+    finally:
+        if arguments.directory is None:
+            shutil.rmtree(directory, ignore_errors=True)
+    return figures
+
+
 def best_seconds(run: Any, device: torch.device, rounds: int) -> float:
     """Time something, the best of some rounds after one to get warm."""
     times = []
@@ -83,21 +178,32 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8192, help="of the square matrix that is timed (default 8192)")
     parser.add_argument("--experts", type=int, default=3, help="(default 3)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the best counts (default 5)")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    parser.add_argument("--methods", nargs="+", choices=[*WHOLE], help="(default: all)")
+    parser.add_argument(
+        "--whole", choices=[*SHAPES][:-2], metavar="SIZE", help=f"merge models: {', '.join([*SHAPES][:-2])}"
+    )
+    parser.add_argument("--directory", type=Path, help="where whole models are made and kept (default: temporary)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here; run this on a machine with one, or try it with --device cpu --width 256")
     neuron_methods.register()
+    if arguments.whole:
+        say = functools.partial(print, flush=True)
+        say(machine())
+        figures = whole_merges(arguments, device, say)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        return
     inputs = models(arguments.width, arguments.experts, device)
     source = inputs["base"][NAME]
     target = torch.empty_like(source)
     copying = 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device, arguments.rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     print(f"{name}, torch {torch.__version__}: a copy at {copying / 1e9:.1f} GB/s")
-    figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy bytes a second": copying}
-    for method in arguments.methods:
+    figures = {"device": name, "torch": torch.__version__, "copy bytes a second": copying}
+    for method in arguments.methods or METHODS:
         off = parity(method, device, arguments.experts, min(arguments.width, 512))
         seconds = best_seconds(lambda method=method: merged(method, inputs), device, arguments.rounds)
         # The base is an input of `linear` in no merge here.

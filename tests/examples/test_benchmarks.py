@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.examples.conftest import EXAMPLES, load_script
 
@@ -25,6 +26,24 @@ def test_parity_and_speed_are_told_of_every_method(capsys, monkeypatch, tmp_path
         assert figures[method]["relative error"] == 0
         assert figures[method]["bytes a second"] > 0
         assert f"{method}: 0.0e+00 from the CPU's" in said
+
+
+def test_whole_merges_are_held_to_the_cpu(capsys, monkeypatch, tmp_path):
+    methods = ["neuron_merge", "neuron_response"]
+    arguments = ["--device", "cpu", "--whole", "tiny", "--json", str(tmp_path / "figures"), "--methods", *methods]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    gpu.main()
+    figures = json.loads((tmp_path / "figures").read_text())
+    assert figures.keys() == {f"{method}, {kind}" for method in methods for kind in ("full", "lora")}
+    assert all(each["differ"] == 0 for each in figures.values())
+    assert "neuron_merge, 3 lora of tiny" in capsys.readouterr().out
+
+
+def test_outputs_that_differ_are_told_apart(tmp_path):
+    for name, values in (("one", [1.0, 2.0, -3.0, 0.0]), ("other", [1.0, 2.03125, -3.0, 0.0])):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor(values, dtype=torch.bfloat16)}, tmp_path / name / "model.safetensors")
+    assert gpu.apart(tmp_path / "one", tmp_path / "other") == (0.25, 2.0)  # bf16 is spaced by 2^-6 from 2 to 4
 
 
 def test_without_a_gpu_it_says_so_in_a_line(monkeypatch):
