@@ -50,7 +50,7 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] | None = 
 
 
 def machine() -> str:
-    """The machine in words: processor, cores, memory, torch."""
+    """The machine in words: processor, cores, memory, GPU, torch."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -58,7 +58,8 @@ def machine() -> str:
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     software = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {software}"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join([model, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", *gpus, software])
 
 
 def make_expert(base: Path, expert: Path, seed: int, scale: float = 0.02) -> None:

@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from scale import METHODS, SHAPES, Row, configuration, planned, write_hollow
+from scale import METHODS, Row, configuration, planned
+from scale_models import SHAPES, write_hollow
 
 EXPERTS, PROCESSES = 8, 8
 HOSTS = (1, 4)
@@ -61,7 +62,8 @@ def plan_table(size: str, rows: list[Row]) -> str:
 
 
 def _largest(rows: list[Row], method: str) -> Row | None:
-    found = [row for row in rows if row.method == method and row.kind == "full" and row.processes == 1]
+    alike = ("full", 1, "cpu")
+    found = [row for row in rows if row.method == method and (row.kind, row.processes, row.device) == alike]
     return max(found, key=lambda row: SHAPES[row.size].parameters, default=None)
 
 

@@ -3,16 +3,19 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 from tests.examples.conftest import EXAMPLES, load_script
 
 sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 gpu, scale = (load_script(EXAMPLES / "benchmarks" / f"{name}.py") for name in ("gpu", "scale"))
 sys.modules["scale"] = scale  # scale_plan's neighbour
+scale_models = sys.modules["scale_models"]
 plans = load_script(EXAMPLES / "benchmarks" / "scale_plan.py")
 
 
@@ -53,33 +56,58 @@ def test_without_a_gpu_it_says_so_in_a_line(monkeypatch):
         gpu.main()
 
 
-@pytest.fixture
-def arguments(tmp_path):
-    return argparse.Namespace(
-        size="tiny", experts=3, kind="full", distinct=2, methods=["linear"], processes=1, threads=1,
-        rows=tmp_path / "rows.json",
-    )  # fmt: skip
-
-
-def test_a_row_is_measured_once_and_kept(arguments, tmp_path):
-    rows = scale.read_rows(arguments.rows)
-    scale.measure(arguments, tmp_path / "models", rows)
-    assert scale.read_rows(arguments.rows) == rows
-    (row,) = rows
+def test_a_row_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
+    kept, at = tmp_path / "rows.json", tmp_path / "models"
+    at.mkdir()
+    options = ["--size", "tiny", "--methods", "linear", "--threads", "1", "--at", str(at), "--rows", str(kept)]
+    monkeypatch.setattr(sys, "argv", ["scale.py", *options])
+    scale.main()
+    (row,) = scale.read_rows(kept)
     entries = scale.SHAPES["tiny"].parameters
     assert row.read_bytes == 3 * 2 * entries
     assert 2 * entries < row.written_bytes < 4 * entries
     assert 0 < row.own_bytes < row.promised_bytes
     assert row.own_bytes < row.peak_bytes
-    assert not (tmp_path / "models" / "merged").exists()
-    third, first = (tmp_path / "models" / f"full-{index}" / "model-00001.safetensors" for index in (2, 0))
-    assert third.samefile(first)
-    scale.measure(arguments, tmp_path / "models", rows)  # which makes nothing anew
-    assert rows == [row]
-    assert "| tiny, 3 full | `linear` | 1 | 1.00 × | 1.00 × |" in scale.table(rows)
+    assert not list(at.iterdir())
+    said = capsys.readouterr().out
+    assert "\ntiny, 3 full, linear, 1 processes, cpu: " in said
+    assert "| tiny, 3 full | `linear` | 1, cpu | 1.00 × | 1.00 × |" in said
+    scale.main()  # which merges nothing anew
+    assert scale.read_rows(kept) == [row]
 
 
-def test_adapters_are_planned(arguments, tmp_path):
+def test_all_combinations_are_measured_unless_the_disk_is_too_small(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(scale, "_measure", lambda missing, *_: made.append([row.key for row in missing]))
+    several = ["--experts", "3", "8", "--processes", "1", "2", "--methods", "linear", "ties", "--device", "cuda"]
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--size", "3b", "7b", *several, "--at", str(tmp_path)])
+    scale.main()
+    assert [len(of_models) for of_models in made] == [4] * 4
+    assert made[0][1] == ("3b", "full", 3, "linear", 2, "cuda")
+    monkeypatch.undo()
+    monkeypatch.setattr(scale.shutil, "disk_usage", lambda _: argparse.Namespace(free=10**9))
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--size", "7b", "--at", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^\S+: 53\.\d GB are needed, 1\.0 GB are free; see --at$"):
+        scale.main()
+
+
+def test_generated_models_are_what_transformers_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale_models, "_POOL", 1001)
+    shape = scale.SHAPES["tiny"]
+    base, (first, second, third) = scale_models.write_models(tmp_path, shape, "full", 3, 2)
+    expected = dict(shape.tensors())
+    loaded = [LlamaForCausalLM.from_pretrained(place, dtype="auto").state_dict() for place in (base, first, second)]
+    for weights in loaded:
+        assert {name: tuple(weight.shape) for name, weight in weights.items()} == expected
+    for name in expected:
+        of_base, *of_experts = (weights[name].float() for weights in loaded)
+        assert 0.01 < of_base.std() < 0.03
+        for weight in of_experts:
+            assert 0 < (weight - of_base).std() < 0.001
+    assert (Path(third) / "model-00001.safetensors").samefile(Path(first) / "model-00001.safetensors")
+
+
+def test_adapters_are_planned(tmp_path):
     base, experts = scale.write_models(tmp_path, scale.SHAPES["tiny"], "lora", 2, 1)
     config = tmp_path / "merge.yml"
     config.write_text(scale.configuration("neuro_merging", base, experts))
@@ -89,7 +117,7 @@ def test_adapters_are_planned(arguments, tmp_path):
 def test_a_plan_needs_no_disk(monkeypatch):
     monkeypatch.setitem(scale.SHAPES, "70b", scale.SHAPES["0.1b"])
     entries = scale.SHAPES["0.1b"].parameters
-    row = scale.Row("0.1b", "full", 3, "linear", 1, cpu_seconds=1804, read_speed=1e6, write_speed=1e6)
+    row = scale.Row("0.1b", "full", 3, "linear", 1, "cpu", cpu_seconds=1804, read_speed=1e6, write_speed=1e6)
     text = plans.plan_table("70b", [row])
     linear, ties, *_ = text.splitlines()[2:]
     assert "| `ties` |" in ties and "not measured | not measured" in ties
