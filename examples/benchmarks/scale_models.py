@@ -81,7 +81,7 @@ SHAPES = {
 
 
 def write_model(place: Path, shape: Shape, seed: int | None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a checkpoint of random weights in shards, several at a time.
+    """Write a checkpoint of random weights in shards, several at a time, unless it is there.
 
     Args:
         place: its directory.
@@ -90,7 +90,9 @@ def write_model(place: Path, shape: Shape, seed: int | None, shard_bytes: int = 
             take no room.
         shard_bytes: of a file at most, unless it holds one tensor.
     """
-    place.mkdir(parents=True)
+    if (place / "config.json").exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     starts: dict[str, int] = {}
     size = 0
@@ -149,7 +151,9 @@ def _repeat(file: BinaryIO, data: memoryview, start: int, count: int) -> None:
 
 def write_adapter(place: Path, shape: Shape, seed: int, base: Path) -> None:
     """Write a LoRA adapter of rank 16 on all linear modules of the layers."""
-    place.mkdir(parents=True)
+    if (place / "adapter_config.json").exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, size in shape.tensors():
@@ -166,9 +170,10 @@ def write_adapter(place: Path, shape: Shape, seed: int, base: Path) -> None:
 
 def link(place: Path, original: Path) -> None:
     """Make a directory whose files are hard links to another's."""
-    place.mkdir()
-    for file in original.iterdir():
-        os.link(file, place / file.name)
+    if not place.exists():
+        place.mkdir()
+        for file in original.iterdir():
+            os.link(file, place / file.name)
 
 
 def write_models(directory: Path, shape: Shape, kind: str, experts: int, distinct: int) -> tuple[Path, list[str]]:
