@@ -45,6 +45,7 @@ n d) for a matrix of n x d and k inputs, at most d, and half of what is free for
 matrices beyond that are solved anew at every point, and that is said.
 
 \b
+Merges stay in memory; where they do not fit, that is said, and each is on disk until it is scored.
 OUT holds best.yml, trace.jsonl (every point with its scores), tune.json, and scores.png (with the
 extra report). Run again to go on: points in the trace are not tried again.
 """

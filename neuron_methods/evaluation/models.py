@@ -16,11 +16,13 @@ from neuron_methods.models.loading import (
     computing_dtype,
     device_map,
     load_processor,
+    placed_weights,
     read_architecture,
     read_config,
 )
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName, Place
+from neuron_methods.plugin.in_memory import HeldModel
 from neuron_methods.routing.heads import Classes
 from neuron_methods.routing.model import NeuronRoutedModel
 from neuron_methods.routing.routed_files import RoutedConfig, is_routed
@@ -93,6 +95,14 @@ class ModelSpec:
     def processors(self) -> Processors:
         """The model's tokenizer and image processor, not loaded yet."""
         return Processors(self.name)
+
+
+@contextlib.contextmanager
+def open_held(held: HeldModel, dtype: str = "auto") -> Iterator[OpenedModel]:
+    """Give a model that was merged in memory as `open_model` gives one from files; arguments and errors as there."""
+    name = ModelName(Place.parse(str(held.place)))
+    with placed_weights(name.base, "the merge", computing_dtype(dtype), held=held.tensors) as model:
+        yield OpenedModel(model, Processors(name), process_state().device)
 
 
 @contextlib.contextmanager

@@ -243,6 +243,13 @@ def stored_headers(directory: Path, stem: str = "model.safetensors") -> dict[str
     return _in_all_files(directory, stem, read)
 
 
+def headers_of(
+    directory: Path, stem: str = "model.safetensors", held: Mapping[str, Tensor] | None = None
+) -> dict[str, Header]:
+    """Tell the headers of a directory's tensors, or of `held`, which stand for its files of weights in memory."""
+    return stored_headers(directory, stem) if held is None else {n: Header.of(tensor) for n, tensor in held.items()}
+
+
 def stored_names(directory: Path, stem: str = "model.safetensors") -> list[str]:
     """List the tensors of a directory, whatever dtypes they are stored in; arguments and errors as `stored_headers`."""
 

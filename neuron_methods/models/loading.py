@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from neuron_methods.models.devices import resolve_device
@@ -90,7 +91,13 @@ def refuse_oversized(model: Any, config: PretrainedConfig, directory: Path, wher
 
 
 def load_weights(
-    place: Place, where: str, *, dtype: str = "auto", architecture: str | None = None, **placement: Any
+    place: Place,
+    where: str,
+    *,
+    dtype: str = "auto",
+    architecture: str | None = None,
+    held: Mapping[str, Tensor] | None = None,
+    **placement: Any,
 ) -> PreTrainedModel:
     """Load a model by the class that its config names, in evaluation mode, all weights frozen.
 
@@ -99,6 +106,8 @@ def load_weights(
         where: for messages.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         architecture: another class of transformers, of which only the body has to be stored: its head has any values.
+        held: its tensors, by their names in files, where they are in memory and the directory has the rest; a model in
+            the same dtype shares their memory.
         **placement: `device_map` and what goes with it, as transformers takes them.
 
     Raises:
@@ -111,19 +120,23 @@ def load_weights(
     architecture = architecture or named
     with foreign_reading(f"{where}: cannot load it"):
         directory = local_copy(place.path, place.revision)
-        if quantised_with(config) is None:
-            refuse_oversized(getattr(transformers, architecture), config, Path(directory), where)
-        _check_fits(directory, where, dtype, placement)
+        if held is None:
+            if quantised_with(config) is None:
+                refuse_oversized(getattr(transformers, architecture), config, Path(directory), where)
+            _check_fits(directory, where, dtype, placement)
         try:
             model, found = getattr(transformers, architecture).from_pretrained(
-                directory,
+                directory if held is None else None,
                 config=config,
+                state_dict=held,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 **placement,
             )
+            if held is not None:
+                _read_beside(model, directory)
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             if (how := quantised_with(config)) is not None:
                 raise UserError(
@@ -141,6 +154,16 @@ def load_weights(
     check_finite(model.named_parameters(), where)  # buffers may be masks of -Inf
     _watch_tokens(model, where)
     return model.eval().requires_grad_(False)
+
+
+def _read_beside(model: PreTrainedModel, directory: str) -> None:
+    """Give a model that was made of tensors in memory what transformers reads beside a model's weights."""
+    model.name_or_path = model.config.name_or_path = directory
+    if model.can_generate():
+        kept = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": None}
+        model.adjust_generation_fn(
+            None, False, False, directory, **kept, local_files_only=True, subfolder="", trust_remote_code=False
+        )
 
 
 def _watch_tokens(model: PreTrainedModel, where: str) -> None:
@@ -204,6 +227,7 @@ def placed_weights(
     dtype: str,
     max_memory: dict[Any, int | str] | None = None,
     device: str | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Load a model as `load_weights` does and let accelerate place it, for as long as the block lasts.
 
@@ -216,16 +240,17 @@ def placed_weights(
         dtype: as for `load_weights`.
         max_memory: accelerate's bounds per device, by default what is free.
         device: as for `device_map`, which places it instead; None: as said above.
+        held: as for `load_weights`.
     """
     state = process_state()
     if device is not None:
-        yield load_weights(place, where, dtype=dtype, device_map=device_map(device))
+        yield load_weights(place, where, dtype=dtype, held=held, device_map=device_map(device))
         return
     with tempfile.TemporaryDirectory(prefix="mergekit-neuron-offload-") as offload:
         placement: dict[str, Any] = {"device_map": {"": state.device}}
         if state.num_processes == 1 and not (state.device.type == "cpu" and torch.accelerator.is_available()):
             placement = {"device_map": "auto", "offload_folder": offload, "max_memory": max_memory}
-        yield load_weights(place, where, dtype=dtype, **placement)
+        yield load_weights(place, where, dtype=dtype, held=held, **placement)
 
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate

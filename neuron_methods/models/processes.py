@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, reduce
+from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def process_state() -> PartialState:
@@ -33,3 +36,15 @@ def collect(values: Tensor) -> Tensor:
     if state.num_processes == 1:
         return values
     return gather(values.to(state.device).contiguous()).to(values.device)
+
+
+def of_first(value: Value) -> Value:
+    """Give every process what the first one has; each calls this."""
+    if process_state().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
+
+
+def everywhere(holds: bool) -> bool:
+    """Tell whether something holds in every process; each calls this."""
+    return holds if process_state().num_processes == 1 else all(gather_object([holds]))

@@ -22,9 +22,9 @@ from neuron_methods.models.formats import quantised_with
 from neuron_methods.models.headers import (
     Header,
     HeaderFiles,
+    headers_of,
     open_safetensors,
     stored_count,
-    stored_headers,
     stored_names,
     weight_files,
 )
@@ -131,6 +131,7 @@ def verify_model(
     trust_remote_code: bool = False,
     like: Mapping[str, Header] | None = None,
     stem: str = "model.safetensors",
+    held: Mapping[str, torch.Tensor] | None = None,
 ) -> Verified:
     """Make sure that transformers would load a directory as the model that its config says.
 
@@ -139,16 +140,18 @@ def verify_model(
         trust_remote_code: whether custom code may be run to build the class.
         like: headers of the model that it was made from; what that one lacks or stores unread is told in a note.
         stem: of the files of weights; a pickle's ends in `.bin`.
+        held: the model's tensors, where they are in memory and not in files.
 
     Raises:
         UserError: naming the file and what is missing, left over, damaged, of another shape or dtype.
     """
-    config = _read_config(place / "config.json", trust_remote_code)
+    config = _read_config(place / "config.json", trust_remote_code, held)
     architecture = (config.architectures or ["the class"])[0]
     checked = _unbuilt(config, place, architecture, trust_remote_code)
     if checked is not None:
-        return Verified("model", len(stored_names(place, stem)), "its index and headers", [checked])
-    headers = stored_headers(place, stem)
+        count = len(stored_names(place, stem) if held is None else held)
+        return Verified("model", count, "its index and headers", [checked])
+    headers = headers_of(place, stem, held)
     model = model_class(config, place, trust_remote_code=trust_remote_code)
     report, poolerless = load_report(model, config, headers), []
     if _is_of_pooler(report.missing) and "add_pooling_layer" in inspect.signature(model).parameters:
@@ -179,7 +182,7 @@ def verify_model(
             "name another class than the one that wrote them?"
         )
     notes = poolerless + _check_dtype(place, config, headers)
-    pair = untied(place, Skeleton.build(model, config), headers) if stem.endswith(".safetensors") else None
+    pair = untied(place, Skeleton.build(model, config), headers, held) if stem.endswith(".safetensors") else None
     # Not of the class's config: T5's takes no other word for it than "tied".
     if pair is not None and read_object(place / "config.json").get("tie_word_embeddings") is not False:
         raise UserError(
@@ -212,17 +215,21 @@ def _is_of_pooler(names: list[str]) -> bool:
     return bool(names) and all("pooler" in name.split(".") for name in names)
 
 
-def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]:
+def correct_config(
+    place: Path, *, trust_remote_code: bool = False, held: Mapping[str, torch.Tensor] | None = None
+) -> list[str]:
     """Let a directory's config.json say what its weights are, where it says something else.
 
     Args:
         place: directory of safetensors files.
         trust_remote_code: whether custom code may be run to build the class.
+        held: as for `verify_model`.
 
     Returns:
         What was changed, in words.
     """
-    config, headers = _read_config(place / "config.json", trust_remote_code), stored_headers(place)
+    config = _read_config(place / "config.json", trust_remote_code, held)
+    headers = headers_of(place, held=held)
     content, notes = read_object(place / "config.json"), []
     dtypes: Counter[torch.dtype] = Counter()
     for header in headers.values():
@@ -236,7 +243,7 @@ def correct_config(place: Path, *, trust_remote_code: bool = False) -> list[str]
                 part["dtype"] = written
                 part.pop("torch_dtype", None)
     model = model_class(config, place, trust_remote_code=trust_remote_code)
-    pair = untied(place, Skeleton.build(model, config), headers) if model is not None else None
+    pair = untied(place, Skeleton.build(model, config), headers, held) if model is not None else None
     if pair is not None and content.get("tie_word_embeddings") is not False:
         notes.append(f"{' and '.join(pair)} differ now, so config.json says that they are not tied")
         content["tie_word_embeddings"] = False
@@ -251,11 +258,13 @@ def _spelled(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _read_config(file: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+def _read_config(
+    file: Path, trust_remote_code: bool = False, held: Mapping[str, torch.Tensor] | None = None
+) -> PretrainedConfig:
     if not file.is_file():
         raise UserError(f"{file.parent}: no {file.name} in it, so this is no model; merge or download it again")
     check_files(file.parent, str(file.parent))
-    read_model_config(file, stored_count(file.parent))
+    read_model_config(file, stored_count(file.parent) if held is None else len(held))
     # By the directory where it can be: transformers looks for custom code beside it.
     place = file.parent if file.name == CONFIG_NAME else file
     with foreign_reading(str(file)):
@@ -288,13 +297,16 @@ def _check_dtype(place: Path, config: PretrainedConfig, headers: Mapping[str, He
     return [f"stored in several dtypes ({found}); config.json says {said}"]
 
 
-def untied(place: Path, skeleton: Skeleton, headers: Mapping[str, Header]) -> tuple[str, str] | None:
+def untied(
+    place: Path, skeleton: Skeleton, headers: Mapping[str, Header], held: Mapping[str, torch.Tensor] | None = None
+) -> tuple[str, str] | None:
     """Find two stored tensors with values of their own whose names the config ties to one; only such are read.
 
     Args:
         place: directory of safetensors files.
         skeleton: of the class that its config names.
         headers: of what is stored.
+        held: as for `verify_model`.
 
     Returns:
         Their names; None where there are none.
@@ -302,14 +314,14 @@ def untied(place: Path, skeleton: Skeleton, headers: Mapping[str, Header]) -> tu
     stored = {new.path: name for name, new in skeleton.renamed(headers).items() if not new.converted}
     for source, *tied in skeleton.ties:
         for path in tied:
-            if source in stored and path in stored and not _equal(place, stored[source], stored[path]):
+            if source in stored and path in stored and not _equal(place, stored[source], stored[path], held):
                 return stored[path], stored[source]
     return None
 
 
-def _equal(place: Path, one: str, other: str) -> bool:
-    found: dict[str, torch.Tensor] = {}
-    for path in weight_files(place):
+def _equal(place: Path, one: str, other: str, held: Mapping[str, torch.Tensor] | None) -> bool:
+    found = dict(held or {})
+    for path in weight_files(place) if held is None else ():
         file = open_safetensors(path)
         found |= {name: file.get_tensor(name) for name in (one, other) if name in file.keys()}  # noqa: SIM118
     return torch.equal(found[one], found[other])

@@ -10,8 +10,10 @@ from typing import Any
 from mergekit.architecture import WeightInfo
 from mergekit.graph import Task
 
+from neuron_methods.methods.share import Share
 from neuron_methods.models.team import Team
 from neuron_methods.plugin.preflight import MergePlan
+from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.seam import planned_tasks, replan
 from neuron_methods.plugin.work import Work
 from neuron_methods.support.errors import UserError
@@ -95,6 +97,13 @@ def replan_some(planner: Any, names: Collection[str]) -> None:
     if (measure := next(filter(None, measures), None)) is not None:
         tasks.append((WeightInfo(name="measured", optional=True), Awaited(first=measure)))
     replan(planner, tasks)
+
+
+def plan_reads(run: MergeRun, planner: Any, names: Collection[str], share: Share) -> None:
+    """Let a planner merge these tensors, and know in which order the process reads what it measures and merges."""
+    replan_some(planner, names)
+    measured = [weight.name for weight, _, _ in run.plan.tensors if weight.name in run.plan.measured]
+    run.reads = [[measured[number] for number in share.mine([[name] for name in measured])], sorted(names)]
 
 
 def dealt(team: Team, work: Work, plan: MergePlan, finished: set[str]) -> list[list[str]]:

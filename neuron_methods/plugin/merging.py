@@ -27,7 +27,7 @@ from neuron_methods.methods.trim_profile import FORMAT as TRIM_PROFILE
 from neuron_methods.methods.trim_profile import TrimProfile
 from neuron_methods.models.states import watched
 from neuron_methods.models.team import Team
-from neuron_methods.plugin.dealing import check_enough, check_finished, check_same_plan, dealt, meet, replan_some
+from neuron_methods.plugin.dealing import check_enough, check_finished, check_same_plan, dealt, meet, plan_reads
 from neuron_methods.plugin.output import ModelOutput, Output
 from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.run import MergeRun
@@ -181,10 +181,7 @@ def merge_to_directory(
         pieces = dealt(team, work, run.plan, finished)
         session.seed = run.options.random_seed if run.options.random_seed is not None else work.seed
         work.start(pieces)
-        wanted = {name for names in pieces for name in names}
-        replan_some(planner, wanted)
-        measured = [weight.name for weight, _, _ in run.plan.tensors if weight.name in run.plan.measured]
-        run.reads = [[measured[number] for number in session.share.mine([[n] for n in measured])], sorted(wanted)]
+        plan_reads(run, planner, {name for names in pieces for name in names}, session.share)
         session.planned_tensors = sum(map(len, work.groups)) - len(finished)
 
     on_tensor = witness.on_tensor if witness is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from neuron_methods.models.companions import (
     names_code,
     settle_code,
 )
-from neuron_methods.models.headers import stored_headers
+from neuron_methods.models.headers import headers_of
 from neuron_methods.models.tokenizer_files import check_tokenizer
 from neuron_methods.models.verification import correct_config, verify_model
 from neuron_methods.plugin.layout import packed, write_shards
@@ -123,6 +123,7 @@ class ModelOutput(Output):
     """A model like the base, in the files of transformers."""
 
     _tokenizer_notes: Sequence[str] = ()
+    _held: Mapping[str, Tensor] | None = None
 
     def plan(self, run: MergeRun, planner: Any, work: Work) -> None:
         """Copy what the base stores and mergekit's definition of its architecture does not know."""
@@ -208,28 +209,31 @@ class ModelOutput(Output):
                 shutil.copy(place / name, staging / name)
 
     def finish(self, run: MergeRun, staging: Path, work: Work) -> None:
-        """Write the weights, let config.json say what was written, and write the heads that are kept.
+        """Write the weights, unless they stay in memory, let config.json say what they are, and write kept heads.
 
         Raises:
             UserError: a head that is kept is not sound.
         """
-        write_shards(work, staging, safe=run.options.safe_serialization)
+        self._held = work.held
+        if work.held is None:
+            write_shards(work, staging, safe=run.options.safe_serialization)
         if run.heads is not None:
             run.heads.write(staging)
         run.plan.notes += self._tokenizer_notes
         run.plan.notes += settle_code(staging, self.place, code=run.options.trust_remote_code)
         if run.options.safe_serialization:
-            run.plan.notes += correct_config(staging, trust_remote_code=run.options.trust_remote_code)
+            run.plan.notes += correct_config(staging, trust_remote_code=run.options.trust_remote_code, held=self._held)
 
     def verify(self, run: MergeRun, staging: Path) -> None:
         """Compare what is stored with the plan, and with what the model's class would load."""
-        verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options)
+        verify_output(staging, run.plan, aligned=run.builds_tokenizer, options=run.options, held=self._held)
         try:
             found = verify_model(
                 staging,
                 trust_remote_code=run.options.trust_remote_code,
                 like=run.headers_of_donor() if run.heads is None else None,
                 stem="model.safetensors" if run.options.safe_serialization else "pytorch_model.bin",
+                held=self._held,
             )
         except UserError as error:
             raise UserError(f"verification failed: {str(error).removeprefix(f'{staging}: ')}") from None
@@ -241,7 +245,14 @@ def optional(weight: WeightInfo) -> WeightInfo:
     return weight.model_copy(update={"optional": True})
 
 
-def verify_output(path: Path, plan: MergePlan, *, aligned: bool, options: MergeOptions) -> None:
+def verify_output(
+    path: Path,
+    plan: MergePlan,
+    *,
+    aligned: bool,
+    options: MergeOptions,
+    held: Mapping[str, Tensor] | None = None,
+) -> None:
     """Make sure that a written model is whole: every planned tensor there, with the base's shape.
 
     That every value is finite was checked on each tensor before it was written.
@@ -251,6 +262,7 @@ def verify_output(path: Path, plan: MergePlan, *, aligned: bool, options: MergeO
         plan: what was to be written; it holds every tensor of the base.
         aligned: whether vocabularies were aligned, so that their axis may have another length than the base's.
         options: mergekit's.
+        held: the tensors, where they are in memory.
 
     Raises:
         UserError: naming the tensor that is missing or wrong, or the file that is damaged.
@@ -260,7 +272,7 @@ def verify_output(path: Path, plan: MergePlan, *, aligned: bool, options: MergeO
     except UserError:
         raise UserError("verification failed: config.json was not written completely") from None
     try:
-        written = stored_headers(path, "model.safetensors" if options.safe_serialization else "pytorch_model.bin")
+        written = headers_of(path, "model.safetensors" if options.safe_serialization else "pytorch_model.bin", held)
     except UserError as error:
         raise UserError(f"verification failed: {error}") from None
     vocabulary: int | None = None

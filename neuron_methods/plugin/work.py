@@ -71,7 +71,10 @@ class Work:
         pieces: {tensor: the finished piece that it is in}.
         seed: drawn when the merge was begun, for methods that leave something to chance.
         told: {tensor: what its merge told, for JSON}, of those that are merged and not taken yet.
+        held: the merged tensors, by their keys in files, where they stay in memory; None: they are written.
     """
+
+    held: dict[str, Tensor] | None = None
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -244,6 +247,21 @@ class Work:
         """Read what stands in the file of what the pieces are made from."""
         content = _read(self.place / _BEGUN)
         return content if content.keys() == {"seed", "made_from"} else {"seed": 0, "made_from": {"its file": "damaged"}}
+
+
+class HeldWork(Work):
+    """An output of which nothing is written: the merged tensors stay in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+        self.held = {}
+
+    def take(self, name: str, tensors: Mapping[str, Tensor], **more: Any) -> None:
+        """Keep what is stored of one tensor, in memory of its own: it may be an input's, mapped from a file."""
+        copied = {key: tensor.clone() for key, tensor in tensors.items()}
+        with self._lock:
+            self.told.pop(name, None)
+            self.held |= copied
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

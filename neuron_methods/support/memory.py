@@ -76,6 +76,25 @@ def check_memory(need: int, what: str, advice: str, device: str = "cpu") -> None
     )
 
 
+class NoRoom(Exception):
+    """What would be quicker does not fit into memory; the message says what it needs and what is free."""
+
+
+def check_room(need: int, what: str) -> None:
+    """Make sure that something fits which can be done without.
+
+    Args:
+        need: bytes beyond what the process holds already.
+        what: needs it: "a merge in memory".
+
+    Raises:
+        NoRoom: the memory is not free, and the environment does not say to go on.
+    """
+    free = free_memory()
+    if free is not None and need > free and os.environ.get(IGNORE, "0") in ("", "0"):
+        raise NoRoom(f"{what} needs {format_bytes(need)} of memory, {format_bytes(free)} are free")
+
+
 def _available() -> int | None:
     try:
         lines = _MEMINFO.read_text().splitlines()

@@ -26,6 +26,7 @@ from neuron_methods.evaluation.comparing import (
 from neuron_methods.evaluation.comparing.contenders import parse_methods
 from neuron_methods.evaluation.tuning.search import make_strategy
 from neuron_methods.plugin.configuration import read_configuration
+from neuron_methods.plugin.in_memory import merged_in_memory
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
@@ -83,7 +84,7 @@ def test_finished_rows_are_kept_and_others_made(experts, folder, monkeypatch):
     source = cases.merge_yaml(experts("llama"))
     tasks = load_tasks(tasks_file(folder))
     merged, interrupted = [], []
-    merge = merge_to_directory
+    merge = merged_in_memory
 
     def count(source, *arguments, **options):
         merged.append(yaml.safe_load(source)["merge_method"])
@@ -92,7 +93,7 @@ def test_finished_rows_are_kept_and_others_made(experts, folder, monkeypatch):
             raise KeyboardInterrupt
         return merge(source, *arguments, **options)
 
-    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", count)
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merged_in_memory", count)
     with pytest.raises(KeyboardInterrupt):
         compare(source, tasks, folder / "out", ["linear"], QUIET)
     assert not [p for p in (folder / "out").rglob("*") if p.suffix == ".safetensors"]

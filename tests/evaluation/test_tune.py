@@ -20,7 +20,7 @@ from neuron_methods.evaluation.tuning.bench import distinct_tensors
 from neuron_methods.evaluation.tuning.objective import experts_of_task, objective
 from neuron_methods.evaluation.tuning.trace import Trace
 from neuron_methods.kernels import ridge
-from neuron_methods.plugin import merging
+from neuron_methods.plugin import in_memory, merging
 from neuron_methods.support import runs
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
@@ -43,13 +43,13 @@ def folder(tmp_path, monkeypatch):
 def merges(monkeypatch):
     """The configurations that were really merged, in their order."""
     seen = []
-    merge = merging.merge_to_directory
+    merge = in_memory.merged_in_memory
 
     def count(source, *arguments, **options):
         seen.append(yaml.safe_load(source))
         return merge(source, *arguments, **options)
 
-    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", count)
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merged_in_memory", count)
     return seen
 
 
@@ -389,7 +389,7 @@ def no_work(monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("merged or loaded")
 
-    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merge_to_directory", never)
+    monkeypatch.setattr("neuron_methods.evaluation.tuning.bench.merged_in_memory", never)
     monkeypatch.setattr("neuron_methods.evaluation.models.opened_model", never)
 
 

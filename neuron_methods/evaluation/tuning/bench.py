@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.options import MergeOptions
 
 from neuron_methods.evaluation.examples import Examples
-from neuron_methods.evaluation.models import ModelSpec, OpenedModel, open_model
+from neuron_methods.evaluation.models import ModelSpec, OpenedModel, open_held, open_model
 from neuron_methods.evaluation.scoring import RunningTask, TaskResult, start_opened
 from neuron_methods.evaluation.tasks import Task
-from neuron_methods.evaluation.tuning.parts import NoRoom, NotAffine, Parts, StateDict, check_parts, find_parts
+from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, check_parts, find_parts
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 from neuron_methods.models.loading import computing_dtype
+from neuron_methods.plugin.in_memory import merged_in_memory
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.kept import Kept
-from neuron_methods.support.memory import free_memory
+from neuron_methods.support.memory import NoRoom, free_memory
 from neuron_methods.support.runs import remove, workplace
 from neuron_methods.support.text import format_bytes
 
@@ -76,7 +78,8 @@ class Bench:
             seed: of intervals.
             shortcut: recombine parts where parameters enter linearly, and keep what merges by other values of a cheap
             parameter have in common.
-            folder: where merges are written and removed again; None: where temporary files go.
+            folder: where a merge's tokenizer and config are, for a moment, and all of it where memory has no room;
+                None: where temporary files go.
             progress: show a bar per task, on a terminal.
             say: takes lines for the user.
         """
@@ -89,12 +92,14 @@ class Bench:
         self._out_dtype: torch.dtype | None = None
         self._open = ExitStack()
         self._opened: OpenedModel | None = None
+        self._names: set[str] = set()
         self._running: list[RunningTask] = []
         self._parts: Parts | None = None
         self._parts_of = ""
         self._not_affine: set[str] = set()
         self._kept: Kept | None = None
         self._kept_of = ""
+        self._room = True  # for merges in memory, as far as is known
 
     def __enter__(self) -> Bench:
         self._folder = self._open.enter_context(workplace(_WORK, self._within))
@@ -182,25 +187,45 @@ class Bench:
     def merged(self, point: Mapping[str, Any], exact: bool = False) -> Iterator[StateDict]:
         """Merge for real, and give the tensors by the names of the model in memory while the block lasts."""
         started = time.perf_counter()
-        out = self._folder / f"merge-{self.effort.merges}"
-        source = self.recipe.source_at(point, exact)
         made = 0 if self._kept is None else self._kept.made
-        merge_to_directory(source, out, progress=False, config_name=self.recipe.name, common=self._kept)
-        self.effort.merges += 1
-        if self._kept is not None and self._kept.made > made:
-            self._say_kept(self._kept, point)
-        try:
-            with open_model(str(out), "float32" if exact else self._dtype) as opened:
-                tensors = distinct_tensors(opened.model)
-                if any(tensor.is_meta for tensor in tensors.values()):
-                    raise UserError("the model does not fit into memory: tune needs all of its weights there")
-                if self._opened is None:
-                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-                    self._adopt(opened)
-                self.effort.merge_seconds += time.perf_counter() - started
-                yield tensors
-        finally:
-            remove(out)
+        self._let_go()
+        with self._merged_model(self.recipe.source_at(point, exact), "float32" if exact else self._dtype) as opened:
+            self.effort.merges += 1
+            if self._kept is not None and self._kept.made > made:
+                self._say_kept(self._kept, point)
+            tensors = distinct_tensors(opened.model)
+            if any(tensor.is_meta for tensor in tensors.values()):
+                raise UserError("the model does not fit into memory: tune needs all of its weights there")
+            if self._opened is None:
+                self._adopt(opened)
+            self.effort.merge_seconds += time.perf_counter() - started
+            yield tensors
+
+    @contextmanager
+    def _merged_model(self, source: str, dtype: str) -> Iterator[OpenedModel]:
+        """Merge in memory, or where that has no room in a directory that is removed after the block."""
+        name, number = self.recipe.name, self.effort.merges
+        seed, computing = self.seed + number, computing_dtype(dtype)
+        merge = merged_in_memory(
+            source, config_name=name, seed=seed, dtype=computing, common=self._kept, within=self._folder
+        )
+        with ExitStack() as stack:
+            if self._room:
+                try:
+                    held = stack.enter_context(merge)
+                except NoRoom as error:
+                    self._room = False
+                    self.say(f"{error}: merged on disk, and removed when scored")
+                else:
+                    opened = stack.enter_context(open_held(held, dtype))
+                    held.tensors.clear()
+                    yield opened
+                    return
+            out = self._folder / f"merge-{number}"
+            options = MergeOptions(random_seed=seed)
+            stack.callback(remove, out)
+            merge_to_directory(source, out, progress=False, config_name=name, common=self._kept, options=options)
+            yield stack.enter_context(open_model(str(out), dtype))
 
     def _family(self, point: Point) -> str:
         """Tell points apart that differ in more than cheap and linear parameters."""
@@ -280,14 +305,27 @@ class Bench:
         computing = _dtype(computing_dtype(self._dtype)) or self._out_dtype
         if computing is not None:
             opened.model.to(computing)
+        self._names = {*distinct_tensors(opened.model)}
         self._running = [start_opened(opened, task, "validation", examples, self.seed) for task, examples in self.tasks]
 
-    @torch.no_grad()
+    def _let_go(self) -> None:
+        """Free what the next merge replaces; the model's weights are there again once they are put."""
+        if self._opened is not None:
+            for tensor in self._own().values():
+                tensor.data = tensor.data.new_empty(0)
+
     def _put(self, tensors: Any) -> None:
         """Replace weights, rounded as the merge would write them."""
-        own = distinct_tensors(self._opened.model)
+        own = self._own()
         for name, tensor in tensors:
-            own[name].copy_(self._rounded(tensor))
+            # Not into the memory of the old ones, which may be gone, or the new ones' own.
+            own[name].data = self._rounded(tensor).to(own[name].device, own[name].dtype)
+
+    def _own(self) -> StateDict:
+        """The tensors themselves of the model that all points are tried on, by the names in `distinct_tensors`."""
+        model = self._opened.model
+        everyone = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        return {name: tensor for name, tensor in everyone.items() if name in self._names}
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         """Round a tensor as the merge does when it writes."""

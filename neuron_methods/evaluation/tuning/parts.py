@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron_methods.support.memory import free_memory
-from neuron_methods.support.text import format_bytes
+from neuron_methods.support.memory import check_room
 
 StateDict = dict[str, Tensor]
 
@@ -61,10 +60,6 @@ class NotAffine(Exception):
     """The merge is no sum of its parts; the message says where it is not."""
 
 
-class NoRoom(Exception):
-    """The parts would not fit into memory; the message says what they need and what is free."""
-
-
 def check_parts(entries: int, count: int) -> None:
     """Make sure that the parts fit into memory, with the merges that they are made of and held to.
 
@@ -75,9 +70,7 @@ def check_parts(entries: int, count: int) -> None:
     Raises:
         NoRoom: they do not.
     """
-    need, free = 4 * entries * (count + 3), free_memory()
-    if free is not None and need > free:
-        raise NoRoom(f"its parts need {format_bytes(need)} of memory, {format_bytes(free)} are free")
+    check_room(4 * entries * (count + 3), "to keep its parts")
 
 
 def find_parts(
