@@ -134,6 +134,13 @@ class Team:
         if not goodbye:
             self._stop(f"process {rank} of {self.count} has died, so the others end, too")
 
+    def _watch(self, launcher: int) -> None:
+        """Stop when the process that has started this one is no more, in a thread: nobody else would end it then."""
+        while not self._leaving and os.getppid() == launcher:
+            time.sleep(1)
+        told = "the launcher has died, so the processes that it has started end, too"
+        self._stop(told if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+
     def _stop(self, why: str | None, *, fault: bool = False) -> None:
         with self._lock:
             if self._leaving or self._stopped:
@@ -145,12 +152,15 @@ class Team:
         if not self.rank:
             for other in self._links:
                 self._send(other, {"stop": True})
-        os.kill(os.getpid(), signal.SIGUSR1)
+        # That thread, as a system call in which it waits goes on where another one gets the signal.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
         end = threading.Timer(PATIENCE * 1.5, os._exit, (1,))
         end.daemon = True
         end.start()
 
     def _join(self) -> None:
+        threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        _check_launcher()
         from neuron_methods.models.processes import process_state
 
         state = process_state()
@@ -238,6 +248,20 @@ def teamed() -> Iterator[Team]:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         team._leave(error)
         signal.signal(signal.SIGUSR1, previous)
+
+
+def _check_launcher() -> None:
+    """Make sure that the launcher answers, where the processes meet by it; torch would wait for half an hour."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        what = (
+            f"process {os.environ['RANK']}: the launcher does not answer at {host}:{port} ({error.strerror or error})"
+        )
+        raise UserError(f"{what}; it has died, or this host cannot reach it") from None
 
 
 def _told(error: BaseException) -> str:

@@ -124,8 +124,8 @@ class Work:
                 return
             if not anew:
                 note(f"{shown}: an unfinished merge of another plan was there ({listed(differing)}); begun anew")
-        remove(self.place)
-        self.pieces, self.seed, self._is_open = {}, secrets.randbits(32), True
+        self._remove()
+        self.seed, self._is_open = secrets.randbits(32), True
         self.place.mkdir()
         _write(self.place / _BEGUN, {"seed": self.seed, "made_from": made_from})
 
@@ -206,7 +206,7 @@ class Work:
                 "tensors, kept; the same command with --resume goes on"
             )
         else:
-            remove(self.place)
+            self._remove()
 
     def _stream(self, making: _Making, writer: ShardWriter) -> None:
         """Have all written that comes next in a piece; what came before its turn has waited."""
@@ -234,9 +234,15 @@ class Work:
     def _tidy(self) -> None:
         """Remove what is no finished piece."""
         kept = {file for piece in self.pieces.values() for file in (piece.file, piece.file.with_suffix(".json"))}
-        for path in self.place.iterdir():
+        for path in self.place.iterdir() if self.place.is_dir() else ():
             if path not in kept and path.name != _BEGUN:
                 remove(path)
+
+    def _remove(self) -> None:
+        """Remove everything, and last of all what tells that a merge has left it: this, too, may be broken off."""
+        self.pieces = {}
+        self._tidy()
+        remove(self.place)
 
     def _differing(self, made_from: Mapping[str, Any]) -> list[str]:
         """Name what is not as it was when the pieces there were made."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,30 @@ def test_what_no_merge_has_left_is_not_removed(workspace):
     place.mkdir()  # of a run that was killed as it began
     merge()
     assert not place.exists()
+
+
+def test_a_removal_that_is_broken_off_is_in_nobodys_way(workspace, monkeypatch):
+    folder, unlink, scandir, left = workspace("llama-tied"), os.unlink, os.scandir, [0]
+
+    def in_order(path="."):  # what a file system gives in any, the record of the merge first
+        return nullcontext(sorted(scandir(path), key=lambda entry: entry.name, reverse=True))
+
+    def counted(path, **where):
+        if os.path.basename(path).startswith(("0", "begun")):  # of an unfinished merge
+            left[0] -= 1
+            if not left[0]:
+                raise Interrupted
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", counted)
+    monkeypatch.setattr(os, "scandir", in_order)
+    for number in range(1, 10):
+        left[0] = number
+        with pytest.raises(Interrupted):
+            merge(force=True)
+        assert Path(".out.unfinished").is_dir()
+    merge(force=True)
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out"]
 
 
 def test_nothing_is_kept_of_a_merge_that_is_at_fault_or_has_finished_no_piece(workspace):
