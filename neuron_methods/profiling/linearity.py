@@ -144,7 +144,7 @@ def relative_error(
         mlp: computes f.
         base: θ₀ by the names of the module's parameters.
         update: Δ likewise.
-        inputs: shape (tokens, width).
+        inputs: shape (tokens, width), on any device.
         alphas: where between the end points.
 
     Returns:
@@ -154,9 +154,9 @@ def relative_error(
     def output(alpha: float) -> Tensor:
         # float64 from the sum on: at small updates the curvature is a small difference of large numbers.
         weights = {k: v.double() + alpha * update[k].double() for k, v in base.items()}
-        return functional_call(mlp, weights, (inputs.double(),))
+        return functional_call(mlp, weights, (inputs,))
 
-    mlp = mlp.double()
+    mlp, inputs = mlp.double(), inputs.to(next(iter(base.values())).device, torch.float64)
     start, end = output(0.0), output(1.0)
     change = (end - start).norm()
     if not change > 0:
@@ -176,11 +176,12 @@ def _layer_updates(
     for name in own:
         parameter = _parameter_of(name, neurons, layer, base)
         tensor = planned.of(name)
-        base[parameter] = tensor.base
+        device = base[parameter].device  # of the model; what is planned has been read to the CPU
+        base[parameter] = tensor.base.to(device)
         arithmetic = sum((tensor.weights[e] * t for e, t in tensor.experts.items()), torch.zeros_like(tensor.base))
         variants = {**tensor.experts, TASK_ARITHMETIC: arithmetic, f"merge by {planned.method}": tensor.merged}
         for variant, update in variants.items():
-            updates.setdefault(variant, dict(zero))[parameter] = update
+            updates.setdefault(variant, dict(zero))[parameter] = update.to(device)
     merged, plain = updates[f"merge by {planned.method}"], updates[TASK_ARITHMETIC]
     scale = _norm(merged) / max(_norm(plain), 1e-30)
     updates[SAME_SIZE] = {name: scale * value for name, value in plain.items()}

@@ -87,7 +87,8 @@ def answer(
     elif model.kind == "text-classification":
         # One by one: a decoder that knows no padding cannot tell where a padded text ends.
         encoded = [_tokens(model, processor, prompt) for prompt in prompts]
-        answers = _classify(model, [{k: torch.tensor([v]) for k, v in text.items()} for text in encoded])
+        there = [{k: torch.tensor([v], device=model.device) for k, v in text.items()} for text in encoded]
+        answers = _classify(model, there)
     else:
         answers = _generate(model, processor, prompts, max_new_tokens, sample, seed)
     return [answer.told(str(what), as_json) for what, answer in zip(given, answers, strict=True)]

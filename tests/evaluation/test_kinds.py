@@ -22,12 +22,13 @@ def folder(tmp_path):
 
 def score(model_path, task, **options):
     with open_model(str(model_path)) as opened:
-        return evaluate_model(opened.model, opened.processor, task, **options), opened.model
+        result = evaluate_model(opened.model, opened.processor, task, **options)
+        return result, opened.model.cpu()  # where the references below compute, whatever device it was on
 
 
 def next_logits(model, tokens):
     with torch.no_grad():
-        return model(input_ids=torch.tensor([tokens])).logits[0].float()
+        return model(input_ids=torch.tensor([tokens], device=model.device)).logits[0].float()
 
 
 def greedy(model, tokens, count):

@@ -109,7 +109,10 @@ def test_recombined_weights_are_those_of_a_real_merge(experts, folder, kind, met
         for tried, _, how in bench.try_points(points):
             assert how == "recombined"
             if tried == point:
-                found = {name: tensor.clone() for name, tensor in distinct_tensors(bench._opened.model).items()}
+                found = {
+                    name: tensor.detach().cpu().clone()
+                    for name, tensor in distinct_tensors(bench._opened.model).items()
+                }
         merging.merge_to_directory(recipe.source_at(point), folder / "real", progress=False)
     loader = getattr(transformers, type(bench_model(folder / "real")).__name__)
     real = distinct_tensors(loader.from_pretrained(folder / "real", dtype=torch.float32))

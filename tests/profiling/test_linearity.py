@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,11 @@ from transformers import LlamaForCausalLM
 
 from neuron_methods.cli import main
 from neuron_methods.plugin.updates import plan_updates
+from neuron_methods.profiling import linearity
 from neuron_methods.profiling.linearity import SAME_SIZE, TASK_ARITHMETIC, measure_linearity, relative_error
+from neuron_methods.profiling.measured_model import LoadedModel, load_model
 from neuron_methods.support.errors import UserError
+from tests.support.accelerator import DEVICE, accelerator
 from tests.support.checkpoints import FAMILIES, edit, read, save_family
 from tests.support.plans import write_groups
 from tests.support.routed import save_adapter
@@ -74,6 +80,25 @@ def test_every_layer_and_variant_is_measured(kind: str, tmp_path: Path) -> None:
     for layer, errors in report.errors.items():
         assert all(0 < errors[v] < 1 for v in expected), layer
         assert report.sizes[layer][SAME_SIZE] == pytest.approx(report.sizes[layer]["merge by neuron_merge"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama-tied", "vit"]
+)  # in one of which nobody's update has the biases of the second layer
+def test_it_is_measured_where_the_model_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan_updates(configuration(kind, tmp_path))
+    expected = measure_linearity(planned, tokens=8)
+
+    @contextmanager
+    def load_there(*args: Any, **options: Any) -> Iterator[LoadedModel]:
+        with load_model(*args, **options) as loaded:
+            loaded.model.to(DEVICE)
+            yield loaded
+
+    monkeypatch.setattr(linearity, "load_model", load_there)
+    with torch.no_grad(), accelerator():
+        found = measure_linearity(planned, tokens=8)
+    assert found.errors == expected.errors and found.sizes == expected.sizes
 
 
 def configuration(kind: str, folder: Path) -> str:

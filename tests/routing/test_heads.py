@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from neuron_methods import NeuronRoutedModel
 from neuron_methods.cli import main
+from neuron_methods.routing.answering import answer
 from neuron_methods.routing.build import build_routed_model
 from neuron_methods.routing.heads import BASE
 from neuron_methods.routing.routed_files import RoutedConfig
 from neuron_methods.support.errors import UserError
+from tests.support.accelerator import DEVICE, accelerator
 from tests.support.routed import (
     HEADS,
     headed_settings,
@@ -443,6 +445,13 @@ def test_a_decoder_whose_experts_classify_texts_and_pairs(tmp_path, monkeypatch)
             assert torch.allclose(alone.logits[0], output.logits[row], atol=1e-5)
     (line,) = invoke("generate", "routed", "--prompt", "dog cat dog", "--json").output.splitlines()
     assert json.loads(line)["head"] == "animals" and json.loads(line)["answer"].startswith("animals: LABEL_")
+    monkeypatch.setattr(NeuronRoutedModel, "from_pretrained", lambda *_, **options: model.to(DEVICE))
+    with torch.no_grad(), accelerator():
+        (there,) = map(json.loads, answer("routed", prompts=["dog cat dog"], as_json=True))  # and so on a device
+    assert there["score"] == pytest.approx(json.loads(line)["score"], abs=1e-5)
+    assert {**there, "score": None} == {**json.loads(line), "score": None}
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     task = {"name": "pairs", "kind": "text-classification", "data": "colours.jsonl", "head": "colours"}
     write_tasks({**task, "columns": {"text": "text", "pair": "second"}})
     assert score()[0]["tasks"][0]["count"] == 40

@@ -72,6 +72,8 @@ class _Calls(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
         if func is Tensor.new_tensor and isinstance(args[0], OnDevice):
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(DEVICE)
+        if func is Tensor.tolist and isinstance(args[0], OnDevice):
+            return args[0].inner.tolist()
         if func in (Tensor.__getitem__, Tensor.__setitem__):  # which make an index of a list where the tensor is
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             index = tuple(torch.tensor(part) if isinstance(part, list) else part for part in index)
