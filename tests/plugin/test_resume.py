@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -188,8 +188,20 @@ def test_what_no_merge_has_left_is_not_removed(workspace):
 def test_a_removal_that_is_broken_off_is_in_nobodys_way(workspace, monkeypatch):
     folder, unlink, scandir, left = workspace("llama-tied"), os.unlink, os.scandir, [0]
 
-    def in_order(path="."):  # what a file system gives in any, the record of the merge first
-        return nullcontext(sorted(scandir(path), key=lambda entry: entry.name, reverse=True))
+    class InOrder(ExitStack):
+        """What a file system gives in any order, the record of the merge first."""
+
+        def __init__(self, path="."):
+            super().__init__()
+            self.entries = sorted(scandir(path), key=lambda entry: entry.name)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not self.entries:
+                raise StopIteration
+            return self.entries.pop()
 
     def counted(path, **where):
         if os.path.basename(path).startswith(("0", "begun")):  # of an unfinished merge
@@ -199,7 +211,7 @@ def test_a_removal_that_is_broken_off_is_in_nobodys_way(workspace, monkeypatch):
         unlink(path, **where)
 
     monkeypatch.setattr(os, "unlink", counted)
-    monkeypatch.setattr(os, "scandir", in_order)
+    monkeypatch.setattr(os, "scandir", InOrder)
     for number in range(1, 10):
         left[0] = number
         with pytest.raises(Interrupted):
