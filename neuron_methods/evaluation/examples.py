@@ -42,8 +42,8 @@ class Examples:
         samples: the rows; values in the order of `roles`.
         roles: the task's columns by role.
         skipped: rows left out because a column was empty.
-        shots: examples of the validation split that are shown before each, one more than the task asks for.
-        overlaps: whether one of them may be an example itself.
+        shots: examples of the validation split that are shown before each, no two of the same question, one more than
+            the task asks for, where there are as many.
     """
 
     task: Task
@@ -53,14 +53,13 @@ class Examples:
     roles: list[str]
     skipped: int = 0
     shots: Examples | None = None
-    overlaps: bool = False
 
     def shots_before(self, index: int) -> list[int]:
-        """List the places in `shots` of those that are shown before an example, which is none of them."""
+        """List the places in `shots` of those that are shown before an example; its question is in none of them."""
         if self.shots is None:
             return []
-        own = self.samples[index].row if self.overlaps else None
-        others = [place for place, sample in enumerate(self.shots.samples) if sample.row != own]
+        own = self.samples[index].values[0]
+        others = [place for place, sample in enumerate(self.shots.samples) if sample.values[0] != own]
         return others[: self.task.settings["few_shot"]]
 
     def __len__(self) -> int:
@@ -110,14 +109,27 @@ def read_examples(task: Task, split: str = "test", seed: int = 0, limit: int | N
     """
     read = _read(task, split, seed, limit)
     if count := task.settings.get("few_shot", 0):
-        # One more, as an example of the same split is not shown before itself.
-        read.shots = _read(replace(task, limit=0), "validation", seed, count + 1)
-        read.overlaps = task.rows(split).overlaps(task.rows("validation"))
-        if len(read.shots) < count + read.overlaps:
+        read.shots = _shots(task, seed, count + 1)  # one more, as an example is not shown before itself
+        if any(len(read.shots_before(index)) < count for index in range(len(read))):
             raise UserError(
-                f"task {task.name!r}: few_shot: {count} asked for, and its validation split has {len(read.shots)} rows"
+                f"task {task.name!r}: few_shot: {count} asked for, and its validation split has {len(read.shots)} rows "
+                "of different questions; an example is not shown before itself"
             )
     return read
+
+
+def _shots(task: Task, seed: int, count: int) -> Examples:
+    """Draw so many rows of different questions from the validation split, or as many as there are."""
+    drawn = count
+    while True:
+        found = _read(replace(task, limit=0), "validation", seed, drawn)
+        different: list[Sample] = []
+        for sample in found.samples:
+            if all(sample.values[0] != other.values[0] for other in different):
+                different.append(sample)
+        if len(different) >= count or len(found) < drawn:
+            return replace(found, samples=different[:count])
+        drawn *= 2
 
 
 def _read(task: Task, split: str, seed: int, limit: int | None) -> Examples:

@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,14 @@ def _last_number(text: str) -> Decimal | None:
 
 def rouge_l(prediction: str, targets: Sequence[str]) -> float:
     """Find the best F-measure of the longest common subsequence (Lin, 2004), by rouge-score without stemming."""
+    return float(_rouge().score_multi(list(targets), prediction)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return float(RougeScorer(["rougeL"]).score_multi(list(targets), prediction)["rougeL"].fmeasure)
+    return RougeScorer(["rougeL"])
 
 
 def bleu(prediction: str, targets: Sequence[str]) -> float:
@@ -82,6 +88,7 @@ def chrf(prediction: str, targets: Sequence[str]) -> float:
     return _of_corpus("chrf").sentence_score(prediction, list(targets)).score / 100
 
 
+@cache
 def _of_corpus(metric: str, sentence: bool = False) -> Any:
     from sacrebleu.metrics import BLEU, CHRF
 

@@ -210,8 +210,12 @@ def _read_records(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
     ending = path.suffix.lower()
     try:
         if ending == ".csv":
-            reader = csv.DictReader(read_text(path).splitlines(), strict=True)
+            reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
             for row in reader:
+                if any("\n" in str(cell) or "\r" in str(cell) for cell in row.values()):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: a quote of a line before it is not closed; {_MEND}"
+                    )
                 yield f"{path}, line {reader.line_num}", row
         elif ending == ".jsonl":
             yield from read_lines(path, again=_MEND)

@@ -70,6 +70,20 @@ def check_target(out_path: str | os.PathLike[str], force: bool, inputs: Iterable
     return target
 
 
+def refuse_within(place: Path, shown: str, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse a directory to be filled bit by bit that is one of those that are read, or lies in one.
+
+    Raises:
+        UserError: naming which.
+    """
+    target = _placed(place, shown)
+    for path in inputs:
+        if os.path.isdir(path) and (real := Path(os.path.realpath(path))) in (target, *target.parents):
+            raise UserError(
+                f"{shown}: {'is' if real == target else 'lies in'} {path}, which is read; choose another place"
+            )
+
+
 def refuse_foreign(target: Path, shown: str | os.PathLike[str]) -> None:
     """Refuse to replace a directory that holds anything that we did not write; an empty one holds nothing.
 

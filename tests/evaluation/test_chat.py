@@ -10,8 +10,10 @@ import torch
 import transformers
 
 from neuron_methods.evaluation import evaluate_model, open_model, read_examples
+from neuron_methods.evaluation.kinds import generation
 from neuron_methods.evaluation.kinds.generation import Generation
 from neuron_methods.evaluation.kinds.likelihood import windows
+from neuron_methods.models import chat
 from neuron_methods.support.errors import UserError
 from tests.evaluation import cases
 from tests.evaluation.test_kinds import greedy, likelihood, score
@@ -260,3 +262,57 @@ def test_the_harness_is_given_the_chat(folder, monkeypatch):
     harness.run_harness(torch.nn.Module(), tokenizer, task, 0)
     assert (asked["apply_chat_template"], asked["system_instruction"]) == (True, "two")
     assert asked["model"]["tokenizer"].chat_template == TEMPLATE and tokenizer.chat_template is None
+
+
+ENDLESS = {
+    "it goes on for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nothing ends a computation in C": "{{ (messages | length + 8) ** 99999999 % 7 }}",
+    "its text has no end": "{{ 'x' * 99999999 }}",
+    "it takes all memory": "{{ 'x' * (messages | length * 9999999999) }}",
+}
+
+
+@pytest.mark.parametrize("how", ENDLESS)
+def test_a_template_has_an_end(chatty, monkeypatch, how):
+    """After it others are rendered as before."""
+    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chatty)
+    message = "it took more than 1 s or 2.1 GB|it makes 99999999 characters of one|MemoryError"
+    with pytest.raises(UserError, match=rf"^x: its chat template cannot be followed: ({message})"):
+        chat.rendered(tokenizer, [user("red")], "x", chat_template=ENDLESS[how])
+    options = {"add_generation_prompt": False, "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ more }}"}
+    assert chat.rendered(tokenizer, [user("röd\n")], "x", more=[1], **options) == "<s>röd\n[1]"
+
+
+def test_a_template_that_does_not_ask_is_told(chatty, folder):
+    (folder / "deaf.jinja").write_text("<s> {{ messages | length }}")
+    (task,) = cases.tasks_of(folder, {**GENERATION, "template": "deaf.jinja"})
+    with pytest.raises(UserError, match="task 'a': chat: the task's chat template writes the same prompt whatever"):
+        score(chatty, task)
+
+
+def test_a_question_is_not_shown_before_itself_wherever_it_stands(folder):
+    rows = [dict(row) for row in ROWS]
+    for place in (3, 12, 13, 14, 20):
+        rows[place] |= {"prompt": "red cat", "answer": "dog"}
+    cases.questions(folder, rows)
+    few, many = cases.tasks_of(folder, {**GENERATION, "few_shot": 3}, {**GENERATION, "name": "b", "few_shot": 18})
+    for split in ("test", "validation"):
+        found = read_examples(few, split)
+        for place in range(len(found)):
+            shown = [found.shots.samples[i].values[0] for i in found.shots_before(place)]
+            assert len({*shown}) == len(shown) == 3 and found.samples[place].values[0] not in shown
+    with pytest.raises(
+        UserError, match="task 'b': few_shot: 18 asked for, and its validation split has 18 rows of diff"
+    ):
+        read_examples(many, "test")
+
+
+def test_an_expression_has_an_end(chatty, folder, monkeypatch):
+    monkeypatch.setattr(generation, "MATCHING", 0.2)
+    (task,) = cases.tasks_of(folder, {**GENERATION, "extract": r"^(?:a|b|ab)*c"})
+    with open_model(str(chatty)) as opened:
+        scorer = Generation(opened.model, opened.processor, read_examples(task), opened.device)
+    assert scorer.measure("ababc", ["ababc"], 0) == 1.0
+    with pytest.raises(UserError, match="task 'a': extract: takes more than 0 s in the answer to row 1; an expression"):
+        scorer.measure("ab" * 60 + "xc", ["ab"], 0)

@@ -24,6 +24,7 @@ from neuron_methods.evaluation.comparing import (
     study,
 )
 from neuron_methods.evaluation.comparing.contenders import parse_methods
+from neuron_methods.evaluation.tuning import tune
 from neuron_methods.evaluation.tuning.search import make_strategy
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.plugin.in_memory import merged_in_memory
@@ -172,6 +173,14 @@ def test_places_and_configurations_that_are_none(experts, folder):
     (folder / "mine/notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"-o .*mine: holds files that compare did not write"):
         compare(source, tasks, folder / "mine", [], QUIET)
+    inside = experts("llama") / "expert-a" / "out"
+    for run in (
+        lambda: compare(source, tasks, inside, [], QUIET),
+        lambda: tune(source, tasks, ["density=0.5"], inside),
+    ):
+        with pytest.raises(UserError, match=r"^-o .*/expert-a/out: lies in .*/expert-a, which is read; choose another"):
+            run()
+    assert not inside.exists()
     alone = yaml.safe_load(source)
     del alone["models"][1]
     with pytest.raises(UserError, match="compare takes a configuration with base_model and two models or more"):

@@ -105,6 +105,11 @@ def test_labels_made_elsewhere_are_taken(profile: NeuronProfile, name: str, tmp_
     ("name", "text", "problem"),
     [
         ("l.csv", "layer,neuron\n0,1\n", "line 2: no 'group'"),
+        (
+            "l.csv",
+            'layer,neuron,group\n0,1,"math\n0,2,code\n0,3,x"\n',
+            "line 4: a quote of a line before it is not closed",
+        ),
         ("l.csv", "layer,neuron,group\n7,1,math\n", "layer '7' is none of layers.0, layers.1"),
         ("l.csv", "layer,neuron,group\n0,24,math\n", "layers.0 has neurons 0 to 23, not '24'"),
         ("l.csv", "layer,neuron,group\n0,x,math\n", "not 'x'"),

@@ -34,6 +34,7 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.fingerprints import tree_state
 from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.runs import claimed
+from neuron_methods.support.targets import refuse_within
 from neuron_methods.support.text import listed
 
 #: Scores that are no mean over examples, and so have no paired differences.
@@ -165,6 +166,7 @@ def compare(
     spec = ModelSpec.parse(recipe.base)
     validation = prepare_tasks(tasks, spec, "validation", settings.seed, settings.limit)
     test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit)
+    refuse_within(out, f"-o {out}", recipe.reads(tasks))
     check_folder(out)
     with claimed(out, f"-o {out}", inside=True):
         kept = Kept(out, _identity(recipe, validation, test, settings), settings.force)

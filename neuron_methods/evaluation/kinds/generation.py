@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import regex
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -21,6 +21,9 @@ from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.greedy import greedy_answers
 from neuron_methods.models.kinds import text_limit
 from neuron_methods.support.errors import UserError
+
+#: Seconds that `extract` may look for what it finds in one answer.
+MATCHING = 10.0
 
 
 class Generation(Scorer):
@@ -58,7 +61,7 @@ class Generation(Scorer):
         self.truncated = [was_cut for _, was_cut in cut]
         self.settings_of_generate = greedy_answers(self.model, self.tokenizer, self.new_tokens, asked.ends())
         found = self.task.settings.get("extract")
-        self.extract = re.compile(found) if found else None
+        self.extract = regex.compile(found) if found else None
 
     @classmethod
     def check_model(cls, task: Task, config: Any, architecture: str, shown: str) -> None:
@@ -99,7 +102,14 @@ class Generation(Scorer):
             asked = "" if self.prompting["chat"] else self.examples.text(index, "input")
             return passes(program(asked, answer), targets, f"task {self.task.name!r}")
         if self.extract is not None:
-            found = self.extract.search(answer)
+            try:
+                found = self.extract.search(answer, timeout=MATCHING)
+            except TimeoutError:
+                row = self.examples.samples[index].row + 1
+                raise UserError(
+                    f"task {self.task.name!r}: extract: takes more than {MATCHING:.0f} s in the answer to row {row}; "
+                    "an expression that goes back less, without repetitions within repetitions, will do"
+                ) from None
             answer = "" if found is None else (found[1] or "") if self.extract.groups else found[0]
         return TEXT_METRICS[self.task.metric](answer, targets)
 

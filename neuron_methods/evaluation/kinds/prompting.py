@@ -7,7 +7,7 @@ they are asked for. With it, the column is what the user says, and the model's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from neuron_methods.evaluation.examples import Examples
@@ -60,7 +60,7 @@ class Prompts:
             separator: between a shown question and its answer, outside of a chat.
 
         Raises:
-            UserError: there is no chat template, or it cannot be read.
+            UserError: there is no chat template, it cannot be read or followed, or it does not ask what the user asks.
         """
         self.tokenizer, self.examples, self.answer, self.role = tokenizer, examples, answer, role
         self.separator = separator
@@ -68,6 +68,11 @@ class Prompts:
         self.chat = chats(settings)
         self.system: str | None = settings.get("system")
         self.template = chat_template(tokenizer, examples.task) if self.chat else None
+        if self.chat and len({self._asked([], text) for text in ("neuron", "model")}) == 1:
+            raise UserError(
+                f"task {examples.task.name!r}: chat: {self._whose} chat template writes the same prompt whatever the "
+                "user says; give template: FILE, or chat: false"
+            )
 
     def tokens(self, index: int) -> list[int]:
         """Make the tokens up to where the answer of an example begins."""
@@ -88,6 +93,10 @@ class Prompts:
         )
         if not self.chat:
             return BETWEEN.join([*(question + self.separator + said for question, said in shots), asked])
+        return self._asked(shots, asked)
+
+    def _asked(self, shots: Sequence[tuple[str, str]], asked: str) -> str:
+        """Write a conversation that ends with what is asked; `shots` are (question, answer)."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system is not None else []
         for question, said in shots:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
@@ -119,11 +128,14 @@ class Prompts:
             account["template"] = "of the task" if "template" in settings else "of the model"
         return account | ({"system": self.system} if self.system is not None else {})
 
+    @property
+    def _whose(self) -> str:
+        return "the task's" if "template" in self.examples.task.settings else "the model's"
+
     def notes(self) -> list[str]:
         """Say how prompts were made, for the screen."""
         if self.chat:
-            whose = "the task's" if "template" in self.examples.task.settings else "the model's"
-            return [f"prompts through {whose} chat template"]
+            return [f"prompts through {self._whose} chat template"]
         if "chat" not in self.examples.task.settings and getattr(self.tokenizer, "chat_template", None):
             return ["prompts as the data has them; the model has a chat template, which chat: true uses"]
         return []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
+
+import regex
 
 #: From a setting's value to what is expected in its place; None: the value will do.
 Check = Callable[[Any], str | None]
@@ -40,8 +41,8 @@ def pattern() -> Check:
 
     def check(value: Any) -> str | None:
         try:
-            sound = isinstance(value, str) and value and re.compile(value).groups <= 1
-        except (re.error, RecursionError, OverflowError):
+            sound = isinstance(value, str) and value and regex.compile(value).groups <= 1
+        except (regex.error, RecursionError, OverflowError):
             sound = False
         return None if sound else "a regular expression with one group at most"
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.search import Parameter, Point
+from neuron_methods.models.reference import ModelName
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.yaml_source import YamlSource
 
@@ -75,6 +77,11 @@ class Recipe:
         if exact:
             content |= {"dtype": "float32", "out_dtype": "float32"}
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+    def reads(self, tasks: Sequence[Task]) -> list[str]:
+        """List what is read here of models, and of the data of tasks."""
+        models = [path for model in (self.base, *self.experts) for path in ModelName.find(model).here()]
+        return [*models, *(file for task in tasks for file in task.files())]
 
     @property
     def out_dtype(self) -> str | None:

@@ -38,6 +38,7 @@ from neuron_methods.support.files import file_in_place_after, write_text
 from neuron_methods.support.fingerprints import tree_state
 from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.runs import claimed
+from neuron_methods.support.targets import refuse_within
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def tune(
     prepared = prepare_tasks(tasks, spec, "validation", settings.seed, settings.limit)
     # What is wrong with the test data must not come out after the search.
     test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
+    refuse_within(out, f"-o {out}", recipe.reads(tasks))
     is_new(out)
     with claimed(out, f"-o {out}", inside=True):
         trace = Trace(out, _identity(recipe, parameters, prepared, settings), settings.force)
