@@ -101,7 +101,7 @@ def merge_neurons(
     # Stacked rows and merged row in float32, and some eight matrices of inner products in float64.
     bytes_per_neuron = 4 * width * (count + 2) + 64 * (count + 1) ** 2
     # A third of the bound: where it is small, a whole block's float64 copy takes twice as much again.
-    blocks = list(row_blocks(neurons, bytes_per_neuron, options.scratch_bytes // 3))
+    blocks = list(row_blocks(neurons, bytes_per_neuron, options.scratch_bytes // 3, base.device))
     if not width or not blocks:
         return 0.0, 0.0
     scratch = torch.empty(blocks[0].stop, count + 1, width, dtype=torch.float32, device=base.device)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import bytes_at_once
+
 # Blocks of this size stay near the processor's cache; larger ones only cost memory. Measured on 4096 × 4096.
 CACHE_BYTES = 16 * 1024 * 1024
 
@@ -32,9 +34,18 @@ def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
     return tensor.flatten(1)
 
 
-def row_blocks(neurons: int, bytes_per_neuron: int, scratch_bytes: int) -> Iterator[slice]:
-    """Yield consecutive slices of all rows, each with scratch memory within `scratch_bytes`; one row may exceed it."""
-    size = max(1, min(scratch_bytes, CACHE_BYTES) // max(1, bytes_per_neuron))
+def row_blocks(
+    neurons: int, bytes_per_neuron: int, scratch_bytes: int, device: torch.device | None = None
+) -> Iterator[slice]:
+    """Yield consecutive slices of all rows, each with scratch memory within `scratch_bytes`; one row may exceed it.
+
+    On the CPU, which None stands for, they stay near its cache.
+    """
+    size = max(
+        1,
+        min(scratch_bytes, CACHE_BYTES if device is None else bytes_at_once(CACHE_BYTES, device))
+        // max(1, bytes_per_neuron),
+    )
     for start in range(0, neurons, size):
         yield slice(start, min(start + size, neurons))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.devices import with_float64
+from neuron_methods.kernels.devices import bytes_at_once, with_float64
 from neuron_methods.kernels.rows import row_blocks
 from neuron_methods.kernels.subspace import SMALLEST_NORM
 
@@ -42,7 +42,7 @@ def temper_spectrum_(update: Tensor, exponent: float) -> Tensor:
     # Entries far from 1 would leave float64's range as fourth powers, of which norms of products are made.
     size = update.abs().max()
     products = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=device)
-    blocks = list(row_blocks(len(tall), 8 * tall.shape[1], WIDE_BYTES))
+    blocks = list(row_blocks(len(tall), 8 * tall.shape[1], bytes_at_once(WIDE_BYTES, device), device))
     for block in blocks:
         part = (tall[block] / size).to(products)
         products.addmm_(part.T, part)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.devices import with_float64
+from neuron_methods.kernels.devices import bytes_at_once, with_float64
 from neuron_methods.kernels.elect import elect_signs, reduce_elected, resolve_ties
 from neuron_methods.kernels.rows import row_blocks
 
@@ -114,7 +114,7 @@ def gram_matrices(rows: Tensor) -> Tensor:
     neurons, stacked, width = rows.shape
     device = with_float64(rows.device)
     gram = torch.zeros(neurons, stacked, stacked, dtype=torch.float64, device=device)
-    blocks = list(row_blocks(neurons, 8 * stacked * width, WIDE_BYTES))
+    blocks = list(row_blocks(neurons, 8 * stacked * width, bytes_at_once(WIDE_BYTES, device), device))
     if not blocks:
         return gram
     wide = torch.empty(blocks[0].stop, stacked, width, dtype=torch.float64, device=device)

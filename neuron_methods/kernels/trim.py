@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.devices import bytes_at_once
 from neuron_methods.kernels.task_vectors import fill_task_vector
 
-# Elements worked on at a time: float32 scratch of 4 MB, which stays in cache.
+# Elements worked on at a time on a CPU: float32 scratch of 4 MB, which stays in cache.
 CHUNK = 1 << 20
 # Histogram bins. A bracket of at most this many bit patterns gives the exact threshold in the pass that counts it.
 BINS = 1 << 20
@@ -48,13 +49,13 @@ def kept_rank(entries: int, density: float) -> int:
 
 
 def task_vector_chunks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield θ_t − θ₀ of every expert in flat float32 chunks of at most `CHUNK` entries, with the expert's index.
+    """Yield θ_t − θ₀ of every expert in flat float32 chunks, of `CHUNK` entries on a CPU, with the expert's index.
 
     Base and experts are of one shape and any float dtype; experts may be `TaskVector`s. The chunks share one buffer:
     use each before asking for the next.
     """
     base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
-    size = max(1, min(CHUNK, base.numel()))
+    size = max(1, min(bytes_at_once(4 * CHUNK, base.device) // 4, base.numel()))
     origin = torch.empty(size, dtype=torch.float32, device=base.device)
     delta = torch.empty_like(origin)
     for start in range(0, base.numel(), size):
