@@ -173,6 +173,8 @@ def merge_to_directory(
         if witness is not None and witness.on_plan is not None:
             witness.on_plan(run, planner)
         made_from = {**watch.before, **run.made_from(), **output.made_from(), "--allow-nonfinite": allow_nonfinite}
+        made_from["--report"] = witness is not None and witness.recall is not None
+        made_from.pop(config_name, None)  # whatever its file is called, the YAML is what it says
         check_same_plan(team, made_from)
         check_enough(team, work)
         if not team.rank:

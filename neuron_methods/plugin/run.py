@@ -44,7 +44,14 @@ CONFIG_NAME = "mergekit_config.yml"
 
 # What the bytes of a merge depend on.
 _VERSIONS = ("mergekit", "torch", "transformers", "safetensors", "peft")
-_DECIDING = ("random_seed", "out_shard_size", "safe_serialization", "trust_remote_code", "lora_merge_dtype")
+_DECIDING = (
+    "random_seed",
+    "out_shard_size",
+    "safe_serialization",
+    "trust_remote_code",
+    "lora_merge_dtype",
+    "unsafe_truncate_embeddings",
+)
 # Parameters of our methods that name files.
 _FILES = ("profile", "groups")
 _HEAD_COMMENT = "# mergekit-neuron merge --head "
@@ -175,11 +182,11 @@ class MergeRun:
             self.plan.notes.append(f"left out, as only {model} stores them and no method merges them: {listed(names)}")
 
     def made_from(self) -> dict[str, Any]:
-        """Say what the output depends on beside the files read: code, YAML, options, revisions on the Hub; for JSON."""
+        """Say what the output depends on beside the files of models: code, YAML, options, revisions; for JSON."""
         told: dict[str, Any] = {f"the version of {name}": version(name) for name in _VERSIONS}
         code = code_digest(Path(neuron_methods.__file__).parent)
         told["the version of mergekit-neuron"] = f"{neuron_methods.__version__} ({code})"
-        told[self.name] = self.recorded
+        told["the YAML"] = self.recorded
         for option in _DECIDING:
             told[f"--{option.replace('_', '-')}"] = getattr(self.options, option)
         told["--device"] = (self.options.device or "cpu").partition(":")[0]  # whichever of its kind

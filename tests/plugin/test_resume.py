@@ -159,6 +159,28 @@ def test_what_a_merge_was_begun_from_may_be_damaged(workspace, made_from):
     assert len(merge()) == 20
 
 
+def test_a_yaml_is_what_it_says_and_not_what_it_is_called(workspace):
+    workspace("llama-tied")
+    merge(out="whole/out")
+    for name in ("one.yml", "other.yml"):
+        Path(name).write_text(configuration())
+    with pytest.raises(Interrupted):
+        merge(stop=12, config_name="one.yml")
+    with pytest.raises(UserError, match=r"begun otherwise \(the YAML\)"):
+        merge(configuration() + "# more\n", resume=True, config_name="one.yml")
+    Path("one.yml").unlink()
+    assert len(merge(resume=True, config_name="other.yml")) < 20
+    assert everything() == everything("whole/out")
+
+
+def test_what_no_report_has_looked_at_is_in_no_report(workspace):
+    workspace("llama-tied")
+    with pytest.raises(Interrupted):
+        merge(stop=12)
+    with pytest.raises(UserError, match=r"begun otherwise \(--report\)"):
+        merge(resume=True, witness=merge_witness(report=True))
+
+
 def test_what_no_merge_has_left_is_not_removed(workspace):
     workspace("llama-tied")
     place = Path(".out.unfinished")
