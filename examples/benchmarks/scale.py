@@ -9,9 +9,9 @@
 Where several sizes, kinds, numbers of experts or of processes are given, all combinations are merged by every method.
 Each merge is a process of its own, or one launch of several, from the interpreter's start to the verified output; its
 row is printed and kept as it comes (`--rows`), so that a run that was interrupted goes on where it was. Models are
-written before the first merge of them and removed after the last. Beyond `--distinct` experts, the files of further
-ones are hard links to those of earlier ones: the disk holds two experts of 7 B beside their base and the output, 54 GB,
-and all eight are read. Weights are random: time does not depend on what was learned.
+written before the first merge of them and removed after the last (but with `--keep`). Beyond `--distinct` experts, the
+files of further ones are hard links to those of earlier ones: the disk holds two experts of 7 B beside their base and
+the output, 54 GB, and all eight are read. Weights are random: time does not depend on what was learned.
 
 Memory is held to what the plan of the merge promises: what the interpreter and its packages take, and for each tensor
 its inputs, the method's scratch memory, the result, and two results that wait to be written. Of files that are mapped,
@@ -32,6 +32,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -249,15 +251,27 @@ def measure(arguments: argparse.Namespace, rows: list[Row]) -> None:
         wanted = [Row(size, kind, experts, method, processes, arguments.device) for method, processes in ways]
         missing = [row for row in wanted if all(row.key != earlier.key for earlier in rows)]
         if missing:
-            with tempfile.TemporaryDirectory(prefix="neuron-scale-", dir=arguments.at) as directory:
-                _measure(missing, SHAPES[size], Path(directory), arguments, rows)
+            with _directory(arguments, f"neuron-scale-{size}-{kind}-{experts}") as directory:
+                _measure(missing, SHAPES[size], directory, arguments, rows)
+
+
+@contextmanager
+def _directory(arguments: argparse.Namespace, name: str) -> Iterator[Path]:
+    if arguments.keep:
+        kept = (arguments.at or Path(tempfile.gettempdir())) / name
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory(prefix="neuron-scale-", dir=arguments.at) as directory:
+            yield Path(directory)
 
 
 def _measure(missing: list[Row], shape: Shape, directory: Path, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Make merges of the same models, each of one row, and append the rows to those that there are."""
     kind, experts = missing[0].kind, missing[0].experts
     models = 2 + (min(arguments.distinct, experts) if kind == "full" else 0)
-    need, free = models * 2 * shape.parameters, shutil.disk_usage(directory).free
+    there = sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+    need, free = models * 2 * shape.parameters - there, shutil.disk_usage(directory).free
     if need > free:
         raise SystemExit(f"{directory}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; see --at")
     speeds = disk_speeds(directory, 16 if missing[0].size == "tiny" else 1024)
@@ -291,6 +305,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each process (its share of the cores)")
     parser.add_argument("--device", default="cpu", help="that each process computes on, as merge has it (cpu)")
     parser.add_argument("--at", type=Path, help="directory that models are written in for the time (/tmp)")
+    parser.add_argument("--keep", action="store_true", help="leave the models there, for a further run")
     parser.add_argument("--rows", type=Path, help="JSON to keep rows in, and to go on from")
     parser.add_argument("--plan", choices=["70b", "405b"], help="compute from the rows what this model would take")
     arguments = parser.parse_args()

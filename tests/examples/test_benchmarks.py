@@ -76,6 +76,16 @@ def test_a_row_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     assert scale.read_rows(kept) == [row]
 
 
+def test_models_are_kept_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "_measure", lambda missing, shape, directory, *_: (directory / "model").touch())
+    for options, left in (([], []), (["--keep"], ["neuron-scale-tiny-lora-3/model"])):
+        monkeypatch.setattr(
+            sys, "argv", ["scale.py", "--size", "tiny", "--kind", "lora", "--at", str(tmp_path), *options]
+        )
+        scale.main()
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("model")] == left
+
+
 def test_all_combinations_are_measured_unless_the_disk_is_too_small(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(scale, "_measure", lambda missing, *_: made.append([row.key for row in missing]))
