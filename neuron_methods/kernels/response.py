@@ -28,7 +28,7 @@ arXiv:1207.6365), and makes the cost of a matrix n d × rows instead of n d².
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import NamedTuple
@@ -36,6 +36,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.answers import merge_blocks
+from neuron_methods.kernels.experts import (
+    Expert,
+    ResponseOptions,
+    coefficients,
+    count_rows,
+    energy_of,
+    taking,
+    toward_scale,
+)
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.moments import add_moment, mirrored, moments_of, wide
 from neuron_methods.kernels.ridge import Solved, Spectrum, System
@@ -49,40 +59,6 @@ _APART = 6.0
 _EXACT = 1e-5
 # A d × d matrix is spent on a faster product up to this size, in bytes.
 _SCRATCH = 1 << 28
-
-
-@dataclass(frozen=True)
-class Expert:
-    """One expert's part in a matrix.
-
-    Attributes:
-        update: Δ_t of low rank, or what gives it as float32 (n, d), anew at each call.
-        weight: w_t, at least 0; only ratios matter.
-        inputs: factors F_t, each (rows, d) of any float dtype, which count alike; None stands for the update itself.
-            What is all zeros says nothing.
-    """
-
-    update: LowRank | Callable[[], Tensor]
-    weight: float = 1.0
-    inputs: Sequence[Tensor | None] = (None,)
-
-
-@dataclass(frozen=True)
-class ResponseOptions:
-    """What merging by response takes beside the experts.
-
-    Attributes:
-        ridge: ρ in units of the mean of S's diagonal; 0 for a pseudo-inverse; None for `automatic_ridge`.
-        toward: T: ``zero``, or the ``mean`` or the ``sum`` of the updates, by weight; of one expert both are its own.
-            An expert with neither update nor measured inputs does not count.
-        loudness: ``equal``, or ``own``: an expert counts by ‖Δ_t‖², too.
-        rows: of an update that stand for its inputs, at most; 0 for all.
-    """
-
-    ridge: float | None = None
-    toward: str = "mean"
-    loudness: str = "equal"
-    rows: int = 0
 
 
 def automatic_ridge(experts: Sequence[Expert], width: int) -> float:
@@ -149,25 +125,27 @@ def merge_responses(experts: Sequence[Expert], shape: tuple[int, int], options: 
     Raises:
         ValueError: no expert has a weight above 0.
     """
-    taking = _taking(experts)
-    ridge = automatic_ridge(taking, shape[1]) if options.ridge is None else options.ridge
-    system, b = _stacked(taking, shape, options, precise=ridge == 0)
-    found = system.solve(ridge)
+    chosen = taking(experts)
+    ridge = automatic_ridge(chosen, shape[1]) if options.ridge is None else options.ridge
+    if all(isinstance(expert.update, LowRank) for expert in chosen):
+        system, b = _stacked(chosen, shape, options)
+        return _response(system.solve(ridge), system.energy, b)
+    if 0 in shape:
+        return Response(chosen[0].rows(slice(0, 0)).new_zeros(shape), 0.0, 0.0)
+    found = merge_blocks(chosen, shape, ridge, options, precise=ridge == 0)
     if found.rounding > _EXACT:
-        del system, found
-        system, b = _stacked(taking, shape, options, precise=True)
-        found = system.solve(ridge)
-    return _response(found, system.energy, b)
+        found = merge_blocks(chosen, shape, ridge, options, precise=True)
+    return Response(found.update, found.energy, found.missed)
 
 
 def decompose_responses(
     experts: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions
 ) -> DecomposedResponse:
     """Do all of `merge_responses` that does not depend on the ridge, whatever `options` say of it; arguments alike."""
-    taking = _taking(experts)
-    system, b = _stacked(taking, shape, options, precise=True)
+    chosen = taking(experts)
+    system, b = _stacked(chosen, shape, options)
     return DecomposedResponse(
-        system.decompose(torch.float32 if b is None else None), automatic_ridge(taking, shape[1]), b
+        system.decompose(torch.float32 if b is None else None), automatic_ridge(chosen, shape[1]), b
     )
 
 
@@ -177,10 +155,10 @@ def decomposed_bytes(experts: Sequence[Expert], shape: tuple[int, int], options:
     n is the rank of all of them together where all updates are of low rank, in float64.
     """
     n, d = shape
-    taking = _taking(experts)
-    low = [len(expert.update.a) for expert in taking if isinstance(expert.update, LowRank)]
-    k = min(_count(taking, n, options), d)
-    if len(low) == len(taking):
+    chosen = taking(experts)
+    low = [len(expert.update.a) for expert in chosen if isinstance(expert.update, LowRank)]
+    k = min(count_rows(chosen, n, options), d)
+    if len(low) == len(chosen):
         rank = sum(low)
         return 8 * (4 * rank * k + k * d + rank * d + 5 * k) + 4 * n * rank
     return 4 * (n * k + k * d + n * d) + 48 * k
@@ -216,41 +194,23 @@ def _response(solved: Solved, energy: float, b: Tensor | None) -> Response:
     return Response(update, energy, solved.missed, solved.moments)
 
 
-def _taking(experts: Sequence[Expert]) -> list[Expert]:
-    taking = [expert for expert in experts if expert.weight > 0]
-    if not taking:
-        raise ValueError("all experts weigh 0")
-    return taking
-
-
 def _stacked(
-    taking: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions, precise: bool
+    chosen: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions
 ) -> tuple[System, Tensor | None]:
-    """Stack what the experts ask for to one system; and their B_t side by side, where all are of low rank.
-
-    What has a row per neuron or a column per input is float64 if `precise`, and where all are of low rank. A system of
-    S is float64 in any case: what float32 loses there is felt wherever inputs are weak.
-    """
-    low = [expert.update for expert in taking if isinstance(expert.update, LowRank)]
-    b = torch.cat([update.b for update in low], dim=1) if len(low) == len(taking) else None
-    height, rows, metric = shape[0], [slice(0, shape[0])] * len(taking), None
+    """Stack what the experts ask for to one system; and their B_t side by side, where all are of low rank."""
+    low = [expert.update for expert in chosen if isinstance(expert.update, LowRank)]
+    b = torch.cat([update.b for update in low], dim=1) if len(low) == len(chosen) else None
+    height, rows, metric = shape[0], [slice(0, shape[0])] * len(chosen), None
     if b is not None:
         ends = list(accumulate(len(update.a) for update in low))
         rows = [slice(end - len(update.a), end) for update, end in zip(low, ends, strict=True)]
-        height, metric, precise = b.shape[1], wide(b).T @ wide(b), True
-    count = _count(taking, shape[0], options)
-    weighing = _Weighing(sum(expert.weight for expert in taking), options, formed=b is None, wide=precise)
-    parts = (weighing.part(expert, part) for expert, part in zip(taking, rows, strict=True))
+        height, metric = b.shape[1], wide(b).T @ wide(b)
+    count = count_rows(chosen, shape[0], options)
+    weighing = _Weighing(sum(expert.weight for expert in chosen), options, shape[0], formed=b is None)
+    parts = (weighing.part(expert, part) for expert, part in zip(chosen, rows, strict=True))
     toward = _Toward(height, shape[1], options.toward)
     make = _few if count < shape[1] else _many
     return make(parts, count, toward, metric), b
-
-
-def _count(taking: Sequence[Expert], neurons: int, options: ResponseOptions) -> int:
-    """Count the rows of all factors."""
-    dense = min(options.rows or neurons, neurons)
-    own = [len(e.update.a) if isinstance(e.update, LowRank) else dense for e in taking]
-    return sum(n if f is None else len(f) for e, n in zip(taking, own, strict=True) for f in e.inputs)
 
 
 class _Part(NamedTuple):
@@ -279,26 +239,23 @@ def _few(parts: Iterator[_Part], count: int, toward: _Toward, metric: Tensor | N
     assert g is not None and m is not None
     # Rows of G stay as they were given: rounding √c F would be felt wherever inputs are weak.
     g, t = g[:start], toward.settled()
-    gram = moments_of(start, g)
-    for columns in row_blocks(toward.width, 16 * max(start, 1), _SCRATCH):
-        add_moment(gram, g[:, columns].T)
+    gram = add_moment(moments_of(start, g), g.T)
     roots = gram.new_tensor(coefficients).sqrt()
     gram.mul_(roots).mul_(roots[:, None])
-    answers = wide(m[:, :start]) * roots
+    answers = m[:, :start] * roots
     energy = float(((answers if metric is None else metric @ answers) * answers).sum())
-    held = None if t is None else wide(t @ g.T) * roots
-    return System(gram, answers, g, roots, held, t, energy, toward.width, g.dtype, metric)
+    held = None if t is None else t @ g.T * roots
+    return System(gram, answers, g, roots, held, t, energy, toward.width, metric)
 
 
 def _many(parts: Iterator[_Part], count: int, toward: _Toward, metric: Tensor | None) -> System:
     """Stack to d equations: those of columns."""
     width = toward.width
     s = n = None
-    energy, dtype = 0.0, torch.float32
+    energy = 0.0
     for part in parts:
         if s is None or n is None:
-            s, dtype = moments_of(width, part.x), part.x.dtype
-            n = torch.zeros(toward.height, width, dtype=s.dtype, device=s.device)
+            s, n = moments_of(width, part.x), part.x.new_zeros(toward.height, width)
         given = sum(len(factor) for factor, _ in part.factors)
         product = None
         if width < 2 * given and 8 * width**2 <= _SCRATCH:
@@ -311,18 +268,18 @@ def _many(parts: Iterator[_Part], count: int, toward: _Toward, metric: Tensor | 
         for block in together if metric is not None else row_blocks(len(part.x), 16 * max(width, 1), _SCRATCH):
             x = part.x[block]
             if product is not None:
-                answers = wide(x) @ product
+                answers = x @ product
             else:
                 answers = n.new_zeros(len(x), width)
                 for factor, coefficient in part.factors:
-                    answers.addmm_(wide(x) @ wide(factor).T, wide(factor), alpha=coefficient)
+                    answers.addmm_(x @ factor.T, factor, alpha=coefficient)
             n[part.rows][block] += answers
             if metric is not None:
                 x, answers = metric[part.rows, part.rows] @ x, answers
             energy += float((answers * x).sum())
         toward.add(part)
     assert s is not None and n is not None
-    return System(s, n, None, None, None, toward.settled(), energy, width, dtype, metric)
+    return System(s, n, None, None, None, toward.settled(), energy, width, metric)
 
 
 class _Toward:
@@ -346,9 +303,7 @@ class _Toward:
 
     def settled(self) -> Tensor | None:
         """Give T, (height, width), once all have been added; None for `zero`."""
-        if self._sum is not None and self._speaking:
-            self._sum *= (len(self._speaking) if self._word == "sum" else 1) / sum(self._speaking)
-        return self._sum
+        return None if self._sum is None else self._sum.mul_(toward_scale(self._word, self._speaking))
 
 
 @dataclass(frozen=True)
@@ -357,32 +312,22 @@ class _Weighing:
 
     total: float
     options: ResponseOptions
+    neurons: int
     formed: bool
-    wide: bool
 
     def part(self, expert: Expert, rows: slice) -> _Part:
         """Form an expert's update, and weigh its factors; one that is all zeros says nothing."""
-        x, own = self._update(expert.update)
-        factors = [own if factor is None else factor.to(x) for factor in expert.inputs]
-        energies = [_energy(factor) for factor in factors]
-        speaking = [(factor, energy) for factor, energy in zip(factors, energies, strict=True) if energy > 0]
-        loudness = _energy(own) if self.options.loudness == "own" else 1.0
+        x, own = self._update(expert)
+        factors = [own if factor is None else wide(factor) for factor in expert.inputs]
+        loudness = energy_of(own) if self.options.loudness == "own" else 1.0
         share = expert.weight / self.total
-        weighed = [(factor, share * loudness / (len(speaking) * energy)) for factor, energy in speaking]
-        return _Part(x, rows, weighed, share)
+        weights = coefficients(share, [energy_of(factor) for factor in factors], loudness)
+        return _Part(x, rows, [(f, weight) for f, weight in zip(factors, weights, strict=True) if weight > 0], share)
 
-    def _update(self, update: LowRank | Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _update(self, expert: Expert) -> tuple[Tensor, Tensor]:
         """What stands for X_t in the formula, and the update as a factor of its own inputs."""
-        if not isinstance(update, LowRank):
-            dense = self._fitting(update())
+        if not isinstance(expert.update, LowRank):
+            dense = wide(expert.rows(slice(0, self.neurons)))
             return dense, added_up(dense, self.options.rows)
-        b, a = self._fitting(update.b), self._fitting(update.a)
+        b, a = wide(expert.update.b), wide(expert.update.a)
         return b @ a if self.formed else a, torch.linalg.qr(b, mode="r").R @ a
-
-    def _fitting(self, tensor: Tensor) -> Tensor:
-        return wide(tensor) if self.wide else tensor
-
-
-def _energy(tensor: Tensor) -> float:
-    """Compute ‖·‖²."""
-    return float(tensor.square().sum(dtype=torch.float64))

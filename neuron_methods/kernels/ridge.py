@@ -5,19 +5,17 @@ What `response` asks for is Δ(ρ) = T + L (Q + ρ I)⁻¹ R, with
     Q = G Gᵀ, L = M − T Gᵀ, R = G      where there are fewer inputs, the rows of G, than columns,
     Q = S,    L = N − T S,  R = I      elsewhere.
 
-For one ridge Q + ρ I is factored by Cholesky. For all of them Q = U diag(q) Uᵀ is decomposed once, and
-Δ(ρ) = T + (L U) diag(1 / (q + ρ)) (Uᵀ R). Systems are float64; what has a row per neuron and a column per input is as
-it was given.
+For one ridge Q + ρ I is factored by Cholesky (for full updates see kernels/answers.py, which holds no L). For all of
+them Q = U diag(q) Uᵀ is decomposed once, and Δ(ρ) = T + (L U) diag(1 / (q + ρ)) (Uᵀ R). All of it is float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.moments import wide
 from neuron_methods.kernels.rows import row_blocks
 
 # Without a ridge, singular values of the stacked factors up to this share of the largest, times their number, are taken
@@ -33,13 +31,45 @@ class Solved:
         update: s Δ, (height, d).
         missed: Σ_t w_t ‖(s Δ − Δ_t) F_tᵀ‖² / ‖F_t‖².
         moments: s² Δ S Δᵀ, float64, where there is a metric.
-        rounding: how far Δ is from exact, in shares of its length, as far as products in float32 make it so.
     """
 
     update: Tensor
     missed: float
     moments: Tensor | None
-    rounding: float = 0.0
+
+
+class Inverse:
+    """(Q + ρ I)⁻¹, or the pseudo-inverse of Q for a ρ of 0."""
+
+    def __init__(self, matrix: Tensor, rho: float) -> None:
+        """Factor Q + ρ I by Cholesky, or, where that fails and for a ρ of 0, decompose Q.
+
+        Args:
+            matrix: Q, float64 (k, k), the lower triangle.
+            rho: ρ, at least 0.
+        """
+        self._lower = None
+        if rho > 0:
+            shifted = matrix.clone()
+            shifted.diagonal().add_(rho)
+            lower, failed = torch.linalg.cholesky_ex(shifted)
+            self._lower = None if int(failed) else lower
+        if self._lower is None:
+            values, self._vectors, used = eigen(matrix)
+            self._inverse = torch.where(used | (rho > 0), 1 / (values + rho), 0.0)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Multiply (k, m), float64, by it."""
+        if self._lower is not None:
+            return torch.cholesky_solve(right, self._lower)
+        return self._vectors @ (self._inverse[:, None] * (self._vectors.T @ right))
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose Q, the lower triangle: its values, at least 0, its vectors, and which a pseudo-inverse takes."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=0)
+    return values, vectors, values > (ROUNDING * len(values)) ** 2 * values.max() if len(values) else values > 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +85,6 @@ class System:
         toward: T, (height, d); None for zero, which ridges shrink to: s undoes that.
         energy: Σ_t w_t ‖Δ_t F_tᵀ‖² / ‖F_t‖².
         width: d.
-        dtype: of what has a row per neuron and a column per input.
         metric: BᵀB, float64 (height, height), where what is merged is B·Δ, not Δ.
         scratch: bytes that products of rows may take.
     """
@@ -68,7 +97,6 @@ class System:
     toward: Tensor | None
     energy: float
     width: int
-    dtype: torch.dtype
     metric: Tensor | None
     scratch: int = 1 << 28
 
@@ -82,44 +110,22 @@ class System:
         rho = ridge * self.unit
         if rho <= 0:
             return self.decompose().solve(ridge)
-        diagonal = self.matrix.diagonal().clone()
-        self.matrix.diagonal().add_(rho)
-        lower, failed = torch.linalg.cholesky_ex(self.matrix)
-        self.matrix.diagonal().copy_(diagonal)
-        if int(failed):
-            return replace(self.decompose().solve(ridge), rounding=float(self._rounds))
-        update = torch.empty(len(self.wanted), self.width, dtype=self.dtype, device=self._device)
-        size = answered = steps = 0.0
-        factors = None
-        for block in self._blocks():
-            wanted = self.wanted[block]
-            right = wanted.clone()
+        inverse = Inverse(self.matrix, rho)
+        if self.back is None:
+            # Δ S = N + ρ (T − Δ), and what is answered is ⟨Δ S, Δ⟩.
+            right = self.wanted.clone() if self.toward is None else self.wanted.add(self.toward, alpha=rho)
+            found = inverse.solve(right.T).T
+            answers, update = right.sub_(found, alpha=rho), found
+        else:
+            # Δ Gᵀ = M − ρ L (Q + ρ I)⁻¹
+            found = inverse.solve((self.wanted if self.held is None else self.wanted - self.held).T).T
+            update = (found * self.roots) @ self.back
             if self.toward is not None:
-                right.add_(wide(self.toward[block]), alpha=rho) if self.back is None else right.sub_(self.held[block])
-            found = torch.cholesky_solve(right.T, lower).T
-            if self.back is None:
-                # Δ S = N + ρ (T − Δ), and what is answered is ⟨Δ S, Δ⟩.
-                factors = (right.sub_(found, alpha=rho), found)
-                update[block] = found.to(update)
-            else:
-                # Δ Gᵀ = M − ρ L (Q + ρ I)⁻¹
-                answers = wanted.sub(found, alpha=rho)
-                factors = (answers, answers)
-                steps += float(found.square().sum())
-                torch.mm((found * self.roots).to(self.back), self.back, out=update[block])
-                if self.toward is not None:
-                    update[block] += self.toward[block]
-            size += self._inner(*factors)
-            answered += self._inner(factors[1], wanted)
-        moments = factors[0] @ factors[1].T if self.metric is not None and factors is not None else None
-        rounding = 0.0
-        if self._rounds and (length := float(update.norm(dtype=torch.float64))):
-            # That of M, and of G where steps along inputs that nearly cancel are long ones. Held to float64 on updates
-            # and inputs of all kinds, this is 1.5 to 6 times what Δ is off by.
-            wanted, inputs = float(self.wanted.square().sum()), float(self.matrix.diagonal().sum())
-            rounding = ROUNDING / 2 * (wanted / rho + steps * inputs) ** 0.5 / length
-        solved = _scaled(update, self.energy, answered, size, self.toward is None, moments)
-        return replace(solved, rounding=rounding)
+                update += self.toward
+            answers = found = self.wanted.sub(found, alpha=rho)
+        size, answered = self._inner(answers, found), self._inner(found, self.wanted)
+        moments = answers @ found.T if self.metric is not None else None
+        return _scaled(update, self.energy, answered, size, self.toward is None, moments)
 
     def decompose(self, dtype: torch.dtype | None = None) -> Spectrum:
         """Decompose Q, once for all ridges.
@@ -128,11 +134,9 @@ class System:
             dtype: to keep what has a row per neuron or a column per input in. Directions that Q does not mix lose
                 nothing by float32 but their own last digits.
         """
-        dtype = dtype or self.dtype
-        values, vectors = torch.linalg.eigh(self.matrix)
-        values = values.clamp(min=0)
-        used = values > (ROUNDING * len(values)) ** 2 * values.max() if len(values) else values > 0
-        left = torch.empty(len(self.wanted), len(values), dtype=dtype, device=self._device)
+        dtype = dtype or self.wanted.dtype
+        values, vectors, used = eigen(self.matrix)
+        left = torch.empty(len(self.wanted), len(values), dtype=dtype, device=self.wanted.device)
         squares = values.new_zeros(3, len(values))
         answers = None
         roots = values.sqrt()
@@ -145,7 +149,7 @@ class System:
                 own = self.held[block] @ vectors
                 rotated -= own
             else:
-                own = wide(self.toward[block]) @ vectors
+                own = self.toward[block] @ vectors
                 rotated.addcmul_(own, values, value=-1)
                 own *= roots
             # Of an input that is not used nothing but rounding is left.
@@ -156,7 +160,7 @@ class System:
             for sums, (x, y) in zip(squares, ((own, own), (own, rotated), (rotated, rotated)), strict=True):
                 sums += (self._by_metric(x) * y).sum(dim=0)
             answers = (own, rotated)
-        right = vectors.T if self.back is None else (vectors.T * self.roots) @ wide(self.back)
+        right = vectors.T if self.back is None else (vectors.T * self.roots) @ self.back
         return Spectrum(
             values,
             used,
@@ -168,16 +172,6 @@ class System:
             self.unit,
             answers if self.metric is not None else None,
         )
-
-    @property
-    def _rounds(self) -> bool:
-        """Whether M, T Gᵀ and what becomes of them are products in float32."""
-        return self.back is not None and self.dtype == torch.float32
-
-    @property
-    def _device(self) -> torch.device:
-        """Where updates are; systems may be elsewhere, see `wide`."""
-        return next(t for t in (self.back, self.toward, self.wanted) if t is not None).device
 
     def _blocks(self) -> list[slice]:
         """Rows to be solved for at a time; all of them where they are weighed by a metric."""

@@ -50,6 +50,15 @@ def row_blocks(
         yield slice(start, min(start + size, neurons))
 
 
+def sample_rows(neurons: int, limit: int | None) -> Tensor:
+    """Choose the neurons to look at, ascending: all, or `limit` of them drawn anew for each size with one seed."""
+    if limit is None or neurons <= limit:
+        return torch.arange(neurons, device="cpu")
+    # Not every n-th: rows of attention weights repeat the places of a head's dimensions at regular distances.
+    generator = torch.Generator("cpu").manual_seed(neurons)
+    return torch.randperm(neurons, generator=generator, device="cpu")[:limit].sort().values
+
+
 def added_up(inputs: Tensor, rows: int) -> Tensor:
     """Add rows up at random, with random signs, to `rows` of them; as they are, where there are no more, or for 0.
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.answers import scratch_bytes
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.response import (
     Expert,
@@ -34,7 +35,7 @@ from neuron_methods.kernels.response import (
     decomposed_bytes,
     merge_responses,
 )
-from neuron_methods.kernels.rows import CACHE_BYTES, neuron_rows, row_blocks
+from neuron_methods.kernels.rows import neuron_rows, row_blocks
 from neuron_methods.kernels.spectrum import remove_parallel_
 from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector, fill_task_vector
 from neuron_methods.methods.contract import (
@@ -166,11 +167,7 @@ class PreparedNeuronResponse(PreparedMerge):
         transposed = self._place(name).role in ("transposed", "packed_transposed")
         rows, width = (shape[-1], shape[-2]) if transposed else (shape[0], math.prod(shape[1:]))
         most = (planned.parameters["rows"] if planned is not None else 0) or rows
-        own = int(min(rows, most))
-        count = experts * own
-        if count < width:
-            return 8 * (count * width + 5 * rows * count + 4 * rows * width + 5 * count * count)
-        return 8 * (5 * width * width + 3 * rows * width + 4 * own * width) + min(CACHE_BYTES, 32 * rows * width)
+        return scratch_bytes((rows, width), experts * int(min(rows, most)), experts)
 
     def findings(self) -> list[str]:
         """Tell how much of the experts' answers the merge keeps, and what had no inputs."""
@@ -221,15 +218,14 @@ class PreparedNeuronResponse(PreparedMerge):
                 return LowRank(b, a)
             expert = (b @ a).as_subclass(TaskVector)
 
-        def form() -> Tensor:
-            update = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-            fill_task_vector(update, expert, base, clean=clean)
-            if not bool(torch.isfinite(update.sum(dtype=torch.float64))):
+        def form(block: slice) -> Tensor:
+            origin = base[block]
+            update = torch.empty(origin.shape, dtype=torch.float32, device=base.device)
+            fill_task_vector(update, expert[block], origin, clean=clean)
+            # The sum of what is finite may be Inf; entries are looked at only where it is.
+            if not bool(torch.isfinite(update.sum())) and not bool(torch.isfinite(update).all()):
                 raise nonfinite(name, base, model)
-            if split:
-                for block in row_blocks(len(update), 16 * update.shape[1], self.settings.scratch_bytes):
-                    remove_parallel_(update[block], base[block].float())
-            return update
+            return remove_parallel_(update, origin.float()) if split else update
 
         return form
 

@@ -19,7 +19,8 @@ from neuron_methods.evaluation.tuning import Bench, Recipe, TuneSettings, parse_
 from neuron_methods.evaluation.tuning.bench import distinct_tensors
 from neuron_methods.evaluation.tuning.objective import experts_of_task, objective
 from neuron_methods.evaluation.tuning.trace import Trace
-from neuron_methods.kernels import ridge
+from neuron_methods.kernels import response
+from neuron_methods.methods import neuron_response
 from neuron_methods.plugin import in_memory, merging
 from neuron_methods.support import runs
 from neuron_methods.support.errors import UserError
@@ -470,13 +471,13 @@ def test_the_method_itself_is_searched(experts, folder, merges):
 def solves(monkeypatch):
     """How many systems were decomposed for all ridges, and solved for one."""
     counts = {"decomposed": 0, "solved": 0}
-    for name, function in (("decomposed", ridge.System.decompose), ("solved", ridge.System.solve)):
+    for name, function in (("decomposed", response.decompose_responses), ("solved", response.merge_responses)):
 
-        def counted(system, *given, name=name, function=function):
+        def counted(*given, name=name, function=function):
             counts[name] += 1
-            return function(system, *given)
+            return function(*given)
 
-        monkeypatch.setattr(ridge.System, function.__name__, counted)
+        monkeypatch.setattr(neuron_response, function.__name__, counted)
     return counts
 
 

@@ -47,7 +47,7 @@ def case(shape: tuple[int, int], seed: int, inputs: str = "update", rank: int = 
         low = LowRank(randoms(n, rank, seed=seed) * (seed + 1), randoms(rank, d, seed=seed + 20))
         return Case(low.b.double() @ low.a.double(), weight, factors, Expert(low, weight, factors))
     dense = randoms(n, d, seed=seed) * (seed + 1)
-    return Case(dense.double(), weight, factors, Expert(dense.clone, weight, factors))
+    return Case(dense.double(), weight, factors, Expert(dense.__getitem__, weight, factors))
 
 
 def toward(cases: Sequence[Case], options: ResponseOptions) -> Tensor:
@@ -157,7 +157,7 @@ def test_single_rows_and_columns(shape: tuple[int, int], rank: int, ridge: float
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
 def test_nothing_to_merge(shape: tuple[int, int]) -> None:
     for towards in ("zero", "sum"):
-        found = merge_responses([Expert(torch.zeros(shape).clone)] * 2, shape, ResponseOptions(toward=towards))
+        found = merge_responses([Expert(torch.zeros(shape).__getitem__)] * 2, shape, ResponseOptions(toward=towards))
         assert dense(found).shape == shape
         assert (found.energy, found.missed) == (0.0, 0.0)
 
@@ -176,7 +176,7 @@ def test_updates_whose_directions_differ_much_in_length(shape: tuple[int, int]) 
     for seed in range(3):
         u, _, v = torch.linalg.svd(randoms(*shape, seed=seed), full_matrices=False)
         update = (u * torch.arange(1, min(shape) + 1).float().pow(-1.5)) @ v
-        cases.append(Case(update.double(), 1.0, [None], Expert(update.clone)))
+        cases.append(Case(update.double(), 1.0, [None], Expert(update.__getitem__)))
     for ridge in (0.1, 1e-4, 1e-8):
         expected, *_ = oracle(cases, ResponseOptions(ridge))
         assert_near(dense(merge(cases, ResponseOptions(ridge))), expected)
@@ -225,7 +225,7 @@ def test_experts_with_disjoint_inputs_are_all_kept(n: int, width: int, seed: int
         block = slice(i * width, (i + 1) * width)
         update[:, block] = randoms(n, width, seed=seed + i)
         a = torch.eye(width * count)[block].contiguous()
-        expert = Expert(LowRank(update[:, block].contiguous(), a) if low else update.clone)
+        expert = Expert(LowRank(update[:, block].contiguous(), a) if low else update.__getitem__)
         cases.append(Case(update.double(), 1.0, [None], expert))
     for towards in ("zero", "mean"):
         merged = merge(cases, ResponseOptions(0.0, towards))
@@ -265,7 +265,7 @@ def test_scales_that_mean_nothing_change_nothing(
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_expert_of_weight_0_takes_no_part(options: ResponseOptions, rank: int) -> None:
-    def never() -> Tensor:
+    def never(block: slice) -> Tensor:
         raise AssertionError("formed")
 
     cases = [case(MANY, i, "both", rank) for i in range(2)]
@@ -277,7 +277,7 @@ def test_an_expert_of_weight_0_takes_no_part(options: ResponseOptions, rank: int
 
 def test_experts_that_all_weigh_0_are_no_merge() -> None:
     with pytest.raises(ValueError, match="weigh 0"):
-        merge_responses([Expert(torch.zeros, 0.0)], MANY, ResponseOptions())
+        merge_responses([Expert(torch.zeros(MANY).__getitem__, 0.0)], MANY, ResponseOptions())
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.1, 10.0])
@@ -286,12 +286,12 @@ def test_an_expert_without_any_update(shape: tuple[int, int], ridge: float) -> N
     """It says nothing by itself; measured inputs say that they want no answer."""
     n, d = shape
     nothing = torch.zeros(n, d)
-    silent = Case(nothing.double(), 1.0, [None], Expert(nothing.clone))
+    silent = Case(nothing.double(), 1.0, [None], Expert(nothing.__getitem__))
     options = ResponseOptions(ridge, "zero")
     cases = [case(shape, 0), case(shape, 1)]
     assert_near(dense(merge([*cases, silent], options)), dense(merge(cases, options)))
     factors = [randoms(7, d, seed=8)]
-    asking = Case(nothing.double(), 1.0, factors, Expert(nothing.clone, 1.0, factors))
+    asking = Case(nothing.double(), 1.0, factors, Expert(nothing.__getitem__, 1.0, factors))
     assert_exact([*cases, asking], options)
     for towards in ("zero", "mean", "sum"):
         assert_exact([*cases, silent], ResponseOptions(ridge, towards))
@@ -328,7 +328,7 @@ def test_adapters_of_rank_0(shape: tuple[int, int], ridge: float) -> None:
 @pytest.mark.parametrize("towards", ["zero", "sum"])
 def test_low_rank_is_the_dense_merge(shape: tuple[int, int], inputs: str, towards: str) -> None:
     cases = [case(shape, i, inputs, rank=3) for i in range(3)]
-    formed = [replace(c, expert=replace(c.expert, update=c.update.float().clone)) for c in cases]
+    formed = [replace(c, expert=replace(c.expert, update=c.update.float().__getitem__)) for c in cases]
     options = ResponseOptions(0.1, towards)
     assert_near(dense(merge(cases, options)), dense(merge(formed, options)))
 
@@ -339,7 +339,7 @@ def test_nothing_given_is_changed() -> None:
             cases = [case(FEW, i, "both", rank) for i in range(2)]
             update = cases[0].update.float()
             held = [update, *(f for f in cases[0].factors if f is not None)]
-            given = cases[0].expert if rank else replace(cases[0].expert, update=lambda update=update: update)
+            given = cases[0].expert if rank else replace(cases[0].expert, update=update.__getitem__)
             if isinstance(given.update, LowRank):
                 held += [given.update.a, given.update.b]
             before = [t.clone() for t in held]
@@ -401,7 +401,7 @@ def test_the_form_of_regmean() -> None:
     """(Σ Δ_t G_t)(Σ G_t)⁻¹ with G_t = X_tᵀX_t, whose size the weights stand for (arXiv:2212.09849)."""
     inputs = [randoms(60, 12, seed=70 + i) * (i + 1) for i in range(3)]
     updates = [randoms(20, 12, seed=i) for i in range(3)]
-    experts = [Expert(u.clone, float(x.square().sum()), [x]) for u, x in zip(updates, inputs, strict=True)]
+    experts = [Expert(u.__getitem__, float(x.square().sum()), [x]) for u, x in zip(updates, inputs, strict=True)]
     grams = [x.double().T @ x.double() for x in inputs]
     answered = sum(u.double() @ g for u, g in zip(updates, grams, strict=True))
     expected = answered @ torch.linalg.inv(sum(grams))
@@ -552,7 +552,7 @@ def steep_cases(shape: tuple[int, int], power: float, inputs: str) -> list[Case]
         update = steep(shape, power, seed)
         factor = steep((50, shape[1]), power, seed + 30) * 300
         factors: list[Tensor | None] = {"update": [None], "data": [factor], "both": [factor, None]}[inputs]
-        found.append(Case(update.double(), 1.0, factors, Expert(update.clone, 1.0, factors)))
+        found.append(Case(update.double(), 1.0, factors, Expert(update.__getitem__, 1.0, factors)))
     return found
 
 
@@ -604,7 +604,7 @@ def test_one_decomposition_of_steep_spectra_is_exact(shape: tuple[int, int]) -> 
 
 
 def test_a_decomposition_of_nothing_is_nothing() -> None:
-    nothing = [Expert(lambda: torch.zeros(FEW)) for _ in range(2)]
+    nothing = [Expert(torch.zeros(FEW).__getitem__) for _ in range(2)]
     kept = decompose_responses(nothing, FEW, ResponseOptions())
     for ridge in (0.0, 0.1):
         found = kept.merge(ridge)

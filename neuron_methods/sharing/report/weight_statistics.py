@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.rows import add_up, neuron_rows, row_blocks
+from neuron_methods.kernels.rows import add_up, neuron_rows, row_blocks, sample_rows
 from neuron_methods.kernels.subspace import ROUNDING, gram_matrices, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
 
@@ -94,14 +94,6 @@ class WeightStatistics:
                 for name, value in told.items()
             }
         )
-
-
-def sample_rows(neurons: int, limit: int | None) -> Tensor:
-    """Choose the neurons to look at, ascending: all, or `limit` of them drawn anew for each size with one seed."""
-    if limit is None or neurons <= limit:
-        return torch.arange(neurons)
-    # Not every n-th: rows of attention weights repeat the places of a head's dimensions at regular distances.
-    return torch.randperm(neurons, generator=torch.Generator().manual_seed(neurons))[:limit].sort().values
 
 
 def weight_statistics(
