@@ -31,6 +31,8 @@ Examples:
   mergekit-neuron compare merge.yaml --task tasks.yml --limit 20 -o first-look
   mergekit-neuron compare merge.yaml --task tasks.yml -o compared
   mergekit-neuron merge compared/best.yml ./merged
+  accelerate launch --multi_gpu --num_processes 4 -m neuron_methods compare merge.yaml \\
+      --task tasks.yml -o compared
 
 \b
 OUT holds best.yml and yamls/ (for mergekit-yaml, too), compare.json, compare.md (a section for the
@@ -66,16 +68,20 @@ def compare(
     from neuron_methods.evaluation.comparing import compare as compare_methods
     from neuron_methods.evaluation.comparing.outcome import BEST, PAGE, table, write_comparison
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
+    from neuron_methods.models.team import teamed
     from neuron_methods.support.documents import read_text
 
-    found = compare_methods(
-        read_text(config),
-        choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution),
-        out,
-        methods,
-        CompareSettings(defaults=not no_defaults, progress=not quiet, **settings),
-        config_name=str(config),
-        say=(lambda line: None) if quiet else say,
-    )
-    notes = write_comparison(found, out)
+    with teamed() as team:
+        found = compare_methods(
+            read_text(config),
+            choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution),
+            out,
+            methods,
+            CompareSettings(defaults=not no_defaults, progress=not quiet, **settings),
+            config_name=str(config),
+            say=(lambda line: None) if quiet else say,
+        )
+        if team.rank:
+            return
+        notes = write_comparison(found, out)
     say("\n".join([*table(found), *notes, f"written: {out / BEST}, {out / PAGE}"]))

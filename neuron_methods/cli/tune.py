@@ -25,6 +25,8 @@ Examples:
   mergekit-neuron tune merge.yaml --task tasks.yml --search lambda_parallel=-1:1 \\
       --search lambda_orthogonal=0.5:4 --strategy cma --budget 60 --objective relative --test -o tuned
   mergekit-yaml tuned/best.yml ./merged
+  accelerate launch --multi_gpu --num_processes 4 -m neuron_methods tune merge.yaml \\
+      --task tasks.yml --search lambda=0.5:1.5:0.25 -o tuned
 
 \b
 Every task needs validation data that is not its test data:
@@ -86,18 +88,22 @@ def tune(
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.evaluation.tuning.study import TuneSettings, report_lines
     from neuron_methods.evaluation.tuning.study import tune as search_best
+    from neuron_methods.models.team import teamed
     from neuron_methods.support.documents import read_text
 
-    chosen = choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution)
-    result = search_best(
-        read_text(config),
-        chosen,
-        search,
-        out,
-        TuneSettings(shortcut=not merge_every_point, progress=not quiet, **settings),
-        config_name=str(config),
-        say=say,
-    )
+    with teamed() as team:
+        chosen = choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution)
+        result = search_best(
+            read_text(config),
+            chosen,
+            search,
+            out,
+            TuneSettings(shortcut=not merge_every_point, progress=not quiet, **settings),
+            config_name=str(config),
+            say=say,
+        )
+        if team.rank:
+            return
     metrics = {task.name: task.metric for task in chosen}
     lines = report_lines(result, out, metrics, settings["objective"])
     say("\n".join([*lines, f"written: {out / 'best.yml'}"]))

@@ -10,6 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor
 
+from neuron_methods.support.memory import NoRoom, check_room
+
 Value = TypeVar("Value")
 
 
@@ -45,6 +47,22 @@ def of_first(value: Value) -> Value:
     return broadcast_object_list([value])[0]
 
 
-def everywhere(holds: bool) -> bool:
-    """Tell whether something holds in every process; each calls this."""
-    return holds if process_state().num_processes == 1 else all(gather_object([holds]))
+def check_room_of_all(need: int, what: str) -> None:
+    """Make sure that something fits which every process takes for itself and can do without; each calls this.
+
+    Args:
+        need: bytes in one process, beyond what it holds already.
+        what: needs it.
+
+    Raises:
+        NoRoom: it does not, in this process or in another.
+    """
+    state, shortage = process_state(), ""
+    try:
+        check_room(need * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), what)
+    except NoRoom as error:
+        shortage = str(error)
+    if state.num_processes > 1:
+        shortage = next(filter(None, gather_object([shortage])), "")
+    if shortage:
+        raise NoRoom(shortage)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_methods.models.processes import everywhere, process_state
+from neuron_methods.models.processes import check_room_of_all, process_state
 from neuron_methods.models.states import watched
 from neuron_methods.plugin.dealing import plan_reads
 from neuron_methods.plugin.output import ModelOutput
@@ -21,7 +20,6 @@ from neuron_methods.plugin.run import MergeRun
 from neuron_methods.plugin.session import MergeSession
 from neuron_methods.plugin.work import HeldWork
 from neuron_methods.support.kept import Kept
-from neuron_methods.support.memory import NoRoom, check_room
 from neuron_methods.support.runs import workplace
 
 
@@ -97,11 +95,4 @@ def _check_room(plan: MergePlan, dtype: str) -> None:
         for _, inputs, size in plan.tensors:
             entries = next((header.entries for header in inputs.values()), 0)
             loaded += entries * computing.itemsize if entries * computing.itemsize != size else 0
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shortage = ""
-    try:
-        check_room((plan.bytes_to_write + max(plan.memory.peak, loaded)) * here, "a merge in memory")
-    except NoRoom as error:
-        shortage = str(error)
-    if not everywhere(not shortage):
-        raise NoRoom(shortage or "a merge in memory does not fit where another process runs")
+    check_room_of_all(plan.bytes_to_write + max(plan.memory.peak, loaded), "a merge in memory")

@@ -445,14 +445,6 @@ def test_the_command(experts, folder):
     assert (missing.exit_code, missing.stderr) == (1, message)
 
 
-def test_several_processes_are_refused(experts, folder, monkeypatch):
-    monkeypatch.setattr(
-        "neuron_methods.evaluation.tuning.study.process_state", lambda: type("S", (), {"num_processes": 2})()
-    )
-    with pytest.raises(UserError, match="tune runs as one process"):
-        tune(cases.merge_yaml(experts("llama")), words(folder), ["lambda_orthogonal=1,2"], folder / "out", QUIET)
-
-
 def test_the_method_itself_is_searched(experts, folder, merges):
     source = cases.merge_yaml(experts("llama"), method="task_arithmetic", weight=1.0)
     result = tune(

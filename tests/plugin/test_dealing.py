@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.shares import largest_first
 from tests.support import tiny, together
 from tests.support.checkpoints import configuration, edit
-from tests.support.commands import environment
+from tests.support.commands import launched
 from tests.support.merges import EXPERTS, UP
 from tests.support.plans import write_groups
 
@@ -35,19 +33,6 @@ ADAPTERS = ("neuro_merging", "neuron_response", "min_merging", "neuron_merge", "
 def _offline(monkeypatch):
     """As the processes that are started: transformers 5 writes into a tokenizer's config whether the Hub was asked."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def launched(*arguments, folder, processes=2):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [*launch, "-m", *map(str, arguments)],
-        cwd=folder,
-        env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, HF_HUB_OFFLINE="1"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def recipe(method):

@@ -3,6 +3,7 @@
 import atexit
 import os
 import subprocess
+import sys
 import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from neuron_methods.cli import main
 from tests.support.checkpoints import configuration
 from tests.support.nursery import Nursery, lasting
 
+ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
@@ -61,6 +63,20 @@ def run(command, *args, folder, preexec_fn=None, **changes):
         text=True,
         check=False,
         preexec_fn=preexec_fn,
+    )
+
+
+def launched(*arguments, folder, processes=2):
+    """A module run by the processes of one `accelerate launch`, on the CPU."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [*launch, "-m", *map(str, arguments)],
+        cwd=folder,
+        env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from neuron_methods.evaluation.tuning.trace import Score
+from neuron_methods.models.processes import of_first, process_state
 from neuron_methods.support.documents import Foreign, Given, read_object, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
@@ -58,7 +59,7 @@ class _Kept(Given):
 
 
 class Kept:
-    """Rows by name; each is on disk when it is done."""
+    """Rows by name; each is on disk when it is done, by the first process."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], force: bool) -> None:
         """Open a directory of ours, or begin one.
@@ -69,6 +70,9 @@ class Kept:
             force: forget the rows that are there.
         """
         self.folder, self.identity = folder, identity
+        self.writes = process_state().is_main_process
+        if not self.writes:
+            return
         if not (folder / SUMMARY).exists():  # first, as a directory is told to be ours by it
             write_json(folder / SUMMARY, {"format": FORMAT, "version": VERSION})
         (folder / ROWS).mkdir(exist_ok=True)
@@ -83,11 +87,15 @@ class Kept:
         found = self.read(name, key)
         if found is None:
             found = json.loads(json.dumps(build()))
-            write_json(place, {"key": key, "result": found})
+            if self.writes:
+                write_json(place, {"key": key, "result": found})
         return found
 
     def read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Read a row that was made from the same; None where there is none."""
+        """Read a row that was made from the same; None where there is none. All processes get what the first finds."""
+        return of_first(self._read(name, key) if self.writes else None)
+
+    def _read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         place = self._place(name)
         if not place.is_file():
             return None

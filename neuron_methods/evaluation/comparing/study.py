@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from neuron_methods.evaluation.tuning.bench import Bench
 from neuron_methods.evaluation.tuning.objective import OBJECTIVES, objective
 from neuron_methods.evaluation.tuning.recipe import Recipe
 from neuron_methods.evaluation.tuning.search import Point, Strategy, make_strategy, show_point
-from neuron_methods.evaluation.tuning.study import with_validation
+from neuron_methods.evaluation.tuning.study import told_of_processes, with_validation
 from neuron_methods.evaluation.tuning.trace import fingerprint_of_examples
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName
@@ -139,7 +140,7 @@ def compare(
     config_name: str = "the configuration",
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Compare methods on the base and the experts of a configuration.
+    """Compare methods on the base and the experts of a configuration; several processes score together, all call this.
 
     Args:
         source: text of a mergekit YAML; its own method is one row.
@@ -153,8 +154,9 @@ def compare(
     Raises:
         UserError: anything is wrong with configuration, methods, tasks, data or models.
     """
-    if process_state().num_processes > 1:
-        raise UserError("compare runs as one process; accelerate launch is for evaluate")
+    first = process_state().is_main_process
+    if not first:
+        settings, say = replace(settings, progress=False), lambda line: None
     if settings.objective not in OBJECTIVES or settings.objective == "relative":
         raise UserError(f"--objective {settings.objective!r}: expected mean or minimum")
     recipe = Recipe(source, config_name, [])
@@ -162,17 +164,20 @@ def compare(
     tasks = [with_validation(task, settings.allow_same_split) for task in tasks]
     recipes = {each.name: _recipe(each, source, config_name) for each in chosen}
     strategies = {each.name: _strategy(each, settings) for each in chosen}
-    plan_merge(source, config_name=config_name)
+    plan = plan_merge(source, config_name=config_name)
     spec = ModelSpec.parse(recipe.base)
     validation = prepare_tasks(tasks, spec, "validation", settings.seed, settings.limit)
     test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit)
     refuse_within(out, f"-o {out}", recipe.reads(tasks))
-    check_folder(out)
-    with claimed(out, f"-o {out}", inside=True):
+    if first:
+        check_folder(out)
+    with claimed(out, f"-o {out}", inside=True) if first else nullcontext():
         kept = Kept(out, _identity(recipe, validation, test, settings), settings.force)
         rows = [_reference(kept, "base", recipe.base, "base", test, settings)]
         seconds = sum(task["seconds"] for task in rows[0].tasks)
         say(_estimate(seconds, validation, test, chosen, recipe.experts, settings))
+        for line in told_of_processes(plan):
+            say(line)
         for expert in recipe.experts:
             rows.append(_reference(kept, _shown(expert, recipe.experts), expert, "expert", test, settings))
         notes: list[str] = []
@@ -264,7 +269,7 @@ def _merge(
             validation,
             dtype=settings.dtype,
             seed=settings.seed,
-            folder=kept.folder,
+            folder=kept.folder if kept.writes else None,
             progress=settings.progress,
             say=lambda line: None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from neuron_methods.evaluation.tuning.parts import NotAffine, Parts, StateDict, 
 from neuron_methods.evaluation.tuning.recipe import Recipe, is_number, split_point
 from neuron_methods.evaluation.tuning.search import Point, key_of, show_point
 from neuron_methods.models.loading import computing_dtype
+from neuron_methods.models.processes import of_first
 from neuron_methods.plugin.in_memory import merged_in_memory
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.support.errors import UserError
@@ -239,8 +241,9 @@ class Bench:
             return
         self._kept, self._kept_of = None, family
         if self.shortcut and merges >= _WORTH_KEEPING and self.recipe.cheap(point):
-            free = free_memory()
-            self._kept = Kept(None if free is None else free // 2)
+            free = of_first(free_memory())  # or what one process solves anew would differ in its last bits
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._kept = Kept(None if free is None else free // 2 // here)
 
     def _say_kept(self, kept: Kept, point: Mapping[str, Any]) -> None:
         names = ", ".join(self.recipe.cheap(point))

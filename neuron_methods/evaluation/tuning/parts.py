@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron_methods.support.memory import check_room
+from neuron_methods.models.processes import check_room_of_all
 
 StateDict = dict[str, Tensor]
 
@@ -70,7 +70,7 @@ def check_parts(entries: int, count: int) -> None:
     Raises:
         NoRoom: they do not.
     """
-    check_room(4 * entries * (count + 3), "to keep its parts")
+    check_room_of_all(4 * entries * (count + 3), "to keep its parts")
 
 
 def find_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from neuron_methods.evaluation.tuning.trace import Trace, Trial, fingerprint_of_
 from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import ModelName
 from neuron_methods.plugin.merging import plan_merge
+from neuron_methods.plugin.preflight import MergePlan
 from neuron_methods.plugin.run import named_files
 from neuron_methods.support.documents import parse_yaml
 from neuron_methods.support.errors import UserError
@@ -39,6 +41,7 @@ from neuron_methods.support.fingerprints import tree_state
 from neuron_methods.support.progress import progress_bar
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.targets import refuse_within
+from neuron_methods.support.text import format_bytes
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def tune(
     config_name: str = "the configuration",
     say: Callable[[str], None] = lambda line: None,
 ) -> TuneResult:
-    """Search parameters of a merge for the best scores on validation data.
+    """Search parameters of a merge for the best scores on validation data; several processes score together.
 
     Args:
         source: text of a mergekit YAML.
@@ -124,18 +127,19 @@ def tune(
         UserError: anything is wrong with configuration, search, tasks, data or models.
     """
     started = time.perf_counter()
-    if process_state().num_processes > 1:
-        raise UserError("tune runs as one process; accelerate launch is for evaluate")
+    first = process_state().is_main_process
+    if not first:
+        settings, say = replace(settings, progress=False), lambda line: None
     if settings.objective not in OBJECTIVES:
         raise UserError(f"--objective {settings.objective!r}: expected {', '.join(OBJECTIVES)}")
     parameters = parse_search(search)
     strategy = make_strategy(settings.strategy, parameters, settings.budget, settings.seed)
     tasks = [with_validation(task, settings.allow_same_split) for task in tasks]
     recipe = Recipe(source, config_name, parameters)
-    first = {p.name: p.extremes[0] for p in parameters}
+    start = {p.name: p.extremes[0] for p in parameters}
     for method in next((p.values for p in parameters if p.name == METHOD and p.values is not None), (None,)):
-        point = first if method is None else {**first, METHOD: method}
-        plan_merge(recipe.source_at(point), config_name=f"{config_name} by {method}" if method else config_name)
+        point = start if method is None else {**start, METHOD: method}
+        plan = plan_merge(recipe.source_at(point), config_name=f"{config_name} by {method}" if method else config_name)
     if not can_plot():
         say("scores.png will not be drawn: it needs matplotlib: pip install 'mergekit-neuron[report]'")
     spec = ModelSpec.parse(recipe.base)
@@ -143,10 +147,22 @@ def tune(
     # What is wrong with the test data must not come out after the search.
     test = prepare_tasks(tasks, spec, "test", settings.seed, settings.limit) if settings.test else []
     refuse_within(out, f"-o {out}", recipe.reads(tasks))
-    is_new(out)
-    with claimed(out, f"-o {out}", inside=True):
+    for line in told_of_processes(plan):
+        say(line)
+    if first:
+        is_new(out)
+    with claimed(out, f"-o {out}", inside=True) if first else nullcontext():
         trace = Trace(out, _identity(recipe, parameters, prepared, settings), settings.force)
         return _tune(recipe, parameters, strategy, prepared, test, trace, settings, say, started)
+
+
+def told_of_processes(plan: MergePlan) -> list[str]:
+    """Say what several processes take for merges, of which each makes all; nothing of one process."""
+    count = process_state().num_processes
+    if count == 1:
+        return []
+    need = format_bytes(count * (plan.bytes_to_write + plan.memory.peak))
+    return [f"{count} processes: they share out the scoring, and each makes every merge in memory, {need} together"]
 
 
 def _tune(
@@ -169,17 +185,19 @@ def _tune(
         return objective(settings.objective, trial.scores, metrics, experts)
 
     arguments: dict[str, Any] = {"dtype": settings.dtype, "seed": settings.seed, "shortcut": settings.shortcut}
-    with Bench(recipe, prepared, **arguments, folder=out, progress=settings.progress, say=say) as bench:
+    folder = out if trace.writes else None
+    with Bench(recipe, prepared, **arguments, folder=folder, progress=settings.progress, say=say) as bench:
         _search(strategy, bench, trace, value_of, settings)
         trials = list(trace.trials.values())
         best = max(trials, key=value_of)
         note = f"# {settings.objective} {value_of(best):.4f} on validation data, the best of {len(trials)} points\n"
-        write_text(out / "best.yml", note + recipe.source_at(best.point))
+        if trace.writes:
+            write_text(out / "best.yml", note + recipe.source_at(best.point))
         result = TuneResult(best.point, value_of(best), best.scores, trials, bench.effort)
         if settings.test or bench.effort.recombined:
             result.confirmed, result.difference, scored = bench.confirm(best.point, test)
             result.test = Evaluation("best.yml", scored, settings.seed) if settings.test else None
-    if can_plot():
+    if can_plot() and trace.writes:
         with file_in_place_after(out / "scores.png") as beside:
             plot_search(trials, [value_of(t) for t in trials], parameters, settings.objective, beside)
     result.effort.seconds = time.perf_counter() - started

@@ -14,6 +14,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.tuning.search import Point, key_of
+from neuron_methods.models.processes import of_first, process_state
 from neuron_methods.support.documents import (
     Foreign,
     Given,
@@ -75,6 +76,7 @@ class Trace:
         trials: by the key of their point.
         experts: task -> {expert: score}.
         summary: what an earlier run told at its end.
+        writes: whether this is the process that keeps what all have found.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], force: bool) -> None:
@@ -93,17 +95,25 @@ class Trace:
         self.trials: dict[str, Trial] = {}
         self.experts: dict[str, dict[str, float]] = {}
         self.summary: dict[str, Any] = {}
-        if is_new(folder) or force:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("trace.jsonl", "experts.json", "best.yml", "scores.png"):
-                (folder / name).unlink(missing_ok=True)
-            self.finish({})
+        self.writes = process_state().is_main_process
+        if self.writes:
+            self._open(force)
+        self.trials, self.experts, self.summary = of_first((self.trials, self.experts, self.summary))
+
+    def _open(self, force: bool) -> None:
+        if not is_new(self.folder) and not force:
+            self._resume()
             return
-        self._resume()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("trace.jsonl", "experts.json", "best.yml", "scores.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.finish({})
 
     def add(self, trial: Trial) -> None:
-        """Keep a trial; it is on disk when this returns."""
+        """Keep a trial; it is on disk when this returns in the first process."""
         self.trials[key_of(trial.point)] = trial
+        if not self.writes:
+            return
         with (self.folder / "trace.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(trial), ensure_ascii=False) + "\n")
 
@@ -114,10 +124,13 @@ class Trace:
     def add_expert(self, task: str, expert: str, score: float) -> None:
         """Keep an expert's score."""
         self.experts.setdefault(task, {})[expert] = score
-        write_json(self.folder / "experts.json", self.experts, indent=2)
+        if self.writes:
+            write_json(self.folder / "experts.json", self.experts, indent=2)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of the search."""
+        if not self.writes:
+            return
         content = {"format": FORMAT, "version": VERSION, "search": self._identity, **summary}
         write_json(self.folder / "tune.json", content, indent=2)
 
