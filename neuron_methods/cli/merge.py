@@ -61,8 +61,12 @@ are those of a merge in one run. Without --resume it stops and says so; --force 
 \b
 Under accelerate launch every process merges its share of the tensors on its own device (--device auto), and reads no
 others; --multi_gpu starts several on a CPU, too. The output is to the last bit that of one process with as many
-threads (OMP_NUM_THREADS). Several hosts need the same inputs and packages, and OUT in a directory that they share. If
-a process fails or dies, all end, and one line names it; --resume goes on, with as many processes as you like.
+threads (OMP_NUM_THREADS). Several hosts need the same inputs and packages, and OUT in a directory that they share. On
+each of, say, two, with its number as --machine_rank (0 is the one named) and the processes of all:
+  accelerate launch --multi_gpu --num_processes 16 --num_machines 2 --machine_rank 0 --main_process_ip HOST
+    --main_process_port 29500 -m neuron_methods merge merge.yaml ./merged --device auto
+If a process, its launcher or a host fails or dies, all end, and one line names it; --resume goes on, with as many
+processes as you like.
 
 \b
 Weights are read from safetensors; pickled ones (pytorch_model.bin) only with --lazy-unpickle.

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,12 @@ from tests.support.checkpoints import configuration, edit
 from tests.support.commands import launched
 from tests.support.merges import EXPERTS, UP
 from tests.support.plans import write_groups
+from tests.support.routed import save_adapter
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = {"out_shard_size": 5000, "random_seed": 7, "write_model_card": True}
-#: Of a kind that is measured in some way, left to chance, or of a low rank: also written as adapters.
-ADAPTERS = ("neuro_merging", "neuron_response", "min_merging", "neuron_merge", "dare_ties", "task_arithmetic")
+ADAPTERS = ("base+adapter-a", "base+adapter-b")
+#: Methods that find something of a low rank in adapters.
+OF_LOW_RANK = ("neuro_merging", "neuron_response", "neuron_merge", "task_arithmetic")
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +38,24 @@ def _offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def recipe(method):
-    """A YAML that any method takes."""
+def launched_on_two_hosts(*arguments, folder):
+    """Have two launchers start one process each, as on two hosts that share a directory."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    hosts = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    with ThreadPoolExecutor() as threads:
+        started = [
+            threads.submit(launched, *arguments, folder=folder, options=[*hosts, "--machine_rank", str(rank)])
+            for rank in range(2)
+        ]
+    return [host.result() for host in started]
+
+
+def recipe(method, experts=EXPERTS):
+    """A YAML that any method takes, of models or of adapters."""
     own = {parameter.name: parameter for parameter in method.spec.parameters}
     parameters = {name: value for name, value in (("weight", 0.5), ("t", 0.4), ("density", 0.6)) if name in own}
-    contract, models = method.spec.contract, [{"model": expert} for expert in EXPERTS]
+    contract, models = method.spec.contract, [{"model": expert} for expert in experts]
     if contract.max_inputs is not None:
         models = models[: contract.max_inputs - (contract.base.value == "required")]
     content = {"merge_method": method.spec.name, "models": models, "parameters": parameters}
@@ -60,8 +76,14 @@ def job(name, source, *, adapter=False, **more):
 
 
 def merges():
-    found = [job(m.spec.name, recipe(m)) for m in registry.registered_methods()]
-    found += [job(f"{m}-adapter", recipe(registry.get(m)), adapter=True) for m in ADAPTERS]
+    found = []
+    for method in registry.registered_methods():
+        name, without_base = method.spec.name, method.spec.contract.base.value == "ignored"
+        found.append(job(name, recipe(method)))
+        found.append(job(f"{name}-of-adapters", recipe(method, ADAPTERS)))
+        # An adapter needs a base, which these methods are told by adapters alone.
+        found.append(job(f"{name}-as-adapter", recipe(method, ADAPTERS if without_base else EXPERTS), adapter=True))
+    found += [job(f"{m}-low-rank", recipe(registry.get(m), ADAPTERS), adapter=True) for m in OF_LOW_RANK]
     tensor = configuration(parameters={"trim": "tensor", "density": [0.1, 0.5]}, dtype="bfloat16")
     found.append(job("trim-tensor", tensor, profile_out="two/trim.json"))
     aligned = configuration("ties", parameters={"weight": 0.5}, tokenizer={"source": "union"})
@@ -77,6 +99,8 @@ def everything(folder):
 def outcome(tmp_path_factory):
     """A folder where two processes have made all merges in turn, into two/NAME; and what they said."""
     folder = tiny.save_experts(tmp_path_factory.mktemp("together"))
+    for seed, adapter in enumerate(ADAPTERS):
+        save_adapter(folder / "base", "llama", folder / adapter.removeprefix("base+"), seed)
     write_groups(folder / "groups.json", tiny.config_of("llama")[1], ["general", "math", "code"])
     for name in ("elsewhere", "spoiled"):
         (folder / name).mkdir()
@@ -159,18 +183,23 @@ def test_what_is_wrong_is_told_once_and_names_the_process(two):
         "error: process 1 of 2 has died, so the others end, too",
     ]
     assert two.returncode != 0
+    assert two.returncode != 0
     assert not Path("two/unseen").exists()
     assert not Path("two/differing").exists()
 
 
-def test_the_installed_command_speaks_once(two, outcome):
+def test_the_installed_command_speaks_once_for_all_hosts(two, outcome):
     source = configuration("ties", parameters={"weight": 0.5})
     Path("merge.yml").write_text(source)
-    done = launched("neuron_methods", "merge", "merge.yml", "three/out", "--random-seed", "7", folder=outcome[0])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.fullmatch(r"ties: \d+ tensors, .* s\n(  .*\n)*", done.stdout)
-    assert done.stderr.count("Merging tensors: 0 of") == 1
-    together.merge(job("merge", source, out="four/out", options={"random_seed": 7}))
+    options = ["--random-seed", "7", "--report"]
+    merge = ["neuron_methods", "merge", "merge.yml", "three/out", *options]
+    first, second = launched_on_two_hosts(*merge, folder=outcome[0])
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
+    assert re.fullmatch(r"ties: \d+ tensors, .* s\n(  .*\n)*", first.stdout)
+    assert first.stderr.count("Merging tensors: 0 of") == 1
+    assert not second.stdout and "tensors" not in second.stderr
+    together.merge(job("merge", source, out="four/out", options={"random_seed": 7}, report=True))
+    assert Path("four/out/report/report.html").exists()
     assert everything("three/out") == everything("four/out")
 
 

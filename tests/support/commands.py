@@ -66,12 +66,12 @@ def run(command, *args, folder, preexec_fn=None, **changes):
     )
 
 
-def launched(*arguments, folder, processes=2):
+def launched(*arguments, folder, processes=2, options=()):
     """A module run by the processes of one `accelerate launch`, on the CPU."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [*launch, "-m", *map(str, arguments)],
+        [*launch, *options, "-m", *map(str, arguments)],
         cwd=folder,
         env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, HF_HUB_OFFLINE="1"),
         capture_output=True,

@@ -25,7 +25,7 @@ from neuron_methods.support.errors import UserError
 
 def merge(job: dict, team: Team | None = None, stop: int | None = None) -> None:
     """Make one merge; `stop` is the tensor, by number, at which this process is killed."""
-    inner, seen = merge_witness(), []
+    inner, seen = merge_witness(report=job.get("report", False)), []
 
     def on_tensor(name, *_):
         seen.append(name)
@@ -40,7 +40,7 @@ def merge(job: dict, team: Team | None = None, stop: int | None = None) -> None:
         output=AdapterOutput(Precision(rank=2)) if job["adapter"] else None,
         profile_out=job.get("profile_out"),
         resume=job.get("resume"),
-        witness=MergeWitness(inner.finish, inner.on_plan, on_tensor if stop is not None else None, None),
+        witness=MergeWitness(inner.finish, inner.on_plan, on_tensor, None) if stop is not None else inner,
         team=team,
     )
 
