@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from neuron_methods.support.files import write_json
+from neuron_methods.evaluation.comparing import Rows as KeptRows
 
 
 class Busy(Exception):
@@ -34,20 +33,12 @@ def held(path: Path, wait: bool = True) -> Iterator[None]:
         raise Busy(path.name) from None
 
 
-class Rows:
-    """Results by name, each with the key of what it was made from. Rows are written whole or not at all."""
+class Rows(KeptRows):
+    """Results by name, each with the key of what it was made from, on which several processes work side by side."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` need not be there yet."""
-        self.folder = folder
-
-    def read(self, name: str, key: Mapping[str, Any]) -> Any:
-        """Read the result of that name and key; None where there is none."""
-        path = self._path(name)
-        if not path.is_file():
-            return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored["result"] if stored["key"] == json.loads(json.dumps(key)) else None
+    def place(self, name: str) -> Path:
+        """Say which file a row is in."""
+        return self.folder / (re.sub(r"[^\w-]+", "_", name) + ".json")
 
     def make(self, name: str, key: Mapping[str, Any], build: Callable[[], Any], wait: bool = True) -> Any:
         """Give the result as it is kept, or build it now.
@@ -55,13 +46,5 @@ class Rows:
         Raises:
             Busy: another process is building it, and `wait` is false.
         """
-        path = self._path(name)
-        with held(path, wait):
-            result = self.read(name, key)
-            if result is None:
-                result = build()
-                write_json(path, {"key": key, "result": result})
-            return result
-
-    def _path(self, name: str) -> Path:
-        return self.folder / (re.sub(r"[^\w-]+", "_", name) + ".json")
+        with held(self.place(name), wait):
+            return super().make(name, key, build)

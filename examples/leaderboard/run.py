@@ -55,6 +55,7 @@ from orderings import write_orderings  # noqa: E402
 from report import Told, by_seed, compared, unpack, write_report  # noqa: E402
 from rows import Busy, Rows, held  # noqa: E402
 
+from neuron_methods.evaluation.comparing import best_point  # noqa: E402
 from neuron_methods.support.errors import UserError  # noqa: E402
 from neuron_methods.support.text import did_you_mean  # noqa: E402
 
@@ -89,7 +90,6 @@ def score_candidate(models: ZooModels, candidate: Candidate, hand: Hand, tokens:
     """
     started = time.perf_counter()
     trace = []
-    best: tuple[float, dict[str, Any]] | None = None
     merged: dict[int, Any] = {}
 
     def at(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,12 +104,10 @@ def score_candidate(models: ZooModels, candidate: Candidate, hand: Hand, tokens:
             if candidate.points > 1:
                 point["validation"] = mean_score(models.outcomes(at(point), "validation"))
             trace.append(point)
-            if best is None or point.get("validation", 0.0) > best[0]:
-                best = (point.get("validation", 0.0), point)
-    assert best is not None
-    outcomes = models.outcomes(at(best[1]), "test")
+    _, chosen = best_point((point.get("validation", 0.0), point) for point in trace)
+    outcomes = models.outcomes(at(chosen), "test")
     seconds = round(time.perf_counter() - started, 1)
-    return {"chosen": best[1], "trace": trace, "test": pack(outcomes), "seconds": seconds}
+    return {"chosen": chosen, "trace": trace, "test": pack(outcomes), "seconds": seconds}
 
 
 def pack(outcomes: dict[str, np.ndarray]) -> dict[str, str]:

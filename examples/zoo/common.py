@@ -246,12 +246,6 @@ def mean_score(outcomes: Mapping[str, np.ndarray]) -> float:
     return float(np.mean([values.mean() for values in outcomes.values()]))
 
 
-def paired_error(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Compute the standard error of the difference of two models' mean scores on the same examples."""
-    variances = [(one[name] - other[name]).var(ddof=1) / len(one[name]) for name in one]
-    return math.sqrt(sum(variances)) / len(variances)
-
-
 @dataclass(frozen=True)
 class Checks:
     """Whether a zoo can tell methods apart; shares of 1, not of 100.
@@ -307,6 +301,8 @@ class Checks:
 
 def check_zoo(models: ZooModels, scales: Sequence[float] = SCALES) -> Checks:
     """Score base, experts and task arithmetic, its scale tuned on validation data."""
+    from neuron_methods.evaluation.comparing import paired_difference
+
     found = [mean_score(models.outcomes(models.combine(scale), "validation")) for scale in scales]
     best = int(np.argmax(found))
     near = best + 1 if best + 1 < len(scales) else best - 1
@@ -326,7 +322,7 @@ def check_zoo(models: ZooModels, scales: Sequence[float] = SCALES) -> Checks:
         arithmetic=mean_score(merged),
         scale=scales[best],
         # Two merges that are alike differ on few examples; base and merge on as many as any two methods do.
-        paired_error=max(paired_error(merged, beside), paired_error(merged, base)),
+        paired_error=max(paired_difference([merged], [other])[1] for other in (beside, base)),
         by_task={name: {key: float(value) for key, value in row.items()} for name, row in by_task.items()},
     )
 

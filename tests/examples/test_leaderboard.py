@@ -471,3 +471,29 @@ def test_trimming_by_what_differs_keeps_entries_of_greatest_variance():
     (row,) = (r for r in candidates.ablations(2) if r.name.startswith("trimmed to the half of the entries"))
     merged = candidates.merge(row, base, experts, row.settings[0])["weight"]
     assert (merged[0] != 0).tolist() == [False, True, False, True]
+
+
+def test_a_row_is_what_compare_says_of_the_same_merge(board, zoo, tmp_path):
+    """At the same points, on the same data: the chosen one, and right or wrong for every example."""
+    from neuron_methods.evaluation import load_tasks
+    from neuron_methods.evaluation.comparing import CompareSettings, compare
+
+    rows = {"weight average": "linear", "task_arithmetic, untuned": "task_arithmetic:lambda=0.4"}
+    scales = ROW["task_arithmetic"].scales
+    rows["task_arithmetic"] = f"task_arithmetic:lambda={','.join(map(str, scales))}"
+    scored = board.run_zoo(zoo, tmp_path / "board", lambda line: None, [*rows])
+    settings = CompareSettings(defaults=False, progress=False, dtype="float32")
+    source, tasks = (zoo / "merge.yml").read_text(), load_tasks(zoo / "tasks.yml")
+    found = compare(source, tasks, tmp_path / "compared", [*rows.values()], settings)
+    merges = [row for row in found.rows if row.kind == "merge"][1:]
+    for name, row in zip(rows, merges, strict=True):
+        test = report.unpack(scored["rows"][name]["test"])
+        assert {task: scores.tolist() for task, scores in row.outcomes.items()} == {
+            t: v.tolist() for t, v in test.items()
+        }
+    assert merges[-1].point == {"lambda": scored["rows"]["task_arithmetic"]["chosen"]["scale"]}
+    base, own = (report.unpack(scored["references"][kind]) for kind in ("base", "experts"))
+    assert all(found.rows[0].outcomes[task].tolist() == values.tolist() for task, values in base.items())
+    for row in found.rows[1 : 1 + len(own)]:
+        assert row.outcomes[row.name].tolist() == own[row.name].tolist()
+    assert len({str(row.outcomes) for row in found.rows}) > 3  # scores tell models apart here

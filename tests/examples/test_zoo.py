@@ -9,7 +9,6 @@ from pathlib import Path
 import common
 import glyphs
 import llama
-import numpy as np
 import pytest
 import scenes
 import text_tasks
@@ -229,10 +228,3 @@ def test_llama_takes_only_what_the_demo_trained_alike(tmp_path):
     llama.copy_expert(tmp_path, "german", key, tmp_path / "copy", tmp_path / "base")
     config = json.loads((tmp_path / "copy" / "adapter" / "adapter_config.json").read_text())
     assert config == {"base_model_name_or_path": str(tmp_path / "base"), "r": 16}
-
-
-def test_paired_error_counts_examples_that_differ():
-    one = {"a": np.array([1.0, 1, 0, 0]), "b": np.array([1.0, 1, 1, 1])}
-    other = {"a": np.array([1.0, 0, 0, 0]), "b": np.array([1.0, 1, 1, 1])}
-    gaps = np.array([0.0, 1, 0, 0])
-    assert common.paired_error(one, other) == pytest.approx(np.sqrt(gaps.var(ddof=1) / 4) / 2)

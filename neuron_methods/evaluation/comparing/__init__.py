@@ -4,6 +4,7 @@
 """
 
 from neuron_methods.evaluation.comparing.contenders import Contender, contenders
+from neuron_methods.evaluation.comparing.rows import Rows, best_point
 from neuron_methods.evaluation.comparing.statistics import Spread, paired_difference, spread
 from neuron_methods.evaluation.comparing.study import CompareSettings, Comparison, compare
 
@@ -11,7 +12,9 @@ __all__ = [
     "CompareSettings",
     "Comparison",
     "Contender",
+    "Rows",
     "Spread",
+    "best_point",
     "compare",
     "contenders",
     "paired_difference",

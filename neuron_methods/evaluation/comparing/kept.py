@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from neuron_methods.evaluation.comparing.rows import AGAIN, Rows, as_stored
 from neuron_methods.evaluation.tuning.trace import Score
 from neuron_methods.models.processes import of_first, process_state
-from neuron_methods.support.documents import Foreign, Given, read_object, validated
+from neuron_methods.support.documents import Foreign, Given, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.runs import LOCK
@@ -25,7 +23,6 @@ FORMAT = "mergekit-neuron-comparison"
 VERSION = 1
 SUMMARY = "compare.json"
 ROWS = "rows"
-_AGAIN = "remove it, or give --force to begin anew"
 
 
 class _Task(Foreign):
@@ -58,8 +55,26 @@ class _Kept(Given):
     result: _Result
 
 
+class _Rows(Rows):
+    def check(self, content: Mapping[str, Any], place: Path) -> None:
+        """Refuse what is no row of a comparison; raises UserError."""
+        validated(content, _Kept, str(place), AGAIN)
+
+    def read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Refuse a row whose tasks are not those of its key, too, or that lacks scores of examples."""
+        found = super().read(name, key)
+        names = [task["name"] for task in key["tasks"]]
+        if found is not None:
+            counts = {task["name"]: task["count"] for task in found["tasks"]}
+            scored = {task: len(scores) for task, scores in found["outcomes"].items()}
+            if list(counts) != names or counts != scored:
+                what = f"expected the scores of every example of {listed(names)}"
+                raise UserError(f"{self.place(name)}: result.outcomes: {what}; {AGAIN}")
+        return found
+
+
 class Kept:
-    """Rows by name; each is on disk when it is done, by the first process."""
+    """The rows of a comparison; each is on disk when it is done, by the first process."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], force: bool) -> None:
         """Open a directory of ours, or begin one.
@@ -70,53 +85,28 @@ class Kept:
             force: forget the rows that are there.
         """
         self.folder, self.identity = folder, identity
+        self.rows = _Rows(folder / ROWS)
         self.writes = process_state().is_main_process
         if not self.writes:
             return
         if not (folder / SUMMARY).exists():  # first, as a directory is told to be ours by it
             write_json(folder / SUMMARY, {"format": FORMAT, "version": VERSION})
-        (folder / ROWS).mkdir(exist_ok=True)
+        self.rows.folder.mkdir(exist_ok=True)
         if force:
-            for file in (folder / ROWS).glob(f"*-{'[0-9a-f]' * 8}.json"):
+            for file in self.rows.folder.glob(f"*-{'[0-9a-f]' * 8}.json"):
                 file.unlink()
 
     def make(self, name: str, key: Mapping[str, Any], build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Give the result of a row as it is kept, or build it now."""
-        key = json.loads(json.dumps({**self.identity, **key}))
-        place = self._place(name)
         found = self.read(name, key)
-        if found is None:
-            found = json.loads(json.dumps(build()))
-            if self.writes:
-                write_json(place, {"key": key, "result": found})
-        return found
+        if found is not None:
+            return found
+        result = build()
+        return self.rows.make(name, {**self.identity, **key}, lambda: result) if self.writes else as_stored(result)
 
     def read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """Read a row that was made from the same; None where there is none. All processes get what the first finds."""
-        return of_first(self._read(name, key) if self.writes else None)
-
-    def _read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        place = self._place(name)
-        if not place.is_file():
-            return None
-        kept = validated(read_object(place, again=_AGAIN), _Kept, str(place), _AGAIN)
-        if kept.key != json.loads(json.dumps({**self.identity, **key})):
-            return None
-        _check_outcomes(kept, place)
-        return kept.result.model_dump()
-
-    def _place(self, name: str) -> Path:
-        # Names differ where their shortened forms do not.
-        short = re.sub(r"[^\w-]+", "_", name)[:60]
-        return self.folder / ROWS / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
-
-
-def _check_outcomes(kept: _Kept, place: Path) -> None:
-    """Refuse a row whose tasks are not those of its key, or that lacks scores of examples; raises UserError."""
-    names = [task["name"] for task in kept.key["tasks"]]
-    counts = {task.name: task.count for task in kept.result.tasks}
-    if list(counts) != names or counts != {name: len(scores) for name, scores in kept.result.outcomes.items()}:
-        raise UserError(f"{place}: result.outcomes: expected the scores of every example of {listed(names)}; {_AGAIN}")
+        return of_first(self.rows.read(name, {**self.identity, **key}) if self.writes else None)
 
 
 def check_folder(folder: Path) -> None:

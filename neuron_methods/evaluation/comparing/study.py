@@ -14,6 +14,7 @@ import numpy as np
 
 from neuron_methods.evaluation.comparing.contenders import AS_IT_IS, Contender, contenders, parse_methods
 from neuron_methods.evaluation.comparing.kept import Kept, check_folder
+from neuron_methods.evaluation.comparing.rows import best_point
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, open_model
 from neuron_methods.evaluation.score_files import task_record
@@ -278,7 +279,7 @@ def _merge(
                 for point, results, _ in bench.try_points(batch):
                     scores = {result.name: result.score for result in results}
                     tried.append((objective(settings.objective, scores, metrics), dict(point)))
-            value, best = max(tried, key=lambda pair: pair[0])
+            value, best = best_point(tried)
             _, _, results = bench.confirm(best, test)
             effort = bench.effort
         return _scores(results) | {
