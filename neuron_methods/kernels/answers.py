@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.experts import (
+    DRAWN,
     Expert,
     ResponseOptions,
     coefficients,
     count_rows,
     energy_of,
-    own_rows,
+    inputs_of_update,
     toward_scale,
 )
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.moments import add_moment, moments_of, wide
 from neuron_methods.kernels.products import times
 from neuron_methods.kernels.ridge import ROUNDING, Inverse
-from neuron_methods.kernels.rows import CACHE_BYTES, add_up, row_blocks, sample_rows
+from neuron_methods.kernels.rows import CACHE_BYTES, row_blocks, sample_rows
 
 # Neurons whose answers stand for those of all, where it is told how much of them is kept.
 SAMPLE = 128
@@ -44,21 +45,28 @@ LEAST = 128
 _SCRATCH = 1 << 28
 
 
-def scratch_bytes(shape: tuple[int, int], count: int, experts: int) -> int:
-    """Bound the memory that `merge_blocks` takes, the merged update in float32 included, should it be `precise`.
+def scratch_bytes(shape: tuple[int, int], experts: int, options: ResponseOptions) -> int:
+    """Bound the memory that `merge_blocks` takes where updates stand for inputs, the merged one in float32 included.
 
     Args:
         shape: (n, d), of the matrix.
-        count: K.
         experts: how many.
+        options: of which `rows` matters.
     """
     n, d = shape
+    rows = options.rows_of(shape)
+    count, drawn = experts * rows, min(n, DRAWN * rows) if rows < n else 0
     solved = min(count, d)
-    # F and W; Q or S, shifted, factored or decomposed, and what is solved for at a time; answers by products.
-    held = 16 * count * d + 40 * solved**2 + min(24 * count * d, CACHE_BYTES + 24 * max(count, d)) + 4 * n * d
+    # F and W, as of products in float64, and the update.
+    held = 16 * count * d + 4 * n * d
+    # Those that are drawn, in two orders, and what they are condensed by; or Q or S, shifted, factored or decomposed,
+    # and what is solved for at a time, answers by products, and a block of neurons.
+    finding = 8 * drawn * d + 8 * rows * d + 20 * drawn * rows
+    solving = 40 * solved**2 + min(24 * count * d, CACHE_BYTES + 24 * max(count, d))
     formed = min(_SCRATCH, 12 * experts * d**2) if count >= d else 0
     block = min(n, max(LEAST, CACHE_BYTES // max(4 * d * (experts + 2), 1)))
-    return held + formed + 8 * block * (d * (2 * experts + 4) + 3 * count) + 8 * min(n, SAMPLE) * d * (experts + 3)
+    answering = formed + 8 * block * (d * (2 * experts + 4) + 3 * count) + 8 * min(n, SAMPLE) * d * (experts + 3)
+    return held + max(finding, solving + answering)
 
 
 class Answered(NamedTuple):
@@ -121,30 +129,27 @@ class _Inputs(NamedTuple):
     ) -> _Inputs:
         """Stack the factors, and weigh them; one that is all zeros says nothing."""
         n, d = shape
-        factors = experts[0].rows(slice(0, 0)).new_zeros(count_rows(experts, n, options), d, dtype=dtype)
+        factors = experts[0].rows(slice(0, 0)).new_zeros(count_rows(experts, shape, options), d, dtype=dtype)
         total, start = sum(expert.weight for expert in experts), 0
         parts, weighed = [], []
         for expert in experts:
-            first, sizes, energies, own = start, [], [], None
+            first, sizes, energies = start, [], []
+            needed = options.loudness == "own" or any(factor is None for factor in expert.inputs)
+            own = _own(expert, shape, options) if needed else None
             for factor in expert.inputs:
-                rows = factors[start : start + (own_rows(expert, n, options) if factor is None else len(factor))]
-                if factor is None:
-                    own = _fill_own(rows, expert, n)
-                else:
-                    rows.copy_(factor)
+                given = own if factor is None else factor
+                rows = factors[start : start + len(given)]
+                rows.copy_(given)
                 energies.append(energy_of(rows))
                 sizes.append(len(rows))
                 start += len(rows)
-            loudness = 1.0
-            if options.loudness == "own":
-                loudness = energy_of(
-                    _fill_own(factors.new_zeros(own_rows(expert, n, options), d), expert, n) if own is None else own
-                )
+            loudness = energy_of(own) if options.loudness == "own" else 1.0
             share = expert.weight / total
             for size, weight in zip(sizes, coefficients(share, energies, loudness), strict=True):
                 weighed += [weight] * size
             speaks = any(energies) or any(bool(expert.rows(block).any()) for block in _blocks(n, d))
             parts.append(_Part(expert, share, slice(first, start), speaks))
+        factors = factors[:start]
         return cls(parts, factors, wide(factors.new_tensor(weighed, dtype=torch.float64)))
 
     def merge(self, neurons: int, ridge: float, toward: str) -> Answered:
@@ -270,15 +275,11 @@ class _System:
         return formed, lengths.to(self._lengths)
 
 
-def _fill_own(rows: Tensor, expert: Expert, neurons: int) -> Tensor:
-    """Write the rows that stand for the inputs of an update to `rows`, zeros, which are returned."""
-    if isinstance(expert.update, LowRank):
-        triangle = torch.linalg.qr(expert.update.b.to(rows), mode="r").R
-        rows[: len(triangle)] = triangle @ expert.update.a.to(rows)
-        return rows
-    for block in _blocks(neurons, rows.shape[1]):
-        add_up(rows, block, neurons, expert.rows(block).to(rows))
-    return rows
+def _own(expert: Expert, shape: tuple[int, int], options: ResponseOptions) -> Tensor:
+    """Find the rows that stand for the inputs of an update."""
+    if not isinstance(expert.update, LowRank):
+        return inputs_of_update(expert, shape, options)
+    return torch.linalg.qr(expert.update.b, mode="r").R @ expert.update.a
 
 
 def _blocks(neurons: int, entries: int) -> list[slice]:

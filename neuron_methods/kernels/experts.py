@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,12 @@ from torch import Tensor
 
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.moments import wide
-from neuron_methods.kernels.rows import CACHE_BYTES, row_blocks
+from neuron_methods.kernels.rows import CACHE_BYTES, add_up, condensed, row_blocks
+
+# Rows that stand for the inputs of an update, as a share of its rank.
+SHARE = 3 / 16
+# How many rows are drawn for each of them.
+DRAWN = 8
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,17 @@ class ResponseOptions:
         toward: T: ``zero``, or the ``mean`` or the ``sum`` of the updates, by weight; of one expert both are its own.
             An expert with neither update nor measured inputs does not count.
         loudness: ``equal``, or ``own``: an expert counts by ‖Δ_t‖², too.
-        rows: of an update that stand for its inputs, at most; 0 for all.
+        rows: of an update that stand for its inputs, at most; 0 for all, None for `automatic_rows`.
     """
 
     ridge: float | None = None
     toward: str = "mean"
     loudness: str = "equal"
-    rows: int = 0
+    rows: int | None = 0
+
+    def rows_of(self, shape: tuple[int, int]) -> int:
+        """Count the rows that stand for the inputs of a full update (n, d)."""
+        return min((automatic_rows(shape) if self.rows is None else self.rows) or shape[0], shape[0])
 
 
 def taking(experts: Sequence[Expert]) -> list[Expert]:
@@ -62,14 +72,37 @@ def taking(experts: Sequence[Expert]) -> list[Expert]:
     return found
 
 
-def own_rows(expert: Expert, neurons: int, options: ResponseOptions) -> int:
-    """Count the rows that stand for the inputs of an expert's own update."""
-    return len(expert.update.a) if isinstance(expert.update, LowRank) else min(options.rows or neurons, neurons)
+def automatic_rows(shape: tuple[int, int]) -> int:
+    """Choose how many rows stand for the inputs of an update (n, d): `SHARE` of its rank, 128 to 512.
+
+    Chosen on validation data of the zoos under examples/zoo: see recipes/README.md.
+    """
+    return min(max(math.ceil(SHARE * min(shape)), 128), 512)
 
 
-def count_rows(experts: Sequence[Expert], neurons: int, options: ResponseOptions) -> int:
+def own_rows(expert: Expert, shape: tuple[int, int], options: ResponseOptions) -> int:
+    """Count the rows that stand for the inputs of an expert's own update, of a matrix (n, d)."""
+    if isinstance(expert.update, LowRank):
+        return len(expert.update.a)
+    return options.rows_of(shape)
+
+
+def inputs_of_update(expert: Expert, shape: tuple[int, int], options: ResponseOptions) -> Tensor:
+    """Find rows that stand for the inputs of an expert's full update, float32; as many as `own_rows` says.
+
+    More than there are to be of them are first added up at random, with random signs, to `DRAWN` times as many, and
+    these are condensed.
+    """
+    rows = own_rows(expert, shape, options)
+    drawn = expert.rows(slice(0, 0)).new_zeros(min(shape[0], DRAWN * rows if rows < shape[0] else rows), shape[1])
+    for block in row_blocks(shape[0], 4 * max(shape[1], 1), CACHE_BYTES, drawn.device):
+        add_up(drawn, block, shape[0], expert.rows(block))
+    return condensed(drawn, rows)
+
+
+def count_rows(experts: Sequence[Expert], shape: tuple[int, int], options: ResponseOptions) -> int:
     """Count the rows of all factors."""
-    return sum(own_rows(e, neurons, options) if f is None else len(f) for e in experts for f in e.inputs)
+    return sum(own_rows(e, shape, options) if f is None else len(f) for e in experts for f in e.inputs)
 
 
 def coefficients(share: float, energies: Sequence[float], loudness: float) -> list[float]:

@@ -21,9 +21,10 @@ equations, and no d × d matrix is made.
 **Low rank.** An update Δ_t = B_t A_t stays B_t in front of the formula above for A_t: the merge is Σ_t B_t A'_t, of
 rank Σ r_t, whatever the factors are, and is never formed. As F_t of the update itself serves R_t A_t with RᵀR = BᵀB.
 
-**Many neurons.** The rows of an update stand for inputs; more of them than `rows` are added up at random, with random
-signs, to so many. Whatever the signs, that keeps FᵀF on average (count sketch: Clarkson and Woodruff, STOC 2013,
-arXiv:1207.6365), and makes the cost of a matrix n d × rows instead of n d².
+**Many neurons.** The rows of an update stand for inputs. More than `rows` of them are first added up at random, with
+random signs, to eight times as many, which keeps FᵀF on average whatever the signs (count sketch: Clarkson and
+Woodruff, STOC 2013, arXiv:1207.6365); of these the directions in which they are longest are kept (a range finder:
+Halko, Martinsson and Tropp, 2011, arXiv:0909.4061). The cost of a matrix is n d × rows then, instead of n d².
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from neuron_methods.kernels.experts import (
     coefficients,
     count_rows,
     energy_of,
+    inputs_of_update,
     taking,
     toward_scale,
 )
 from neuron_methods.kernels.low_rank import LowRank
 from neuron_methods.kernels.moments import add_moment, mirrored, moments_of, wide
 from neuron_methods.kernels.ridge import Solved, Spectrum, System
-from neuron_methods.kernels.rows import added_up, row_blocks
+from neuron_methods.kernels.rows import row_blocks
 
 # The ridge where rows of updates stand for inputs, and where inputs were measured.
 RIDGE, MEASURED = 0.1, 0.01
@@ -157,7 +159,7 @@ def decomposed_bytes(experts: Sequence[Expert], shape: tuple[int, int], options:
     n, d = shape
     chosen = taking(experts)
     low = [len(expert.update.a) for expert in chosen if isinstance(expert.update, LowRank)]
-    k = min(count_rows(chosen, n, options), d)
+    k = min(count_rows(chosen, shape, options), d)
     if len(low) == len(chosen):
         rank = sum(low)
         return 8 * (4 * rank * k + k * d + rank * d + 5 * k) + 4 * n * rank
@@ -205,8 +207,8 @@ def _stacked(
         ends = list(accumulate(len(update.a) for update in low))
         rows = [slice(end - len(update.a), end) for update, end in zip(low, ends, strict=True)]
         height, metric = b.shape[1], wide(b).T @ wide(b)
-    count = count_rows(chosen, shape[0], options)
-    weighing = _Weighing(sum(expert.weight for expert in chosen), options, shape[0], formed=b is None)
+    count = count_rows(chosen, shape, options)
+    weighing = _Weighing(sum(expert.weight for expert in chosen), options, shape, formed=b is None)
     parts = (weighing.part(expert, part) for expert, part in zip(chosen, rows, strict=True))
     toward = _Toward(height, shape[1], options.toward)
     make = _few if count < shape[1] else _many
@@ -312,7 +314,7 @@ class _Weighing:
 
     total: float
     options: ResponseOptions
-    neurons: int
+    shape: tuple[int, int]
     formed: bool
 
     def part(self, expert: Expert, rows: slice) -> _Part:
@@ -327,7 +329,6 @@ class _Weighing:
     def _update(self, expert: Expert) -> tuple[Tensor, Tensor]:
         """What stands for X_t in the formula, and the update as a factor of its own inputs."""
         if not isinstance(expert.update, LowRank):
-            dense = wide(expert.rows(slice(0, self.neurons)))
-            return dense, added_up(dense, self.options.rows)
+            return wide(expert.rows(slice(0, self.shape[0]))), wide(inputs_of_update(expert, self.shape, self.options))
         b, a = wide(expert.update.b), wide(expert.update.a)
         return b @ a if self.formed else a, torch.linalg.qr(b, mode="r").R @ a

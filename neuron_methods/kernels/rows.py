@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.devices import bytes_at_once
+from neuron_methods.kernels.products import times
 
 # Blocks of this size stay near the processor's cache; larger ones only cost memory. Measured on 4096 × 4096.
 CACHE_BYTES = 16 * 1024 * 1024
@@ -57,6 +58,26 @@ def sample_rows(neurons: int, limit: int | None) -> Tensor:
     # Not every n-th: rows of attention weights repeat the places of a head's dimensions at regular distances.
     generator = torch.Generator("cpu").manual_seed(neurons)
     return torch.randperm(neurons, generator=generator, device="cpu")[:limit].sort().values
+
+
+def condensed(inputs: Tensor, rows: int) -> Tensor:
+    """Find fewer rows whose FᵀF is about that of all.
+
+    F = QᵀX, where Q is an orthonormal basis of X Vᵀ, and V random sums of rows.
+
+    Args:
+        inputs: X, float32 (n, d).
+        rows: how many.
+
+    Returns:
+        F, float32; X where it has no more rows.
+    """
+    if len(inputs) <= rows:
+        return inputs
+    sums = added_up(inputs, rows)
+    lengths = sums.norm(dim=1, keepdim=True)
+    basis = torch.linalg.qr(times(inputs, torch.where(lengths > 0, sums / lengths, 0.0))).Q
+    return times(basis.T, inputs.T)
 
 
 def added_up(inputs: Tensor, rows: int) -> Tensor:

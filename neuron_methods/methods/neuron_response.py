@@ -86,16 +86,23 @@ class NeuronResponse(PlannedMethod):
             about="where the expert's inputs are taken from; auto: both if it has a profile, else its update",
         ),
         text("profile", of="expert", about="file of mergekit-neuron profile --inputs, of this expert on its task"),
-        number("rows", 0, default=512, about="rows of an update that stand for its inputs, at most; 0: all"),
+        number(
+            "rows",
+            0,
+            words=("auto",),
+            default="auto",
+            about="rows of an update that stand for its inputs, at most; auto: 3/16 of its rank, 128 to 512; 0: all",
+        ),
         choice("loudness", "equal", "own", about="experts count alike, or by the energy of their updates"),
         number("lambda", default=1.0, about="scale of the merged update, times what undoes the ridge's shrinking"),
         choice("points", "mean", "sum", about="how norms and biases are merged"),
         choice("embeddings", "mean", "rows", about="token embeddings: mean of the updates, or by response"),
         ours=(
             ours(
-                "that experts count alike, by dividing the inputs of each by their energy; the ridge, and that its "
-                "shrinking is undone; what holds where no inputs say anything; adapters that stay in their factors; "
-                "token embeddings, norms and biases by their mean"
+                "that experts count alike, by dividing the inputs of each by their energy; the few directions of an "
+                "update that stand for its inputs; the ridge, and that its shrinking is undone; what holds where no "
+                "inputs say anything; adapters that stay in their factors; token embeddings, norms and biases by their "
+                "mean"
             ),
         ),
         kin=(
@@ -142,7 +149,7 @@ class PreparedNeuronResponse(PreparedMerge):
         if not experts or not base.numel():
             return merged.copy_(base)
         ridge = None if parameters["ridge"] == "auto" else parameters["ridge"]
-        options = ResponseOptions(ridge, parameters["toward"], parameters["loudness"], int(parameters["rows"]))
+        options = ResponseOptions(ridge, parameters["toward"], parameters["loudness"], _rows(parameters))
         if place.width is None and any(source_of(parameters, expert) != "update" for expert in experts):
             self.tell(name, without=1)
         measured = [self.inputs.factors(name, place, parameters, base, e, has) for e, has in experts.items()]
@@ -166,8 +173,8 @@ class PreparedNeuronResponse(PreparedMerge):
         planned = self._planned.get(name)
         transposed = self._place(name).role in ("transposed", "packed_transposed")
         rows, width = (shape[-1], shape[-2]) if transposed else (shape[0], math.prod(shape[1:]))
-        most = (planned.parameters["rows"] if planned is not None else 0) or rows
-        return scratch_bytes((rows, width), experts * int(min(rows, most)), experts)
+        asked = _rows(planned.parameters) if planned is not None else None
+        return scratch_bytes((rows, width), experts, ResponseOptions(rows=asked))
 
     def findings(self) -> list[str]:
         """Tell how much of the experts' answers the merge keeps, and what had no inputs."""
@@ -264,6 +271,11 @@ def _no_rank(base: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of rank 0 for what an adapter leaves alone, neurons as rows, however the weight is stored."""
     like = torch.empty(0, dtype=torch.float32, device=base.device)
     return like.new_zeros(base.shape[0], 0), like.new_zeros(0, base.shape[1])
+
+
+def _rows(parameters: Mapping[str, Any]) -> int | None:
+    """The parameter `rows`, None for `auto`."""
+    return None if parameters["rows"] == "auto" else int(parameters["rows"])
 
 
 def _listed(value: Any) -> Any:

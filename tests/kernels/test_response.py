@@ -20,7 +20,7 @@ from neuron_methods.kernels.response import (
     decompose_responses,
     merge_responses,
 )
-from neuron_methods.kernels.rows import added_up
+from neuron_methods.kernels.rows import added_up, condensed
 
 MANY, FEW = (30, 12), (5, 40)
 
@@ -359,13 +359,47 @@ def test_it_is_repeatable_bit_for_bit(shape: tuple[int, int], rank: int) -> None
 @pytest.mark.parametrize("towards", ["zero", "mean"])
 @pytest.mark.parametrize("kinds", [(0, 0), (0, 2)])
 @pytest.mark.parametrize("rows", [2, 8, 29])
-def test_rows_that_are_added_up_stand_for_the_inputs(rows: int, kinds: tuple[int, int], towards: str) -> None:
+def test_few_rows_stand_for_the_inputs(rows: int, kinds: tuple[int, int], towards: str) -> None:
     cases = [case(MANY, i, rank=rank) for i, rank in enumerate(kinds)]
     stood_for = [
-        c if rank else replace(c, factors=[added_up(c.update, rows)]) for c, rank in zip(cases, kinds, strict=True)
+        c if rank else replace(c, factors=[condensed(added_up(c.update.float(), 8 * rows), rows)])
+        for c, rank in zip(cases, kinds, strict=True)
     ]
-    expected, *_ = oracle(stood_for, ResponseOptions(0.1, towards))
-    assert_near(dense(merge(cases, ResponseOptions(0.1, towards, rows=rows))), expected)
+    options = ResponseOptions(0.1, towards, rows=rows)
+    expected, *_ = oracle(stood_for, options)
+    assert_near(dense(merge(cases, options)), expected)
+    kept = decompose_responses([c.expert for c in cases], MANY, options)
+    assert_near(dense(kept.merge(0.1)), expected)
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((300, 40), 128), ((1000, 900), 169), ((4096, 11008), 512), ((9, 80), 9)])
+def test_how_many_rows_stand_for_an_update_goes_by_its_rank(shape: tuple[int, int], rows: int) -> None:
+    assert ResponseOptions(rows=None).rows_of(shape) == rows
+    assert ResponseOptions(rows=7).rows_of(shape) == 7
+    assert ResponseOptions(rows=0).rows_of(shape) == shape[0]
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60)])
+def test_condensed_rows_keep_all_of_an_update_of_no_higher_rank(shape: tuple[int, int]) -> None:
+    update = randoms(shape[0], 5, seed=1) @ randoms(5, shape[1], seed=2)
+    found = condensed(update, 6)
+    assert found.shape == (6, shape[1])
+    assert_near(found.T @ found, update.T @ update)
+    assert condensed(update, shape[0]) is update
+    nothing = condensed(torch.zeros(shape), 3)
+    assert nothing.shape == (3, shape[1]) and not nothing.any()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_condensed_rows_keep_more_than_as_many_that_are_added_up(power: float) -> None:
+    update = steep((200, 150), power, 1)
+    moment = update.T @ update
+    lost = {
+        name: float((f.T @ f - moment).norm() / moment.norm())
+        for name, f in (("condensed", condensed(update, 30)), ("added up", added_up(update, 30)))
+    }
+    best = float(torch.linalg.svdvals(update)[30:].pow(4).sum().sqrt() / moment.norm())
+    assert best < lost["condensed"] < 3 * best + 0.01 < lost["added up"]
 
 
 @pytest.mark.parametrize("rows", [0, 30, 100])
