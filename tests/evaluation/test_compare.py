@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from neuron_methods.cli import main
 from neuron_methods.evaluation import evaluate, load_tasks
@@ -135,10 +137,22 @@ def test_the_usual_methods_are_sound_and_within_the_budget(experts):
     assert written["base_model"] == yaml.safe_load(source)["base_model"] and written["dtype"] == "bfloat16"
 
 
+def test_the_base_is_no_expert(experts):
+    """Of methods that merge a YAML's base like its other models it has no share."""
+    source = cases.merge_yaml(experts("llama"), dtype="float32")
+    linear, karcher = parse_methods(["linear", "karcher"])
+    with merged_in_memory(linear.source(source, "x")) as held:
+        found = held.tensors["model.norm.weight"]
+    own = [load_file(experts("llama") / f"expert-{n}" / "model.safetensors")["model.norm.weight"] for n in "ab"]
+    torch.testing.assert_close(found, (own[0] + own[1]) / 2)
+    assert "base_model" not in yaml.safe_load(karcher.source(source, "x"))
+
+
 def test_a_method_by_hand():
-    one, several, plain = parse_methods(
-        ["ties:density=0.3", "ties:density=0.2,0.6;lambda=0.7:1.3:0.2", "neuro_merging"]
+    one, several, plain, of_one = parse_methods(
+        ["ties:density=0.3", "ties:density=0.2,0.6;lambda=0.7:1.3:0.2", "neuro_merging", "linear:weight@1=2"]
     )
+    assert (of_one.settings, of_one.search) == ({"weight": 1.0}, ("weight@1=2",))
     assert (one.settings, one.search) == ({"density": 0.3, "weight": 1.0}, ())
     assert several.search == ("density=0.2,0.6", "lambda=0.7:1.3:0.2")
     assert (plain.settings, plain.search) == ({}, ())

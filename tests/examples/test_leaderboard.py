@@ -473,7 +473,7 @@ def test_trimming_by_what_differs_keeps_entries_of_greatest_variance():
     assert (merged[0] != 0).tolist() == [False, True, False, True]
 
 
-def test_a_row_is_what_compare_says_of_the_same_merge(board, zoo, tmp_path):
+def test_a_row_is_what_compare_says_of_the_same_merge(board, zoo, models, tmp_path):
     """At the same points, on the same data: the chosen one, and right or wrong for every example."""
     from neuron_methods.evaluation import load_tasks
     from neuron_methods.evaluation.comparing import CompareSettings, compare

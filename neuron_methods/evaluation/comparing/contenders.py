@@ -53,6 +53,11 @@ class Contender:
         whole: dict[str, Any] = {"merge_method": self.method, **kept, "models": models}
         if self.settings:
             whole["parameters"] = dict(self.settings)
+        if counts_base(self.method):  # as one of the experts, which it is not
+            if "weight" in self.settings:
+                models.append({"model": content["base_model"], "parameters": {"weight": 0.0}})
+            else:
+                del whole["base_model"]
         return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
 
 
@@ -105,7 +110,8 @@ def _parse(text: str) -> Contender:
     settings: dict[str, Any] = {}
     search = []
     for part, parameter in zip(parts, parameters, strict=True):
-        if not parameter.is_range and len(parameter.values or ()) == 1:
+        one_value = not parameter.is_range and len(parameter.values or ()) == 1
+        if one_value and "@" not in parameter.name:  # one expert's has its place by the search alone
             settings[parameter.name] = (parameter.values or ())[0]
         else:
             search.append(part)
@@ -113,6 +119,14 @@ def _parse(text: str) -> Contender:
         settings["weight"] = 1.0
     shown = f"{name} ({', '.join(parts)})" if parts else name
     return Contender(shown, name, settings, tuple(search), text)
+
+
+def counts_base(method: str) -> bool:
+    """Tell whether a method merges a YAML's base like its other models."""
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import BasePolicy
+
+    return registry.get(method).spec.contract.base is BasePolicy.IGNORED
 
 
 def needs_weight(method: str) -> bool:
