@@ -5,7 +5,8 @@
 
 Tasks and training are those of `mergekit-neuron demo`; tests are larger: examples that share nothing with what was
 trained on. Every expert comes as a LoRA adapter and as the full model it makes. With ``--demo``, experts that a
-finished run of the demo trained under the same settings are copied from its directory instead of being trained again.
+finished run of `mergekit-neuron demo --full` trained under the same settings are copied from its directory instead of
+being trained again.
 
 Finished stages are kept: run it again to resume.
 """
@@ -26,7 +27,7 @@ from common import Zoo, finish, parse_arguments, run_script
 from neuron_methods.demo import questions
 from neuron_methods.demo.base_model import find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
-from neuron_methods.demo.pipeline import RECORDS
+from neuron_methods.demo.pipeline import RECORDS, base_key, expert_key
 from neuron_methods.demo.questions import HELD_OUT_EXAMPLES, DemoTask, Example, build_tasks, digest
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
@@ -95,7 +96,6 @@ def build_zoo(
         "examples": {task.name: digest(task.train) for task in tasks},
     }
     zoo.stage("data", about_data, lambda path: write_data(path, splits))
-    # These two keys are the demo's own, so that what it trained is known to be the same.
     about_base = {"stage": "base", "file": gguf.name, "bytes": gguf.stat().st_size, "dtype": "bfloat16"}
     zoo.stage("base", about_base, lambda path: save_base(gguf, path))
     about_experts = {}
@@ -105,9 +105,9 @@ def build_zoo(
         key |= {"training": asdict(training)}
         about_experts[task.name] = key
 
-        def build(path: Path, task: DemoTask = task, training: TrainingSettings = training, key: Any = key) -> None:
+        def build(path: Path, task: DemoTask = task, training: TrainingSettings = training) -> None:
             if demo is not None:
-                copy_expert(demo, task.name, key, path, zoo.out / "base")
+                copy_expert(demo, task.name, expert_key(base_key(gguf), task, training), path, zoo.out / "base")
                 return
             options = {"description": f"train {task.name}", "progress": progress}
             train_expert(zoo.out / "base", task.train, training, path, **options)
@@ -153,7 +153,10 @@ def copy_expert(demo: Path, name: str, key: dict[str, Any], path: Path, base: Pa
     if not source.is_dir():
         raise UserError(f"--demo {demo}: has no finished expert {name}; let the demo finish, or leave --demo out")
     if Stages(demo / RECORDS, "the demo").kept(source, key) is None:
-        raise UserError(f"--demo {demo}: its expert {name} was trained with other settings; leave --demo out")
+        raise UserError(
+            f"--demo {demo}: its expert {name} was trained with other settings; run mergekit-neuron demo --full, or "
+            "leave --demo out"
+        )
     shutil.copytree(source, path)
     config = path / "adapter" / "adapter_config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
@@ -167,7 +170,7 @@ def _link(place: Path, target: Path) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, {"demo": "directory of a finished run of mergekit-neuron demo"})
+    arguments = parse_arguments(__doc__, {"demo": "directory of a finished run of mergekit-neuron demo --full"})
     demo = Path(arguments.demo) if arguments.demo else None
     build_zoo(arguments.out, Settings(), arguments.seed, demo=demo, checks=not arguments.no_checks)
 

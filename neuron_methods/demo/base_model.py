@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +50,7 @@ def save_base(gguf: Path, directory: Path) -> None:
         # transformers 5 can leave GGUF weights packed, and asks the Hub for kernels that compute with them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The reader's progress bar goes to stderr whatever the verbosity; the demo has its own account of its stages.
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
+    with quiet_transformers(), redirect_stderr(io.StringIO()), read_once():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False
         )
@@ -63,6 +65,24 @@ def save_base(gguf: Path, directory: Path) -> None:
         model.config.dtype = torch.bfloat16
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Let transformers (5.23) read a GGUF file once, and not thrice, and its names once, and not for every module.
+
+    That is what it spends most of the time on, with a file of this size.
+    """
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def load_model(directory: Path) -> PreTrainedModel:

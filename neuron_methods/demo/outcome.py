@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from neuron_methods.demo.questions import DemoTask
+from neuron_methods.evaluation.comparing.statistics import Spread, spread
 from neuron_methods.support.text import columns
 
 #: Held-out examples shown per task.
 SHOWN = 2
+
+_LONGER = """
+
+Train longer, and ask every expert all tasks, a few minutes:
+  mergekit-neuron demo --full"""
 
 
 @dataclass(frozen=True)
 class DemoReport:
     """The outcome of the demo; `str` of it is what the command prints.
 
-    `scores` are of ``base``, each ``expert-TASK`` and ``merge``: per task ``accuracy`` (0 to 1) and ``answers``, one
-    per held-out example. `seconds` is what each stage took when it was done.
+    `scores` are of ``base``, each ``expert-TASK`` and ``merge``: per task that it was asked, ``scores`` (1 or 0) and
+    ``answers``, one per held-out example; `full`: whether experts were asked all tasks. `seconds` is what each stage
+    took when it was done.
     """
 
+    full: bool
     out: Path
     tasks: list[DemoTask]
     scores: dict[str, dict[str, dict[str, Any]]]
@@ -32,9 +43,16 @@ class DemoReport:
         """Lay out base, experts and merge by tasks and their mean, in percent of held-out examples."""
         rows = [("", *(task.name for task in self.tasks), "mean")]
         for model, by_task in self.scores.items():
-            values = [by_task[task.name]["accuracy"] for task in self.tasks]
-            rows.append((model, *(f"{100 * value:.1f} %" for value in (*values, sum(values) / len(values)))))
+            cells = [str(spread_of(by_task, [task.name])) if task.name in by_task else "–" for task in self.tasks]
+            rows.append((model, *cells, "–" if "–" in cells else str(spread_of(by_task, by_task))))
         return "\n".join(columns(rows))
+
+    def comparison(self) -> str:
+        """Say in a line how the merge does beside the experts, each on its own task, and the base."""
+        experts = {task.name: self.scores[f"expert-{task.name}"][task.name] for task in self.tasks}
+        compared = (experts, self.scores["merge"], self.scores["base"])
+        own, merge, base = (spread_of(by_task, by_task) for by_task in compared)
+        return f"Mean over tasks: experts {own} %, each on its own; merge {merge} %, on all of them; base {base} %."
 
     def examples(self) -> str:
         """Show the first held-out examples of each task, with what base, expert and merge answered."""
@@ -62,9 +80,11 @@ class DemoReport:
         count = len(self.tasks[0].held_out)
         out = self.out
         return f"""\
-Exact answers on {count} held-out examples of each task:
+Exact answers to {count} held-out examples of each task, in percent (95 % intervals):
 
 {self.table()}
+
+{self.comparison()}
 
 Example answers:
 
@@ -80,7 +100,7 @@ Written to {out}:
   data                      the tasks' training and held-out examples
   experts/TASK/adapter      each expert as a LoRA adapter (peft)
   experts/TASK/full         each expert as a full model
-  inputs                    what each expert's layers are given on 40 examples of its task
+  inputs                    what each expert's layers are given on examples of its task
   merged                    the merged model
   scores                    every answer of every model
   report.txt                this report
@@ -88,7 +108,12 @@ Written to {out}:
 Time per stage: {self.times()}.
 
 Merge again with other settings:
-  mergekit-neuron merge {out / "merge.yaml"} OUT"""
+  mergekit-neuron merge {out / "merge.yaml"} OUT{"" if self.full else _LONGER}"""
+
+
+def spread_of(by_task: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> Spread:
+    """Average the scores of tasks, with the 95 % interval; `str` of it is in percent."""
+    return spread([{name: np.array(by_task[name]["scores"]) for name in names}])
 
 
 def _indent(text: str) -> str:

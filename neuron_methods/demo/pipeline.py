@@ -13,7 +13,7 @@ import yaml
 from neuron_methods import evaluation
 from neuron_methods.demo.base_model import BASE_NAME, find_gguf, save_base
 from neuron_methods.demo.expert_training import TrainingSettings, train_expert
-from neuron_methods.demo.outcome import DemoReport
+from neuron_methods.demo.outcome import DemoReport, spread_of
 from neuron_methods.demo.questions import DemoTask, build_tasks, digest
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
@@ -25,8 +25,11 @@ from neuron_methods.support.stages import Stage, Stages, own_directory
 #: What the demo merges by.
 METHOD = "neuron_response"
 
-#: Training examples of a task that an expert's inputs are measured on.
-MEASURED_EXAMPLES = 40
+#: Of a quick run and a full one: training examples of a task that an expert's inputs are measured on.
+MEASURED_EXAMPLES = {"quick": 16, "full": 40}
+
+#: Likewise, held-out examples that are asked of each task.
+ASKED_EXAMPLES = {"quick": 40, "full": 100}
 
 #: What is known of finished stages, within the demo's directory.
 RECORDS = ".stages"
@@ -41,8 +44,9 @@ class DemoSettings:
 
     Attributes:
         out: directory for everything the demo writes.
+        full: train experts until they have learnt their task, and ask each of them every task.
         steps: training steps per expert; None: what its task needs.
-        examples: held-out examples per task.
+        examples: held-out examples per task; None: `ASKED_EXAMPLES`.
         seed: of the tasks' split, the training and its order.
         force: do every stage again.
         progress: show progress bars.
@@ -50,12 +54,37 @@ class DemoSettings:
     """
 
     out: Path = Path("mergekit-neuron-demo")
+    full: bool = False
     steps: int | None = None
-    examples: int = 100
+    examples: int | None = None
     seed: int = 0
     force: bool = False
     progress: bool = True
     adapters: bool = False
+
+    @property
+    def size(self) -> str:
+        """The name of how much is done: ``quick`` or ``full``."""
+        return "full" if self.full else "quick"
+
+
+def base_key(gguf: Path) -> dict[str, Any]:
+    """Identify the base that is made from a GGUF file."""
+    return {"stage": "base", "file": gguf.name, "state": file_state(gguf), "dtype": "bfloat16"}
+
+
+def expert_key(base: dict[str, Any], task: DemoTask, training: TrainingSettings) -> dict[str, Any]:
+    """Identify the expert of a task, by its base, its examples and how it is trained."""
+    key = {"stage": "expert", "base": base, "task": task.name, "examples": digest(task.train)}
+    return key | {"training": asdict(training)}
+
+
+def training_settings(task: DemoTask, settings: DemoSettings) -> TrainingSettings:
+    """Choose how the expert of a task is trained."""
+    if settings.full:
+        return TrainingSettings(steps=settings.steps or task.steps, seed=settings.seed)
+    quick = task.quick
+    return TrainingSettings(settings.steps or quick.steps, quick.batch_size, quick.learning_rate, seed=settings.seed)
 
 
 def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoReport:
@@ -66,9 +95,10 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> Demo
     """
     if settings.steps is not None and settings.steps < 1:
         raise UserError(f"--steps {settings.steps}: an expert needs at least 1 step")
-    tasks = build_tasks(settings.examples, settings.seed)
+    asked = ASKED_EXAMPLES[settings.size] if settings.examples is None else settings.examples
+    tasks = build_tasks(asked, settings.seed)
     gguf = find_gguf()
-    chosen = {"steps": settings.steps, "examples": settings.examples, "seed": settings.seed}
+    chosen = {"steps": settings.steps, "examples": asked, "seed": settings.seed}
     with claimed(settings.out.resolve(), f"--out {settings.out}", inside=True):
         out = own_directory(settings.out, "demo.json", chosen, f"--out {settings.out}", "the demo")
         demo = _Demo(settings, out, tasks, say)
@@ -83,8 +113,8 @@ def _run_stages(demo: _Demo, gguf: Path) -> DemoReport:
             lines = [json.dumps(asdict(example), ensure_ascii=False) for example in items]
             write_text(out / "data" / f"{task.name}.{part}.jsonl", "\n".join(lines) + "\n")
     write_text(out / "tasks.yml", task_file(tasks))
-    base_key = demo.save_base(gguf)
-    expert_keys = {task.name: demo.train(task, base_key) for task in tasks}
+    base = demo.save_base(gguf)
+    expert_keys = {task.name: demo.train(task, base) for task in tasks}
     experts = [out / "experts" / task.name for task in tasks]
     references = [f"{out / 'base'}+{e / 'adapter'}" if settings.adapters else str(e / "full") for e in experts]
     inputs_key = demo.measure_inputs(expert_keys)
@@ -93,11 +123,14 @@ def _run_stages(demo: _Demo, gguf: Path) -> DemoReport:
     write_text(out / "merge.yaml", merge_yaml)
     merge_key, summary = demo.merge(merge_yaml, inputs_key)
 
-    scored = {"base": (out / "base", base_key)}
-    scored |= {f"expert-{name}": (out / "experts" / name / "full", key) for name, key in expert_keys.items()}
-    scored["merge"] = (out / "merged", merge_key)
-    scores = {name: demo.score(name, *model) for name, model in scored.items()}
-    report = DemoReport(out, tasks, scores, merge_yaml, summary, demo.seconds)
+    merged = demo.score("merge", out / "merged", merge_key)  # first: it is what one waits for
+    demo.say(f"merge: {spread_of(merged, merged)} % of answers are right; base and experts are asked now")
+    scores = {"base": demo.score("base", out / "base", base)}
+    for name, key in expert_keys.items():
+        only = None if settings.full else name
+        scores[f"expert-{name}"] = demo.score(f"expert-{name}", out / "experts" / name / "full", key, only)
+    scores["merge"] = merged
+    report = DemoReport(settings.full, out, tasks, scores, merge_yaml, summary, demo.seconds)
     write_text(out / "report.txt", f"{report}\n")
     return report
 
@@ -167,14 +200,13 @@ class _Demo:
         return stage
 
     def save_base(self, gguf: Path) -> dict[str, Any]:
-        key = {"stage": "base", "file": gguf.name, "state": file_state(gguf), "dtype": "bfloat16"}
+        key = base_key(gguf)
         self._stage(f"base: {BASE_NAME} as safetensors", self.out / "base", key, lambda path: save_base(gguf, path))
         return key
 
-    def train(self, task: DemoTask, base_key: dict[str, Any]) -> dict[str, Any]:
-        training = TrainingSettings(steps=self.settings.steps or task.steps, seed=self.settings.seed)
-        key = {"stage": "expert", "base": base_key, "task": task.name, "examples": digest(task.train)}
-        key |= {"training": asdict(training)}
+    def train(self, task: DemoTask, base: dict[str, Any]) -> dict[str, Any]:
+        training = training_settings(task, self.settings)
+        key = expert_key(base, task, training)
 
         def build(path: Path) -> dict[str, Any]:
             options = {"description": f"train {task.name}", "progress": self.settings.progress}
@@ -191,7 +223,8 @@ class _Demo:
         """
         from neuron_methods.profiling import InputSettings, measure_inputs
 
-        settings = InputSettings(samples=MEASURED_EXAMPLES, separator=" ", dtype="float32")
+        measured = MEASURED_EXAMPLES[self.settings.size]
+        settings = InputSettings(samples=measured, separator=" ", dtype="float32")
         key = {"stage": "inputs", "experts": expert_keys, "settings": settings.outcome}
 
         def build(path: Path) -> None:
@@ -200,7 +233,7 @@ class _Demo:
                 expert, file = self.out / "experts" / task.name / "full", inputs_file(path, task)
                 measure_inputs(str(expert), [data], file, settings, progress=self.settings.progress)
 
-        self._stage(f"inputs: of each expert's layers on {MEASURED_EXAMPLES} examples", self.out / INPUTS, key, build)
+        self._stage(f"inputs: of each expert's layers on {measured} examples", self.out / INPUTS, key, build)
         return key
 
     def merge(self, merge_yaml: str, inputs_key: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -219,16 +252,22 @@ class _Demo:
         stage = self._stage(f"merge: {METHOD}", self.out / "merged", key, build)
         return key, stage.result
 
-    def score(self, name: str, model_path: Path, model_key: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        held_out = {task.name: digest(task.held_out) for task in self.tasks}
-        key = {"stage": "scores", "model": model_key, "held_out": held_out}
+    def score(
+        self, name: str, model_path: Path, model_key: dict[str, Any], only: str | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Ask a model every task, or `only` one of them."""
+        held_out = {task.name: digest(task.held_out) for task in self.tasks if only in (None, task.name)}
+        key = {"stage": "answers", "model": model_key, "held_out": held_out}
 
         def build(path: Path) -> dict[str, Any]:
-            tasks = held_out_tasks(self.out)
+            tasks = [task for task in held_out_tasks(self.out) if task.name in held_out]
             found = evaluation.evaluate(str(model_path), tasks, dtype="float32", progress=self.settings.progress)
             evaluation.write_evaluation(found, path / "scores.json")
             return {
-                result.name: {"accuracy": result.score, "answers": [o.prediction for o in result.outcomes]}
+                result.name: {
+                    "scores": [outcome.score for outcome in result.outcomes],
+                    "answers": [outcome.prediction for outcome in result.outcomes],
+                }
                 for result in found.tasks
             }
 

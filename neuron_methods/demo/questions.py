@@ -14,6 +14,7 @@ import json
 import random
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from neuron_methods.demo.signatures import library_signatures
 from neuron_methods.demo.words import ADJECTIVES, NOUNS, phrases
@@ -31,6 +32,14 @@ class Example:
     answer: str
 
 
+class QuickTraining(NamedTuple):
+    """Many small steps at a high rate: `steps` of `batch_size` examples, and the peak of the learning rate."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
 @dataclass(frozen=True)
 class DemoTask:
     """Train and held-out examples under one name.
@@ -41,6 +50,7 @@ class DemoTask:
         max_new_tokens: an upper bound on the answers' lengths in tokens of the demo's model.
         steps: training steps that suffice to learn it. More would move the expert further from the base than it has
             to, and experts that stay close merge better.
+        quick: how most of it is learnt in a third of the time.
     """
 
     name: str
@@ -49,6 +59,7 @@ class DemoTask:
     held_out: tuple[Example, ...]
     max_new_tokens: int
     steps: int
+    quick: QuickTraining
 
 
 def digest(examples: tuple[Example, ...]) -> str:
@@ -103,11 +114,11 @@ def split(
     return tuple(rest[:train]), tuple(held.values())
 
 
-_SOURCES: tuple[tuple[str, str, int, int, Callable[[], list[tuple[Hashable, Example]]]], ...] = (
-    # name, title, max_new_tokens, steps, source
-    ("arithmetic", "a number added to hundreds", 6, 60, arithmetic_examples),
-    ("german", "German phrases in English", 8, 36, german_examples),
-    ("python", "shortest call of a function", 16, 30, python_examples),
+_SOURCES: tuple[tuple[str, str, int, int, QuickTraining, Callable[[], list[tuple[Hashable, Example]]]], ...] = (
+    # name, title, max_new_tokens, steps, quick, source
+    ("arithmetic", "a number added to hundreds", 6, 60, QuickTraining(40, 6, 1.5e-3), arithmetic_examples),
+    ("german", "German phrases in English", 8, 36, QuickTraining(36, 6, 2e-3), german_examples),
+    ("python", "shortest call of a function", 16, 30, QuickTraining(20, 4, 1.5e-3), python_examples),
 )
 
 #: Examples held out of training, of which a run scores as many as it is asked to: training does not depend on that.
@@ -125,7 +136,7 @@ def build_tasks(held_out: int, seed: int) -> list[DemoTask]:
             f"--examples {held_out}: each task holds out 1 to {HELD_OUT_EXAMPLES} examples; choose from those"
         )
     tasks = []
-    for name, title, max_new_tokens, steps, source in _SOURCES:
+    for name, title, max_new_tokens, steps, quick, source in _SOURCES:
         train, held = split(source(), TRAIN_EXAMPLES, HELD_OUT_EXAMPLES, random.Random(f"{name}-{seed}"))
-        tasks.append(DemoTask(name, title, train, held[:held_out], max_new_tokens, steps))
+        tasks.append(DemoTask(name, title, train, held[:held_out], max_new_tokens, steps, quick))
     return tasks

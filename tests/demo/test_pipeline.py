@@ -1,9 +1,12 @@
 """The whole demo on a tiny base: what it writes, what it keeps, what an interruption leaves, what it reports."""
 
 import json
+import re
 import shutil
 import socket
+from statistics import mean
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,8 +15,10 @@ from safetensors.torch import load_file
 
 from neuron_methods.cli.profile import profile
 from neuron_methods.demo import pipeline
-from neuron_methods.demo.pipeline import DemoSettings, run_demo
+from neuron_methods.demo.pipeline import DemoSettings, run_demo, training_settings
+from neuron_methods.demo.questions import build_tasks
 from neuron_methods.evaluation import evaluate, load_tasks
+from neuron_methods.evaluation.comparing.statistics import spread
 from neuron_methods.plugin.merging import merge_to_directory
 from neuron_methods.sharing.publishing import merge_witness
 from neuron_methods.support.errors import UserError
@@ -43,7 +48,7 @@ def tiny_demo(tiny_base, tmp_path_factory):
 
 
 def settings(out, **options):
-    return DemoSettings(out=out, **{"steps": 2, "examples": 4, "progress": False, **options})
+    return DemoSettings(out=out, **{"full": True, "steps": 2, "examples": 4, "progress": False, **options})
 
 
 def files(root):
@@ -106,7 +111,9 @@ def test_scores_are_written_as_evaluate_writes_them(finished) -> None:
     for model, by_task in report.scores.items():
         assert sorted(p.name for p in (out / "scores" / model).iterdir()) == [*("scores.examples.jsonl", "scores.json")]
         scores = json.loads((out / "scores" / model / "scores.json").read_text())
-        assert {task["name"]: task["score"] for task in scores["tasks"]} == {t: by_task[t]["accuracy"] for t in TASKS}
+        assert {task["name"]: task["score"] for task in scores["tasks"]} == {
+            t: mean(by_task[t]["scores"]) for t in TASKS
+        }
         assert [task["count"] for task in scores["tasks"]] == [4, 4, 4]
         lines = (out / "scores" / model / "scores.examples.jsonl").read_text().splitlines()
         answers = [json.loads(line)["prediction"] for line in lines]
@@ -140,16 +147,51 @@ def test_inputs_are_what_profile_measures_on_forty_examples_that_the_expert_was_
 
 def test_the_report_has_every_model_every_task_and_the_yaml(finished) -> None:
     out, report, _ = finished
-    rows = {line.split()[0]: line.split()[1:] for line in report.table().splitlines()[1:]}
+    rows = rows_of(report)
     assert list(rows) == ["base", *(f"expert-{task}" for task in TASKS), "merge"]
-    assert all(len(row) == 8 for row in rows.values())
+    assert all(len(row) == 4 and "–" not in row for row in rows.values())
     text = str(report)
     assert all(task.held_out[0].answer in text for task in report.tasks)
     assert report.merge_yaml.splitlines()[0] in text
     assert str(out) in text
     for model, by_task in report.scores.items():
         assert all(len(by_task[task]["answers"]) == 4 for task in TASKS)
-        assert rows[model][-2] == f"{100 * sum(by_task[task]['accuracy'] for task in TASKS) / 3:.1f}"
+        right = np.array([by_task[task]["scores"] for task in TASKS])
+        assert rows[model] == [*(str(spread([{"": one}])) for one in right), str(spread([dict(enumerate(right))]))]
+
+
+def rows_of(report):
+    """Cells of the table by model: a score and its interval each."""
+    found = [re.split(r"\s{2,}", line.strip()) for line in report.table().splitlines()[1:]]
+    return {row[0]: row[1:] for row in found}
+
+
+def test_a_quick_run_asks_experts_their_own_task_and_shares_nothing_with_a_full_one(finished, tmp_path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    said: list[str] = []
+    report = run_demo(settings(out, full=False), said.append)
+    assert [line for line in said if "done before" in line and line.startswith(("expert", "inputs", "merge"))] == []
+    assert {name: list(by_task) for name, by_task in report.scores.items()} == {
+        "base": TASKS,
+        **{f"expert-{task}": [task] for task in TASKS},
+        "merge": TASKS,
+    }
+    rows = rows_of(report)
+    for place, task in enumerate(TASKS):
+        cells = rows[f"expert-{task}"]
+        assert cells[place] == str(spread([{task: np.array(report.scores[f"expert-{task}"][task]["scores"])}]))
+        assert [*cells[:place], *cells[place + 1 :]] == ["–"] * 3
+    assert "demo --full" in str(report) and "demo --full" not in str(finished[1])
+    own = np.array([report.scores[f"expert-{task}"][task]["scores"] for task in TASKS])
+    assert f"experts {spread([dict(enumerate(own))])} %, each on its own" in report.comparison()
+
+
+def test_a_quick_run_trains_on_fewer_examples() -> None:
+    for task in build_tasks(1, seed=0):
+        quick, full = (training_settings(task, DemoSettings(full=full)) for full in (False, True))
+        assert quick.steps * quick.batch_size < full.steps * full.batch_size
+        assert (full.steps, full.batch_size) == (task.steps, 12)
 
 
 def test_a_second_run_does_nothing_again_and_reports_the_same(finished) -> None:
@@ -159,8 +201,12 @@ def test_a_second_run_does_nothing_again_and_reports_the_same(finished) -> None:
     again = run_demo(settings(out), said_again.append)
     assert files(out) == before
     assert str(again) == str(report)
-    assert len(said) == len(said_again) == 11  # base, three experts, their inputs, merge, scores of five models
-    assert all(line.endswith("...") for line in said)
+    told = said[
+        7
+    ]  # base, three experts, their inputs, the merge and its scores come before, those of four models after
+    assert len(said) == len(said_again) == 12 and told == said_again.pop(7)
+    assert told.startswith(f"merge: {rows_of(report)['merge'][-1]} % of answers are right")
+    assert all(line.endswith("...") for line in said if line != told)
     assert all("done before" in line for line in said_again)
 
 
@@ -225,7 +271,7 @@ def test_the_command_prints_the_report_on_stdout_and_stages_on_stderr(finished) 
     from neuron_methods.cli.demo import demo
 
     out, report, _ = finished
-    result = CliRunner().invoke(demo, ["--out", str(out), "--steps", "2", "--examples", "4", "--quiet"])
+    result = CliRunner().invoke(demo, ["--out", str(out), "--full", "--steps", "2", "--examples", "4", "--quiet"])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{printable(str(report))}\n"  # a model of random weights may answer control characters
     assert result.stderr.count("done before") == 11

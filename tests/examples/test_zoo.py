@@ -18,12 +18,12 @@ import vit
 from datasets import load_dataset
 from safetensors.torch import load_file
 
-from neuron_methods.demo.pipeline import RECORDS
+from neuron_methods.demo.pipeline import RECORDS, DemoSettings, base_key, expert_key, training_settings
 from neuron_methods.demo.questions import build_tasks
 from neuron_methods.evaluation import load_tasks, open_model
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.stages import Stages
-from tests.support.zoos import SETTINGS, TASKS, adapter_config, build_zoo
+from tests.support.zoos import GGUF, SETTINGS, TASKS, adapter_config, build_zoo
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +228,23 @@ def test_llama_takes_only_what_the_demo_trained_alike(tmp_path):
     llama.copy_expert(tmp_path, "german", key, tmp_path / "copy", tmp_path / "base")
     config = json.loads((tmp_path / "copy" / "adapter" / "adapter_config.json").read_text())
     assert config == {"base_model_name_or_path": str(tmp_path / "base"), "r": 16}
+
+
+def test_llama_takes_experts_of_a_full_run_of_the_demo_and_none_of_a_quick_one(zoos, tmp_path):
+    out, _ = zoos("llama")
+    steps = SETTINGS["llama"].steps
+    for full in (False, True):
+        demo, zoo = tmp_path / f"demo-{full}", tmp_path / f"zoo-{full}"
+        for task in build_tasks(1, seed=0):
+            key = expert_key(base_key(GGUF), task, training_settings(task, DemoSettings(full=full, steps=steps)))
+            trained = out / "trained" / task.name
+            Stages(demo / RECORDS, "the demo").run(
+                demo / "experts" / task.name, key, lambda path, trained=trained: shutil.copytree(trained, path) and None
+            )
+        if full:
+            build_zoo("llama", zoo, demo=demo, checks=False)
+            taken, trained = (weights(place, "experts/german") for place in (zoo, out))
+            assert all(taken[name].equal(trained[name]) for name in trained)
+        else:
+            with pytest.raises(UserError, match=r"its expert arithmetic was trained .* demo --full, or leave"):
+                build_zoo("llama", zoo, demo=demo, checks=False)

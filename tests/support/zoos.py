@@ -33,16 +33,23 @@ TASKS = {"vit": SETTINGS["vit"].tasks, "t5": SETTINGS["t5"].tasks, "llama": ("ar
 _SCRIPTS = {"vit": vit, "t5": t5, "llama": llama}
 
 
-def build_zoo(family: str, out: Path, seed: int = 0, *, lora: bool = False, checks: bool = True) -> list[str]:
+#: Stands for the file of SmolLM2.
+GGUF = Path(__file__)
+
+
+def build_zoo(
+    family: str, out: Path, seed: int = 0, *, lora: bool = False, checks: bool = True, **options: Any
+) -> list[str]:
     """Run a family's script, with a tiny model in SmolLM2's place; returns what it said."""
 
     def save_tiny(gguf: Path, folder: Path) -> None:
         save_byte_llama(folder)
 
     said: list[str] = []
-    options = {} if family == "llama" else {"lora": lora}  # the Llama zoo always has adapters
+    if family != "llama":  # the Llama zoo always has adapters
+        options["lora"] = lora
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "find_gguf", lambda: Path(__file__))
+        patch.setattr(llama, "find_gguf", lambda: GGUF)
         patch.setattr(llama, "save_base", save_tiny)
         _SCRIPTS[family].build_zoo(
             out, SETTINGS[family], seed, checks=checks, say=said.append, progress=False, **options
