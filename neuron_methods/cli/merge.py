@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from neuron_methods.cli.common import Count, Share, debug_option, say
 from neuron_methods.cli.push import push_and_tell, push_options, pushing
-from neuron_methods.support.documents import read_text
+from neuron_methods.support.documents import MOST_YAML, read_text
+from neuron_methods.support.errors import UserError
 from neuron_methods.support.starting import importing
 
 if TYPE_CHECKING:
@@ -166,7 +168,7 @@ def merge(
     push_to_hub: str | None,
     **push: Any,
 ) -> None:
-    """Merge models as the mergekit YAML in CONFIG says; the result is in OUT, complete, or not there at all.
+    """Merge models as the mergekit YAML in CONFIG says (-: on stdin); the result is in OUT, complete, or not there.
 
     Every method of mergekit works, and the methods of this package. Inputs are checked before anything is merged; the
     output is written beside OUT, verified (every tensor of the base, same shapes, finite) and moved into place.
@@ -190,7 +192,7 @@ def merge(
 
     with teamed() as team:
         options = _options(merge_options, team)
-        source = read_text(config)
+        source, config = _read(config, team)
         if dry_run:
             if not team.rank:
                 say(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
@@ -223,6 +225,18 @@ def merge(
                 say(f"note: {note}", err=True)
         if push_to is not None and push_to_hub is not None:
             push_and_tell(Path(out), push_to_hub, push_to, quiet=options.quiet)
+
+
+def _read(config: str, team: Team) -> tuple[str, str]:
+    """Read the YAML; its text, and what messages call it."""
+    if config != "-":
+        return read_text(config), config
+    if team.count > 1:
+        raise UserError("CONFIG -: one process alone can read stdin; give a file")
+    try:
+        return sys.stdin.buffer.read(MOST_YAML + 1).decode(), "the YAML"
+    except UnicodeDecodeError:
+        raise UserError("the YAML on stdin: cannot be read (not UTF-8)") from None
 
 
 def _options(merge_options: MergeOptions, team: Team) -> MergeOptions:

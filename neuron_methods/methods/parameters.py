@@ -27,6 +27,36 @@ Of = Literal["merge", "expert"]
 
 
 @dataclass(frozen=True)
+class Range:
+    """The numbers that a parameter takes: from `low`, without it if `low_open`, to `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.low <= value <= self.high and not (self.low_open and value == self.low)
+
+    def __str__(self) -> str:
+        if (self.low, self.high) == (-math.inf, math.inf):
+            return "a finite number"
+        return f"a number in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class OwnParameterSpec(ParameterSpec):
+    """What mergekit knows of a parameter, and what values it takes.
+
+    Attributes:
+        numbers: that it takes; None: it takes none.
+        words: that it takes, beside numbers or alone; none and no numbers: any text.
+    """
+
+    numbers: Range | None = None
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class OwnMethodSpec(MergeMethodSpec):
     """What mergekit knows of a method, and what of it is whose.
 
@@ -66,10 +96,20 @@ def method_spec(
     )
 
 
-def declared(name: str, validate: Callable[[Any], Any], default: Any, of: Of, about: str) -> ParameterSpec:
+def declared(
+    name: str,
+    validate: Callable[[Any], Any],
+    default: Any,
+    of: Of,
+    about: str,
+    *,
+    numbers: Range | None = None,
+    words: tuple[str, ...] = (),
+) -> ParameterSpec:
     """Declare a parameter of the merge or of each expert; `validate` returns its value, or raises a `UserError`."""
     scope = ParameterScope.NON_BASE if of == "expert" else ParameterScope.SHARED
-    return ParameterSpec(name, Annotated[Any, PlainValidator(validate)], scope, default, about)
+    value = Annotated[Any, PlainValidator(validate)]
+    return OwnParameterSpec(name, value, scope, default, about, numbers=numbers, words=words)
 
 
 def number(
@@ -84,9 +124,8 @@ def number(
     about: str,
 ) -> ParameterSpec:
     """Declare a finite number from `low` (without it, if `low_open`) to `high`, or one of a few words."""
-    bounded = (low, high) != (-math.inf, math.inf)
-    numbers = f"a number in {'(' if low_open else '['}{low:g}, {high:g}]" if bounded else "a finite number"
-    expected = " or ".join([numbers, *map(repr, words)])
+    numbers = Range(low, high, low_open)
+    expected = " or ".join([str(numbers), *map(repr, words)])
 
     def validate(value: Any) -> float | str:
         if isinstance(value, str) and value in words:
@@ -95,11 +134,11 @@ def number(
             found = math.nan if isinstance(value, bool) else float(value)
         except (OverflowError, TypeError, ValueError):
             found = math.nan
-        if not math.isfinite(found) or not low <= found <= high or (low_open and found == low):
+        if found not in numbers:
             raise UserError(f"{name} must be {expected}; got {value!r}")
         return found
 
-    return declared(name, validate, default, of, about)
+    return declared(name, validate, default, of, about, numbers=numbers, words=words)
 
 
 def choice(name: str, *values: str, of: Of = "merge", about: str) -> ParameterSpec:
@@ -110,7 +149,7 @@ def choice(name: str, *values: str, of: Of = "merge", about: str) -> ParameterSp
             raise UserError(f"{name} must be one of {', '.join(values)}; got {value!r}")
         return value
 
-    return declared(name, validate, values[0], of, about)
+    return declared(name, validate, values[0], of, about, words=values)
 
 
 def text(name: str, *, of: Of = "merge", about: str) -> ParameterSpec:

@@ -29,7 +29,7 @@ from neuron_methods.support.documents import read_object
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_json
 from neuron_methods.support.fingerprints import file_state
-from neuron_methods.support.runs import hidden, note, remove
+from neuron_methods.support.runs import claimed, hidden, note, remove
 from neuron_methods.support.text import listed
 
 _BEGUN = "begun.json"
@@ -268,6 +268,22 @@ class HeldWork(Work):
         with self._lock:
             self.told.pop(name, None)
             self.held |= copied
+
+
+def forget(target: Path) -> None:
+    """Remove the finished pieces that an interrupted merge has left for one that goes on; what is not ours stays.
+
+    Args:
+        target: where the output would have been.
+
+    Raises:
+        UserError: another run writes there.
+    """
+    target = target.resolve()
+    with claimed(target):
+        place = Work(target).place
+        if (place / _BEGUN).is_file():
+            remove(place)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -26,7 +26,7 @@ from neuron_methods.support.text import first_line, format_bytes
 GOOD, NOTE, BAD = "ok", "note", "wrong"
 PACKAGE = "mergekit-neuron"
 _PTH = "mergekit_neuron_autoload.pth"
-_EXTRAS = ("report", "vision", "tune", "metrics", "lm-eval", "demo")
+_EXTRAS = ("report", "vision", "tune", "metrics", "lm-eval", "ui", "demo")
 
 
 @dataclass(frozen=True)

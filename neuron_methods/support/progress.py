@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from neuron_methods.support.text import shortened
 
-#: Seconds between two lines where stderr is no terminal.
+#: Seconds between two lines where stderr is no terminal, unless the environment says otherwise.
 LINE_INTERVAL = 10.0
+LINE_VARIABLE = "MERGEKIT_NEURON_LINE_SECONDS"
 
 _COUNTED = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} to go{postfix}"
 _OPEN = "{desc}: {n_fmt} {unit}s, {elapsed} elapsed{postfix}"
+
+
+class Counted(NamedTuple):
+    """What a line of progress says: what is going on, and how many of how many units are done."""
+
+    what: str
+    done: int
+    total: int
+
+    @classmethod
+    def read(cls, line: str) -> Counted | None:
+        """Read a line that a bar has written; None: it is another one."""
+        found = re.match(r"(.+): (\d+) of (\d+) \S+s, .* elapsed, .* to go", line)
+        return cls(found[1], int(found[2]), int(found[3])) if found else None
+
+
+def line_interval() -> float:
+    """Tell how many seconds pass between two lines."""
+    try:
+        return max(0.0, float(os.environ[LINE_VARIABLE]))
+    except (KeyError, ValueError):
+        return LINE_INTERVAL
 
 
 class _Lines:
@@ -96,6 +121,6 @@ def progress_bar(
         unit=unit,
         leave=False,
         file=_Lines(sys.stderr),
-        mininterval=LINE_INTERVAL,
+        mininterval=line_interval(),
         miniters=1,
     )
