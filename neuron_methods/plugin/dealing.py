@@ -51,7 +51,7 @@ def check_enough(team: Team, work: Work) -> None:
     """Refuse more processes than there are tensors; raises UserError."""
     tensors = sum(map(len, work.groups))
     if team.count > max(tensors, 1):
-        what = f"--num_processes {team.count}: the merge has {tensors} tensors"
+        what = f"--num_processes {team.count}: the merge has {tensors} tensor{'s' * (tensors != 1)}"
         team.refuse(UserError(f"{what}; give at most as many processes"))
 
 

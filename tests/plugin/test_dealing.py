@@ -222,16 +222,16 @@ def test_every_tensor_is_dealt_once_and_tied_ones_together(outcome, count, monke
     assert len(whole) >= (len(work.groups) - 1) // count * count - 1
 
 
-@pytest.mark.parametrize(("processes", "tensors"), [(4, 3), (2, 0)])
-def test_no_more_processes_than_tensors(processes, tensors):
+@pytest.mark.parametrize(
+    ("processes", "tensors", "has"), [(4, 3, "3 tensors"), (2, 1, "1 tensor"), (2, 0, "0 tensors")]
+)
+def test_no_more_processes_than_tensors(processes, tensors, has):
     team, work = Team(), Work(Path("nowhere"))
     work.groups = [[f"t{number}"] for number in range(tensors)]
     team.count = max(tensors, 1)
     check_enough(team, work)
     team.count = processes
-    with pytest.raises(
-        UserError, match=rf"^--num_processes {processes}: the merge has {tensors} tensors; give at most"
-    ):
+    with pytest.raises(UserError, match=rf"^--num_processes {processes}: the merge has {has}; give at most"):
         check_enough(team, work)
 
 
