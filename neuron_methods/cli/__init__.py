@@ -31,7 +31,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "describe": Subcommand("neuron_methods.cli.describe", "Let a language model say what each MLP neuron is for."),
     "linearity": Subcommand("neuron_methods.cli.linearity", "Measure how linearly outputs follow merged weights."),
     "route": Subcommand("neuron_methods.cli.route", "Make a routed model: a router over adapters."),
-    "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with a routed model; show the routing."),
+    "generate": Subcommand("neuron_methods.cli.generate", "Answer prompts with models, side by side."),
     "recipes": Subcommand("neuron_methods.cli.recipes", "Show merge configurations to start from."),
     "report": Subcommand("neuron_methods.cli.report", "Draw what a merge did to the neurons."),
     "verify": Subcommand("neuron_methods.cli.verify", "Check that a checkpoint or adapter is complete."),

@@ -45,13 +45,14 @@ def _hide_token() -> None:
 @click.option("--no-browser", is_flag=True, help="Open no browser; print the address alone.")
 @debug_option
 def ui(host: str, port: int | None, root: Path | None, use_token: bool, config: Path | None, no_browser: bool) -> None:
-    """Show a page that does what the commands do: choose models and a method, plan, merge, report."""
-    if host not in LOOPBACK and not use_token:
+    """Show a page that does what the commands do: choose models and a method, plan, merge, report, try, push."""
+    alone = host in LOOPBACK
+    if not alone and not use_token:
         _hide_token()
     from neuron_methods.support.documents import MOST_YAML, read_text
     from neuron_methods.ui.server import served
 
     start = read_text(config, most=MOST_YAML) if config is not None else ""
-    with served(host, port, root, start, alone=host in LOOPBACK, browser=not no_browser) as address:
+    with served(host, port, root, start, alone=alone, pushes=alone or use_token, browser=not no_browser) as address:
         say(address)
         threading.Event().wait()

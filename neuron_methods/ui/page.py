@@ -15,7 +15,7 @@ from neuron_methods.support.documents import read_text
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import one_line
 from neuron_methods.ui.checks import look_at_models, look_at_yaml
-from neuron_methods.ui.form import NAME, Field, Form, about_method, fields_of, methods
+from neuron_methods.ui.form import NAME, Field, Form, about_method, fields_of, methods, read_form
 from neuron_methods.ui.jobs import Desk, Job
 from neuron_methods.ui.places import Root
 from neuron_methods.ui.sheet import Sheet
@@ -38,17 +38,19 @@ class Page:
         desk: where jobs are given in.
         alone: whether all who look at the page are one: the user of this machine.
         start: the YAML to start from.
+        pushes: whether what is merged may be uploaded from here.
     """
 
     root: Root
     desk: Desk
     alone: bool
     start: str = ""
+    pushes: bool = True
 
     def build(self) -> gr.Blocks:
         """Put it together."""
         self.begun = Sheet().left(self.start)
-        with gr.Blocks(title="mergekit-neuron", analytics_enabled=False) as blocks:
+        with gr.Blocks(title="mergekit-neuron") as blocks:
             gr.Markdown("# mergekit-neuron\nMerge fine-tuned models. The form writes the YAML; the YAML is what runs.")
             with gr.Row():
                 with gr.Column(min_width=360):
@@ -58,6 +60,12 @@ class Page:
                     self._yaml()
                     self._merge()
             self.drawn = gr.HTML(elem_id="drawn", elem_classes="told")
+            with gr.Row():
+                with gr.Column(min_width=360):
+                    self._try()
+                if self.pushes:
+                    with gr.Column(min_width=360):
+                        self._push()
             self._wire(blocks)
         return blocks
 
@@ -152,6 +160,22 @@ class Page:
             self.cancel = gr.Button(_CANCEL, variant="stop", interactive=False, elem_id="cancel", min_width=120)
         self.told = gr.HTML(elem_id="told", elem_classes="told")
 
+    def _try(self) -> None:
+        gr.Markdown("## Try")
+        self.prompt = gr.Textbox(label="Prompt", info="As it is, without a chat template", lines=2, elem_id="prompt")
+        self.image = gr.Image(label="or an image, for classifiers", type="filepath", format="png", height=160)
+        self.ask = gr.Button("Ask base, experts and output", elem_id="ask")
+        self.tried = gr.HTML(elem_id="tried", elem_classes="told")
+
+    def _push(self) -> None:
+        gr.Markdown("## Push")
+        self.repository = gr.Textbox(
+            label="Repository", info="USER/NAME on the Hub; the token is that of `hf auth login`", elem_id="repository"
+        )
+        self.private = gr.Checkbox(True, label="Private, if it is new", elem_id="private")
+        self.push = gr.Button("Push the output", elem_id="push")
+        self.pushed = gr.HTML(elem_id="pushed", elem_classes="told")
+
     @property
     def written(self) -> list[Any]:
         """What is written whenever the YAML or the form changes."""
@@ -181,6 +205,11 @@ class Page:
         self.merge.click(self._run_merge, settings, shown, **more)
         self.pause.click(self._pause, [], [], **more)
         self.cancel.click(self._cancel, [], [], **more)
+        asked = [self.yaml, self.out, self.prompt, self.image]
+        self.ask.click(self._run_ask, asked, [self.tried, *buttons], **more)
+        if self.pushes:
+            given = [self.out, self.repository, self.private]
+            self.push.click(self._run_push, given, [self.pushed, *buttons], **more)
         blocks.load(self._follow, [], shown, **more)
         if not self.alone:
             blocks.unload(self._leave)
@@ -233,6 +262,31 @@ class Page:
             return Job("merge", arguments, self.root.place, yaml, place)
 
         yield from self._run(begin, request)
+
+    def _run_ask(
+        self, yaml: str, out: str, prompt: str, image: str | None, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        def begin() -> Job:
+            self.root.check_yaml(yaml, NAME)
+            form = read_form(yaml)
+            place = self.root.path(out, "output")
+            models = [model for model in (form.base, *form.experts) if model] + [str(place)] * place.is_dir()
+            if not models:
+                raise UserError("choose models first")
+            given = [f"--image={image}"] if image and not prompt.strip() else [f"--prompt={prompt}"]
+            return Job("answers", ["generate", *given, "--", *dict.fromkeys(models)], self.root.place)
+
+        for told, _, *buttons in self._run(begin, request):
+            yield told, *buttons
+
+    def _run_push(self, out: str, repository: str, private: bool, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        def begin() -> Job:
+            place = self.root.path(out, "output")
+            given = ["--private"] * private
+            return Job("push", ["push", *given, "--", str(place), repository.strip()], self.root.place)
+
+        for told, _, *buttons in self._run(begin, request):
+            yield told, *buttons
 
     def _run(self, begin: Callable[[], Job], request: gr.Request) -> Iterator[tuple[Any, ...]]:
         try:

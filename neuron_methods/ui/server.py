@@ -20,7 +20,14 @@ _MOST_UPLOAD = "20mb"
 
 @contextmanager
 def served(
-    host: str, port: int | None, root: Path | None, start: str = "", *, alone: bool = True, browser: bool = False
+    host: str,
+    port: int | None,
+    root: Path | None,
+    start: str = "",
+    *,
+    alone: bool = True,
+    pushes: bool = True,
+    browser: bool = False,
 ) -> Iterator[str]:
     """Serve the page as long as the block lasts, and give its address; the directory of the page becomes the current.
 
@@ -31,6 +38,7 @@ def served(
             paths may lead anywhere.
         start: YAML that the page begins with.
         alone: whether this machine alone can reach the host.
+        pushes: whether what is merged may be uploaded from there.
         browser: open one.
 
     Raises:
@@ -44,7 +52,8 @@ def served(
         raise UserError(f"--root {root}: no such directory")
     place = Path(os.path.realpath(root or Path.cwd()))
     port = _free_port(host, port)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    for name, value in (("GRADIO_ANALYTICS_ENABLED", "False"), ("HF_HUB_DISABLE_TELEMETRY", "1")):
+        os.environ.setdefault(name, value)  # whoever has asked for it, has it
     try:
         import gradio as gr
     except ImportError:
@@ -56,7 +65,7 @@ def served(
 
     os.chdir(place)
     desk = Desk()
-    blocks = Page(Root(place, root is not None), desk, alone, start).build()
+    blocks = Page(Root(place, root is not None), desk, alone, start, pushes).build()
     # A page of somebody else's, whose name is made to lead here, is none of ours.
     guard = [Middleware(TrustedHostMiddleware, allowed_hosts=_OWN_NAMES)] if alone else []
     try:

@@ -434,7 +434,8 @@ def test_generate_wants_what_the_model_reads(workspace):
     workspace("llama")
     assert "reads text; give --prompt" in invoke("generate", "routed", "--image", "x.png", code=1).stderr
     assert "give --prompt TEXT or --image FILE" in invoke("generate", "routed", code=2).stderr
-    assert "no routed_config.json in it" in invoke("generate", "base", "--prompt", "one", code=1).stderr
+    Path("nothing").mkdir()
+    assert "no routed_config.json in it" in invoke("generate", "nothing", "--prompt", "one", code=1).stderr
     assert "no token in it" in invoke("generate", "routed", "--prompt", "", code=1).stderr
 
 

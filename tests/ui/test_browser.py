@@ -18,6 +18,7 @@ import yaml
 from tests.support.commands import environment
 
 CHROMIUM = "/usr/bin/chromium"
+ORDER = ("base", "expert-a", "expert-b", "merged")
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.browser
 
@@ -131,6 +132,21 @@ def test_a_merge_is_made_and_its_report_is_read(page, models):
     assert heading.inner_text() == "merged: what the merge does to the neurons"
     recorded = yaml.safe_load((models / "merged/mergekit_config.yml").read_text())
     assert recorded["models"][1]["parameters"] == {"density": 0.3}
+
+
+def test_base_experts_and_merge_are_asked_side_by_side(page):
+    page.locator("#prompt textarea").fill("one")
+    page.locator("#ask").click()
+    page.locator("#tried").get_by_text("answers: done").wait_for()
+    said = page.locator("#tried pre").inner_text().split("\n")
+    assert [line for line in said if not line.startswith("  ")] == [f"{m}: one" for m in ORDER]
+    assert sum(line.startswith("  answer:") for line in said) == len(ORDER)
+
+
+def test_a_push_that_cannot_be_is_one_line(page):
+    page.locator("#repository textarea, #repository input").first.fill("no id")
+    page.locator("#push").click()
+    page.locator("#pushed [role=alert]").get_by_text("no id: no id of a repository").wait_for()
 
 
 def wait_until(found):
