@@ -95,7 +95,7 @@ def inputs_of_update(expert: Expert, shape: tuple[int, int], options: ResponseOp
     """
     rows = own_rows(expert, shape, options)
     drawn = expert.rows(slice(0, 0)).new_zeros(min(shape[0], DRAWN * rows if rows < shape[0] else rows), shape[1])
-    for block in row_blocks(shape[0], 4 * max(shape[1], 1), CACHE_BYTES, drawn.device):
+    for block in row_blocks(shape[0], 4 * max(shape[1], 1), CACHE_BYTES):
         add_up(drawn, block, shape[0], expert.rows(block))
     return condensed(drawn, rows)
 
