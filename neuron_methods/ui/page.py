@@ -70,7 +70,7 @@ class Page:
         return blocks
 
     def _models(self) -> None:
-        gr.Markdown("## Models")
+        gr.Markdown("## Models", elem_classes="head")
         self.base = gr.Textbox(
             self.begun.form.base,
             label="Base",
@@ -88,7 +88,7 @@ class Page:
         self.found = gr.HTML(elem_id="found", elem_classes="told")
 
     def _method(self, blocks: gr.Blocks) -> None:
-        gr.Markdown("## Method")
+        gr.Markdown("## Method", elem_classes="head")
         known = [(f"{name} ({method.spec.pretty_name})", name) for name, method in methods().items()]
         with gr.Row():
             self.method = gr.Dropdown(
@@ -136,7 +136,7 @@ class Page:
         )
 
     def _yaml(self) -> None:
-        gr.Markdown("## YAML")
+        gr.Markdown("## YAML", elem_classes="head")
         recipes = [recipe.name for recipe in all_recipes() if len(recipe.stages) == 1]
         self.recipe = gr.Dropdown(recipes, label="Start from a recipe", value=None, elem_id="recipe")
         self.yaml = gr.Textbox(
@@ -145,7 +145,7 @@ class Page:
         self.yaml_found = gr.HTML(_looked_at(self.start), elem_id="yaml-found", elem_classes="told")
 
     def _merge(self) -> None:
-        gr.Markdown("## Merge")
+        gr.Markdown("## Merge", elem_classes="head")
         with gr.Row():
             self.out = gr.Textbox("merged", label="Output", elem_id="out", min_width=200)
             self.there = gr.Dropdown(_THERE, label="If it is there", value="", elem_id="there", min_width=200)
@@ -161,14 +161,14 @@ class Page:
         self.told = gr.HTML(elem_id="told", elem_classes="told")
 
     def _try(self) -> None:
-        gr.Markdown("## Try")
+        gr.Markdown("## Try", elem_classes="head")
         self.prompt = gr.Textbox(label="Prompt", info="As it is, without a chat template", lines=2, elem_id="prompt")
         self.image = gr.Image(label="or an image, for classifiers", type="filepath", format="png", height=160)
         self.ask = gr.Button("Ask base, experts and output", elem_id="ask")
         self.tried = gr.HTML(elem_id="tried", elem_classes="told")
 
     def _push(self) -> None:
-        gr.Markdown("## Push")
+        gr.Markdown("## Push", elem_classes="head")
         self.repository = gr.Textbox(
             label="Repository", info="USER/NAME on the Hub; the token is that of `hf auth login`", elem_id="repository"
         )
@@ -234,8 +234,9 @@ class Page:
         form = found.form.base, "\n".join(found.form.experts), method, found.form.dtype
         return *_shown(found, _looked_at(yaml)), *form
 
-    def _take(self, recipe: str | None) -> str:
-        return next((found.text for found in all_recipes() if found.name == recipe), "")
+    def _take(self, recipe: str | None) -> Any:
+        """The text of a recipe; nothing where the list was only passed by."""
+        return next((found.text for found in all_recipes() if found.name == recipe), gr.skip())
 
     def _look(self, ask_hub: bool, base: str, experts: str) -> str:
         return findings(look_at_models(self.root, base, _listed(experts), ask_hub=ask_hub))

@@ -57,13 +57,14 @@ class Sheet:
 
     def left(self, text: str) -> Sheet:
         """Take the YAML as the browser has it, now that it is done with, and let the form follow where it has room."""
+        typed = self.typed(text)
+        if typed.text != text:  # late
+            return self
         try:
             form = read_form(text)
         except UserError:
-            form = self.form
-        if form == self.form:
-            return replace(self, text=text, earlier=()) if text != self.text else self
-        return Sheet(text, form, (), self.drawing + 1)
+            return typed
+        return typed if form == self.form else Sheet(text, form, (), self.drawing + 1)
 
     def _written(self, text: str) -> Sheet:
         return replace(self, text=text, form=read_form(text), earlier=(self.text, *self.earlier)[:_LATE])

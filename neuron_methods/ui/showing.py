@@ -13,6 +13,7 @@ STYLE = """
 .gradio-container { max-width: 90rem !important; --block-info-text-color: var(--neutral-600); }
 .dark.gradio-container, .dark .gradio-container { --block-info-text-color: var(--neutral-400); }
 .yaml textarea, .told pre { font-family: ui-monospace, Consolas, monospace; font-size: .85rem; line-height: 1.45; }
+.head, .head * { overflow: visible !important; }  /* what could scroll, the keyboard would stop at */
 .told pre { margin: .5rem 0 0; padding: .75rem; white-space: pre-wrap; overflow: auto; max-height: 24rem;
   color: var(--body-text-color); background: var(--background-fill-secondary); border-radius: .4rem;
   border: 1px solid var(--border-color-primary); }

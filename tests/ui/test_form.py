@@ -114,7 +114,11 @@ def test_comments_stay_until_the_form_says_something_new():
 def test_what_comes_back_late_undoes_nothing():
     one = Sheet().left(START).with_setting("density", "0.2")
     two = one.with_setting("weight", "3")
-    assert two.typed(one.text) is two and two.typed(two.text) is two
+    for late in ("", START, one.text, two.text):
+        begun = Sheet().with_models("base", EXPERTS, "neuro_merging", "bfloat16")
+        edited = begun.with_setting("density", "0.2").with_setting("weight", "3")
+        assert edited.text == two.text
+        assert edited.typed(late) is edited and edited.left(late) is edited
     assert two.typed("merge_method: ties").text == "merge_method: ties"
 
 
