@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from neuron_methods.kernels.task_vectors import TaskVector
+from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector
+from neuron_methods.sharing.report.collect import Collector
 from neuron_methods.sharing.report.weight_statistics import (
     cosines,
     distances,
@@ -155,3 +156,13 @@ def test_top_and_overlap():
     first, second = torch.tensor([True, True, False]), torch.tensor([False, True, True])
     assert overlap(first, second) == pytest.approx(1 / 3)
     assert overlap(~(first | ~first), first & ~first) == 0.0
+
+
+def test_updates_that_are_known_by_their_factors_are_looked_at_as_what_they_are() -> None:
+    base, b, a = torch.randn(6, 8), torch.randn(6, 2), torch.randn(2, 8)
+    low, dense = LowRankTaskVector.of(b, a, (6, 8)), (b @ a).as_subclass(TaskVector)
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = [
+        Collector("base", ["one"], None).look(name, {"base": base, "one": one}, base + b @ a) for one in (low, dense)
+    ]
+    assert found[0] is not None and found[0].to_json() == found[1].to_json()

@@ -69,7 +69,9 @@ class Collector:
             merged: what the merge made of them.
         """
         base = inputs.get(self.base)
-        experts = [inputs.get(expert) for expert in self.experts]
+        given = [inputs.get(expert) for expert in self.experts]
+        # Rows are looked at block by block, and an update that is known by its factors has no rows before it is formed.
+        experts = [one.dense().as_subclass(TaskVector) if isinstance(one, TaskVector) else one for one in given]
         whole = [tensor for tensor in (base, *experts, merged) if tensor is not None]
         if (
             base is None
