@@ -302,6 +302,8 @@ class Page:
         job = self.desk.of(self._owner(request))
         if job is not None and job.code is None:
             yield from self._followed(job)
+        else:
+            yield self._view("", running=False)
 
     def _followed(self, job: Job) -> Iterator[tuple[Any, ...]]:
         for _ in job.follow():

@@ -190,6 +190,12 @@ def test_the_space_starts_as_it_is_and_reads_nothing_outside_of_its_directory(br
         found.locator("#base textarea").fill(str(models / "base"))
         found.locator("#found").get_by_text("is outside of the page's directory").wait_for()
         assert found.evaluate("document.documentElement.scrollWidth") <= 400
+        assert found.locator("#plan, #merge, #pause, #cancel").all_inner_texts() == [
+            "Dry run",
+            "Merge",
+            "Pause",
+            "Cancel",
+        ]
         found.locator("#yaml textarea").fill(f"merge_method: linear\nmodels: [model: {models}/base]")
         found.locator("#plan").click()
         assert "is outside of the page's directory" in told(found, "outside")
