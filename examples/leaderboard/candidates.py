@@ -230,7 +230,7 @@ def responses() -> list[Candidate]:
         row("toward zero", toward="zero"),
         row("toward sum", toward="sum"),
         row("subspace orthogonal", "without what is parallel to a neuron's base weights", subspace="orthogonal"),
-        row("all rows", "of an update stand for its inputs, where others take 512", rows=0),
+        row("all rows", "of an update stand for its inputs, where others take 3/16 of its rank", rows=0),
         row("loudness own", loudness="own"),
         row("ACTMat", _ACTMAT, loudness="own", ridge=0.0, rows=0, toward="zero"),
         row("embeddings by rows", embeddings="rows"),
