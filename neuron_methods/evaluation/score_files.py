@@ -23,8 +23,8 @@ _OUTCOMES = beginning_with(r'\{"task": ')
 
 
 def format_score(value: float, metric: str) -> str:
-    """Write a perplexity as it is, any other score in percent."""
-    return f"{value:.3f}" if metric == "perplexity" else f"{100 * value:.1f} %"
+    """Write a perplexity as it is (lm-evaluation-harness has several), any other score in percent."""
+    return f"{value:.3f}" if metric.endswith("perplexity") else f"{100 * value:.1f} %"
 
 
 def table(evaluation: Evaluation) -> list[str]:

@@ -15,7 +15,7 @@ from neuron_methods.data.batching import batched, by_length
 from neuron_methods.evaluation.examples import Examples, Outcome, read_examples
 from neuron_methods.evaluation.kinds import KINDS
 from neuron_methods.evaluation.kinds.harness import run_harness
-from neuron_methods.evaluation.kinds.prompting import chats
+from neuron_methods.evaluation.kinds.prompting import chat_notes, chats
 from neuron_methods.evaluation.kinds.scorer import processor_part
 from neuron_methods.evaluation.models import ModelSpec, OpenedModel, architecture_of, open_model
 from neuron_methods.evaluation.scores import bootstrap_interval, score_and_interval
@@ -214,28 +214,26 @@ class HarnessTask:
         errors on either side.
         """
         started = time.perf_counter()
-        score, error, samples = run_harness(self.model, self.tokenizer, self.task, self.seed)
-        outcomes = [
-            Outcome(sample.get("doc_id", place), float(value))
-            for place, sample in enumerate(samples)
-            if isinstance(value := sample.get(self.task.metric), (int, float))
-        ]
-        low, high = score - 1.96 * error, score + 1.96 * error
+        found = run_harness(self.model, self.tokenizer, self.task, self.seed)
+        outcomes = [Outcome(row, score) for row, score in found.scores]
+        score = found.score
+        low, high = score - 1.96 * found.error, score + 1.96 * found.error
         scores = [outcome.score for outcome in outcomes]
         if scores and abs(sum(scores) / len(scores) - score) < 1e-6:
             low, high = bootstrap_interval(scores, [1.0] * len(scores), "", self.seed)
         return TaskResult(
             name=self.task.name,
             kind=self.task.kind,
-            metric=self.task.metric or "",
+            metric=found.metric,
             score=score,
             low=low,
             high=high,
-            count=len(samples),
+            count=found.count,
             source=self.task.settings["task"],
             split="test",
             seconds=round(time.perf_counter() - started, 3),
             outcomes=outcomes,
+            notes=chat_notes(self.tokenizer, self.task),
             prompts={"chat": chats(self.task.settings), "few_shot": self.task.settings.get("num_fewshot")},
         )
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from neuron_methods.evaluation import evaluate_model, open_model, read_examples
-from neuron_methods.evaluation.kinds import generation
+from neuron_methods.evaluation import evaluate_model, open_model, read_examples, scoring
+from neuron_methods.evaluation.kinds import generation, harness
 from neuron_methods.evaluation.kinds.generation import Generation
 from neuron_methods.evaluation.kinds.likelihood import windows
 from neuron_methods.models import chat
@@ -239,22 +239,23 @@ def test_the_command_says_which_scores_these_are(chatty, folder):
     assert "num_few_shot" not in card and "few_shot: 1" in card and "| chat template, system prompt, 1 shown |" in card
 
 
-def test_the_harness_is_given_the_chat(folder, monkeypatch):
-    """lm-evaluation-harness itself is no package of the tests: what it is asked for is what its documents name."""
+def harness_returns(monkeypatch, results: dict, samples: dict) -> dict:
+    """Stand in for the package, which is none of the tests', with what it returned; what it is asked for."""
     import sys
     import types
 
-    from neuron_methods.evaluation.kinds import harness
-
     asked = {}
     package, models, tasks = (types.ModuleType(name) for name in ("lm_eval", "models", "tasks"))
-    package.simple_evaluate = lambda **given: (
-        asked.update(given) or {"results": {"x": {"acc,none": 1.0}}, "samples": {}}
-    )
+    package.simple_evaluate = lambda **given: asked.update(given) or {"results": results, "samples": samples}
     models.HFLM = lambda **given: given
     tasks.TaskManager = lambda **given: given
     for name, module in (("lm_eval", package), ("lm_eval.models.huggingface", models), ("lm_eval.tasks", tasks)):
         monkeypatch.setitem(sys.modules, name, module)
+    return asked
+
+
+def test_the_harness_is_given_the_chat(folder, monkeypatch):
+    asked = harness_returns(monkeypatch, {"x": {"acc,none": 1.0}}, {})
     (folder / "mine.jinja").write_text(TEMPLATE)
     given = {"name": "a", "kind": "lm-eval", "task": "x", "system": "two", "template": "mine.jinja"}
     (task,) = cases.tasks_of(folder, given)
@@ -262,6 +263,64 @@ def test_the_harness_is_given_the_chat(folder, monkeypatch):
     harness.run_harness(torch.nn.Module(), tokenizer, task, 0)
     assert (asked["apply_chat_template"], asked["system_instruction"]) == (True, "two")
     assert asked["model"]["tokenizer"].chat_template == TEMPLATE and tokenizer.chat_template is None
+    notes = scoring.HarnessTask(torch.nn.Module(), tokenizer, task, 0).run().notes
+    assert notes == ["prompts through the task's chat template"]
+
+
+# As lm-evaluation-harness 0.4.13 returned it for tasks of two filters and of two metrics, and a group of both.
+TWO = {"name": "two", "alias": "two", "sample_len": 2, "exact_match,word": 0.5, "exact_match_stderr,word": "N/A"}
+TWO |= {"exact_match,raw": 0.0, "exact_match_stderr,raw": 0.0}
+WORDS = {"alias": "words", "sample_len": 2, "acc,none": 0.5, "acc_stderr,none": 0.25, "word_perplexity,none": 9}
+SAMPLES = {
+    "words": [{"doc_id": row, "filter": "none", "acc": float(row), "acc_norm": 0.0} for row in (0, 1)],
+    "two": [
+        {"doc_id": row, "filter": kept, "exact_match": float(kept == "word" and row)}
+        for kept in ("word", "raw")
+        for row in (1, 0)
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "found"),
+    [
+        ("two", None, ("exact_match,word", 0.5, 0.0, [(1, 1.0), (0, 0.0)], 2)),
+        ("two", "exact_match", ("exact_match,word", 0.5, 0.0, [(1, 1.0), (0, 0.0)], 2)),
+        ("two", "exact_match,raw", ("exact_match,raw", 0.0, 0.0, [(1, 0.0), (0, 0.0)], 2)),
+        ("words", None, ("acc", 0.5, 0.25, [(0, 0.0), (1, 1.0)], 2)),
+        ("words", "acc,none", ("acc", 0.5, 0.25, [(0, 0.0), (1, 1.0)], 2)),
+        ("words", "word_perplexity", ("word_perplexity", 9.0, 0.0, [], 2)),
+    ],
+)
+def test_a_metric_of_the_harness_may_be_chosen_with_its_filter(folder, monkeypatch, name, metric, found):
+    harness_returns(monkeypatch, {name: {"two": TWO, "words": WORDS}[name]}, {name: SAMPLES[name]})
+    given = {"name": "a", "kind": "lm-eval", "task": name} | ({"metric": metric} if metric else {})
+    (task,) = cases.tasks_of(folder, given)
+    assert harness.run_harness(torch.nn.Module(), tiny.build_tokenizer(), task, 0) == found
+    result = scoring.HarnessTask(torch.nn.Module(), tiny.build_tokenizer(), task, 0).run()
+    assert (result.metric, result.count, len(result.outcomes), result.notes) == (found[0], 2, len(found[3]), [])
+
+
+def test_a_group_of_the_harness_counts_the_examples_of_all_its_tasks(folder, monkeypatch):
+    samples = {"words": SAMPLES["words"], "more": SAMPLES["words"]}
+    harness_returns(monkeypatch, {"words": WORDS, "more": WORDS, "both": {"acc,none": 0.5}}, samples)
+    (task,) = cases.tasks_of(folder, {"name": "a", "kind": "lm-eval", "task": "both"})
+    found = harness.run_harness(torch.nn.Module(), tiny.build_tokenizer(), task, 0)
+    assert (found.scores, found.count) == ([(0, 0.0), (1, 1.0), (2, 0.0), (3, 1.0)], 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "two", "metric": "acc"}, r"^task 'a': metric: two has no 'acc' \(it has: exact_match,word, exact_ma"),
+        ({"task": "tag"}, "^task 'a': task: tag stands for tasks that have no score in common: two, words; name one$"),
+    ],
+)
+def test_what_the_harness_has_no_score_for_is_named(folder, monkeypatch, given, message):
+    harness_returns(monkeypatch, {"two": TWO, "words": WORDS}, SAMPLES)
+    (task,) = cases.tasks_of(folder, {"name": "a", "kind": "lm-eval", **given})
+    with pytest.raises(UserError, match=message):
+        harness.run_harness(torch.nn.Module(), tiny.build_tokenizer(), task, 0)
 
 
 ENDLESS = {

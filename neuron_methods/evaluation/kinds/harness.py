@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
 
 from neuron_methods.evaluation.kinds.prompting import CHAT, chat_template, chats, check_chat
 from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.setting_checks import string, whole_number
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.text import listed
 
 
 class Harness(Scorer):
-    """`task` names the harness's task, `metric` one of its metrics, `include_path` a folder with tasks of one's own."""
+    """`task` names the harness's task, `metric` one of its metrics (or METRIC,FILTER).
+
+    `include_path` is a folder with tasks of one's own.
+    """
 
     metrics = ()
     settings: ClassVar = {
@@ -43,11 +48,26 @@ class Harness(Scorer):
         super().check_model(task, config, architecture, shown)
 
 
-def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> tuple[float, float, list[dict[str, Any]]]:
-    """Let the harness score a model.
+class Found(NamedTuple):
+    """What the harness found, of one metric.
 
-    Returns:
-        (score, its standard error, the harness's records of the examples).
+    Attributes:
+        metric: its name, with the filter of the answers where the harness names one: ``exact_match,strict-match``.
+        score: of the task or group.
+        error: the standard error of the score; 0 where the harness gives none.
+        scores: (row, score) of every example that has one of its own; rows of a group are counted through its tasks.
+        count: how many examples were scored.
+    """
+
+    metric: str
+    score: float
+    error: float
+    scores: list[tuple[int, float]]
+    count: int
+
+
+def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> Found:
+    """Let the harness score a model.
 
     Raises:
         UserError: the harness has no such task or metric, or cannot get its data.
@@ -78,12 +98,46 @@ def run_harness(model: Any, tokenizer: Any, task: Task, seed: int) -> tuple[floa
             fewshot_random_seed=seed,
         )
     except Exception as error:  # whatever the harness, datasets and their network raise
-        raise UserError(f"task {task.name!r}: lm-evaluation-harness: {type(error).__name__}: {error}") from error
-    results = found["results"].get(name) or next(iter(found["results"].values()))
-    scores = {k.split(",")[0]: v for k, v in results.items() if isinstance(v, float) and "_stderr" not in k}
-    errors = {k.split(",")[0].removesuffix("_stderr"): v for k, v in results.items() if "_stderr" in k}
-    metric = task.metric or next(iter(scores), None)
-    if metric not in scores:
-        raise UserError(f"task {task.name!r}: metric: {name} has no {metric!r} (it has: {', '.join(scores)})")
-    error = errors.get(metric)
-    return scores[metric], error if isinstance(error, float) else 0.0, next(iter(found["samples"].values()), [])
+        what = str(error) or "it says no more; run again with --debug for the traceback"
+        raise UserError(f"task {task.name!r}: lm-evaluation-harness: {type(error).__name__}: {what}") from error
+    results = found["results"]
+    if name not in results and len(results) != 1:
+        raise UserError(
+            f"task {task.name!r}: task: {name} stands for tasks that have no score in common: "
+            f"{listed(list(results))}; name one"
+        )
+    return _read(task, results.get(name) or next(iter(results.values())), found["samples"])
+
+
+def _read(task: Task, results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]) -> Found:
+    """Read one metric out of what the harness returns; the first, unless the task names one.
+
+    Args:
+        task: with the name of a metric (its first filter is meant), of metric and filter, or none.
+        results: by ``METRIC,FILTER`` and ``METRIC_stderr,FILTER``, among other things.
+        samples: of each task, one record for every example and filter.
+    """
+    scores = {
+        key: float(value)
+        for key, value in results.items()
+        if "," in key and isinstance(value, (int, float)) and "_stderr," not in key
+    }
+    chosen = next((key for key in scores if task.metric in (None, key, key.partition(",")[0])), None)
+    if chosen is None:
+        known = listed([key.removesuffix(",none") for key in scores]) or "none"
+        raise UserError(f"task {task.name!r}: metric: {task.settings['task']} has no {task.metric!r} (it has: {known})")
+    metric, _, kept = chosen.partition(",")
+    error = results.get(f"{metric}_stderr,{kept}")
+    records = [[record for record in records if record.get("filter", kept) == kept] for records in samples.values()]
+    rows = list(chain.from_iterable(records))
+    return Found(
+        metric=chosen.removesuffix(",none"),
+        score=scores[chosen],
+        error=error if isinstance(error, float) else 0.0,
+        scores=[
+            (place if len(records) > 1 else record.get("doc_id", place), float(value))
+            for place, record in enumerate(rows)
+            if isinstance(value := record.get(metric), (int, float))
+        ],
+        count=len(rows),
+    )

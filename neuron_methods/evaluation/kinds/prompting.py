@@ -70,8 +70,8 @@ class Prompts:
         self.template = chat_template(tokenizer, examples.task) if self.chat else None
         if self.chat and len({self._asked([], text) for text in ("neuron", "model")}) == 1:
             raise UserError(
-                f"task {examples.task.name!r}: chat: {self._whose} chat template writes the same prompt whatever the "
-                "user says; give template: FILE, or chat: false"
+                f"task {examples.task.name!r}: chat: {_whose(examples.task)} chat template writes the same prompt "
+                "whatever the user says; give template: FILE, or chat: false"
             )
 
     def tokens(self, index: int) -> list[int]:
@@ -128,17 +128,22 @@ class Prompts:
             account["template"] = "of the task" if "template" in settings else "of the model"
         return account | ({"system": self.system} if self.system is not None else {})
 
-    @property
-    def _whose(self) -> str:
-        return "the task's" if "template" in self.examples.task.settings else "the model's"
-
     def notes(self) -> list[str]:
         """Say how prompts were made, for the screen."""
-        if self.chat:
-            return [f"prompts through {self._whose} chat template"]
-        if "chat" not in self.examples.task.settings and getattr(self.tokenizer, "chat_template", None):
-            return ["prompts as the data has them; the model has a chat template, which chat: true uses"]
-        return []
+        return chat_notes(self.tokenizer, self.examples.task)
+
+
+def _whose(task: Task) -> str:
+    return "the task's" if "template" in task.settings else "the model's"
+
+
+def chat_notes(tokenizer: Any, task: Task) -> list[str]:
+    """Say whether a task's prompts go through a chat template, for the screen."""
+    if chats(task.settings):
+        return [f"prompts through {_whose(task)} chat template"]
+    if "chat" not in task.settings and getattr(tokenizer, "chat_template", None):
+        return ["prompts as the data has them; the model has a chat template, which chat: true uses"]
+    return []
 
 
 def chat_template(tokenizer: Any, task: Task) -> str:
