@@ -11,7 +11,7 @@ from typing import Any
 
 from neuron_methods.models.adapter_config import ADAPTER_CONFIG as CONFIG_NAME
 from neuron_methods.models.adapter_config import AdapterConfigFile, read_adapter_config
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 _AGAIN = "download or save the adapter again"
 # Written by peft 0.4 to 0.21, and either handled here or without influence on the merged weights.
@@ -91,6 +91,7 @@ class AdapterConfig:
     raw: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
+    @explained_by("adapters")
     def read(cls, directory: str, where: str | None = None) -> AdapterConfig:
         """Read a directory's adapter_config.json.
 
@@ -149,6 +150,7 @@ class AdapterConfig:
         return None
 
 
+@explained_by("adapters")
 def refuse_unknown(config: AdapterConfig) -> None:
     """Refuse the types of adapters that peft does not know, by name.
 

@@ -17,7 +17,7 @@ from neuron_methods.adapters.loader import BaseCheckpoint
 from neuron_methods.adapters.own_head import OwnHead, find_own_head
 from neuron_methods.adapters.updates import Dora, Layout, LowRank, Replacement, Rows, Shift, Step, TensorUpdate
 from neuron_methods.adapters.weights_file import AdapterWeights
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.text import listed
 
 Shape = tuple[int, ...]
@@ -65,6 +65,7 @@ class AdapterLayout:
     head: OwnHead | None = None
 
 
+@explained_by("adapters")
 def lay_out(config: AdapterConfig, file: AdapterWeights, base: BaseCheckpoint) -> AdapterLayout:
     """Find what an adapter does to each tensor of its base. Of values, only those of possibly tied tensors are read.
 

@@ -11,8 +11,10 @@ from neuron_methods.adapters.layout import NeedsPeft, lay_out
 from neuron_methods.adapters.loader import AdapterLoader, BaseCheckpoint
 from neuron_methods.adapters.patterns import check_patterns
 from neuron_methods.adapters.weights_file import AdapterWeights, adapter_directory
+from neuron_methods.support.errors import explained_by
 
 
+@explained_by("adapters")
 def open_adapter(
     model: ModelReference,
     base_loader: LazyTensorLoader,

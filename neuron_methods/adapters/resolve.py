@@ -19,7 +19,7 @@ from neuron_methods.adapters.config import CONFIG_NAME, AdapterConfig
 from neuron_methods.models.formats import quantised_with
 from neuron_methods.models.reference import base_of, is_adapter, local_directory, same_model
 from neuron_methods.support.documents import read_object
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 LOG = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def resolve_adapters(configuration: MergeConfiguration, cache_dir: str | None = 
     return configuration
 
 
+@explained_by("adapters")
 def resolve_reference(
     reference: ModelReference, base_model: ModelReference | None, cache_dir: str | None = None
 ) -> ModelReference:

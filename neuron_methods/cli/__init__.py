@@ -41,6 +41,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "compare": Subcommand("neuron_methods.cli.compare", "Compare merge methods on one's own models and tasks."),
     "ui": Subcommand("neuron_methods.cli.ui", "Show a page that does what the commands do."),
     "doctor": Subcommand("neuron_methods.cli.doctor", "Look at what merges stand on: versions, devices, Hub."),
+    "help": Subcommand("neuron_methods.cli.help", "Explain what an error points to; list the topics."),
     "completion": Subcommand("neuron_methods.cli.completion", "Print the script by which a shell completes this."),
     "demo": Subcommand("neuron_methods.cli.demo", "Train three small experts, merge them, compare."),
 }

@@ -132,7 +132,7 @@ def is_debug(context: click.Context) -> bool:
 def describe_error(error: Exception) -> str:
     """The line that tells the user what went wrong, without the leading `error: `."""
     if isinstance(error, UserError):
-        return one_line(error)
+        return one_line(error) + (f" (see: mergekit-neuron help {error.topic})" if error.topic else "")
     if isinstance(error, OSError) and error.errno is not None:
         named = isinstance(error.filename, (str, os.PathLike))
         if named or error.errno in _MACHINE_FAULTS:

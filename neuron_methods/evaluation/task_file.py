@@ -32,7 +32,7 @@ from neuron_methods.evaluation.kinds.scorer import Scorer
 from neuron_methods.evaluation.kinds.setting_checks import whole_number
 from neuron_methods.evaluation.tasks import Rows, Task
 from neuron_methods.models.reference import looks_local
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.text import shortened, unknown
 from neuron_methods.support.yaml_source import YamlPart, YamlSource
 
@@ -43,6 +43,7 @@ _DATA_KEYS = ("source", "split", "validation_source", "validation_split", "name"
 _RANGE = re.compile(r"(?P<split>[\w.-]*)(\[(?P<start>[0-9]{0,15}):(?P<stop>[0-9]{0,15})\])?")
 
 
+@explained_by("tasks")
 def load_tasks(path: str | Path) -> list[Task]:
     """Read a file of tasks; no data is opened and no model is looked at.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector
 from neuron_methods.methods.contract import PlannedTensor, TensorPlace, by_expert
 from neuron_methods.methods.inputs_file import InputsFile
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 MAKE = "mergekit-neuron profile --inputs"
 
@@ -67,6 +67,7 @@ class MeasuredInputs:
             )
         return [None]
 
+    @explained_by("inputs")
     def _hold(self, tensors: Sequence[PlannedTensor], expert: Hashable, method: str) -> None:
         """Hold an expert's profiles to the tensors that ask for them."""
         model = tensors[0].model
@@ -102,6 +103,7 @@ def source_of(parameters: Mapping[str, Any], expert: Hashable) -> str:
     return asked if asked != "auto" else "both" if parameters["profile"].get(expert) else "update"
 
 
+@explained_by("inputs")
 def _check(
     file: InputsFile, asking: Iterable[tuple[str, TensorPlace | None]], model_type: str, expert: Hashable
 ) -> None:

@@ -28,7 +28,7 @@ from neuron_methods.models.processes import process_state
 from neuron_methods.models.reference import Place
 from neuron_methods.models.skeleton import Skeleton
 from neuron_methods.models.tokenizer_files import read_vocabulary
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.finite import check_finite
 from neuron_methods.support.memory import check_memory, free_memory
 from neuron_methods.support.text import first_line, listed, one_line
@@ -36,6 +36,7 @@ from neuron_methods.support.text import first_line, listed, one_line
 _MADE = 1 << 26  # numbers that a model makes as it is built, at most
 
 
+@explained_by("models")
 def read_config(place: Place, where: str) -> PretrainedConfig:
     """Read the config of a model.
 
@@ -90,6 +91,7 @@ def refuse_oversized(model: Any, config: PretrainedConfig, directory: Path, wher
         )
 
 
+@explained_by("models")
 def load_weights(
     place: Place,
     where: str,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neuron_methods.neurons import NeuronMap
 from neuron_methods.support.documents import MOST_LINE, Foreign, check_regular, parse_json, validated
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.files import pair_in_place_after
 from neuron_methods.support.targets import beginning_with
 from neuron_methods.support.text import shortened
@@ -148,6 +148,7 @@ class NeuronProfile:
         self.path = path
 
     @classmethod
+    @explained_by("neuron_merge")
     def load(cls, path: str | os.PathLike[str]) -> NeuronProfile:
         """Read a profile.
 

@@ -31,7 +31,7 @@ from neuron_methods.plugin.session import MergeSession
 from neuron_methods.plugin.stored_architecture import stored_architecture
 from neuron_methods.plugin.structure import different_architectures
 from neuron_methods.support.documents import read_object
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.files import write_json
 from neuron_methods.support.finite import ADVICE, is_finite
 from neuron_methods.support.local_names import local_names
@@ -177,7 +177,8 @@ def heads_of_merge(
             "transformers, so nothing tells its head from its body; custom code needs --trust-remote-code"
         )
     if len(backbones) > 1:
-        raise UserError(different_architectures(configuration, options))
+        with explained_by("models"):
+            raise UserError(different_architectures(configuration, options))
     if choice is None and len(architectures) == 1:
         labels = _compared(list(members.values()))
         # The config and definition of the checkpoint below know nothing of a head that an adapter brings along.

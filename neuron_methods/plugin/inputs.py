@@ -26,7 +26,7 @@ from neuron_methods.models.model_files import CONFIG_NAME, check_files, foreign_
 from neuron_methods.models.reference import ADAPTER_CONFIG, Place, looks_local
 from neuron_methods.models.states import weights_digest
 from neuron_methods.plugin.seam import models_in_order
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -54,6 +54,7 @@ def opened_models(configuration: MergeConfiguration, options: MergeOptions) -> I
         LoaderCache.loaders.clear()
 
 
+@explained_by("models")
 def check_paths(configuration: MergeConfiguration) -> None:
     """Make sure that every model is a directory here, or a repository that the Hub has.
 
@@ -81,6 +82,7 @@ def check_paths(configuration: MergeConfiguration) -> None:
             )
 
 
+@explained_by("models")
 def check_config(model: ModelReference, trust_remote_code: bool = False) -> None:
     """Make sure that a model that there is has a config that says what it is.
 

@@ -23,7 +23,7 @@ from neuron_methods.models.headers import Header, HeaderFiles
 from neuron_methods.plugin.checkpoints import MAPPED_BYTES
 from neuron_methods.plugin.memory import MergeMemory, scratch_of
 from neuron_methods.plugin.seam import method_of, planned_tasks, stored_name, tokenizer_task
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 
 @dataclass
@@ -187,6 +187,7 @@ def _gather(task: Any) -> GatherTensors:
     return getattr(task, "gather_tensors", task)
 
 
+@explained_by("models")
 def _check_shapes(
     weight: WeightInfo, inputs: dict[ModelReference, Header], base: ModelReference | None, aligned: bool
 ) -> None:

@@ -28,7 +28,7 @@ from neuron_methods.models.skeleton import Skeleton, model_class
 from neuron_methods.models.verification import load_report
 from neuron_methods.plugin.architectures import known_names, spellings
 from neuron_methods.plugin.seam import architecture_info
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class _Part:
     stop: int
 
 
+@explained_by("models")
 def check_structure(
     configuration: MergeConfiguration, options: MergeOptions, name: str, architecture: ModelArchitecture | None = None
 ) -> ModelArchitecture:
@@ -264,6 +265,7 @@ def left_over(
     return left
 
 
+@explained_by("models")
 def _refuse_other_layers(
     model: ModelReference,
     base: ModelReference,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from neuron_methods.plugin.shards import PlannedShape, ShardWriter
 from neuron_methods.support.documents import read_object
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.files import write_json
 from neuron_methods.support.fingerprints import file_state
 from neuron_methods.support.runs import claimed, hidden, note, remove
@@ -89,6 +89,7 @@ class Work:
         self._lock = threading.Lock()
         self._is_open = False
 
+    @explained_by("interrupted")
     def open(self, made_from: Mapping[str, Any], shown: object, *, resume: bool, anew: bool) -> None:
         """Find what there is of this merge, or begin it.
 

@@ -30,7 +30,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, v
 from neuron_methods.models.hub_session import HubGaveUp, bound_session, sent, without_token
 from neuron_methods.sharing.hub_copy import check_base, files_to_upload, unloadable_base, upload_copy
 from neuron_methods.sharing.verification import verify_directory
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.text import format_bytes, listed, one_line, shortened
 
@@ -68,6 +68,7 @@ class Pushed:
     notes: list[str]
 
 
+@explained_by("upload")
 def check_access(repository: str, options: PushOptions = PushOptions()) -> None:
     """Make sure, before anything takes long, that the token may write to `repository`.
 
@@ -89,6 +90,7 @@ def check_access(repository: str, options: PushOptions = PushOptions()) -> None:
             raise UserError(f"{repository}: {shortened(user)} is no answer of a Hub; check HF_ENDPOINT") from None
 
 
+@explained_by("upload")
 def push_directory(
     place: Path, repository: str, options: PushOptions = PushOptions(), *, progress: bool = True
 ) -> Pushed:

@@ -258,7 +258,7 @@ def test_debug_shows_the_traceback_before_the_line(run, args, failure):
 def test_whatever_may_take_long_can_be_quiet():
     options = {name: main.get_command(click.Context(main), name).params for name in SUBCOMMANDS}
     loud = [name for name, given in options.items() if not any("--quiet" in option.opts for option in given)]
-    assert loud == ["recipes", "verify", "ui", "doctor", "completion"]
+    assert loud == ["recipes", "verify", "ui", "doctor", "help", "completion"]
 
 
 def test_debug_by_environment(run, monkeypatch):

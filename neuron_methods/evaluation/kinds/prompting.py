@@ -15,7 +15,7 @@ from neuron_methods.evaluation.kinds.setting_checks import string, truth, whole_
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.chat import rendered
 from neuron_methods.support.documents import read_text
-from neuron_methods.support.errors import UserError
+from neuron_methods.support.errors import UserError, explained_by
 
 #: The keys of a task that say how it is asked in a chat, each with its check.
 CHAT = {"chat": truth(), "system": string("what the system says"), "template": string("a file with a chat template")}
@@ -146,6 +146,7 @@ def chat_notes(tokenizer: Any, task: Task) -> list[str]:
     return []
 
 
+@explained_by("chat")
 def chat_template(tokenizer: Any, task: Task) -> str:
     """Find the chat template that a task asks for: its own file, or the model's.
 
