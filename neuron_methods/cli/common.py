@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.memory import free_memory, is_out_of_memory
@@ -89,6 +90,11 @@ def options(*given: Callable[[F], F]) -> Callable[[F], F]:
 def say(text: object, *, err: bool = False) -> None:
     """Print for a terminal, which must not obey what stands in names and files."""
     click.echo(printable(str(text)), err=err)
+
+
+def places(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Let the shell complete a path, as `shell_complete` of what may be an id of the Hub, too."""
+    return [CompletionItem(typed, type="file")]
 
 
 class Count(click.IntRange):

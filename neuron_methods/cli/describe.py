@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from neuron_methods.cli.common import DTYPES, FILE, SEED, Count, debug_option, no_bars_option, say
+from neuron_methods.cli.common import DTYPES, FILE, SEED, Count, debug_option, no_bars_option, places, say
 
 EPILOG = """\b
 Examples:
@@ -37,7 +37,12 @@ only what was not asked yet. Beside LABELS.json there is LABELS.html, to look at
 
 @click.command("describe", epilog=EPILOG)
 @click.argument("profile", type=FILE)
-@click.option("--describer", metavar="MODEL", help="A causal model with a chat template: path, hub id, base+adapter.")
+@click.option(
+    "--describer",
+    metavar="MODEL",
+    shell_complete=places,
+    help="A causal model with a chat template: path, hub id, base+adapter.",
+)
 @click.option("-o", "--output", type=FILE, metavar="LABELS.json")
 @click.option("--layers", metavar="LIST", help="Keys, numbers, ranges: 3,7-9.  [default: all]")
 @click.option("--limit", type=Count(), help="Neurons of each layer, drawn at random.  [default: all]")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, options, quiet_option, say
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, options, places, quiet_option, say
 
 EPILOG = """\b
 MODEL is a directory, a repository of the hub, an adapter, base+adapter, or a routed model's directory.
@@ -77,7 +77,7 @@ task_options = options(
 
 
 @click.command("evaluate", epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=places)
 @task_options
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
 @click.option("-o", "--output", type=PLACE, metavar="OUT.json", help="[default: DIRECTORY--OF--MODEL.scores.json]")

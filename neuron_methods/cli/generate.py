@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, no_bars_option, say
+from neuron_methods.cli.common import PLACE, SEED, Count, debug_option, no_bars_option, places, say
 
 EPILOG = """\b
 Examples:
@@ -21,13 +21,15 @@ Examples:
 
 
 @click.command("generate", epilog=EPILOG)
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, shell_complete=places)
 @click.option("--prompt", "prompts", multiple=True, help="A text; may be repeated, and all are computed in one batch.")
 @click.option("--image", "images", multiple=True, type=PLACE, help="A file, for image classifiers.")
 @click.option("--max-new-tokens", type=Count(), default=32, show_default=True)
 @click.option("--sample", is_flag=True, help="Draw tokens instead of taking the likeliest.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of --sample.")
-@click.option("--base-model", help="Another place of the base than the one noted: directory or hub id.")
+@click.option(
+    "--base-model", shell_complete=places, help="Another place of the base than the one noted: directory or hub id."
+)
 @click.option("--device", help="cpu, cuda, auto, ...  [default: an accelerator if any]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 @no_bars_option

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, no_bars_option, say
+from neuron_methods.cli.common import DTYPES, PLACE, SEED, Count, debug_option, no_bars_option, places, say
 
 EPILOG = """\b
 `mergekit-neuron profile show FILE [--layer L [--neuron N]]` prints a profile; see its own --help.
@@ -70,7 +70,7 @@ class ProfileCommand(click.Command):
 
 
 @click.command("profile", cls=ProfileCommand, epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", shell_complete=places)
 @click.option("--data", multiple=True, required=True, metavar="NAME=SOURCE", help="A data source; may be repeated.")
 @click.option("-o", "--output", required=True, type=PLACE, metavar="FILE", help="*.safetensors")
 @click.option("--samples", type=Count(0), help="Of each source; 0: all.  [default: 1000, with --inputs 64]")

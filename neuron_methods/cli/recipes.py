@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from neuron_methods.cli.common import FILE, debug_option, say
+from neuron_methods.cli.common import FILE, debug_option, places, say
 from neuron_methods.support.files import write_text
 from neuron_methods.support.runs import claimed
 from neuron_methods.support.targets import beginning_with, check_file
@@ -54,8 +54,20 @@ def show_recipe(name: str) -> None:
 @recipes.command("new")
 @click.argument("family")
 @click.argument("method")
-@click.option("--base", required=True, help="Path or id of the model that the experts were fine-tuned from.")
-@click.option("--expert", "experts", multiple=True, required=True, help="Path or id of an expert, or base+adapter.")
+@click.option(
+    "--base",
+    required=True,
+    shell_complete=places,
+    help="Path or id of the model that the experts were fine-tuned from.",
+)
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    required=True,
+    shell_complete=places,
+    help="Path or id of an expert, or base+adapter.",
+)
 @click.option("-o", "--output", type=FILE, help="Write to this file.")
 @click.option("--force", is_flag=True, help="Replace the recipe in this file.")
 @debug_option

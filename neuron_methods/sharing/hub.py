@@ -90,7 +90,6 @@ def check_access(repository: str, options: PushOptions = PushOptions()) -> None:
             raise UserError(f"{repository}: {shortened(user)} is no answer of a Hub; check HF_ENDPOINT") from None
 
 
-@explained_by("upload")
 def push_directory(
     place: Path, repository: str, options: PushOptions = PushOptions(), *, progress: bool = True
 ) -> Pushed:
@@ -112,6 +111,7 @@ def _unchanging(place: Path) -> Iterator[None]:
         yield
 
 
+@explained_by("upload")
 def _push(place: Path, repository: str, options: PushOptions, progress: bool) -> Pushed:
     kind = verify_directory(place).kind
     check_base(place, options.base_model)

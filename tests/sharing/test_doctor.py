@@ -87,3 +87,21 @@ def test_a_shell_completes_the_command(shell):
         environment = {**os.environ, **asked, "_MERGEKIT_NEURON_COMPLETE": "bash_complete"}
         told = subprocess.run(["mergekit-neuron"], env=environment, capture_output=True, text=True, check=True)
         assert told.stdout.split() == ["plain,compare", "plain,completion"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate x/fo",
+        "profile x/fo",
+        "generate a x/fo",
+        "recipes new --base x/fo",
+        "verify x/fo",
+        "evaluate a -o x/fo",
+    ],
+)
+def test_models_and_files_are_completed_as_paths(line):
+    words = f"mergekit-neuron {line}"
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_X_COMPLETE": "bash_complete"}
+    told = CliRunner().invoke(main, env=asked, prog_name="mergekit-neuron", complete_var="_X_COMPLETE")
+    assert told.stdout.split() in (["file,x/fo"], ["dir,x/fo"])
