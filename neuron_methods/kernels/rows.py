@@ -14,6 +14,11 @@ from neuron_methods.kernels.products import times
 CACHE_BYTES = 16 * 1024 * 1024
 
 
+def is_points(name: str, dimensions: int) -> bool:
+    """Tell whether a tensor holds no rows of weights: norms, biases, and biases of a mixture's experts in one stack."""
+    return dimensions < 2 or (dimensions == 2 and name.endswith("bias"))
+
+
 def neuron_rows(tensor: Tensor, *, packed: bool = False) -> Tensor:
     """View a weight tensor as (neurons, incoming weights).
 

@@ -72,7 +72,8 @@ class InputsFile:
             UserError: it is missing, truncated, or holds no inputs.
         """
         if not Path(path).is_file():
-            raise UserError(f"profile {path}: no such file; make it with mergekit-neuron profile --inputs")
+            missing = "a directory; name a file in it, or" if Path(path).is_dir() else "no such file;"
+            raise UserError(f"profile {path}: {missing} make it with mergekit-neuron profile --inputs")
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.neuro import NeuroOptions, merge_bytes, merge_neurons, merge_points
-from neuron_methods.kernels.rows import neuron_rows
+from neuron_methods.kernels.rows import is_points, neuron_rows
 from neuron_methods.kernels.trim import search_bytes
 from neuron_methods.methods.contract import (
     Inputs,
@@ -192,7 +192,7 @@ class PreparedNeuroMerging(PreparedMerge):
         entries, searched = math.prod(shape), 0
         if self.profile.trim == "tensor" and not self._measures:
             searched = search_bytes(entries, experts)
-        if len(shape) < 2 or not entries:
+        if is_points(name, len(shape)) or not entries:
             return max(searched, 4 * entries * (4 * experts + 8))
         width = math.prod(shape[-1:] if is_packed(name) or (len(shape) == 3 and shape[0] == 1) else shape[1:])
         differing, tempered = self.profile.trim == "differing", parameters["spectral_exponent"] != 1
@@ -231,7 +231,7 @@ class PreparedNeuroMerging(PreparedMerge):
         scale = parameters["lambda_orthogonal"]
         if scale == "auto":
             scale = self.profile.automatic_lambda(parameters["consensus"])
-        if base.ndim < 2 and parameters["lambda_points"] == "mean":
+        if is_points(name, base.ndim) and parameters["lambda_points"] == "mean":
             scale = (parameters["lambda_parallel"] + scale) / 2
         # Contiguous whatever the base's strides are, so that rows of it are views to write to.
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
@@ -248,7 +248,7 @@ class PreparedNeuroMerging(PreparedMerge):
             scratch_bytes=self.settings.scratch_bytes,
         )
         tensors = list(experts.values())
-        if base.ndim < 2:
+        if is_points(name, base.ndim):
             merge_points(base, tensors, merged, options)
             return merged
         packed = is_packed(name)

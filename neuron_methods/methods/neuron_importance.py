@@ -88,7 +88,7 @@ def read_importance(
         if profile or data:
             raise UserError(
                 f"min_merging: {expert} has {'profile' if profile else 'data'}, which importance: magnitude does not "
-                "read; set importance: activation or taylor, or leave it out"
+                "read; set importance: activation or taylor, or leave it out (rest: neuron_response goes by updates)"
             )
         return None
     if not profile:

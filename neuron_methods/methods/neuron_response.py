@@ -35,7 +35,7 @@ from neuron_methods.kernels.response import (
     decomposed_bytes,
     merge_responses,
 )
-from neuron_methods.kernels.rows import neuron_rows, row_blocks
+from neuron_methods.kernels.rows import is_points, neuron_rows, row_blocks
 from neuron_methods.kernels.spectrum import remove_parallel_
 from neuron_methods.kernels.task_vectors import LowRankTaskVector, TaskVector, fill_task_vector
 from neuron_methods.methods.contract import (
@@ -90,6 +90,7 @@ class NeuronResponse(PlannedMethod):
             "rows",
             0,
             words=("auto",),
+            whole=True,
             default="auto",
             about="rows of an update that stand for its inputs, at most; auto: 3/16 of its rank, 128 to 512; 0: all",
         ),
@@ -142,8 +143,9 @@ class PreparedNeuronResponse(PreparedMerge):
         weights = {e: float(parameters["weight"][e]) for e in inputs.experts if parameters["weight"][e] > 0}
         experts = {e: inputs.experts[e] for e in weights}
         place = self._place(name)
-        if base.ndim < 2 or (place.role == "tokens" and parameters["embeddings"] == "mean"):
-            summed = base.ndim < 2 and parameters["points"] == "sum"
+        points = is_points(name, base.ndim)
+        if points or (place.role == "tokens" and parameters["embeddings"] == "mean"):
+            summed = points and parameters["points"] == "sum"
             return self.averaged(inputs, parameters, out_dtype, parameters["lambda"], summed=summed)
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
         if not experts or not base.numel():
@@ -168,7 +170,7 @@ class PreparedNeuronResponse(PreparedMerge):
 
     def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
         """See `PreparedMerge.scratch`: an update, T, the merge, and the system, all of it in float64 where need be."""
-        if len(shape) < 2:
+        if is_points(name, len(shape)):
             return super().scratch(name, shape, experts)
         planned = self._planned.get(name)
         transposed = self._place(name).role in ("transposed", "packed_transposed")

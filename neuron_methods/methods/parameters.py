@@ -24,6 +24,8 @@ from neuron_methods.support.errors import UserError
 from neuron_methods.support.sources import Kin, OwnChoice, Source
 
 Of = Literal["merge", "expert"]
+# float32's largest number: tensors are multiplied by parameters in it.
+_LARGEST = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,12 @@ def number(
     *,
     low_open: bool = False,
     words: tuple[str, ...] = (),
+    whole: bool = False,
     default: float | str,
     of: Of = "merge",
     about: str,
 ) -> ParameterSpec:
-    """Declare a finite number from `low` (without it, if `low_open`) to `high`, or one of a few words."""
+    """Declare a number of float32 from `low` (without it, if `low_open`) to `high`, a `whole` one, or a few words."""
     numbers = Range(low, high, low_open)
     expected = " or ".join([str(numbers), *map(repr, words)])
 
@@ -134,8 +137,10 @@ def number(
             found = math.nan if isinstance(value, bool) else float(value)
         except (OverflowError, TypeError, ValueError):
             found = math.nan
-        if found not in numbers:
-            raise UserError(f"{name} must be {expected}; got {value!r}")
+        if found not in numbers or (whole and found % 1):
+            raise UserError(f"{name} must be {'whole, ' if whole else ''}{expected}; got {value!r}")
+        if abs(found) > _LARGEST:
+            raise UserError(f"{name} must be within what float32 holds, {_LARGEST:.3g} at most; got {value!r}")
         return found
 
     return declared(name, validate, default, of, about, numbers=numbers, words=words)

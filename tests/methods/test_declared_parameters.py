@@ -37,9 +37,22 @@ def test_open_bounds_are_out_of_bounds() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "many"])
 def test_unbounded_numbers_are_finite(value: object) -> None:
-    assert ANY.validate(-1e300) == -1e300
+    assert ANY.validate(-1e38) == -1e38
     with pytest.raises(UserError, match=r"^knob must be a finite number; got "):
         ANY.validate(value)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_numbers_that_float32_does_not_hold_are_refused(value: float) -> None:
+    with pytest.raises(UserError, match=r"^knob must be within what float32 holds, 3.4e\+38 at most; got "):
+        ANY.validate(value)
+
+
+def test_whole_numbers_are_not_cut() -> None:
+    count = number("knob", 0, words=("auto",), whole=True, default="auto", about="a count")
+    assert (count.validate("auto"), count.validate(3), count.validate("4.0")) == ("auto", 3.0, 4.0)
+    with pytest.raises(UserError, match=r"^knob must be whole, a number in \[0, inf\] or 'auto'; got 1.5$"):
+        count.validate(1.5)
 
 
 def test_choices_begin_with_the_default() -> None:

@@ -201,6 +201,24 @@ def test_packed_experts_are_merged_one_by_one(tmp_path: Path) -> None:
         near(found[i] - stack[i], response([a[i], b[i]]))
 
 
+def test_biases_of_packed_experts_are_points(tmp_path: Path) -> None:
+    """Stacked, a bias for each expert of a mixture, they look like a matrix."""
+    from neuron_methods.methods.neuro_merging import NeuroMerging
+    from tests.adapters.cases import gpt_oss
+
+    model = gpt_oss()
+    model.config.architectures = [type(model).__name__]
+    base = {name: t.detach().clone() for name, t in model.state_dict().items() if "experts" in name and t.ndim == 2}
+    assert any(name.endswith("gate_up_proj_bias") for name in base)
+    a, b = ({name: t + u for (name, t), u in zip(base.items(), spread(base, s), strict=True)} for s in range(2))
+    merged = merge(METHOD, model.config, base, {"a": a, "b": b}, PLAIN)
+    every = {"density": 1.0, "trim": "tensor", "lambda_orthogonal": 1.0, "consensus": "sum"}
+    one_expert = merge(NeuroMerging(), model.config, base, {"a": a}, every)
+    for name in base:
+        near(merged[name], (a[name] + b[name]) / 2, 1e-6)
+        near(one_expert[name], a[name], 1e-6)
+
+
 def spread(base: StateDict, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(t.shape, generator=generator) * 0.1 for t in base.values()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_methods.kernels.rows import is_points
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.methods.min_merging import PreparedMinMerging
 from neuron_methods.methods.neuro_merging import PreparedNeuroMerging, is_packed
@@ -76,7 +77,7 @@ class Collector:
         if (
             base is None
             or len(whole) != len(experts) + 2
-            or base.ndim < 2  # points have no rows
+            or is_points(name, base.ndim)
             or any(tensor.shape != base.shape or not tensor.is_floating_point() for tensor in whole)
         ):
             return None
