@@ -193,12 +193,16 @@ def merge(
     with teamed() as team:
         options = _options(merge_options, team)
         source, config = _read(config, team)
+        output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
         if dry_run:
             if not team.rank:
-                say(describe_plan(plan_merge(source, options=options, config_name=config, head=head)))
+                plan = plan_merge(source, options=options, config_name=config, head=head, output=output)
+                say(describe_plan(plan))
+                if isinstance(output, AdapterOutput):
+                    rank = output.precision.rank
+                    say("  as a LoRA adapter" + (f" of rank {rank} at most" if rank else ""))
             return
         push_to = pushing(push_to_hub, push) if not team.rank else None
-        output = AdapterOutput(adapter_precision(rank, energy, adapter_dtype)) if as_adapter else ModelOutput()
         summary = merge_to_directory(
             source,
             out,

@@ -247,13 +247,15 @@ def plan_merge(
     options: MergeOptions | None = None,
     config_name: str = "the configuration",
     head: str | None = None,
+    output: Output | None = None,
 ) -> MergePlan:
-    """Plan a merge into a model, with every check that needs no tensor data; nothing is left behind.
+    """Plan a merge into `output`, by default a model, with every check that needs no tensor data; nothing is left.
 
     Raises:
         UserError: what the merge itself would refuse before it starts.
     """
-    run, output = MergeRun(config_source, config_name, options, head), ModelOutput()
+    run, output = MergeRun(config_source, config_name, options, head), output or ModelOutput()
+    output.configure(run)
 
     def look(planner: Any) -> None:
         output.plan(run, planner, Work(Path(os.devnull)))

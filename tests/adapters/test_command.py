@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,17 @@ def test_dry_run_of_adapters(config: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "task_arithmetic" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_an_adapter_tells_its_size(config: Path, tmp_path: Path) -> None:
+    sizes = []
+    for options in ([], ["--as-adapter", "--rank", "1"], ["--as-adapter", "--rank", "2"]):
+        done = run(config, tmp_path / "out", "--dry-run", *options)
+        assert done.exit_code == 0, done.output
+        (size,) = re.findall(r"to write: ([\d.]+) kB", done.stdout)
+        sizes.append(float(size))
+    assert sizes[1] < sizes[2] < sizes[0]
+    assert done.stdout.endswith("\n  as a LoRA adapter of rank 2 at most\n")
 
 
 def test_what_peft_has_to_merge_first_is_told_in_a_note(made, tmp_path: Path) -> None:
