@@ -56,9 +56,9 @@ A file of --profile-out spares that pass in a later merge of the same models:
   parameters: {profile: thresholds.json}
 
 \b
-A merge that is killed or interrupted leaves its finished shards in .OUT.unfinished, beside OUT. The same command with
---resume keeps them if models, YAML, options and versions are what they were, and merges what is missing: the bytes
-are those of a merge in one run. Without --resume it stops and says so; --force begins anew.
+A merge that is killed, interrupted or short of disk space leaves its finished shards in .OUT.unfinished, beside OUT.
+The same command with --resume keeps them if models, YAML, options and versions are what they were, and merges what is
+missing: the bytes are those of a merge in one run. Without --resume it stops and says so; --force begins anew.
 
 \b
 Under accelerate launch every process merges its share of the tensors on its own device (--device auto), and reads no

@@ -245,7 +245,7 @@ class _Demo:
 
         def build(path: Path) -> str:
             summary = merge_to_directory(
-                merge_yaml, str(path), progress=self.settings.progress, witness=merge_witness()
+                merge_yaml, str(path), progress=self.settings.progress, witness=merge_witness(), resume=False
             )
             return str(replace(summary, out_path=str(self.out / "merged")))
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.files import is_own_fault
 from neuron_methods.support.text import one_line, printable
 
 #: Seconds after which a process that cannot be interrupted, as a kernel or the network keeps it, is ended.
@@ -207,7 +208,7 @@ class Team:
         elif not self.rank:
             self.gather_up()
         elif not self._stopped:
-            self._send(0, {"failed": _told(error), "fault": isinstance(error, UserError)})
+            self._send(0, {"failed": _told(error), "fault": is_own_fault(error)})
             self._heard.wait(PATIENCE)
         for link in self._links.values():
             with suppress(OSError):

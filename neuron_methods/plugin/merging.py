@@ -38,6 +38,7 @@ from neuron_methods.support.files import (
     check_space,
     file_in_place_after,
     is_disk_full,
+    is_own_fault,
     signals_held,
     staging_directory,
     write_text,
@@ -168,7 +169,7 @@ def merge_to_directory(
         output.plan(run, planner, work)
         if profile_place is not None:
             _check_profile_wanted(run.plan, session.prepared)
-        check_space(target.parent, run.plan.bytes_to_write)
+        check_space(target.parent, run.plan.bytes_to_write - work.bytes_there())
         run.plan.memory.check(config_name)
         if witness is not None and witness.on_plan is not None:
             witness.on_plan(run, planner)
@@ -219,8 +220,9 @@ def merge_to_directory(
             else:
                 notes += witness.finish(run, staging, target.name, session.prepared)
             profile = session.prepared.profile if isinstance(session.prepared, PreparedNeuroMerging) else None
+            watch.check()
+            work.verified = True
             with _written_with(profile, profile_place, staging, target):
-                watch.check()
                 deliver(staging, target, force)
             team.exchange(None)  # the others wait for that
         except Exception as error:
@@ -285,13 +287,16 @@ def _staged(team: Team, work: Work, target: Path, shown: object, profile_place: 
 
 @contextmanager
 def _left_behind(team: Team, work: Work) -> Iterator[None]:
-    """Within the block a merge is made; finished pieces of one that is broken off by no fault of its own are kept."""
+    """Within the block a merge is made; finished pieces of one that is broken off by no fault of its own are kept.
+
+    They are of no use where it can only succeed with other inputs or another plan, or its output was refused.
+    """
     try:
         yield
     except BaseException as error:
         with signals_held():
             team.gather_up()
-            work.leave(keep=not isinstance(error, UserError) and not team.at_fault)
+            work.leave(keep=work.verified or not (team.at_fault or is_own_fault(error)))
         raise
     work.leave(keep=False)
 

@@ -71,6 +71,7 @@ class Work:
         pieces: {tensor: the finished piece that it is in}.
         seed: drawn when the merge was begun, for methods that leave something to chance.
         told: {tensor: what its merge told, for JSON}, of those that are merged and not taken yet.
+        verified: whether all are finished and were found sound, so that whatever fails now is no fault of theirs.
         held: the merged tensors, by their keys in files, where they stay in memory; None: they are written.
     """
 
@@ -84,6 +85,7 @@ class Work:
         self.pieces: dict[str, Piece] = {}
         self.seed = 0
         self.told: dict[str, dict[str, Any]] = {}
+        self.verified = False
         self._making: dict[str, _Making] = {}
         self._writers: list[ShardWriter] = []
         self._lock = threading.Lock()
@@ -107,7 +109,13 @@ class Work:
         made_from = json.loads(json.dumps(made_from))
         self.read()
         if self.pieces:
-            differing = self._differing(made_from)
+            begun = self._begun()
+            if resume and begun is None:
+                raise UserError(
+                    f"{shown}: {self.place.name}/{_BEGUN}, which says what the unfinished merge was begun from, is "
+                    "damaged; leave --resume out to begin anew"
+                )
+            differing = [f"its {_BEGUN} is damaged"] if begun is None else _differing(begun["made_from"], made_from)
             finished = f"{len({*self.pieces.values()})} of its pieces are finished"
             if resume and differing:
                 raise UserError(
@@ -119,12 +127,13 @@ class Work:
                     f"{shown}: an unfinished merge of this plan is there, and {finished}; --resume goes on with it, "
                     "--force begins anew"
                 )
-            if resume:
+            if resume and begun is not None:
                 self._tidy()
-                self.seed, self._is_open = self._begun()["seed"], True
+                self.seed, self._is_open = begun["seed"], True
                 return
             if not anew:
-                note(f"{shown}: an unfinished merge of another plan was there ({listed(differing)}); begun anew")
+                what = "" if begun is None else " of another plan"
+                note(f"{shown}: an unfinished merge{what} was there ({listed(differing)}); begun anew")
         self._remove()
         self.seed, self._is_open = secrets.randbits(32), True
         self.place.mkdir()
@@ -132,7 +141,8 @@ class Work:
 
     def join(self, seed: int) -> bool:
         """Find the work that another process has opened; False where this one does not see it."""
-        if self._begun()["seed"] != seed:
+        begun = self._begun()
+        if begun is None or begun["seed"] != seed:
             return False
         self.seed = seed
         self.read()
@@ -143,9 +153,16 @@ class Work:
         self.pieces = {}
         for record in sorted(self.place.glob("*.json")) if self.place.is_dir() else ():
             content, file = _read(record), record.with_suffix(".safetensors")
+            if file.is_symlink() or record.is_symlink():  # of nobody's making here, and no file of an output
+                continue
             if content.keys() == {"file", "tensors"} and content["file"] == file_state(file):
                 piece = Piece(file, content["tensors"])
                 self.pieces.update(dict.fromkeys(piece.traces, piece))
+
+    def bytes_there(self) -> int:
+        """Count the bytes of finished pieces that need no room again: they become files of the output, or go."""
+        self.read()
+        return sum(piece.file.stat().st_size for piece in {*self.pieces.values()}) if self.shapes else 0
 
     def start(self, groups: Iterable[Sequence[str]]) -> None:
         """Say which pieces are made now, and of which tensors; `take` gets them one by one."""
@@ -245,15 +262,10 @@ class Work:
         self._tidy()
         remove(self.place)
 
-    def _differing(self, made_from: Mapping[str, Any]) -> list[str]:
-        """Name what is not as it was when the pieces there were made."""
-        before = self._begun()["made_from"]
-        return sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key))
-
-    def _begun(self) -> dict[str, Any]:
-        """Read what stands in the file of what the pieces are made from."""
+    def _begun(self) -> dict[str, Any] | None:
+        """Read what stands in the file of what the pieces are made from; None where it is damaged."""
         content = _read(self.place / _BEGUN)
-        return content if content.keys() == {"seed", "made_from"} else {"seed": 0, "made_from": {"its file": "damaged"}}
+        return content if content.keys() == {"seed", "made_from"} else None
 
 
 class HeldWork(Work):
@@ -312,6 +324,11 @@ def put(file: Path, place: Path) -> None:
         os.link(file, place)
     except OSError:
         os.rename(file, place)
+
+
+def _differing(before: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[str]:
+    """Name what is not as it was when the pieces there were made."""
+    return sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key))
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

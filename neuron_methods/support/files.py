@@ -23,6 +23,7 @@ from neuron_methods.support.runs import beside, parents_of, remove
 from neuron_methods.support.text import format_bytes
 
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+_MISTAKEN = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -225,3 +226,16 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return any(text in str(error) for text in _DISK_FULL)
+
+
+def is_own_fault(error: BaseException) -> bool:
+    """Tell whether work failed by a mistake in what it was given, and would again, not by the system: a full disk, say.
+
+    What became a `UserError` is judged by what it came of. A file that is not there, or is a directory, is a mistake.
+    """
+    cause = error if isinstance(error, UserError) else None
+    while (cause := cause and (cause.__cause__ or cause.__context__)) is not None:
+        of_system = isinstance(cause, OSError) and cause.errno is not None  # others raise OSError of their own accord
+        if is_disk_full(cause) or (of_system and not isinstance(cause, _MISTAKEN)):
+            return False
+    return isinstance(error, UserError)

@@ -332,7 +332,9 @@ def test_a_full_disk_blocks_no_run_after_it(place, monkeypatch, command, moment)
     assert result.exit_code == 1 and "no space left" in result.stderr.lower(), result.output
     monkeypatch.setattr(files, "_settle", settle)
     assert not [p for p in Path().rglob("*") if p.name.endswith((".partial", ".lock", ".old"))]
-    run(arguments)
+    kept = Path(".out.unfinished").exists()
+    assert kept == ("--resume goes on" in result.stderr)
+    run([*arguments, *["--resume"] * kept])
 
 
 def test_a_pair_is_never_of_two_runs(tmp_path, monkeypatch):

@@ -57,14 +57,22 @@ def test_a_disk_without_room_is_seen_before_the_merge(workspace, monkeypatch):
     assert f"{2 * entries / 1000:.1f} kB to write" in refused("--rank", "2", "--adapter-dtype", "bfloat16")
 
 
-def test_a_disk_that_runs_full_leaves_nothing(workspace, monkeypatch):
-    workspace("llama-tied")
+def test_a_disk_that_runs_full_leaves_what_is_finished_and_no_adapter(workspace, monkeypatch):
+    folder = workspace("llama-tied")
+    Path("merge.yaml").write_text("")
 
     def full(*_args, **_keys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model")
 
-    monkeypatch.setattr(export, "save_file", full)
-    assert refused().startswith("error: out: no space left on the disk, or for a file (")
+    before = sorted(os.listdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_file", full)
+        kept, line = invoke("--quiet", code=1).stderr.splitlines()
+    assert line.startswith("error: out: no space left on the disk, or for a file (")
+    assert kept.endswith("tensors, kept; the same command with --resume goes on")
+    assert sorted(os.listdir()) == sorted([".out.unfinished", *before])
+    invoke("--quiet", "--resume")
+    assert sorted(os.listdir(folder)) == sorted([*before, "out"])
 
 
 def after_writing(monkeypatch, damage):

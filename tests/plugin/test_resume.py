@@ -1,7 +1,9 @@
 """An interrupted merge goes on where it was, with --resume, and leaves the bytes of one that was not interrupted."""
 
+import errno
 import json
 import os
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,10 +11,15 @@ import pytest
 from mergekit.options import MergeOptions
 
 from neuron_methods.adapters.kept import Precision
+from neuron_methods.plugin import merging
 from neuron_methods.plugin.adapter_output import AdapterOutput
 from neuron_methods.plugin.merging import MergeWitness, merge_to_directory
+from neuron_methods.plugin.output import ModelOutput
+from neuron_methods.plugin.shards import ShardWriter
 from neuron_methods.sharing.publishing import merge_witness
+from neuron_methods.support import targets
 from neuron_methods.support.errors import UserError
+from neuron_methods.support.fingerprints import Watch
 from tests.support.checkpoints import configuration, edit
 from tests.support.merges import EXPERTS, UP
 
@@ -124,6 +131,22 @@ def test_a_piece_that_is_not_as_it_was_is_made_again(workspace):
     assert everything() == everything("whole/out")
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+def test_a_piece_that_leads_elsewhere_is_made_again(workspace, ending):
+    folder = workspace("llama-tied")
+    merge(out="whole/out")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    file = min(Path(".out.unfinished").glob(f"0*.{ending}"))
+    before = file.rename(folder / "whole" / "elsewhere").read_bytes()
+    file.symlink_to(folder / "whole" / "elsewhere")
+    merge(resume=True)
+    assert everything() == everything("whole/out")
+    assert not any(path.is_symlink() for path in Path("out").iterdir())
+    assert Path("whole/elsewhere").read_bytes() == before
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out", "whole"]
+
+
 RECORDS = {
     "tensors of none": lambda content: content.update(tensors=None),
     "a trace that is none": lambda content: content["tensors"].update(dict.fromkeys(content["tensors"], 3)),
@@ -148,15 +171,18 @@ def test_a_record_that_was_changed_is_of_no_use(workspace, change):
     assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out", "whole"]
 
 
-@pytest.mark.parametrize("made_from", [[], None, {}, "all"])
-def test_what_a_merge_was_begun_from_may_be_damaged(workspace, made_from):
+@pytest.mark.parametrize("content", ["garbage", *(json.dumps({"seed": 1, "made_from": m}) for m in ([], {}, "all"))])
+def test_what_a_merge_was_begun_from_may_be_damaged(workspace, content, capfd):
     workspace("llama-tied")
     with pytest.raises(Interrupted):
         merge(stop=15)
-    Path(".out.unfinished/begun.json").write_text(json.dumps({"seed": 1, "made_from": made_from}))
-    with pytest.raises(UserError, match="the unfinished merge there was begun otherwise"):
+    Path(".out.unfinished/begun.json").write_text(content)
+    damaged = r"^out: \.out\.unfinished/begun\.json, which .*, is damaged; leave --resume out to begin anew$"
+    with pytest.raises(UserError, match=damaged):
         merge(resume=True)
+    assert Path(".out.unfinished").is_dir()
     assert len(merge()) == 20
+    assert "out: an unfinished merge was there (its begun.json is damaged); begun anew" in capfd.readouterr().err
 
 
 def test_a_yaml_is_what_it_says_and_not_what_it_is_called(workspace):
@@ -252,6 +278,119 @@ def test_nothing_is_kept_of_a_merge_that_is_at_fault_or_has_finished_no_piece(wo
         merge()
     assert sorted(os.listdir(folder)) == ["base", *EXPERTS]
     assert merge(resume=True, allow_nonfinite=True)  # there is nothing to go on with
+
+
+def raising(error):
+    def fail(*_args, **_keys):
+        raise error
+
+    return fail
+
+
+def full_at_the_end(patch):
+    """The disk is full as the last piece is written."""
+    write, left = ShardWriter.save_tensor, [16]
+
+    def save_tensor(self, *tensor):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, *tensor)
+
+    patch.setattr(ShardWriter, "save_tensor", save_tensor)
+
+
+def appears(patch):
+    """Something else comes to where the output will be."""
+    check = Watch.check
+
+    def and_something_comes(self):
+        check(self)
+        Path("out").mkdir()
+
+    patch.setattr(Watch, "check", and_something_comes)
+
+
+SURROUNDINGS = {
+    "no room for a piece": (full_at_the_end, "no space left on the disk"),
+    "no room, as safetensors has it": (
+        lambda patch: patch.setattr(
+            merging, "write_text", raising(RuntimeError("Error while serializing: No space left on device"))
+        ),
+        "no space left on the disk",
+    ),
+    "no room for the mark": (
+        lambda patch: patch.setattr(targets, "mark", raising(UserError("mark: cannot be written"))),
+        "mark: cannot be written",
+    ),
+    "an input that cannot be read": (
+        lambda patch: patch.setattr(ModelOutput, "verify", raising(OSError(errno.EIO, os.strerror(errno.EIO), "base"))),
+        "Input/output error",
+    ),
+    "another output there": (appears, "exists already"),
+}
+
+
+@pytest.mark.parametrize("what", SURROUNDINGS)
+def test_what_is_finished_outlasts_a_failure_around_it(workspace, monkeypatch, capfd, what):
+    folder = workspace("llama-tied")
+    merge(out="whole/out", profile_out="whole/out/profile.json")
+    fail, message = SURROUNDINGS[what]
+    with monkeypatch.context() as patch, pytest.raises((UserError, OSError), match=message):
+        fail(patch)
+        merge(profile_out="out/profile.json")
+    assert "kept; the same command with --resume goes on" in capfd.readouterr().err
+    if Path("out").exists():
+        Path("out").rmdir()
+    assert len(merge(resume=True, profile_out="out/profile.json")) < 20
+    assert everything() == everything("whole/out")
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS, "out", "whole"]
+
+
+@pytest.mark.parametrize("arguments", [{"resume": True}, {"force": True}])
+def test_what_is_finished_needs_no_room_a_second_time(workspace, monkeypatch, arguments):
+    workspace("llama-tied")
+    merge(out="whole/out")
+    with pytest.raises(Interrupted):
+        merge(stop=15)
+    there = sum(path.stat().st_size for path in Path(".out.unfinished").glob("*.safetensors"))
+    need = sum(path.stat().st_size for path in Path("whole/out").glob("*.safetensors"))
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need - there))
+    with pytest.raises(UserError, match=r"to write, .* free; make room"):
+        merge(out="other")
+    merge(**arguments)
+    assert everything() == everything("whole/out")
+
+
+def refuse_the_output(folder, patch):
+    """What was written is not what was planned, and says so after a file was not there."""
+    patch.setattr(ModelOutput, "finish", lambda *_: None)
+
+
+def change_an_input(folder, patch):
+    patch.setattr(ModelOutput, "verify", lambda *_: edit(folder / "expert-b", lambda tensors: tensors[UP].mul_(2)))
+
+
+def spoil_an_input(folder, patch):
+    edit(folder / "expert-b", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (refuse_the_output, "verification failed"),
+        (change_an_input, "changed while it was read"),
+        (spoil_an_input, "NaN or Inf"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_not_kept(workspace, monkeypatch, capfd, fault, message):
+    folder = workspace("llama-tied")
+    fault(folder, monkeypatch)
+    with pytest.raises(UserError, match=message):
+        merge()
+    assert "kept" not in capfd.readouterr().err
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS]
 
 
 def test_a_report_is_that_of_a_merge_in_one_run(workspace):
