@@ -63,7 +63,7 @@ def test_no_network_is_asked_about_what_is_here(checkpoints, tmp_path):
     assert "does not answer" in warning
     assert line == (
         "error: model models/expert-z: no such directory here (check the path), and not in the Hub's cache, where the "
-        "Hub cannot be asked"
+        "Hub cannot be asked (see: mergekit-neuron help models)"
     )
     assert sorted(os.listdir(tmp_path)) == ["hub.yaml", "local.yaml", "models", "out"]
 
