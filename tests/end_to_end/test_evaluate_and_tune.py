@@ -57,7 +57,8 @@ def test_a_mistake_is_one_line(folder):
     done = run(folder, "mergekit-neuron", "evaluate", "base", "--task", "none.yml", code=1)
     assert (done.stdout, done.stderr) == (
         "",
-        "error: none.yml: cannot be read (No such file or directory); check the path (see: mergekit-neuron help tasks)\n",
+        "error: none.yml: cannot be read (No such file or directory); check the path "
+        "(see: mergekit-neuron help tasks)\n",
     )
 
 
