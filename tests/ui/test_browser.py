@@ -125,7 +125,8 @@ def test_what_is_typed_into_the_yaml_is_what_runs_and_what_is_wrong_there_is_one
     page.locator("#yaml textarea").fill(text.replace("expert-b", "./nope"))
     page.locator("#merge").click()
     page.locator("#told [role=alert]").wait_for()
-    assert told(page, "no such directory").strip() == "model ./nope: no such directory; check the path"
+    line = "model ./nope: no such directory; check the path (see: mergekit-neuron help models)"
+    assert told(page, "no such directory").strip() == line
     assert page.locator("#experts textarea").input_value() == "expert-a\n./nope"
     assert sorted(os.listdir(models)) == before
     page.locator("#yaml textarea").fill(text)
