@@ -35,7 +35,7 @@ def demo(quiet: bool, **settings: Any) -> None:
 
     Three tasks (arithmetic, German phrases, Python signatures), one expert each, scored on held-out examples. For the
     merge it measures what each expert's layers are given, on a few of the examples that it was trained on. Under two
-    minutes on two cores, --full four; about 1.3 GB of disk. A run that was interrupted goes on where it stopped; a
+    minutes on two cores, --full four; about 1.5 GB of disk. A run that was interrupted goes on where it stopped; a
     finished one prints its report again.
     """
     from neuron_methods.demo.pipeline import DemoSettings, run_demo
