@@ -221,8 +221,8 @@ def merge_to_directory(
                 notes += witness.finish(run, staging, target.name, session.prepared)
             profile = session.prepared.profile if isinstance(session.prepared, PreparedNeuroMerging) else None
             watch.check()
-            work.verified = True
             with _written_with(profile, profile_place, staging, target):
+                work.verified = True
                 deliver(staging, target, force)
             team.exchange(None)  # the others wait for that
         except Exception as error:
