@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from mergekit.options import MergeOptions
@@ -24,12 +25,15 @@ from neuron_methods.support.errors import UserError
 
 
 def merge(job: dict, team: Team | None = None, stop: int | None = None) -> None:
-    """Make one merge; `stop` is the tensor, by number, at which this process is killed."""
+    """Make one merge; `stop` is the tensor, by number, at which this process is killed, once a piece is finished."""
     inner, seen = merge_witness(report=job.get("report", False)), []
 
     def on_tensor(name, *_):
         seen.append(name)
         if len(seen) == stop:
+            out, latest = Path(job["out"]), time.monotonic() + 60
+            while not [*out.parent.glob(f".{out.name}.unfinished/0*.json")] and time.monotonic() < latest:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     merge_to_directory(
