@@ -11,7 +11,8 @@ import torch
 from neuron_methods.data.images import read_image
 from neuron_methods.evaluation.models import ModelSpec, OpenedModel, open_model
 from neuron_methods.models.greedy import greedy_answers
-from neuron_methods.models.kinds import model_kind, text_limit
+from neuron_methods.models.kinds import model_kind
+from neuron_methods.routing.answering import encoded_prompt
 from neuron_methods.support.errors import UserError
 
 
@@ -49,22 +50,11 @@ def answers_of(
                 yield spec.shown, str(image), _class(opened, pixels)
             for prompt in prompts:
                 room = 0 if kind == "text-classification" else max_new_tokens
-                encoded = _encoded(opened, prompt, room if kind == "causal" else 0)
+                fitting = room if kind == "causal" else 0
+                tokens = encoded_prompt(opened.processor.tokenizer, opened.model.config, prompt, fitting)
+                encoded = {key: torch.tensor([value]) for key, value in tokens.items()}
                 answer = _said(opened, encoded, room, goes_on=kind == "causal") if room else _class(opened, encoded)
                 yield spec.shown, prompt, answer
-
-
-def _encoded(opened: OpenedModel, prompt: str, room: int) -> dict[str, Any]:
-    """Tokenize a prompt, and make sure that it says something and leaves room in the context."""
-    encoded = opened.processor.tokenizer(prompt, return_tensors="pt")
-    tokens, limit = encoded["input_ids"].shape[1], text_limit(opened.model.config)
-    if not tokens:
-        raise UserError(f"--prompt {prompt!r}: no token in it; give a text")
-    if limit is not None and tokens + room > limit:
-        raise UserError(
-            f"--prompt {prompt[:30]!r}...: {tokens} tokens and {room} of an answer are more than the context of {limit}"
-        )
-    return {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded}
 
 
 def _said(opened: OpenedModel, encoded: dict[str, Any], new_tokens: int, *, goes_on: bool) -> str:

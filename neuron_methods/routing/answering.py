@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from neuron_methods.data.images import read_image
 from neuron_methods.models.kinds import text_limit
@@ -86,7 +87,7 @@ def answer(
         raise UserError(f"{routed}: reads text; give --prompt TEXT instead of --image")
     elif model.kind == "text-classification":
         # One by one: a decoder that knows no padding cannot tell where a padded text ends.
-        encoded = [_tokens(model, processor, prompt) for prompt in prompts]
+        encoded = [encoded_prompt(processor, model.config, prompt) for prompt in prompts]
         there = [{k: torch.tensor([v], device=model.device) for k, v in text.items()} for text in encoded]
         answers = _classify(model, there)
     else:
@@ -98,7 +99,7 @@ def _generate(
     model: NeuronRoutedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, sample: bool, seed: int
 ) -> list[_Answer]:
     for prompt in prompts:
-        _tokens(model, tokenizer, prompt, max_new_tokens)
+        encoded_prompt(tokenizer, model.config, prompt, max_new_tokens)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
@@ -116,11 +117,21 @@ def _generate(
     return [_Answer(text.strip(), routing[[i]]) for i, text in enumerate(texts)]
 
 
-def _tokens(model: NeuronRoutedModel, tokenizer: Any, prompt: str, room: int = 0) -> dict[str, list[int]]:
-    """Tokenize a prompt, and make sure that it says something and leaves room in the context."""
+def encoded_prompt(tokenizer: Any, config: PretrainedConfig, prompt: str, room: int = 0) -> dict[str, list[int]]:
+    """Tokenize a prompt, and make sure that it says something and leaves room in the context.
+
+    Args:
+        tokenizer: of transformers.
+        config: of the model that is asked.
+        prompt: the text.
+        room: tokens that are to follow.
+
+    Raises:
+        UserError: it holds no text, none in tokens, or is too long.
+    """
     if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
         raise UserError(f"--prompt {prompt!r}: holds what is no character; give it as UTF-8")
-    encoded, limit = tokenizer(prompt), text_limit(model.config)
+    encoded, limit = tokenizer(prompt), text_limit(config)
     tokens = len(encoded["input_ids"])
     if not tokens:
         raise UserError(f"--prompt {prompt!r}: no token in it; give a text")
