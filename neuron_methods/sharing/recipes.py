@@ -6,10 +6,10 @@ A recipe is `FAMILY/METHOD-WHAT.yml`, a merge configuration whose comments teach
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -17,6 +17,8 @@ import neuron_methods
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.local_names import local_names
 from neuron_methods.support.text import did_you_mean, shortened
+
+Found = TypeVar("Found")
 
 #: How a filled recipe begins.
 FILLED = "# After the recipe "
@@ -84,12 +86,22 @@ def find_recipe(name: str) -> Recipe:
     wanted = name.removesuffix(".yml").removeprefix("recipes/")
     recipes = all_recipes()
     found = [r for r in recipes if r.name == wanted] or [r for r in recipes if r.name.partition("/")[2] == wanted]
+    return only_one(
+        "recipe", name, {r.name: r for r in found}, [r.name for r in recipes], "mergekit-neuron recipes list"
+    )
+
+
+def only_one(what: str, name: str, found: Mapping[str, Found], known: Sequence[str], lists: str) -> Found:
+    """Give what was found, by its name, of all that are known.
+
+    Raises:
+        UserError: it is nothing, or several; `lists` is the command that shows what there is.
+    """
     if len(found) == 1:
-        return found[0]
+        return next(iter(found.values()))
     if found:
-        raise UserError(f"recipe {name}: there are several: {', '.join(r.name for r in found)}")
-    hint = did_you_mean(wanted, [r.name for r in recipes])
-    raise UserError(f"no recipe {name}{hint} (`mergekit-neuron recipes list` shows all)")
+        raise UserError(f"{what} {name}: there are several: {', '.join(found)}")
+    raise UserError(f"no {what} {name}{did_you_mean(name, known)} (`{lists}` lists all)")
 
 
 def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from neuron_methods.sharing.recipes import recipes_directory
+from neuron_methods.sharing.recipes import only_one, recipes_directory
 from neuron_methods.support.errors import UserError
-from neuron_methods.support.text import did_you_mean
 
 _FENCE = "```"
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
@@ -64,9 +63,4 @@ def find_topic(name: str) -> Topic:
     known = topics()
     found = [topic for topic in known if topic.name == wanted]
     found = found or [topic for topic in known if wanted in topic.name.split("-")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"topic {name}: there are several: {', '.join(topic.name for topic in found)}")
-    hint = did_you_mean(wanted, [topic.name for topic in known])
-    raise UserError(f"no topic {name}{hint} (`mergekit-neuron help` lists all)")
+    return only_one("topic", name, {t.name: t for t in found}, [t.name for t in known], "mergekit-neuron help")
