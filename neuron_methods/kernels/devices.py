@@ -14,6 +14,6 @@ def with_float64(device: torch.device | str) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def bytes_at_once(cached: int, device: torch.device) -> int:
+def bytes_at_once(cached: int, device: torch.device | None) -> int:
     """Give how much is worked on at a time: `cached`, which stays in a CPU's cache, or what fills an accelerator."""
-    return cached if device.type == "cpu" else max(cached, _LAUNCHED)
+    return cached if device is None or device.type == "cpu" else max(cached, _LAUNCHED)

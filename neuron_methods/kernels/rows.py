@@ -45,13 +45,9 @@ def row_blocks(
 ) -> Iterator[slice]:
     """Yield consecutive slices of all rows, each with scratch memory within `scratch_bytes`; one row may exceed it.
 
-    On the CPU, which None stands for, they stay near its cache.
+    On the CPU, which no device stands for, too, they stay near its cache.
     """
-    size = max(
-        1,
-        min(scratch_bytes, CACHE_BYTES if device is None else bytes_at_once(CACHE_BYTES, device))
-        // max(1, bytes_per_neuron),
-    )
+    size = max(1, min(scratch_bytes, bytes_at_once(CACHE_BYTES, device)) // max(1, bytes_per_neuron))
     for start in range(0, neurons, size):
         yield slice(start, min(start + size, neurons))
 
