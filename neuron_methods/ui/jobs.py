@@ -130,11 +130,7 @@ def _bar(line: str) -> Counted | None:
 
 
 class Desk:
-    """Where jobs are given in: one at a time.
-
-    Attributes:
-        job: the one that runs, or ran last.
-    """
+    """Where jobs are given in: one runs at a time, whoever's it is."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
