@@ -30,6 +30,7 @@ from neuron_methods.support.text import one_line, printable
 
 #: Seconds after which a process that cannot be interrupted, as a kernel or the network keeps it, is ended.
 PATIENCE = 30.0
+_ORPHANED = "the launcher has died, so the processes that it has started end, too"
 _TOGETHER = timedelta(days=30)  # others may be at work as long as that; that one has died is noticed otherwise
 
 
@@ -57,6 +58,7 @@ class Team:
         self._lock = threading.Lock()
         self._leaving = self._stopped = False
         self._heard = threading.Event()  # that the first process knows
+        self._launcher = os.getppid()
 
     @property
     def shown(self) -> str:
@@ -135,18 +137,28 @@ class Team:
         if not goodbye:
             self._stop(f"process {rank} of {self.count} has died, so the others end, too")
 
-    def _watch(self, launcher: int) -> None:
+    def _is_orphaned(self) -> bool:
+        return os.getppid() != self._launcher
+
+    def _watch(self) -> None:
         """Stop when the process that has started this one is no more, in a thread: nobody else would end it then."""
-        while not self._leaving and os.getppid() == launcher:
+        while not self._is_orphaned():
+            if self._leaving:
+                return
             time.sleep(1)
-        told = "the launcher has died, so the processes that it has started end, too"
-        self._stop(told if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        if self.rank and self._links:
+            self._send(0, {"failed": _ORPHANED, "fault": False})  # which may be on another host, or not have looked yet
+            self._stop(None)
+        else:
+            self._stop(_ORPHANED if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
     def _stop(self, why: str | None, *, fault: bool = False) -> None:
         with self._lock:
             if self._leaving or self._stopped:
                 return
             self._stopped, self.at_fault = True, fault
+        if why is not None and self._is_orphaned():
+            why = _ORPHANED  # also where another one has seen it before, and is gone
         # One line of all of them: by the first, or by the second where that is the one.
         if why is not None and self.rank < 2:
             print(f"error: {printable(why)}", file=sys.stderr, flush=True)
@@ -160,7 +172,7 @@ class Team:
         end.start()
 
     def _join(self) -> None:
-        threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
         _check_launcher()
         from neuron_methods.models.processes import process_state
 

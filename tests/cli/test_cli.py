@@ -53,7 +53,8 @@ FAKE_SUBCOMMAND = """
         if wait:
             try:
                 print("ready", flush=True)
-                time.sleep(60)
+                for _ in range(600):  # a signal that comes just before a system call is noticed after it
+                    time.sleep(0.1)
             finally:
                 wait.write_text("cleaned up")
         if failure == "ctx":

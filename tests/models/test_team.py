@@ -11,9 +11,10 @@ from neuron_methods.models.team import teamed
 from neuron_methods.support.errors import UserError
 from tests.support.commands import environment
 
-#: Starts two processes that work together, and dies once they do.
+#: Starts two processes that work together, and dies once they do; one of them looks later whether it still lives.
 LAUNCHER = """
 import os, sys, time
+from functools import partial
 import torch.distributed
 from neuron_methods.models import processes
 from neuron_methods.models.team import teamed
@@ -22,9 +23,12 @@ arrived, arrive = os.pipe()
 for rank in range(2):
     if os.fork() == 0:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        if rank == int(sys.argv[1]):
+            time.sleep = partial(lambda sleep, seconds: sleep(3 * seconds), time.sleep)
         with teamed():
             os.write(arrive, b".")
-            time.sleep(600)
+            for _ in range(6000):  # a signal that comes just before a system call is noticed after it
+                time.sleep(0.1)
 for _ in range(2):
     os.read(arrived, 1)
 os._exit(0)
@@ -36,9 +40,10 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def test_processes_end_with_the_launcher():
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_end_with_the_launcher(late):
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
-    command, path = [sys.executable, "-c", LAUNCHER], os.pathsep.join(sys.path)
+    command, path = [sys.executable, "-c", LAUNCHER, str(late)], os.pathsep.join(sys.path)
     # It returns when the last process that holds its output is gone.
     done = subprocess.run(
         command, env=environment(PYTHONPATH=path, **meeting), capture_output=True, text=True, timeout=100, check=False
