@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from neuron_methods.cli.common import FILE, PLACE, Count, debug_option, say
-from neuron_methods.cli.evaluate import task_options
+from neuron_methods.cli.evaluate import head_option, task_options
 
 EPILOG = """\b
 CONFIG is a mergekit YAML with base_model and models. Compared are it as it is, and on its base and
@@ -48,6 +48,7 @@ card), compare.html (the page with the figure), and rows/. Run again to go on: f
 @click.option("--no-defaults", is_flag=True, help="Compare CONFIG and what --method names alone.")
 @click.option("--budget", type=Count(), default=8, show_default=True, help="Points of each tuned method at most.")
 @click.option("--objective", type=click.Choice(["mean", "minimum"]), default="mean", show_default=True)
+@head_option
 @click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
 @click.option("--force", is_flag=True, help="Forget the rows in OUT and start anew.")
 @debug_option
@@ -59,6 +60,7 @@ def compare(
     only: tuple[str, ...],
     batch_size: int | None,
     allow_code_execution: bool,
+    head: str | None,
     no_defaults: bool,
     quiet: bool,
     **settings: Any,
@@ -69,11 +71,12 @@ def compare(
     from neuron_methods.evaluation.comparing.outcome import BEST, PAGE, table, write_comparison
     from neuron_methods.evaluation.task_file import choose_tasks, load_tasks
     from neuron_methods.models.team import teamed
+    from neuron_methods.plugin.recorded import with_head
     from neuron_methods.support.documents import read_text
 
     with teamed() as team:
         found = compare_methods(
-            read_text(config),
+            with_head(read_text(config), head),
             choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution),
             out,
             methods,

@@ -75,6 +75,13 @@ task_options = options(
     quiet_option(),
 )
 
+#: Of `tune` and `compare`, whose merges are made from one YAML.
+head_option = click.option(
+    "--head",
+    metavar="base|EXPERT|drop",
+    help="Merge the bodies alone; every merge has the base's head, an EXPERT's or none, as of merge --head.",
+)
+
 
 @click.command("evaluate", epilog=EPILOG)
 @click.argument("model", shell_complete=places)

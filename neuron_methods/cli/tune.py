@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from neuron_methods.cli.common import FILE, PLACE, Count, debug_option, say
-from neuron_methods.cli.evaluate import task_options
+from neuron_methods.cli.evaluate import head_option, task_options
 
 EPILOG = """\b
 --search says what is searched and where:
@@ -67,6 +67,7 @@ extra report). Run again to go on: points in the trace are not tried again.
     show_default=True,
     help="Over the tasks' scores; relative: mean share of the experts' own.",
 )
+@head_option
 @click.option("--test", is_flag=True, help="Score the best point on test data, once, at the end.")
 @click.option("--allow-same-split", is_flag=True, help="Let validation data be test data.")
 @click.option("--merge-every-point", is_flag=True, help="Recombine and keep nothing.")
@@ -80,6 +81,7 @@ def tune(
     only: tuple[str, ...],
     batch_size: int | None,
     allow_code_execution: bool,
+    head: str | None,
     merge_every_point: bool,
     quiet: bool,
     **settings: Any,
@@ -89,12 +91,13 @@ def tune(
     from neuron_methods.evaluation.tuning.study import TuneSettings, report_lines
     from neuron_methods.evaluation.tuning.study import tune as search_best
     from neuron_methods.models.team import teamed
+    from neuron_methods.plugin.recorded import with_head
     from neuron_methods.support.documents import read_text
 
     with teamed() as team:
         chosen = choose_tasks(load_tasks(tasks), only, batch_size, allow_code_execution)
         result = search_best(
-            read_text(config),
+            with_head(read_text(config), head),
             chosen,
             search,
             out,

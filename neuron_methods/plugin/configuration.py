@@ -248,6 +248,8 @@ def _check_parameter(spec: MergeMethodSpec, key: str, setting: Any, place: str) 
                 raise UserError(f"{key} must be a finite number; got {value!r}")
             if key == "density" and isinstance(found, float) and not 0 <= found <= 1:
                 raise UserError(f"{key} must be a number in [0, 1]; got {value!r}")
+            if isinstance(found, str) and not found.strip():  # what mergekit has for: not given
+                raise UserError(f"{key} must be a text, or be left out; got {value!r}")
         except OverflowError:
             raise UserError(f"{place}: {key} must be a finite number; got one that is too large") from None
         except ValidationError as error:

@@ -145,8 +145,8 @@ def merge_to_directory(
         head: what becomes of the models' heads; see `heads.heads_of_merge`.
         witness: writes the card, and more; without one mergekit's own card is written.
         common: what this merge shares with others of the same models.
-        resume: go on with an unfinished merge of this plan, where there is one; False: begin anew; None: refuse, unless
-            by `force`.
+        resume: go on with an unfinished merge of this plan, where there is one; False: begin anew, and keep
+            nothing unfinished; None: refuse, unless by `force`.
         team: the processes that make it together, if there are several; all of them call this.
 
     Returns:
@@ -162,7 +162,7 @@ def merge_to_directory(
     target = check_target(out_path, force, inputs)
     profile_place = _profile_place(profile_out, target, force, inputs)
     output.configure(run)
-    watch, work = watched(inputs), Work(target)
+    watch, work = watched(inputs), Work(target, resumable=resume is not False)
 
     def check(planner: Any) -> None:
         run.inspect(planner)

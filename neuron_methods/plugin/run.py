@@ -27,6 +27,7 @@ from neuron_methods.plugin.inputs import opened_models
 from neuron_methods.plugin.patches import arm
 from neuron_methods.plugin.preflight import MergePlan, inspect_plan
 from neuron_methods.plugin.reading import reading_ahead
+from neuron_methods.plugin.recorded import recorded_head, with_head
 from neuron_methods.plugin.seam import any_dtype_name, models_in_order, quiet_mergekit
 from neuron_methods.plugin.session import MergeSession, SessionOptions
 from neuron_methods.plugin.stored_architecture import statistics_of
@@ -54,13 +55,6 @@ _DECIDING = (
 )
 # Parameters of our methods that name files.
 _FILES = ("profile", "groups")
-_HEAD_COMMENT = "# mergekit-neuron merge --head "
-
-
-def _recorded_head(source: str) -> str | None:
-    """What was chosen for the heads of a merge whose YAML is on record, see `MergeRun.recorded`."""
-    first = source.partition("\n")[0]
-    return first.removeprefix(_HEAD_COMMENT).strip() if first.startswith(_HEAD_COMMENT) else None
 
 
 def named_files(content: Any) -> set[str]:
@@ -105,7 +99,7 @@ class MergeRun:
         self.builds_tokenizer = bool(self.configuration.tokenizer or self.configuration.tokenizer_source)
         self.plan = MergePlan(self.configuration.merge_method, None)
         self.heads: Heads | None = None
-        self._head = head or _recorded_head(source)
+        self._head = head or recorded_head(source)
         self._notes: list[str] = []
         self.reads: list[list[str]] = []
         self._unknown = Unknown([], {})
@@ -113,9 +107,7 @@ class MergeRun:
     @property
     def recorded(self) -> str:
         """The YAML for the record, with what was chosen for the heads as a comment, by which it can be merged again."""
-        recorded = _recorded_head(self.source)
-        source = self.source.partition("\n")[2] if recorded else self.source
-        return f"{_HEAD_COMMENT}{self._head}\n{source}" if self._head else source
+        return with_head(self.source, self._head)
 
     @property
     def donor(self) -> ModelReference:

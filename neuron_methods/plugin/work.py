@@ -63,6 +63,7 @@ class Work:
 
     Args:
         target: where the output will be.
+        resumable: whether a later run may go on with what is finished.
 
     Attributes:
         groups: the tensors that are stored together, in order; set by who plans the output.
@@ -77,8 +78,9 @@ class Work:
 
     held: dict[str, Tensor] | None = None
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, resumable: bool = True) -> None:
         self.target = target
+        self._resumable = resumable
         self.place = hidden(target, "unfinished")
         self.groups: list[list[str]] = []
         self.shapes: dict[str, PlannedShape] = {}
@@ -210,14 +212,14 @@ class Work:
         return {name: self.pieces[name].traces[name] for names in self.groups for name in names}
 
     def leave(self, *, keep: bool) -> None:
-        """Remove what is there, or keep the finished pieces for a run that goes on with them, and say so.
+        """Remove what is there, or keep the finished pieces, if a run may go on with them, and say so.
 
         What has not been opened is left alone.
         """
         if not self._is_open:
             return
         self.read()
-        if keep and self.pieces:
+        if keep and self._resumable and self.pieces:
             finished, tensors = len({*self.pieces.values()}), sum(map(len, self.groups))
             note(
                 f"{self.target.name}: {finished} finished piece{'s' * (finished > 1)}, {len(self.pieces)} of {tensors} "

@@ -14,6 +14,7 @@ from mergekit.merge_methods.base import MISSING, BasePolicy, MergeMethod, Parame
 
 from neuron_methods.methods.parameters import OwnMethodSpec, OwnParameterSpec, Range
 from neuron_methods.plugin.patches import register
+from neuron_methods.plugin.recorded import recorded_head, with_head
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed
 from neuron_methods.support.yaml_source import YamlSource
@@ -184,7 +185,7 @@ def with_models(text: str, base: str, experts: Sequence[str], method: str, dtype
         _keep(content, known)
         for entry in content["models"]:
             _keep(entry, known)
-    return _written(content)
+    return _written(content, text)
 
 
 def with_setting(text: str, name: str, value: str) -> str:
@@ -214,7 +215,7 @@ def with_setting(text: str, name: str, value: str) -> str:
     for holder in (content, *entries):
         if holder.get("parameters") == {}:
             del holder["parameters"]
-    return _written(content)
+    return _written(content, text)
 
 
 def _content(text: str) -> dict[str, Any]:
@@ -225,9 +226,9 @@ def _content(text: str) -> dict[str, Any]:
     return content
 
 
-def _written(content: Mapping[str, Any]) -> str:
+def _written(content: Mapping[str, Any], before: str) -> str:
     ordered = {key: content[key] for key in _ORDER if key in content} | content
-    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
+    return with_head(yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100), recorded_head(before))
 
 
 def _keep(holder: dict[str, Any], known: set[str]) -> None:

@@ -527,3 +527,41 @@ def test_two_ridges_are_merged_like_any_other_parameter(experts, folder, solves)
     source = cases.merge_yaml(place, "neuron_response")
     tune(source, words(folder), ["ridge=0.01,0.1"], folder / "out", QUIET)
     assert solves == {"decomposed": 0, "solved": 2 * matrices_of(place)}
+
+
+@pytest.mark.parametrize("command", ["tune", "compare"])
+def test_heads_of_different_sizes_are_left_to_one_model(experts, folder, command):
+    shutil.copytree(experts("vit"), "models")
+    labels = dict(enumerate([*tiny.LABELS, "house"]))
+    config = transformers.ViTConfig.from_pretrained("models/expert-b", id2label=labels, label2id={})
+    transformers.ViTForImageClassification(config).save_pretrained("models/expert-b")
+    (folder / "merge.yml").write_text(cases.merge_yaml(folder / "models", "task_arithmetic", weight=1.0))
+    tiny.write_images(folder / "images", 1)
+    data = {"source": "images", "split": "train", "validation_split": "train"}
+    tasks = cases.write_tasks(folder, {"name": "a", "kind": "image-classification", "data": data})
+    search = {
+        "tune": ["--search", "lambda=0.5,1,2"],
+        "compare": ["--no-defaults", "--method", "ties:density=0.5;lambda=1,2;weight=1"],
+    }
+    arguments = [
+        command,
+        "merge.yml",
+        "--task",
+        str(tasks),
+        "-o",
+        "out",
+        "--quiet",
+        "--allow-same-split",
+        *search[command],
+    ]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1 and "say what becomes of them: --head base" in refused.output
+
+    done = CliRunner().invoke(main, [*arguments, "--head", "base"])
+    assert done.exit_code == 0, done.output
+    best = (folder / "out/best.yml").read_text()
+    assert "# mergekit-neuron merge --head base\n" in best
+    merging.merge_to_directory(best, "merged", progress=False)
+    assert load_file("merged/model.safetensors")["classifier.weight"].equal(
+        load_file("models/base/model.safetensors")["classifier.weight"].bfloat16()
+    )

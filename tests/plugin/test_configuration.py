@@ -113,6 +113,7 @@ WRONG = {
     "trim": (with_parameters(trim="modle"), "trim must be one of model, tensor, differing; got 'modle'"),
     "consensus": (with_parameters(consensus=1), "consensus must be one of mean, sum; got 1"),
     "profile": (with_parameters(profile=7), "parameters: profile must be a text; got 7"),
+    "no profile": (with_parameters(profile=" "), "parameters: profile must be a text, or be left out; got ' '"),
     "an empty gradient": (with_parameters(density=[]), "parameters: density: an empty list"),
     "a parameter of mergekit's": (
         text(merge_method="linear", base_model=None, parameters={"weight": "x"}),

@@ -280,6 +280,14 @@ def test_nothing_is_kept_of_a_merge_that_is_at_fault_or_has_finished_no_piece(wo
     assert merge(resume=True, allow_nonfinite=True)  # there is nothing to go on with
 
 
+def test_nothing_is_kept_for_a_command_that_never_goes_on(workspace, capfd):
+    folder = workspace("llama-tied")
+    with pytest.raises(Interrupted):
+        merge(stop=15, resume=False)
+    assert sorted(os.listdir(folder)) == ["base", *EXPERTS]
+    assert "--resume" not in capfd.readouterr().err
+
+
 def raising(error):
     def fail(*_args, **_keys):
         raise error

@@ -130,3 +130,10 @@ def test_the_form_follows_when_the_yaml_is_left():
     assert left.form.settings == (("trim", "tensor"),) and left.drawing == sheet.drawing + 1
     assert left.left(left.text) is left
     assert left.left("[").form == left.form
+
+
+def test_what_is_recorded_of_the_heads_is_no_comment():
+    recorded = "# mergekit-neuron merge --head base\n"
+    sheet = Sheet().left(f"{recorded}# Mine.\n{START}").with_setting("density", "0.5")
+    assert sheet.text.startswith(f"{recorded}merge_method:")
+    assert sheet.with_models("base", EXPERTS[:1], "ties", "").text.startswith(f"{recorded}merge_method:")

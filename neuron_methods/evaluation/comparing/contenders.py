@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from neuron_methods.evaluation.tuning.search import Parameter, parse_search
+from neuron_methods.plugin.recorded import recorded_head, with_head
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import unknown
 from neuron_methods.support.yaml_source import YamlSource
@@ -58,7 +59,8 @@ class Contender:
                 models.append({"model": content["base_model"], "parameters": {"weight": 0.0}})
             else:
                 del whole["base_model"]
-        return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
+        text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
+        return with_head(text, recorded_head(configuration))
 
 
 def contenders(experts: int) -> list[Contender]:

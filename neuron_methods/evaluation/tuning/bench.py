@@ -226,7 +226,9 @@ class Bench:
             out = self._folder / f"merge-{number}"
             options = MergeOptions(random_seed=seed)
             stack.callback(remove, out)
-            merge_to_directory(source, out, progress=False, config_name=name, common=self._kept, options=options)
+            merge_to_directory(
+                source, out, progress=False, config_name=name, common=self._kept, options=options, resume=False
+            )
             yield stack.enter_context(open_model(str(out), dtype))
 
     def _family(self, point: Point) -> str:

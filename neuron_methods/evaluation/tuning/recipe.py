@@ -13,6 +13,7 @@ import yaml
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.search import Parameter, Point
 from neuron_methods.models.reference import ModelName
+from neuron_methods.plugin.recorded import recorded_head, with_head
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.yaml_source import YamlSource
 
@@ -47,6 +48,7 @@ class Recipe:
         self.name = name
         configuration = read_configuration(source, name)
         self._content = YamlSource.parse(source, name, "a merge").content
+        self._head = recorded_head(source)
         self.method = configuration.merge_method
         self.names_base = configuration.base_model is not None and bool(configuration.models)
         self.experts = [str(entry.model) for entry in configuration.models or ()]
@@ -76,7 +78,7 @@ class Recipe:
             holder["parameters"][parameter] = value
         if exact:
             content |= {"dtype": "float32", "out_dtype": "float32"}
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+        return with_head(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000), self._head)
 
     def reads(self, tasks: Sequence[Task]) -> list[str]:
         """List what is read here of models, and of the data of tasks."""
