@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_methods import __version__
+from neuron_methods.evaluation.scores import is_share
 from neuron_methods.evaluation.scoring import Evaluation, TaskResult
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import pair_in_place_after
@@ -23,8 +24,8 @@ _OUTCOMES = beginning_with(r'\{"task": ')
 
 
 def format_score(value: float, metric: str) -> str:
-    """Write a perplexity as it is (lm-evaluation-harness has several), any other score in percent."""
-    return f"{value:.3f}" if metric.endswith("perplexity") else f"{100 * value:.1f} %"
+    """Write a share in percent, and any other score, such as a perplexity, as it is."""
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
 
 
 def table(evaluation: Evaluation) -> list[str]:

@@ -21,7 +21,23 @@ from neuron_methods.support.errors import UserError
 #: Resamples of a bootstrap interval.
 RESAMPLES = 2000
 
+# Metrics, those of lm-evaluation-harness too, whose scores are no shares; of most of them less is better.
+_NO_SHARES = (
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "weighted_perplexity",
+    "bits_per_byte",
+    "ter",
+    "brier_score",
+    "likelihood",
+)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def is_share(metric: str) -> bool:
+    """Tell whether a metric's scores, at most 1, are shown in percent, and have a mean over tasks."""
+    return metric.partition(",")[0] not in _NO_SHARES
 
 
 def exact_match(prediction: str, targets: Sequence[str]) -> float:

@@ -18,7 +18,7 @@ from neuron_methods.evaluation.kinds.harness import run_harness
 from neuron_methods.evaluation.kinds.prompting import chat_notes, chats
 from neuron_methods.evaluation.kinds.scorer import processor_part
 from neuron_methods.evaluation.models import ModelSpec, OpenedModel, architecture_of, open_model
-from neuron_methods.evaluation.scores import bootstrap_interval, score_and_interval
+from neuron_methods.evaluation.scores import bootstrap_interval, is_share, score_and_interval
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.models.processes import process_state
 from neuron_methods.support.errors import UserError
@@ -30,7 +30,8 @@ from neuron_methods.support.quiet import quiet_transformers
 class TaskResult:
     """How a model did on one task.
 
-    `score` and the ends of its 95 % interval, `low` and `high`, are 0 to 1, or a perplexity; `outcomes` are in the
+    `score` and the ends of its 95 % interval, `low` and `high`, are 0 to 1, or a perplexity or another
+    number that is no share; `outcomes` are in the
     order of their rows; `notes` are what the user should know, `prompts` is how prompts were made: `chat`, `few_shot`.
     """
 
@@ -60,8 +61,8 @@ class Evaluation:
 
     @property
     def mean(self) -> float | None:
-        """The mean score; None where scores cannot be averaged, as one is a perplexity."""
-        if any(task.metric == "perplexity" for task in self.tasks):
+        """The mean score; None where scores cannot be averaged, as one is no share."""
+        if not all(is_share(task.metric) for task in self.tasks):
             return None
         return sum(task.score for task in self.tasks) / len(self.tasks)
 

@@ -97,8 +97,8 @@ class ShardWriter:
         self._stop()
 
     def _stop(self) -> None:
+        self._steps.put(None)
         if self._thread is not None:
-            self._steps.put(None)
             self._thread.join()
             self._thread = None
         if self._file is not None:
@@ -108,8 +108,9 @@ class ShardWriter:
     def _do(self, step: Callable[[], None]) -> None:
         self._raise()
         if self._thread is None:
-            self._thread = Thread(target=self._work, name="shard writer", daemon=True)
-            self._thread.start()
+            thread = Thread(target=self._work, name="shard writer", daemon=True)
+            thread.start()  # before it is known: a signal may end the merge in between, and then there is none to join
+            self._thread = thread
         self._room.get()
         self._steps.put(step)
 

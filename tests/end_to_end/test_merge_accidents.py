@@ -12,7 +12,7 @@ import pytest
 
 from neuron_methods.support.targets import mark
 from tests.support.checkpoints import configuration
-from tests.support.commands import environment, run
+from tests.support.commands import environment, run, with_usual_signals
 from tests.support.merges import EXPERTS
 
 GUARDED = """
@@ -112,6 +112,7 @@ def test_an_interrupted_run_leaves_what_was_there(checkpoints, tmp_path, name, c
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=with_usual_signals,
     ) as process:
         assert process.stdout.readline() == "merging\n"
         pieces = list((folder / "parent" / ".out.unfinished").glob("*.safetensors"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from neuron_methods.evaluation import evaluate_model, open_model, read_examples, scoring
+from neuron_methods.evaluation import evaluate_model, open_model, read_examples, score_files, scoring
 from neuron_methods.evaluation.kinds import generation, harness
 from neuron_methods.evaluation.kinds.generation import Generation
 from neuron_methods.evaluation.kinds.likelihood import windows
@@ -299,6 +299,28 @@ def test_a_metric_of_the_harness_may_be_chosen_with_its_filter(folder, monkeypat
     assert harness.run_harness(torch.nn.Module(), tiny.build_tokenizer(), task, 0) == found
     result = scoring.HarnessTask(torch.nn.Module(), tiny.build_tokenizer(), task, 0).run()
     assert (result.metric, result.count, len(result.outcomes), result.notes) == (found[0], 2, len(found[3]), [])
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "error", "shown", "mean"),
+    [
+        ("bleu", 43.25, 2.0, ["43.2 %", "39.3 to 47.2 %"], 0.4325),
+        ("chrf++", 43.25, "N/A", ["43.2 %", "43.2 to 43.2 %"], 0.4325),
+        ("acc", 0.4325, 0.02, ["43.2 %", "39.3 to 47.2 %"], 0.4325),
+        ("word_perplexity", 9.5, "N/A", ["9.500", "9.500 to 9.500"], None),
+        ("bits_per_byte", 0.75, 0.0, ["0.750", "0.750 to 0.750"], None),
+        ("ter", 120.0, 0.0, ["120.000", "120.000 to 120.000"], None),
+        ("brier_score", 0.25, 0.0, ["0.250", "0.250 to 0.250"], None),
+    ],
+)
+def test_scores_of_the_harness_are_shares_or_shown_as_they_are(folder, monkeypatch, metric, value, error, shown, mean):
+    harness_returns(monkeypatch, {"x": {f"{metric},kept": value, f"{metric}_stderr,kept": error}}, {"x": []})
+    (task,) = cases.tasks_of(folder, {"name": "a", "kind": "lm-eval", "task": "x"})
+    result = scoring.HarnessTask(torch.nn.Module(), tiny.build_tokenizer(), task, 0).run()
+    found = scoring.Evaluation("m", [result, result])
+    assert found.mean == mean
+    row = [cell.strip() for cell in score_files.table(found)[1].split("  ") if cell.strip()]
+    assert row[1:3] == shown
 
 
 def test_a_group_of_the_harness_counts_the_examples_of_all_its_tasks(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +23,12 @@ def environment(**changes):
     unwanted = ("MERGEKIT_NEURON_", "PYTHONHASHSEED")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
+
+
+def with_usual_signals():
+    """Let a process that is begun end by signals, though its parent ignores some, as `nohup` and `&` have it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 _USUAL = environment()

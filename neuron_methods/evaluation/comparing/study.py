@@ -18,7 +18,7 @@ from neuron_methods.evaluation.comparing.rows import best_point
 from neuron_methods.evaluation.examples import Examples
 from neuron_methods.evaluation.models import ModelSpec, open_model
 from neuron_methods.evaluation.score_files import task_record
-from neuron_methods.evaluation.scores import CORPUS_METRICS
+from neuron_methods.evaluation.scores import CORPUS_METRICS, is_share
 from neuron_methods.evaluation.scoring import TaskResult, prepare_tasks, start_opened
 from neuron_methods.evaluation.tasks import Task
 from neuron_methods.evaluation.tuning.bench import Bench
@@ -103,7 +103,7 @@ class Row:
     @property
     def mean(self) -> float | None:
         """Mean test score over tasks; None where it cannot be taken."""
-        if self.failed or any(task["metric"] == "perplexity" for task in self.tasks):
+        if self.failed or not all(is_share(task["metric"]) for task in self.tasks):
             return None
         return sum(task["score"] for task in self.tasks) / len(self.tasks)
 

@@ -15,6 +15,9 @@ from neuron_methods.evaluation.tasks import Task
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.text import listed
 
+# Its metrics that are 0 to 100, as sacrebleu has them; ours of these names are 0 to 1.
+_OF_100 = ("bleu", "chrf", "chrf++")
+
 
 class Harness(Scorer):
     """`task` names the harness's task, `metric` one of its metrics (or METRIC,FILTER).
@@ -128,12 +131,13 @@ def _read(task: Task, results: Mapping[str, Any], samples: Mapping[str, list[dic
         raise UserError(f"task {task.name!r}: metric: {task.settings['task']} has no {task.metric!r} (it has: {known})")
     metric, _, kept = chosen.partition(",")
     error = results.get(f"{metric}_stderr,{kept}")
+    most = 100.0 if metric in _OF_100 else 1.0
     records = [[record for record in records if record.get("filter", kept) == kept] for records in samples.values()]
     rows = list(chain.from_iterable(records))
     return Found(
         metric=chosen.removesuffix(",none"),
-        score=scores[chosen],
-        error=error if isinstance(error, float) else 0.0,
+        score=scores[chosen] / most,
+        error=error / most if isinstance(error, float) else 0.0,
         scores=[
             (place if len(records) > 1 else record.get("doc_id", place), float(value))
             for place, record in enumerate(rows)
