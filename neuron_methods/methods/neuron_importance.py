@@ -88,7 +88,8 @@ def read_importance(
         if profile or data:
             raise UserError(
                 f"min_merging: {expert} has {'profile' if profile else 'data'}, which importance: magnitude does not "
-                "read; set importance: activation or taylor, or leave it out (rest: neuron_response goes by updates)"
+                "read; set importance: activation or taylor, or leave it out (that of rest: neuron_response is called "
+                "rest_profile)"
             )
         return None
     if not profile:

@@ -53,7 +53,7 @@ _DECIDING = (
     "lora_merge_dtype",
     "unsafe_truncate_embeddings",
 )
-# Parameters of our methods that name files.
+# Parameters of our methods that name files; `rest_profile` is one, too.
 _FILES = ("profile", "groups")
 
 
@@ -63,8 +63,17 @@ def named_files(content: Any) -> set[str]:
         return {file for part in content for file in named_files(part)}
     if not isinstance(content, dict):
         return set()
-    own = {value for key, value in content.items() if key in _FILES and isinstance(value, str)}
-    return own.union(*(named_files(part) for part in content.values()))
+    own = (_texts(value) for key, value in content.items() if str(key).rpartition("_")[2] in _FILES)
+    return set().union(*own, *(named_files(part) for part in content.values()))
+
+
+def _texts(setting: Any) -> set[str]:
+    """Find the texts that a parameter takes, by whatever filters."""
+    if isinstance(setting, list):
+        return {text for part in setting for text in _texts(part)}
+    if isinstance(setting, dict):
+        return _texts(setting.get("value"))
+    return {setting} if isinstance(setting, str) else set()
 
 
 class _PlanOnly(Exception):

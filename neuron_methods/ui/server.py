@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ def served(
         desk.close()
         if (server := getattr(blocks, "server", None)) is not None:
             server.force_exit = True  # browsers keep their connections open
+            # uvicorn 0.54 shows a traceback for every connection that this cuts off.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         blocks.close(verbose=False)
 
 

@@ -482,6 +482,18 @@ def test_as_rest_of_min_merging(family: str) -> None:
         assert torch.allclose(merged[name], expected[name], atol=1e-5), name
 
 
+def test_as_rest_it_takes_measured_inputs_by_a_name_of_its_own(tmp_path: Path) -> None:
+    config, base, experts = models("llama-untied")
+    files = profiles(tmp_path, config, base, experts)
+    shared = {"rest": "neuron_response", "rest_toward": "zero"}
+    own = {expert: {"rest_inputs": "profile", "rest_profile": files[expert]} for expert in experts}
+    merged, _ = merge_and_tell(MinMerging(), config, base, experts, shared, own)
+    alone = {expert: {"inputs": "profile", "profile": files[expert]} for expert in experts}
+    expected, without = (merge(METHOD, config, base, experts, {"toward": "zero"}, given) for given in (alone, {}))
+    assert torch.equal(merged["lm_head.weight"], expected["lm_head.weight"])
+    assert not torch.allclose(merged["lm_head.weight"], without["lm_head.weight"], atol=1e-2)
+
+
 def test_as_rest_and_within_of_neuron_merge(tmp_path: Path) -> None:
     config, base, experts = models("llama-untied")
     groups = write_groups(tmp_path / "groups.json", config, ["general", "math", "code"])

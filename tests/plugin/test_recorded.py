@@ -1,8 +1,10 @@
-"""What was chosen for the heads, in the comments of a YAML on record."""
+"""What was chosen for the heads, in the comments of a YAML on record, and which files the YAML names."""
 
 import pytest
+import yaml
 
 from neuron_methods.plugin.recorded import recorded_head, with_head
+from neuron_methods.plugin.run import named_files
 
 YAML = "merge_method: linear\nmodels: []\n"
 
@@ -25,3 +27,19 @@ def test_nothing_is_found_where_nothing_is_said():
 
 def test_a_choice_of_several_lines_adds_no_word_to_the_yaml():
     assert with_head(YAML, "base\nmerge_method: ties").count("\n") == YAML.count("\n") + 1
+
+
+FILES = """
+models:
+- model: a
+  parameters: {profile: a.safetensors, data: math, weight: 1}
+- model: b
+  parameters:
+    rest_profile: [{filter: mlp, value: b.safetensors}, {value: c.safetensors}]
+parameters: {groups: groups.json, rest: neuron_response, density: [0.1, 0.9]}
+"""
+
+
+def test_files_are_found_wherever_a_parameter_names_them():
+    found = named_files(yaml.safe_load(FILES))
+    assert found == {"a.safetensors", "b.safetensors", "c.safetensors", "groups.json"}

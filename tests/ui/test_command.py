@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
+from tests.support.commands import environment, with_usual_signals
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,22 @@ print(json.dumps(get_token()))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, cwd=tmp_path)
     assert json.loads(done.stdout) == found
     assert "hf_" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")])
+def test_it_ends_by_a_signal_without_a_traceback(number, code, said, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "neuron_methods", "ui", "--no-browser"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=with_usual_signals,
+    ) as process:
+        address = process.stdout.readline().strip()
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=30) as page:
+            assert page.status == 200
+        process.send_signal(number)
+        assert process.communicate(timeout=60) == ("", said)
+    assert process.returncode == code
