@@ -2,51 +2,90 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+# A process between the benchmark and what it measures: Linux counts to a process's peak what its parent had when it was
+# begun, and a benchmark has made models.
+_BETWEEN = """
+import json, os, sys
+
+told, *command = sys.argv[1:]
+process = os.posix_spawnp(command[0], command, os.environ)
+_, status, usage = os.wait4(process, 0)
+with open(told, "w") as file:
+    json.dump([usage.ru_maxrss, usage.ru_inblock, usage.ru_oublock, usage.ru_utime + usage.ru_stime], file)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One process, measured from outside: wall-clock and CPU seconds, peak resident memory, bytes written to files."""
+    """One process, measured from outside.
+
+    Attributes:
+        seconds: of the clock.
+        cpu_seconds: of all processors.
+        peak_bytes: of resident memory, files that are mapped included.
+        read_bytes: from the disk.
+        written_bytes: to files.
+    """
 
     seconds: float
-    peak_bytes: int
-    written_bytes: int
     cpu_seconds: float
+    peak_bytes: int
+    read_bytes: int
+    written_bytes: int
 
 
-def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
+def run_process(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    watched: Callable[[int], AbstractContextManager[Any]] = lambda _process: nullcontext(),
+) -> Run:
     """Run a command to its end and measure it.
+
+    Args:
+        command: program and arguments.
+        environment: what is changed of this one.
+        watched: entered while it runs, with the process that it is a child of.
 
     Raises:
         SystemExit: the command failed; its output is shown.
     """
-    started = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    return Run(seconds, usage.ru_maxrss * 1024, usage.ru_oublock * 512, usage.ru_utime + usage.ru_stime)
+    with tempfile.TemporaryDirectory(prefix="neuron-benchmark-") as folder:
+        told = Path(folder) / "usage.json"
+        started = time.perf_counter()
+        with (
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BETWEEN, str(told), *command],
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            ) as process,
+            watched(process.pid),
+        ):
+            output, _ = process.communicate()
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+        peak, read, written, cpu_seconds = json.loads(told.read_text())
+    return Run(seconds, cpu_seconds, peak * 1024, read * 512, written * 512)
 
 
 def machine() -> str:

@@ -27,7 +27,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -39,7 +38,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from measuring import machine
+from measuring import machine, run_process
 from scale_models import SHAPES, Shape, write_models
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -135,12 +134,23 @@ def disk_speeds(directory: Path, megabytes: int) -> tuple[float, float]:
 class Watch(threading.Thread):
     """Looks at a process and its children, and keeps the most that one of them has had of memory that no file backs."""
 
-    def __init__(self, process: int) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.process, self.most, self.done = process, 0, threading.Event()
+        self.process, self.most, self.done = 0, 0, threading.Event()
+
+    @contextmanager
+    def of(self, process: int) -> Iterator[None]:
+        """Look twenty times a second, until the block is done."""
+        self.process = process
+        self.start()
+        try:
+            yield
+        finally:
+            self.done.set()
+            self.join()
 
     def run(self) -> None:
-        """Look twenty times a second until `done`."""
+        """Look until `done`."""
         while not self.done.wait(0.05):
             for process in _with_children(self.process):
                 self.most = max(self.most, _anonymous(process))
@@ -183,8 +193,8 @@ def merge(config: Path, out: Path, row: Row, threads: int | None) -> None:
     Raises:
         SystemExit: it failed; its output is shown.
     """
-    launch, environment = ["-m", "neuron_methods"], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = str(threads or max(1, (os.cpu_count() or 1) // row.processes))
+    launch = ["-m", "neuron_methods"]
+    environment = {"OMP_NUM_THREADS": str(threads or max(1, (os.cpu_count() or 1) // row.processes))}
     if row.processes > 1:
         # Which launches processes on the CPU where there is no GPU.
         several = ["--multi_gpu", "--num_processes", str(row.processes)]
@@ -193,24 +203,11 @@ def merge(config: Path, out: Path, row: Row, threads: int | None) -> None:
             environment["ACCELERATE_USE_CPU"] = "1"
     command = [sys.executable, *launch, "merge", str(config), str(out), "--quiet", "--no-write-model-card"]
     command += ["--device", row.device]
-    started = time.perf_counter()
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        watch = Watch(process.pid)
-        watch.start()
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        watch.done.set()
-        watch.join()
-    row.seconds = time.perf_counter() - started
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    row.cpu_seconds = usage.ru_utime + usage.ru_stime
-    row.peak_bytes, row.own_bytes = usage.ru_maxrss * 1024, watch.most
-    row.disk_bytes = usage.ru_inblock * 512  # what /proc/PID/io calls read_bytes, of a process that has ended
+    watch = Watch()
+    run = run_process(command, environment, watch.of)
+    row.seconds, row.cpu_seconds = run.seconds, run.cpu_seconds
+    row.peak_bytes, row.own_bytes = run.peak_bytes, watch.most
+    row.disk_bytes = run.read_bytes
     row.written_bytes = sum(file.stat().st_size for file in out.iterdir())
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 gpu, scale = (load_script(EXAMPLES / "benchmarks" / f"{name}.py") for name in ("gpu", "scale"))
 sys.modules["scale"] = scale  # scale_plan's neighbour
 scale_models = sys.modules["scale_models"]
+measuring = sys.modules["measuring"]
 plans = load_script(EXAMPLES / "benchmarks" / "scale_plan.py")
 
 
@@ -134,3 +135,16 @@ def test_a_plan_needs_no_disk(monkeypatch):
     minutes = 1800 / 3 * 8 / 8 / 60  # of one of eight processes, for eight experts instead of three
     disk = (8 + 1) * 2 * entries / 1e6 / 60
     assert f"| {minutes:.0f} min, {disk:.0f} min |" in linear
+
+
+def test_a_process_is_measured_and_not_the_one_that_has_begun_it(tmp_path):
+    large = bytearray(b"x" * (400 << 20))
+    code = "import os, pathlib; large = b'x' * (50 << 20); pathlib.Path('told').write_text(os.environ['MADE'])"
+    run = measuring.run_process(
+        [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {code}"], {"MADE": "1"}
+    )
+    assert 50 << 20 < run.peak_bytes < 200 << 20 < len(large)
+    assert min(run.cpu_seconds, run.seconds) > 0
+    assert (tmp_path / "told").read_text() == "1"
+    with pytest.raises(SystemExit, match=r"(?s)failed:.*no such thing"):
+        measuring.run_process([sys.executable, "-c", "raise ValueError('no such thing')"])
