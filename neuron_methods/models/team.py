@@ -161,7 +161,8 @@ class Team:
             why = _ORPHANED  # also where another one has seen it before, and is gone
         # One line of all of them: by the first, or by the second where that is the one.
         if why is not None and self.rank < 2:
-            print(f"error: {printable(why)}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {printable(why)}\n")  # in one piece, as others write there
+            sys.stderr.flush()
         if not self.rank:
             for other in self._links:
                 self._send(other, {"stop": True})

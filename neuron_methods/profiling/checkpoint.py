@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from neuron_methods.models.processes import process_state
 from neuron_methods.support.documents import open_file
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import file_in_place_after
+from neuron_methods.support.runs import note
 
 
 class Record(Protocol):
@@ -68,7 +68,7 @@ class Checkpoint:
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("belongs_to") != self._belongs_to:
-                    print(f"note: {self.path}: of other data or settings, so it is not gone on with", file=sys.stderr)
+                    note(f"{self.path}: of other data or settings, so it is not gone on with")
                     return 0
                 batches = metadata.get("batches", "")
                 if not re.fullmatch("[0-9]{1,15}", batches):

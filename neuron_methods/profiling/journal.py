@@ -7,7 +7,6 @@ processes as it likes. A line that was cut short, or is none of ours, is passed 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from neuron_methods.models.processes import process_state
 from neuron_methods.support.documents import Given, parse_json, read_bytes, validated
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.files import write_text
+from neuron_methods.support.runs import note
 
 #: (key of the layer, neuron).
 Neuron = tuple[str, int]
@@ -100,7 +100,7 @@ class Journal:
         try:
             head, *lines = read_bytes(path).split(b"\n")
             if head.decode(errors="replace") != self._head:
-                print(f"note: {path}: of another profile, describer or settings: not gone on with", file=sys.stderr)
+                note(f"{path}: of another profile, describer or settings: not gone on with")
                 return {}
             for text in lines[:-1]:  # behind the last line break there is nothing, or a line that was cut short
                 line = validated(parse_json(text, str(path)), _Line, str(path))

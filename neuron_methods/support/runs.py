@@ -213,8 +213,8 @@ def _is_of(found: str, name: str) -> bool:
 
 
 def note(text: str) -> None:
-    """Tell the user something on stderr."""
-    print(f"note: {printable(text)}", file=sys.stderr)
+    """Tell the user something on stderr, in one piece, as other processes may write there."""
+    sys.stderr.write(f"note: {printable(text)}\n")
 
 
 def _cut(name: str, most: int) -> str:

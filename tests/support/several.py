@@ -18,4 +18,5 @@ if __name__ == "__main__":
         try:
             main(arguments, prog_name="mergekit-neuron")
         except SystemExit as ended:
-            print(f"ended: {ended.code}", flush=True)
+            sys.stdout.write(f"ended: {ended.code}\n")  # in one piece, as others write there
+            sys.stdout.flush()

@@ -65,7 +65,8 @@ def main(path: str) -> None:
                 finally:
                     os.chdir(here)
         except UserError as error:
-            print(f"refused {job['out']}: {error}", flush=True)
+            sys.stdout.write(f"refused {job['out']}: {error}\n")  # in one piece, as others write there
+            sys.stdout.flush()
         except SystemExit:
             if "killed" in job:
                 raise
