@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import yaml
@@ -16,7 +17,7 @@ import yaml
 import neuron_methods
 from neuron_methods.support.errors import UserError
 from neuron_methods.support.local_names import local_names
-from neuron_methods.support.text import did_you_mean, shortened
+from neuron_methods.support.text import did_you_mean, one_line, printable, shortened
 
 Found = TypeVar("Found")
 
@@ -105,7 +106,7 @@ def only_one(what: str, name: str, found: Mapping[str, Found], known: Sequence[s
 
 
 def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:
-    """Fill somebody's own models, by path or id, into a recipe of a family; its comments stay.
+    """Fill somebody's own models, by path or id, into a recipe of a family; what it says of parameters stays.
 
     Args:
         family: llama, t5 or vit.
@@ -114,7 +115,7 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
         experts: the experts; names of what is measured on each are made from theirs.
 
     Raises:
-        UserError: no such recipe, or no expert.
+        UserError: no such recipe, or no expert, or one twice.
     """
     families = list(dict.fromkeys(recipe.family for recipe in all_recipes()))
     if family not in families:
@@ -122,6 +123,8 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
     of_family = [r for r in all_recipes() if r.family == family and len(r.stages) == 1]
     if not experts:
         raise UserError("a merge needs experts: --expert PATH-OR-ID, once for each")
+    if twice := next((expert for expert in experts if experts.count(expert) > 1), None):
+        raise UserError(f"--expert {twice}: is given twice")
     named = [r for r in of_family if r.name == f"{family}/{method}"]
     if named:
         return _filled(named[0], base, experts)
@@ -140,29 +143,53 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
 
 def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
     lines = recipe.text.splitlines()
+    # What stands before is about other models.
+    begin = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     start = next(i for i, line in enumerate(lines) if line.startswith("models:"))
     end = next((i for i in range(start + 1, len(lines)) if re.match(r"[\w#]", lines[i])), len(lines))
-    # Its first line is the recipe's title, which names other models.
-    filled = [*lines[1:start], "models:", *_expert_lines(recipe, experts), *lines[end:]]
+    names = _names(experts)
+    filled = [*lines[begin:start], "models:", *_expert_lines(recipe, names), *lines[end:]]
     count = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
-    title = f"# {recipe.method} of {count} on {shortened(base, quote=False)}."
-    head = [f"{FILLED}{recipe.name}; what it says of models below is about its own.", "#", title]
+    head = [
+        f"{FILLED}{recipe.name}; what it says of models below is about its own.",
+        f"# More of it: mergekit-neuron recipes show {recipe.name}",
+        "#",
+        f"# {recipe.method} of {count} on {shortened(base, quote=False)}.",
+        "#",
+        *(f"#   {one_line(printable(step))}" for step in _steps(recipe, base, names)),
+    ]
     text = "\n".join([*head, *filled]) + "\n"
     return re.sub(r"^base_model: .*$", lambda _: f"base_model: {_scalar(base)}", text, flags=re.MULTILINE)
 
 
-def _expert_lines(recipe: Recipe, experts: Sequence[str]) -> list[str]:
-    """The list of models; what every expert has in the recipe, its group or the file of its inputs, it has here."""
+def _names(experts: Sequence[str]) -> dict[str, str]:
+    """Name what is measured on each expert, {expert: name}."""
     names = local_names([expert.rpartition("+")[2] for expert in experts])
+    return {expert: re.sub(r"[^\w-]+", "-", names[expert.rpartition("+")[2]]).strip("-") for expert in experts}
+
+
+def _expert_lines(recipe: Recipe, names: Mapping[str, str]) -> list[str]:
+    """The list of models; what every expert has in the recipe, its group or the file of its inputs, it has here."""
     lines = []
-    for expert in experts:
+    for expert, name in names.items():
         lines.append(f"  - model: {_scalar(expert)}")
-        name = re.sub(r"[^\w-]+", "-", names[expert.rpartition("+")[2]]).strip("-")
         if recipe.has_all("group"):
             lines.append(f"    parameters: {{group: {_scalar(name)}}}   # as its data was called when groups were made")
         elif recipe.has_all("profile"):
             lines.append(f"    parameters: {{profile: {_scalar(f'{name}.inputs.safetensors')}}}")
     return lines
+
+
+def _steps(recipe: Recipe, base: str, names: Mapping[str, str]) -> list[str]:
+    """The commands: what is measured first, each on data of one's own, and the merge."""
+    steps = []
+    if recipe.has_all("group"):
+        data = " ".join(f"--data {name}=FILE" for name in [*names.values(), "general"])
+        steps += [f"profile {quote(base)} {data} -o base.safetensors", "groups base.safetensors -o groups.json"]
+    elif recipe.has_all("profile"):
+        for expert, name in names.items():
+            steps.append(f"profile {quote(expert)} --inputs --data {name}=FILE -o {name}.inputs.safetensors")
+    return [f"mergekit-neuron {step}" for step in [*steps, "merge merge.yml ./merged --report"]]
 
 
 def _scalar(text: str) -> str:

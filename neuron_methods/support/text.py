@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def one_line(error: BaseException) -> str:
-    """Join the lines of an exception's message, without blank ones."""
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+def one_line(text: object) -> str:
+    """Join the lines of a text, or of an exception's message, without blank ones."""
+    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
 
 
 def first_line(error: BaseException) -> str:

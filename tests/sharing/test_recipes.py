@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 import neuron_methods
 from neuron_methods.cli import main
+from neuron_methods.cli.groups import groups
 from neuron_methods.cli.profile import profile
 from neuron_methods.plugin.configuration import read_configuration
 from neuron_methods.sharing.recipes import Recipe, all_recipes, find_recipe, new_recipe, recipes_directory
@@ -130,10 +133,16 @@ def test_new_fills_in_models_and_keeps_the_comments(tmp_path, monkeypatch):
     assert content["base_model"] == "./zoo-t5/base"
     assert [entry["model"] for entry in content["models"]] == ["mine/sum", "./mine/sort"]
     assert "path/to/your" not in text and "# 1 / (1 - sigma)" in text
-    head = text.splitlines()[:5]
+    head = text.splitlines()[:7]
     assert head[0].startswith("# After the recipe t5/neuro_merging-flan-t5-base;")
-    assert head[1:4] == ["#", "# neuro_merging of 2 experts on ./zoo-t5/base.", "#"]
-    assert "eight tasks of GLUE" not in text
+    assert head[1:] == [
+        "# More of it: mergekit-neuron recipes show t5/neuro_merging-flan-t5-base",
+        "#",
+        "# neuro_merging of 2 experts on ./zoo-t5/base.",
+        "#",
+        "#   mergekit-neuron merge merge.yml ./merged --report",
+        "merge_method: neuro_merging",
+    ]
     assert run("merge", "merge.yml", "out", "--quiet").exit_code == 0
     again = run("recipes", "new", "t5", "neuro_merging", *models, "-o", "merge.yml")
     assert (again.exit_code, "exists already" in again.stderr) == (1, True)
@@ -163,6 +172,32 @@ def test_new_takes_the_name_of_a_recipe_and_names_what_is_measured_on_each_exper
     for family in ("llama", "t5", "vit"):
         data_free = yaml.safe_load(new_recipe(family, "neuron_response", "org/base", ["./a"]))
         assert "inputs" not in data_free["parameters"]
+
+
+def steps_of(text):
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return [shlex.split(line)[2:] for line in head if line.startswith("#   ")]
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if len(recipe.stages) == 1], ids=lambda r: r.name)
+def test_new_names_the_commands_that_make_what_the_merge_reads(recipe):
+    experts = ["./my sum", "org/base+./b\nc: {}"]
+    text = new_recipe(recipe.family, recipe.name.partition("/")[2], "org/base", experts)
+    content = yaml.safe_load(text)
+    *before, last = steps_of(text)
+    assert last == ["merge", "merge.yml", "./merged", "--report"]
+    commands = {"profile": profile, "groups": groups}
+    made = [commands[name].make_context(name, list(options)).params for name, *options in before]
+    own = [entry.get("parameters", {}) for entry in content["models"]]
+    if recipe.has_all("profile"):
+        assert [str(given["output"]) for given in made] == [each["profile"] for each in own]
+        assert made[0]["model"] == "./my sum" and all(given["inputs"] for given in made)
+    elif recipe.has_all("group"):
+        assert [each["group"] + "=FILE" for each in own] == list(made[0]["data"])[:-1]
+        assert made[0]["model"] == "org/base"
+        assert [str(given["output"]) for given in made] == [str(made[1]["profile"]), content["parameters"]["groups"]]
+    else:
+        assert not made
 
 
 @pytest.mark.parametrize(
@@ -196,6 +231,10 @@ def test_new_takes_a_recipe_for_what_the_experts_are():
         (["show", "neuro_merging-small"], "there are several"),
         (["new", "bert", "neuro_merging", "--base", "b", "--expert", "e"], "there are: llama, t5, vit"),
         (["new", "vit", "ties", "--base", "b", "--expert", "e"], "no recipe for vit by ties"),
+        (
+            ["new", "vit", "neuro_merging", "--base", "b", "--expert", "e", "--expert", "e"],
+            "--expert e: is given twice",
+        ),
     ],
 )
 def test_what_there_is_not_is_told(arguments, said):
