@@ -200,6 +200,10 @@ class PreparedMerge(ABC):
         """Name the tensors that `measure` will read; empty where it reads none."""
         return set()
 
+    def effort(self, name: str) -> float:
+        """Estimate how long a tensor takes, beside one of as many bytes that takes longest in this merge."""
+        return 1.0
+
     def measure(self, settings: MergeSettings) -> None:
         """Stream over all tensors that have to be known before the first is merged.
 

@@ -144,7 +144,7 @@ class PreparedNeuronResponse(PreparedMerge):
         experts = {e: inputs.experts[e] for e in weights}
         place = self._place(name)
         points = is_points(name, base.ndim)
-        if points or (place.role == "tokens" and parameters["embeddings"] == "mean"):
+        if points or self._is_mean_of_tokens(name, parameters):
             summed = points and parameters["points"] == "sum"
             return self.averaged(inputs, parameters, out_dtype, parameters["lambda"], summed=summed)
         merged = torch.empty(base.shape, dtype=out_dtype, device=base.device)
@@ -167,6 +167,11 @@ class PreparedNeuronResponse(PreparedMerge):
                 scaled = LowRank(found.update.b * parameters["lambda"], found.update.a)
                 self.low_rank[name] = LowRankUpdate(scaled, found.moments)
         return merged
+
+    def effort(self, name: str) -> float:
+        """See `PreparedMerge.effort`: a mean takes a fifth of the time, as `linear` does beside this method."""
+        planned = self._planned.get(name)
+        return 0.2 if planned is not None and self._is_mean_of_tokens(name, planned.parameters) else 1.0
 
     def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
         """See `PreparedMerge.scratch`: an update, T, the merge, and the system, all of it in float64 where need be."""
@@ -210,6 +215,9 @@ class PreparedNeuronResponse(PreparedMerge):
             if found is not None:
                 return found.merge(options.ridge)
         return merge_responses(experts, shape, options)
+
+    def _is_mean_of_tokens(self, name: str, parameters: Mapping[str, Any]) -> bool:
+        return self._place(name).role == "tokens" and parameters["embeddings"] == "mean"
 
     def _place(self, name: str) -> TensorPlace:
         planned = self._planned.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +106,33 @@ def plan_reads(run: MergeRun, planner: Any, names: Collection[str], share: Share
     run.reads = [[measured[number] for number in share.mine([[name] for name in measured])], sorted(names)]
 
 
-def dealt(team: Team, work: Work, plan: MergePlan, finished: set[str]) -> list[list[str]]:
+def dealt(
+    team: Team,
+    work: Work,
+    plan: MergePlan,
+    finished: set[str],
+    effort: Callable[[str], float] = lambda _name: 1.0,
+) -> list[list[str]]:
     """Choose the pieces that this process makes: shards as a whole, as far as all get as many of them, else parts.
 
-    Costs are the bytes that are read and written. Tied tensors, which are read together, stay together.
+    Costs are the bytes that are read and written, times the effort. Tied tensors, read together, stay together.
 
     Args:
         team: that makes the output.
         work: says what is stored together.
         plan: of the merge.
         finished: tensors that are merged already.
+        effort: of a tensor, see `PreparedMerge.effort`.
     """
     costs = {
-        weight.name: size + sum(header.bytes for header in inputs.values()) for weight, inputs, size in plan.tensors
+        weight.name: round((size + sum(header.bytes for header in inputs.values())) * effort(weight.name))
+        for weight, inputs, size in plan.tensors
     }
     missing = [names for group in work.groups if (names := [name for name in group if name not in finished])]
     whole = len(missing) // team.count * team.count
     shards = largest_first([sum(costs[name] for name in names) for names in missing[:whole]], team.count)
     loads = [sum(costs[name] for number in numbers for name in missing[number]) for numbers in shards]
-    tied = {weight.name: min(weight.name, *(weight.tied_names or ())) for weight, _, _ in plan.tensors}
+    tied = {weight.name: min((weight.name, *(weight.tied_names or ()))) for weight, _, _ in plan.tensors}
     bundles: dict[str, list[str]] = {}
     for names in missing[whole:]:
         for name in names:

@@ -181,7 +181,8 @@ def merge_to_directory(
         if not team.rank:
             work.open(made_from, out_path, resume=bool(resume), anew=force or resume is False)
         finished = meet(team, work, out_path)
-        pieces = dealt(team, work, run.plan, finished)
+        effort = session.prepared.effort if session.prepared is not None else lambda _name: 1.0
+        pieces = dealt(team, work, run.plan, finished, effort)
         session.seed = run.options.random_seed if run.options.random_seed is not None else work.seed
         work.start(pieces)
         plan_reads(run, planner, {name for names in pieces for name in names}, session.share)

@@ -25,7 +25,7 @@ from neuron_methods.plugin.tensor_places import TensorPlaces
 from neuron_methods.support.errors import UserError
 from tests.support.checkpoints import StateDict
 from tests.support.kinds import build_kind
-from tests.support.plans import copied, merge, merge_and_tell, models, write_groups
+from tests.support.plans import copied, merge, merge_and_tell, models, plan, write_groups
 from tests.support.responses import PLAIN, near, profiles, response
 from tests.support.tensors import named, randoms
 
@@ -466,6 +466,14 @@ def test_a_base_that_is_not_finite_is_to_blame() -> None:
 
 
 # ---------------------------------------------------------------------------------------- as part of other methods
+
+
+@pytest.mark.parametrize(("embeddings", "effort"), [("mean", 0.2), ("rows", 1.0)])
+def test_a_mean_of_embeddings_is_little_effort(embeddings: str, effort: float) -> None:
+    method, tensors = plan(METHOD, *models("llama-untied"), {"embeddings": embeddings})
+    prepared = method.prepare(tensors)
+    assert prepared.effort("model.embed_tokens.weight") == effort
+    assert prepared.effort("lm_head.weight") == prepared.effort("model.layers.0.mlp.up_proj.weight") == 1.0
 
 
 @pytest.mark.parametrize("family", ["llama-untied", "t5-gated", "vit"])

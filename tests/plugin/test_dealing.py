@@ -7,9 +7,11 @@ import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from mergekit.architecture import WeightInfo
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 
@@ -220,6 +222,43 @@ def test_every_tensor_is_dealt_once_and_tied_ones_together(outcome, count, monke
     assert all(any({*piece} <= {*group} for group in work.groups) for piece in pieces)
     whole = [piece for piece in pieces if piece in work.groups]
     assert len(whole) >= (len(work.groups) - 1) // count * count - 1
+
+
+def dealt_of_one_shard(count, sizes, tied=(), effort=None):
+    """Which tensors each process gets of a plan whose output is one shard."""
+    weights = [WeightInfo(name=n, tied_names=tuple({*tied} - {n}) if n in tied else None) for n in sizes]
+    plan = SimpleNamespace(
+        tensors=[(w, {"m": SimpleNamespace(bytes=3 * sizes[w.name])}, sizes[w.name]) for w in weights]
+    )
+    work, found = Work(Path("nowhere")), []
+    work.groups = [list(sizes)]
+    for rank in range(count):
+        team = Team()
+        team.rank, team.count = rank, count
+        (pieces,) = dealt(team, work, plan, set(), *([effort] if effort else []))
+        found.append(pieces)
+    assert sorted(name for names in found for name in names) == sorted(sizes)
+    return found
+
+
+def test_one_shard_is_dealt_so_that_all_have_as_much_to_do():
+    sizes = {
+        f"model.layers.{n}.{part}.weight": size for n in range(8) for part, size in (("up", 30), ("q", 7), ("k", 2))
+    }
+    for count in (2, 3, 5):
+        loads = [sum(sizes[name] for name in names) for names in dealt_of_one_shard(count, sizes)]
+        assert max(loads) - min(loads) <= 7, loads
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    both, other = sorted(dealt_of_one_shard(2, {**sizes, **dict.fromkeys(tied, 150)}, tied), key=len)
+    assert {*tied} <= {*both} and not {*tied} & {*other}
+
+
+def test_what_takes_no_time_counts_for_little():
+    sizes = {"embed": 100, **{f"matrix {n}": 10 for n in range(10)}}
+    alone, others = dealt_of_one_shard(2, sizes)
+    assert alone == ["embed"] and len(others) == 10
+    quick, others = dealt_of_one_shard(2, sizes, effort=lambda name: 0.2 if name == "embed" else 1.0)
+    assert "embed" in quick and (len(quick), len(others)) == (5, 6)
 
 
 @pytest.mark.parametrize(
