@@ -17,6 +17,11 @@ def mean_factors(weights: Sequence[float], scale: float = 1.0) -> list[float]:
     return [scale * weight / total if total else 0.0 for weight in weights]
 
 
+def mean_bytes(entries: int, scratch_bytes: int) -> int:
+    """Bound the memory of `add_updates`, the result in float32 included."""
+    return 4 * entries + min(scratch_bytes, 12 * entries)
+
+
 def add_updates(
     base: Tensor,
     experts: Sequence[Tensor],

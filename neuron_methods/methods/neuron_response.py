@@ -27,6 +27,7 @@ from torch import Tensor
 
 from neuron_methods.kernels.answers import scratch_bytes
 from neuron_methods.kernels.low_rank import LowRank
+from neuron_methods.kernels.means import mean_bytes
 from neuron_methods.kernels.response import (
     Expert,
     Response,
@@ -174,14 +175,16 @@ class PreparedNeuronResponse(PreparedMerge):
         return 0.2 if planned is not None and self._is_mean_of_tokens(name, planned.parameters) else 1.0
 
     def scratch(self, name: str, shape: Sequence[int], experts: int) -> int:
-        """See `PreparedMerge.scratch`: an update, T, the merge, and the system, all of it in float64 where need be."""
+        """See `PreparedMerge.scratch`: T, the system, in float64 where need be, the update, and the result."""
         if is_points(name, len(shape)):
             return super().scratch(name, shape, experts)
-        planned = self._planned.get(name)
+        planned, entries = self._planned.get(name), math.prod(shape)
+        if planned is not None and self._is_mean_of_tokens(name, planned.parameters):
+            return mean_bytes(entries, self.settings.scratch_bytes)
         transposed = self._place(name).role in ("transposed", "packed_transposed")
         rows, width = (shape[-1], shape[-2]) if transposed else (shape[0], math.prod(shape[1:]))
         asked = _rows(planned.parameters) if planned is not None else None
-        return scratch_bytes((rows, width), experts, ResponseOptions(rows=asked))
+        return scratch_bytes((rows, width), experts, ResponseOptions(rows=asked)) + 4 * entries
 
     def findings(self) -> list[str]:
         """Tell how much of the experts' answers the merge keeps, and what had no inputs."""

@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "min_merging ties": ("min_merging", {"rest": "ties", "density": 0.5}, EXPERTS),
     "neuron_merge": ("neuron_merge", {"groups": "groups.json", "within": "ties"}, EXPERTS),
     **{name: (name, WEIGHTED, EXPERTS) for name in ("linear", "task_arithmetic", "ties", "della", "multislerp")},
+    "neuron_response": ("neuron_response", {}, EXPERTS),
+    "neuron_response rows": ("neuron_response", {"embeddings": "rows"}, EXPERTS),
     "ramplus_tl": ("ramplus_tl", {}, EXPERTS),
     "slerp": ("slerp", {"t": 0.5}, 1),
     "adapters": ("neuro_merging", {}, EXPERTS),
