@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from neuron_methods.kernels.devices import with_float64
+from neuron_methods.kernels.differing import keep_differing_, largest_left_out, variances
 from neuron_methods.kernels.elect import elect_and_reduce
 from neuron_methods.kernels.rows import CACHE_BYTES, row_blocks
 from neuron_methods.kernels.spectrum import WIDE_BYTES, remove_parallel_, temper_spectrum_
 from neuron_methods.kernels.subspace import gram_matrices, matching_scales, merge_coefficients, split_gram
 from neuron_methods.kernels.task_vectors import fill_task_vector
-from neuron_methods.kernels.trim import keep_differing_, largest_left_out, trim_, variances
+from neuron_methods.kernels.trim import trim_
 
 
 @dataclass(frozen=True)

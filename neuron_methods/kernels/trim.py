@@ -10,27 +10,26 @@ bracket was too wide for one bin per pattern, or missed, it is narrowed by what 
 again. A bin of several patterns needs no second look where all its entries are the pattern it begins with: differences
 of bf16 numbers have few significant bits, so that is the rule there. The result is the exact order statistic whatever
 the sample was; a good sample makes it one pass.
-
-Instead of an expert's largest entries, those can be kept in which experts differ most, by the variance of their
-updates: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv:2408.07990 (SCE, step Select), as an entry in
-which all agree tells nothing of what each of them has learned alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuron_methods.kernels.devices import bytes_at_once
+from neuron_methods.kernels.devices import Crew, bytes_at_once, threads_of
 from neuron_methods.kernels.task_vectors import fill_task_vector
 
 # Elements worked on at a time on a CPU: float32 scratch of 4 MB, which stays in cache.
 CHUNK = 1 << 20
+# Of so few entries the work takes less time than threads.
+_FEW = 1 << 16
 # Histogram bins. A bracket of at most this many bit patterns gives the exact threshold in the pass that counts it.
 BINS = 1 << 20
 # Bit pattern above every finite magnitude's.
@@ -48,21 +47,61 @@ def kept_rank(entries: int, density: float) -> int:
     return int(entries * (1 - density))
 
 
-def task_vector_chunks(base: Tensor, experts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield θ_t − θ₀ of every expert in flat float32 chunks, of `CHUNK` entries on a CPU, with the expert's index.
+class Tally(NamedTuple):
+    """What one chunk of a stream holds, as far as a search goes by it.
 
-    Base and experts are of one shape and any float dtype; experts may be `TaskVector`s. The chunks share one buffer:
-    use each before asking for the next.
+    Attributes:
+        entries: how many.
+        total_l1: Σ|τ|.
+        at_or_above: number of magnitudes at or above the bracket's lower end.
+        l1_kept: their sum.
+        inside: bit patterns of those within the bracket.
+    """
+
+    entries: int
+    total_l1: float
+    at_or_above: int = 0
+    l1_kept: float = 0.0
+    inside: Tensor | None = None
+
+
+def count_task_vectors(
+    base: Tensor, experts: Sequence[Tensor], searches: Sequence[ThresholdSearch], crew: Crew, *, clean: bool = False
+) -> None:
+    """Count θ_t − θ₀ of every expert in its search, in flat float32 chunks, of `CHUNK` entries on a CPU.
+
+    Args:
+        base: θ₀, any float dtype.
+        experts: θ_t of the same shape, or `TaskVector`s.
+        searches: of the experts.
+        crew: that does so; it has no say in what is counted.
+        clean: take NaN and infinite entries for 0.
     """
     base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
     size = max(1, min(bytes_at_once(4 * CHUNK, base.device) // 4, base.numel()))
-    origin = torch.empty(size, dtype=torch.float32, device=base.device)
-    delta = torch.empty_like(origin)
-    for start in range(0, base.numel(), size):
+    call = object()
+
+    def tally(piece: tuple[int, int]) -> Tally:
+        start, index = piece
         length = min(size, base.numel() - start)
-        origin[:length].copy_(base[start : start + length])
-        for index, expert in enumerate(flat):
-            yield index, fill_task_vector(delta[:length], expert[start : start + length], origin[:length])
+        origin, delta = (buffer[:length] for buffer in _buffers(crew, size, base.device))
+        if getattr(crew.own, "origin", None) != (call, start):
+            origin.copy_(base[start : start + length])
+            crew.own.origin = call, start
+        return searches[index].tally(fill_task_vector(delta, flat[index][start : start + length], origin, clean=clean))
+
+    pieces = [(start, index) for start in range(0, base.numel(), size) for index in range(len(flat))]
+    found = crew.work(tally, pieces, alone=base.device.type != "cpu" or base.numel() < _FEW)
+    for (_, index), tallied in zip(pieces, found, strict=True):
+        searches[index].add(tallied)
+
+
+def _buffers(crew: Crew, size: int, device: torch.device) -> Tensor:
+    """Two buffers of `size` float32 entries or more, which a thread keeps."""
+    kept = getattr(crew.own, "buffers", None)
+    if kept is None or kept.shape[1] < size or kept.device != device:
+        kept = crew.own.buffers = torch.empty(2, size, dtype=torch.float32, device=device)
+    return kept
 
 
 @dataclass
@@ -157,27 +196,34 @@ class ThresholdSearch:
         ).aligned()
 
     def count(self, chunk: Tensor) -> None:
-        """Count one chunk of the stream.
+        """Count one chunk of the stream: task-vector entries, 1-D float32; overwritten."""
+        self.add(self.tally(chunk))
 
-        Args:
-            chunk: task-vector entries, 1-D float32; overwritten.
-        """
-        bracket = self._bracket
-        if self._histogram is None:
-            self._histogram = torch.zeros(bracket.bins, dtype=torch.int64, device=chunk.device)
-        self._histogram = self._histogram.to(chunk.device)  # zeros that nobody read may have come before
+    def tally(self, chunk: Tensor) -> Tally:
+        """Tell what a chunk holds, see `count`; several threads may do so at the same time."""
         magnitudes = chunk.abs_()
-        low = _value(bracket.low)
-        self.entries += len(magnitudes)
+        low = _value(self._bracket.low)
         total = _sum(magnitudes)
-        self.total_l1 += total
         if not math.isfinite(total):
-            return  # NaN or Inf: there is nothing to search, and whoever offers the stream sees it by `total_l1`
-        at_or_above, inside = _split_at(magnitudes, low, bracket)
-        self._at_or_above += at_or_above
-        self._below = self.entries - self._at_or_above
+            return Tally(len(magnitudes), total)
+        at_or_above, inside = _split_at(magnitudes, low, self._bracket)
         # Σ_{a ≥ low} a from Σ min(a, low), which spares picking the entries out.
-        self._l1_kept += total - _sum(magnitudes.clamp_(max=low)) + at_or_above * low
+        kept = total - _sum(magnitudes.clamp_(max=low)) + at_or_above * low
+        return Tally(len(magnitudes), total, at_or_above, kept, inside)
+
+    def add(self, found: Tally) -> None:
+        """Count what a chunk holds; sums depend on the order of chunks to the last bit."""
+        bracket, inside = self._bracket, found.inside
+        self.entries += found.entries
+        self.total_l1 += found.total_l1
+        if inside is None:
+            return  # NaN or Inf: there is nothing to search, and whoever offers the stream sees it by `total_l1`
+        if self._histogram is None:
+            self._histogram = torch.zeros(bracket.bins, dtype=torch.int64, device=inside.device)
+        self._histogram = self._histogram.to(inside.device)  # zeros that nobody read may have come before
+        self._at_or_above += found.at_or_above
+        self._below = self.entries - self._at_or_above
+        self._l1_kept += found.l1_kept
         if len(inside):
             offsets = inside.sub(bracket.low)
             bins = offsets.bitwise_right_shift(bracket.shift)
@@ -281,10 +327,10 @@ class ThresholdSearch:
 
 def search_bytes(entries: int, searches: int) -> int:
     """Bound the memory in bytes of searches that go on at the same time in streams of so many entries each."""
-    # Per search a histogram and a sample; and one chunk's entries. In a short stream the sample tells little: much lies
-    # within the bracket, which is so wide that what lies above its bins' first patterns is kept, too.
+    # Per search a histogram and a sample; and one chunk's entries in each thread. In a short stream the sample tells
+    # little: much lies within the bracket, which is so wide that what lies above its bins' first patterns is kept, too.
     short = entries < 2 * CHUNK
-    return searches * BINS * (20 if short else 12) + min(CHUNK, entries) * (64 if short else 24)
+    return searches * BINS * (20 if short else 12) + min(CHUNK, entries) * (64 if short else 24) * threads_of("cpu")
 
 
 def _sum(magnitudes: Tensor) -> float:
@@ -317,51 +363,3 @@ def trim_(task_vector: Tensor, threshold: float) -> Tensor:
     # hardshrink keeps |x| > λ in one pass; λ just below the threshold makes that |x| ≥ threshold.
     below = float(np.nextafter(np.float32(threshold), np.float32(0)))
     return torch.ops.aten.hardshrink.out(task_vector, below, out=task_vector)
-
-
-def variances(updates: Tensor) -> Tensor:
-    """Measure how far experts differ, entry by entry.
-
-    Args:
-        updates: task vectors, shape (..., experts, d), float32.
-
-    Returns:
-        Variance over the experts (of one expert alone the square), shape (..., d), float32. It is taken in float64, so
-        that the order of the experts has no say (in float32 on Metal, which has no float64).
-    """
-    wide = updates.double() if updates.device.type != "mps" else updates
-    if wide.shape[-2] == 1:
-        return wide.squeeze(-2).square().float()
-    return wide.var(dim=-2, correction=0).float()
-
-
-def largest_left_out(values: Tensor, density: float) -> float:
-    """Find the largest variance of which the entry is not kept.
-
-    Args:
-        values: variances of a whole tensor, any shape, float32; their order is lost.
-        density: share of entries to keep, in (0, 1].
-
-    Returns:
-        The ⌊n·(1 − density)⌋-th smallest of n values; −1 where that is none of them.
-    """
-    flat = values.view(-1)
-    rank = kept_rank(len(flat), density)
-    if rank == 0:
-        return -1.0
-    if flat.device.type == "cpu":
-        array = flat.numpy()
-        array.partition(rank - 1)  # in place: torch's kthvalue makes a copy, and as many 8-byte indices
-        return float(array[rank - 1])
-    return float(torch.kthvalue(flat, rank).values)
-
-
-def keep_differing_(updates: Tensor, values: Tensor, bound: float) -> Tensor:
-    """Zero, for all experts, every entry whose variance is not above a bound, in place; returns `updates`.
-
-    Args:
-        updates: shape (..., experts, d), float32.
-        values: their `variances`, shape (..., d).
-        bound: from `largest_left_out`.
-    """
-    return updates.mul_((values > bound).unsqueeze(-2))

@@ -21,7 +21,7 @@ Of what is ours, the list in the method's spec tells everything; four forms need
 - `embeddings: mean`: tables of token embeddings, which are no linear layers, become the mean of the experts' tables
   by weight, without trimming. The published code merges them row by row, as any matrix (Fang et al., merge_7b.py).
 - `trim: differing`: step 1 keeps the entries of a tensor in which the experts differ most, the same for all experts,
-  instead of each expert's largest (kernels/trim.py).
+  instead of each expert's largest (kernels/differing.py).
 
 In step 3 the published code multiplies the reduced coefficients by w / ‖w‖ (Fang et al., NeuroMerging.py). The
 definition of the projection asks for w (Fang et al., section 3), and w is what is done here; it matters only where

@@ -17,8 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from neuron_methods.kernels.devices import Crew
 from neuron_methods.kernels.task_vectors import fill_task_vector
-from neuron_methods.kernels.trim import ThresholdSearch, task_vector_chunks
+from neuron_methods.kernels.trim import ThresholdSearch, count_task_vectors
 from neuron_methods.methods.contract import MergeSettings, PlannedTensor, nonfinite
 from neuron_methods.support.documents import Given, read_json, validated
 from neuron_methods.support.errors import UserError
@@ -225,24 +226,27 @@ def measure_model(
     still_open = dict(searches)
     label = "Measuring trim thresholds"
     mine = settings.share.mine([[tensor.name] for tensor in tensors])
-    while still_open:
-        sums = {}
-        for number, tensor in zip(mine, settings.progress(label, [tensors[number] for number in mine]), strict=True):
-            if tensor.untouched:
-                for expert in tensor.expert_parameters["density"].keys() & still_open.keys():
-                    still_open[expert].count_zeros(tensor.entries or 0)
-                continue
-            base, found = tensor.load()
-            if base is not None and base.is_floating_point():
-                _count(tensor.name, base, found, still_open, settings)
-                sums[number] = [search.take_sums() for search in still_open.values()]
-        for of_tensor in settings.share.together(sums).values():
-            for search, pair in zip(still_open.values(), of_tensor, strict=True):
-                search.add_sums(pair)
-        for search in still_open.values():
-            search.add_counts(settings.share.add_up)
-        still_open = {e: s for e, s in still_open.items() if not s.finish()}
-        label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
+    with Crew() as crew:
+        while still_open:
+            sums = {}
+            for number, tensor in zip(
+                mine, settings.progress(label, [tensors[number] for number in mine]), strict=True
+            ):
+                if tensor.untouched:
+                    for expert in tensor.expert_parameters["density"].keys() & still_open.keys():
+                        still_open[expert].count_zeros(tensor.entries or 0)
+                    continue
+                base, found = tensor.load()
+                if base is not None and base.is_floating_point():
+                    _count(tensor.name, base, found, still_open, settings, crew)
+                    sums[number] = [search.take_sums() for search in still_open.values()]
+            for of_tensor in settings.share.together(sums).values():
+                for search, pair in zip(still_open.values(), of_tensor, strict=True):
+                    search.add_sums(pair)
+            for search in still_open.values():
+                search.add_counts(settings.share.add_up)
+            still_open = {e: s for e, s in still_open.items() if not s.finish()}
+            label = "Measuring the last bits of the thresholds"  # the first pass did not bracket them tightly enough
     found_trims = {
         e: ExpertTrim(str(e), s.density, s.entries, s.threshold, s.sigma, _weights_of(tensors, e))
         for e, s in searches.items()
@@ -260,14 +264,15 @@ def measure_tensors(
     mine = settings.share.mine([[tensor.name] for tensor in tensors])
     measured: dict[int, dict[Hashable, ThresholdSearch]] = {}
     bar = settings.progress("Measuring trim thresholds", [tensors[number] for number in mine])
-    for number, tensor in zip(mine, bar, strict=True):
-        densities = tensor.expert_parameters["density"]
-        if tensor.untouched:
-            measured[number] = {e: ThresholdSearch(density=1.0, entries=tensor.entries or 0) for e in densities}
-            continue
-        base, found = tensor.load()
-        if base is not None and base.is_floating_point() and found:
-            measured[number] = measure_tensor(tensor.name, base, found, densities, settings)
+    with Crew() as crew:
+        for number, tensor in zip(mine, bar, strict=True):
+            densities = tensor.expert_parameters["density"]
+            if tensor.untouched:
+                measured[number] = {e: ThresholdSearch(density=1.0, entries=tensor.entries or 0) for e in densities}
+                continue
+            base, found = tensor.load()
+            if base is not None and base.is_floating_point() and found:
+                measured[number] = measure_tensor(tensor.name, base, found, densities, settings, crew)
     for number, searches in settings.share.together(measured).items():
         if not tensors[number].untouched:
             thresholds = {e: search.threshold or 0.0 for e, search in searches.items()}
@@ -289,15 +294,17 @@ def measure_tensor(
     experts: Mapping[Hashable, Tensor],
     densities: Mapping[Hashable, float],
     settings: MergeSettings,
+    crew: Crew | None = None,
 ) -> dict[Hashable, ThresholdSearch]:
     """Search the thresholds of one tensor's experts to the end, in their order (`trim: tensor`)."""
+    crew = crew or Crew()  # of nobody but the caller
     searches = {e: ThresholdSearch(densities[e]) for e in experts}
     starts = range(0, base.numel(), max(int(_RUN / _SHARE), base.numel() // _RUNS))
     for expert, tensor in experts.items():
         searches[expert].bracket_from_sample([_runs(base, tensor, starts, settings)])
     still_open = dict(searches)
     while still_open:
-        _count(name, base, experts, still_open, settings)
+        _count(name, base, experts, still_open, settings, crew)
         still_open = {e: s for e, s in still_open.items() if not s.finish()}
     return searches
 
@@ -308,12 +315,12 @@ def _count(
     experts: Mapping[Hashable, Tensor],
     searches: Mapping[Hashable, ThresholdSearch],
     settings: MergeSettings,
+    crew: Crew,
 ) -> None:
     ids = [e for e in searches if e in experts]
-    for index, chunk in task_vector_chunks(base, [experts[e] for e in ids]):
-        if settings.allow_nonfinite:
-            chunk.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        searches[ids[index]].count(chunk)
+    count_task_vectors(
+        base, [experts[e] for e in ids], [searches[e] for e in ids], crew, clean=settings.allow_nonfinite
+    )
     for expert in ids:
         if not math.isfinite(searches[expert].total_l1):
             raise nonfinite(name, base, expert)

@@ -12,17 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neuron_methods.kernels import trim
+from neuron_methods.kernels.devices import Crew
+from neuron_methods.kernels.differing import keep_differing_, largest_left_out, variances
 from neuron_methods.kernels.task_vectors import TaskVector
 from neuron_methods.kernels.trim import (
     BINS,
     Bracket,
     ThresholdSearch,
-    keep_differing_,
+    count_task_vectors,
     kept_rank,
-    largest_left_out,
-    task_vector_chunks,
     trim_,
-    variances,
 )
 
 ENTRIES = 20_000
@@ -319,6 +318,22 @@ def test_trim_lets_nan_through_to_whoever_checks() -> None:
     assert trim_(torch.tensor([math.nan, 0.1, 2.0]), 1.0).isnan().tolist() == [True, False, False]
 
 
+class Seen(ThresholdSearch):
+    """Keeps the chunks that it is given."""
+
+    def tally(self, chunk: Tensor) -> Tensor:
+        return chunk.clone()
+
+    def add(self, found: Tensor) -> None:
+        self.chunks = [*getattr(self, "chunks", []), found]
+
+
+def seen(base: Tensor, *experts: Tensor) -> list[list[Tensor]]:
+    searches = [Seen(1.0) for _ in experts]
+    count_task_vectors(base, experts, searches, Crew())
+    return [getattr(search, "chunks", []) for search in searches]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (16,), (17,), (4, 4, 3), (0, 4)])
 def test_chunks_are_the_task_vectors_in_float32(
@@ -327,12 +342,8 @@ def test_chunks_are_the_task_vectors_in_float32(
     monkeypatch.setattr(trim, "CHUNK", 16)
     base, *experts = (normal(seed, 100)[: math.prod(shape)].reshape(shape).to(dtype) for seed in range(3))
     experts[1] = experts[1].float()  # experts may come in different dtypes
-    found: list[list[Tensor]] = [[], []]
-    for index, chunk in task_vector_chunks(base, experts):
-        assert chunk.dtype == torch.float32
-        assert len(chunk) <= 16
-        found[index].append(chunk.clone())
-    for expert, chunks in zip(experts, found, strict=True):
+    for expert, chunks in zip(experts, seen(base, *experts), strict=True):
+        assert all(chunk.dtype == torch.float32 and len(chunk) <= 16 for chunk in chunks)
         expected = (expert.float() - base.float()).flatten()
         assert torch.cat([torch.empty(0), *chunks]).tolist() == expected.tolist()
 
@@ -340,14 +351,39 @@ def test_chunks_are_the_task_vectors_in_float32(
 def test_chunks_take_task_vectors_as_they_are() -> None:
     base = torch.full((5,), 1000.0)
     update = torch.full((5,), 1e-6)
-    ((_, chunk),) = task_vector_chunks(base, [update.as_subclass(TaskVector)])
+    ((chunk,),) = seen(base, update.as_subclass(TaskVector))
     assert chunk.tolist() == update.tolist()
 
 
 def test_chunks_take_strided_tensors() -> None:
     base, expert = torch.zeros(3, 4).T, torch.arange(12.0).reshape(3, 4).T
-    ((_, chunk),) = task_vector_chunks(base, [expert])
+    ((chunk,),) = seen(base, expert)
     assert chunk.tolist() == expert.flatten().tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_have_no_say_in_what_is_counted(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *experts = (normal(seed, 200_000).bfloat16() for seed in range(4))
+    experts[1][7] = float("nan")
+    before = torch.get_num_threads()
+    for clean in (False, True):
+        found = []
+        for chunk, count in ((1 << 20, 1), (5000, 1), (5000, threads)):
+            monkeypatch.setattr(trim, "CHUNK", chunk)
+            searches = [ThresholdSearch(0.2) for _ in experts]
+            torch.set_num_threads(count)
+            try:
+                with Crew() as crew:
+                    count_task_vectors(base, experts, searches, crew, clean=clean)
+                assert torch.get_num_threads() == count
+            finally:
+                torch.set_num_threads(before)
+            sums = [search.take_sums() for search in searches]
+            done = [math.isnan(sums[n][0]) or search.finish() for n, search in enumerate(searches)]
+            found.append((sums, done, [search.threshold for search in searches], [s.entries for s in searches]))
+        assert repr(found[1]) == repr(found[2])  # to the last bit, NaN included
+        assert found[0][1:] == found[1][1:]
+        assert math.isnan(found[1][0][1][0]) != clean
 
 
 @pytest.mark.parametrize(
