@@ -77,7 +77,7 @@ def new_recipe_command(
     """Print a recipe for FAMILY (llama, t5, vit) by METHOD, with your models in it."""
     from neuron_methods.sharing.recipes import FILLED, new_recipe
 
-    text = new_recipe(family, method, base, experts)
+    text = new_recipe(family, method, base, experts, *([str(output)] if output is not None else []))
     if output is None:
         click.echo(text, nl=False)
         return

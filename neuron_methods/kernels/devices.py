@@ -74,7 +74,7 @@ class Crew:
             alone: let the caller's thread do it all.
         """
         pool = self._pool
-        if pool is None or alone or len(pieces) < 2:
+        if pool is None or alone:
             yield from map(work, pieces)
             return
         left = iter(pieces)

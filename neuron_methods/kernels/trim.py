@@ -28,8 +28,8 @@ from neuron_methods.kernels.task_vectors import fill_task_vector
 
 # Elements worked on at a time on a CPU: float32 scratch of 4 MB, which stays in cache.
 CHUNK = 1 << 20
-# Of so few entries the work takes less time than threads.
-_FEW = 1 << 16
+# Of fewer entries no operation of torch is shared out to threads, on which the last bits of sums would depend.
+_FEW = 1 << 15
 # Histogram bins. A bracket of at most this many bit patterns gives the exact threshold in the pass that counts it.
 BINS = 1 << 20
 # Bit pattern above every finite magnitude's.

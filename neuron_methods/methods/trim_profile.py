@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -297,15 +298,15 @@ def measure_tensor(
     crew: Crew | None = None,
 ) -> dict[Hashable, ThresholdSearch]:
     """Search the thresholds of one tensor's experts to the end, in their order (`trim: tensor`)."""
-    crew = crew or Crew()  # of nobody but the caller
     searches = {e: ThresholdSearch(densities[e]) for e in experts}
     starts = range(0, base.numel(), max(int(_RUN / _SHARE), base.numel() // _RUNS))
     for expert, tensor in experts.items():
         searches[expert].bracket_from_sample([_runs(base, tensor, starts, settings)])
     still_open = dict(searches)
-    while still_open:
-        _count(name, base, experts, still_open, settings, crew)
-        still_open = {e: s for e, s in still_open.items() if not s.finish()}
+    with Crew() if crew is None else nullcontext(crew) as counting:
+        while still_open:
+            _count(name, base, experts, still_open, settings, counting)
+            still_open = {e: s for e, s in still_open.items() if not s.finish()}
     return searches
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeVar
@@ -105,7 +106,7 @@ def only_one(what: str, name: str, found: Mapping[str, Found], known: Sequence[s
     raise UserError(f"no {what} {name}{did_you_mean(name, known)} (`{lists}` lists all)")
 
 
-def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> str:
+def new_recipe(family: str, method: str, base: str, experts: Sequence[str], file: str = "merge.yml") -> str:
     """Fill somebody's own models, by path or id, into a recipe of a family; what it says of parameters stays.
 
     Args:
@@ -113,6 +114,7 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
         method: its YAML name, for the recipe that fits best and needs no data, or a recipe's whole name.
         base: the base model.
         experts: the experts; names of what is measured on each are made from theirs.
+        file: what the recipe will be called, for the commands that it names.
 
     Raises:
         UserError: no such recipe, or no expert, or one twice.
@@ -123,14 +125,18 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
     of_family = [r for r in all_recipes() if r.family == family and len(r.stages) == 1]
     if not experts:
         raise UserError("a merge needs experts: --expert PATH-OR-ID, once for each")
-    if twice := next((expert for expert in experts if experts.count(expert) > 1), None):
+    if not all(name.strip() for name in (base, *experts)):
+        raise UserError("--base or --expert is empty; name a model by its path or id")
+    plain = [expert.rstrip("/") for expert in experts]
+    if twice := next((expert for expert in plain if plain.count(expert) > 1), None):
         raise UserError(f"--expert {twice}: is given twice")
     named = [r for r in of_family if r.name == f"{family}/{method}"]
     if named:
-        return _filled(named[0], base, experts)
+        return _filled(named[0], base, experts, file)
     methods = list(dict.fromkeys(r.method for r in of_family))
     if method not in methods:
-        raise UserError(f"no recipe for {family} by {method}; there are: {', '.join(methods)}")
+        meant = did_you_mean(method, [r.name.partition("/")[2] for r in of_family])
+        raise UserError(f"no recipe for {family} by {method}; there are: {', '.join(methods)}{meant}")
     adapters = "+" in experts[0]
     fitting = [r for r in of_family if r.method == method]
     # One that asks for no data and takes the same kind of experts, and rather a known set-up than the small one.
@@ -138,10 +144,12 @@ def new_recipe(family: str, method: str, base: str, experts: Sequence[str]) -> s
         fitting,
         key=lambda r: (r.has_all("profile"), ("+" in str(r.stages[0]["models"])) != adapters, "small" in r.name),
     )
-    return _filled(recipe, base, experts)
+    with_data = next((r.name.partition("/")[2] for r in fitting if r.has_all("profile") and r is not recipe), None)
+    more = f"With inputs measured on a few samples: mergekit-neuron recipes new {family} {with_data} ..."
+    return _filled(recipe, base, experts, file, more if with_data else "")
 
 
-def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
+def _filled(recipe: Recipe, base: str, experts: Sequence[str], file: str, more: str = "") -> str:
     lines = recipe.text.splitlines()
     # What stands before is about other models.
     begin = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
@@ -149,14 +157,15 @@ def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
     end = next((i for i in range(start + 1, len(lines)) if re.match(r"[\w#]", lines[i])), len(lines))
     names = _names(experts)
     filled = [*lines[begin:start], "models:", *_expert_lines(recipe, names), *lines[end:]]
-    count = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
+    several = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
     head = [
         f"{FILLED}{recipe.name}; what it says of models below is about its own.",
         f"# More of it: mergekit-neuron recipes show {recipe.name}",
+        *([f"# {more}"] if more else []),
         "#",
-        f"# {recipe.method} of {count} on {shortened(base, quote=False)}.",
+        f"# {recipe.method} of {several} on {shortened(base, quote=False)}.",
         "#",
-        *(f"#   {one_line(printable(step))}" for step in _steps(recipe, base, names)),
+        *(f"#   {one_line(printable(step))}" for step in _steps(recipe, base, names, file)),
     ]
     text = "\n".join([*head, *filled]) + "\n"
     return re.sub(r"^base_model: .*$", lambda _: f"base_model: {_scalar(base)}", text, flags=re.MULTILINE)
@@ -164,8 +173,13 @@ def _filled(recipe: Recipe, base: str, experts: Sequence[str]) -> str:
 
 def _names(experts: Sequence[str]) -> dict[str, str]:
     """Name what is measured on each expert, {expert: name}."""
-    names = local_names([expert.rpartition("+")[2] for expert in experts])
-    return {expert: re.sub(r"[^\w-]+", "-", names[expert.rpartition("+")[2]]).strip("-") for expert in experts}
+    local = local_names([expert.rpartition("+")[2] for expert in experts])
+    names: dict[str, str] = {}
+    for expert in experts:
+        plain = re.sub(r"[^\w-]+", "-", local[expert.rpartition("+")[2]]).strip("-") or "expert"
+        wanted = chain([plain], (f"{plain}-{number}" for number in count(2)))
+        names[expert] = next(name for name in wanted if name not in {"general", *names.values()})
+    return names
 
 
 def _expert_lines(recipe: Recipe, names: Mapping[str, str]) -> list[str]:
@@ -180,16 +194,16 @@ def _expert_lines(recipe: Recipe, names: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _steps(recipe: Recipe, base: str, names: Mapping[str, str]) -> list[str]:
+def _steps(recipe: Recipe, base: str, names: Mapping[str, str], file: str) -> list[str]:
     """The commands: what is measured first, each on data of one's own, and the merge."""
     steps = []
     if recipe.has_all("group"):
-        data = " ".join(f"--data {name}=FILE" for name in [*names.values(), "general"])
+        data = " ".join(f"--data {name}=FILE:COLUMNS" for name in [*names.values(), "general"])
         steps += [f"profile {quote(base)} {data} -o base.safetensors", "groups base.safetensors -o groups.json"]
     elif recipe.has_all("profile"):
         for expert, name in names.items():
-            steps.append(f"profile {quote(expert)} --inputs --data {name}=FILE -o {name}.inputs.safetensors")
-    return [f"mergekit-neuron {step}" for step in [*steps, "merge merge.yml ./merged --report"]]
+            steps.append(f"profile {quote(expert)} --inputs --data {name}=FILE:COLUMNS -o {name}.inputs.safetensors")
+    return [f"mergekit-neuron {step}" for step in [*steps, f"merge {quote(file)} ./merged --report"]]
 
 
 def _scalar(text: str) -> str:

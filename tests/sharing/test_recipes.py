@@ -164,14 +164,17 @@ def test_new_knows_every_family_and_method(family, method):
 
 def test_new_takes_the_name_of_a_recipe_and_names_what_is_measured_on_each_expert():
     text = new_recipe("t5", "neuron_response-data-flan-t5-base", "org/base", ["./mine/sum", "org/t5-rte"])
+    assert "# With inputs" not in text
     assert "After the recipe t5/neuron_response-data-flan-t5-base;" in text
     assert yaml.safe_load(text)["models"] == [
         {"model": "./mine/sum", "parameters": {"profile": "sum.inputs.safetensors"}},
         {"model": "org/t5-rte", "parameters": {"profile": "t5-rte.inputs.safetensors"}},
     ]
     for family in ("llama", "t5", "vit"):
-        data_free = yaml.safe_load(new_recipe(family, "neuron_response", "org/base", ["./a"]))
-        assert "inputs" not in data_free["parameters"]
+        text = new_recipe(family, "neuron_response", "org/base", ["./a"])
+        assert "inputs" not in yaml.safe_load(text)["parameters"]
+        (named,) = re.findall(rf"^# With inputs .*: mergekit-neuron recipes new {family} (\S+) \.\.\.$", text, re.M)
+        assert find_recipe(f"{family}/{named}").has_all("profile")
 
 
 def steps_of(text):
@@ -182,10 +185,10 @@ def steps_of(text):
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if len(recipe.stages) == 1], ids=lambda r: r.name)
 def test_new_names_the_commands_that_make_what_the_merge_reads(recipe):
     experts = ["./my sum", "org/base+./b\nc: {}"]
-    text = new_recipe(recipe.family, recipe.name.partition("/")[2], "org/base", experts)
+    text = new_recipe(recipe.family, recipe.name.partition("/")[2], "org/base", experts, "my merge.yml")
     content = yaml.safe_load(text)
     *before, last = steps_of(text)
-    assert last == ["merge", "merge.yml", "./merged", "--report"]
+    assert last == ["merge", "my merge.yml", "./merged", "--report"]
     commands = {"profile": profile, "groups": groups}
     made = [commands[name].make_context(name, list(options)).params for name, *options in before]
     own = [entry.get("parameters", {}) for entry in content["models"]]
@@ -193,11 +196,18 @@ def test_new_names_the_commands_that_make_what_the_merge_reads(recipe):
         assert [str(given["output"]) for given in made] == [each["profile"] for each in own]
         assert made[0]["model"] == "./my sum" and all(given["inputs"] for given in made)
     elif recipe.has_all("group"):
-        assert [each["group"] + "=FILE" for each in own] == list(made[0]["data"])[:-1]
+        assert [each["group"] + "=FILE:COLUMNS" for each in own] == list(made[0]["data"])[:-1]
         assert made[0]["model"] == "org/base"
         assert [str(given["output"]) for given in made] == [str(made[1]["profile"]), content["parameters"]["groups"]]
     else:
         assert not made
+
+
+def test_names_of_data_differ_whatever_the_experts_are_called():
+    experts = ["p/x y", "p/x-y", "B+a", "a", "general", "B+---", "---"]
+    models = yaml.safe_load(new_recipe("llama", "neuron_merge", "B", experts))["models"]
+    groups = [entry["parameters"]["group"] for entry in models]
+    assert groups == ["x-y", "x-y-2", "a", "a-2", "general-2", "expert", "expert-2"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +240,10 @@ def test_new_takes_a_recipe_for_what_the_experts_are():
         (["show", "vit/neuro_merging-clip-vit-l14"], "did you mean 'vit/neuro_merging-clip-vit-l-14'?"),
         (["show", "neuro_merging-small"], "there are several"),
         (["new", "bert", "neuro_merging", "--base", "b", "--expert", "e"], "there are: llama, t5, vit"),
+        (
+            ["new", "llama", "neuron_response-data", "--base", "b", "--expert", "e"],
+            "did you mean 'neuron_response-data-s",
+        ),
         (["new", "vit", "ties", "--base", "b", "--expert", "e"], "no recipe for vit by ties"),
         (
             ["new", "vit", "neuro_merging", "--base", "b", "--expert", "e", "--expert", "e"],
