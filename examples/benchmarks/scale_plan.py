@@ -3,7 +3,7 @@
 `scale.py --plan 70b --rows rows.json` prints it. Bytes and memory are those of the plan that `merge --dry-run` makes of
 checkpoints of these shapes, which are headers without data here. Times are of processors like those of the rows, as no
 GPU was at hand: the processor time of the largest measured model, for each entry of each expert; and the bytes at the
-disk's speed of the same row, of which each host is taken to have one for itself. A GPU does not get below the latter.
+slowest disk's speed of these rows, of which each host is taken to have one for itself, and which a GPU does not change.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ def plan_table(size: str, rows: list[Row]) -> str:
         "|" + "---|" * (5 + len(HOSTS)),
     ]
     shape = SHAPES[size]
+    found = [row for method in METHODS if (row := _largest(rows, method)) is not None]
+    read_speed = min((row.read_speed for row in found), default=1.0)
+    write_speed = min((row.write_speed for row in found), default=1.0)
     with tempfile.TemporaryDirectory(prefix="neuron-plan-") as folder:
         base, experts = write_hollow(Path(folder), shape, EXPERTS)
         for method in METHODS:
@@ -52,7 +55,8 @@ def plan_table(size: str, rows: list[Row]) -> str:
             config.write_text(configuration(method, base, experts))
             plan = planned(config)
             measured = _largest(rows, method)
-            times = [_times(measured, shape.parameters, plan.bytes_to_read, plan.bytes_to_write, h) for h in HOSTS]
+            disks = plan.bytes_to_read / read_speed + plan.bytes_to_write / write_speed if measured else 0.0
+            times = [_times(measured, shape.parameters, disks, hosts) for hosts in HOSTS]
             lines.append(
                 f"| `{method}` | {plan.bytes_to_read / 1e12:.2f} TB | {plan.bytes_to_write / 1e12:.2f} TB | "
                 f"{shape.parameters * FLOPS[method](EXPERTS):.1e} | {plan.memory.of_process / 1e9:.1f} GB, "
@@ -67,10 +71,9 @@ def _largest(rows: list[Row], method: str) -> Row | None:
     return max(found, key=lambda row: SHAPES[row.size].parameters, default=None)
 
 
-def _times(row: Row | None, parameters: int, read: int, written: int, hosts: int) -> str:
+def _times(row: Row | None, parameters: int, disks: float, hosts: int) -> str:
     if row is None:
         return "not measured"
     of_entry = max(row.cpu_seconds - _START, 0) / (SHAPES[row.size].parameters * row.experts)
     processors = of_entry * parameters * EXPERTS / (hosts * PROCESSES)
-    disks = (read / row.read_speed + written / row.write_speed) / hosts
-    return f"{processors / 60:.0f} min, {disks / 60:.0f} min"
+    return f"{processors / 60:.0f} min, {disks / hosts / 60:.0f} min"

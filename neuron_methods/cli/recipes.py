@@ -75,9 +75,9 @@ def new_recipe_command(
     family: str, method: str, base: str, experts: tuple[str, ...], output: Path | None, force: bool
 ) -> None:
     """Print a recipe for FAMILY (llama, t5, vit) by METHOD, with your models in it."""
-    from neuron_methods.sharing.recipes import FILLED, new_recipe
+    from neuron_methods.sharing.recipes import CALLED, FILLED, new_recipe
 
-    text = new_recipe(family, method, base, experts, *([str(output)] if output is not None else []))
+    text = new_recipe(family, method, base, experts, str(output or CALLED))
     if output is None:
         click.echo(text, nl=False)
         return

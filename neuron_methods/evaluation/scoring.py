@@ -30,9 +30,9 @@ from neuron_methods.support.quiet import quiet_transformers
 class TaskResult:
     """How a model did on one task.
 
-    `score` and the ends of its 95 % interval, `low` and `high`, are 0 to 1, or a perplexity or another
-    number that is no share; `outcomes` are in the
-    order of their rows; `notes` are what the user should know, `prompts` is how prompts were made: `chat`, `few_shot`.
+    `score` and the ends of its 95 % interval, `low` and `high`, are 0 to 1, or a perplexity or another number that is
+    no share; `outcomes` are in the order of their rows; `notes` are what the user should know, `prompts` is how prompts
+    were made: `chat`, `few_shot`.
     """
 
     name: str

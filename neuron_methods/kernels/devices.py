@@ -77,6 +77,7 @@ class Crew:
         if pool is None or alone:
             yield from map(work, pieces)
             return
+        work = torch.no_grad()(work)  # which each thread says for itself
         left = iter(pieces)
         waiting = deque(pool.submit(work, piece) for piece in islice(left, 2 * self._count))
         while waiting:

@@ -24,6 +24,8 @@ Found = TypeVar("Found")
 
 #: How a filled recipe begins.
 FILLED = "# After the recipe "
+#: What it is called, as far as nobody says.
+CALLED = "merge.yml"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def only_one(what: str, name: str, found: Mapping[str, Found], known: Sequence[s
     raise UserError(f"no {what} {name}{did_you_mean(name, known)} (`{lists}` lists all)")
 
 
-def new_recipe(family: str, method: str, base: str, experts: Sequence[str], file: str = "merge.yml") -> str:
+def new_recipe(family: str, method: str, base: str, experts: Sequence[str], file: str = CALLED) -> str:
     """Fill somebody's own models, by path or id, into a recipe of a family; what it says of parameters stays.
 
     Args:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import neuron_methods
 from neuron_methods.cli import SUBCOMMANDS, LazyGroup, Subcommand, main
 from neuron_methods.cli.common import debug_option
-from tests.support.commands import with_usual_signals
+from tests.support import commands
 
 HEAVY = {"torch", "numpy", "transformers", "mergekit", "accelerate", "datasets", "peft", "huggingface_hub"}
 
@@ -282,13 +282,7 @@ from neuron_methods.cli import LazyGroup, Subcommand
 group = LazyGroup(subcommands={{"fake-run": Subcommand("fake_subcommands", "")}})
 group(["fake-run", "--wait", {str(cleaned)!r}])
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=with_usual_signals,
-    )
+    process = commands.running("-c", code, folder=tmp_path)
     assert process.stdout.readline() == "ready\n"
     yield process, cleaned
     process.kill()

@@ -12,7 +12,7 @@ import pytest
 
 from neuron_methods.support.targets import mark
 from tests.support.checkpoints import configuration
-from tests.support.commands import environment, run, with_usual_signals
+from tests.support.commands import environment, run, running
 from tests.support.merges import EXPERTS
 
 GUARDED = """
@@ -105,15 +105,7 @@ def test_an_interrupted_run_leaves_what_was_there(checkpoints, tmp_path, name, c
     old = name == "SIGTERM"  # once over an old output, once where there is none
     if old:
         old_output(folder / "parent" / "out")
-    with subprocess.Popen(
-        [sys.executable, "-c", dedent(PAUSING)],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=with_usual_signals,
-    ) as process:
+    with running("-c", dedent(PAUSING), folder=folder) as process:
         assert process.stdout.readline() == "merging\n"
         pieces = list((folder / "parent" / ".out.unfinished").glob("*.safetensors"))
         assert pieces

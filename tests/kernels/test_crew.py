@@ -40,6 +40,12 @@ def test_what_is_found_comes_in_the_order_of_the_pieces(three: None) -> None:
     assert list(crew.work(work, [])) == []
 
 
+def test_nothing_is_differentiated(three: None) -> None:
+    weights = torch.ones(3, requires_grad=True)
+    with Crew() as crew:
+        assert not any(found.requires_grad for found in crew.work(lambda piece: piece * weights, range(4)))
+
+
 def test_no_more_is_begun_than_is_taken(three: None) -> None:
     begun = []
     with Crew() as crew:

@@ -25,10 +25,22 @@ def environment(**changes):
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
 
 
-def with_usual_signals():
-    """Let a process that is begun end by signals, though its parent ignores some, as `nohup` and `&` have it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def running(*arguments, folder):
+    """A Python process that signals end, though its parent ignores some, as `nohup` and `&` have it."""
+
+    def with_usual_signals():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=with_usual_signals,
+    )
 
 
 _USUAL = environment()

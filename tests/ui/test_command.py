@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from neuron_methods.cli import main
-from tests.support.commands import environment, with_usual_signals
+from tests.support.commands import running
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,7 @@ print(json.dumps(get_token()))
 
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")])
 def test_it_ends_by_a_signal_without_a_traceback(number, code, said, tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-m", "neuron_methods", "ui", "--no-browser"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=with_usual_signals,
-    ) as process:
+    with running("-m", "neuron_methods", "ui", "--no-browser", folder=tmp_path) as process:
         address = process.stdout.readline().strip()
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=30) as page:
             assert page.status == 200
